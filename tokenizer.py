@@ -1,0 +1,122 @@
+"""Text to token ids and back.
+
+A character tokenizer's vocabulary is the sorted set of the characters in a text: one token each,
+nothing merged, nothing normalised. Its state is `tokenizer.json`, which travels with the model.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import write_atomic
+
+_LAST_CODE_POINT = 0x10FFFF
+_CHUNK = 1 << 16  # characters encoded at once: what they need in between stays in the cache
+
+
+class CharTokenizer:
+    """One token a character (a Unicode code point).
+
+    Args:
+        chars: the vocabulary, in the order of the ids.
+
+    Raises:
+        UserError: `chars` is empty, or an entry is not exactly one character, or stands twice.
+    """
+
+    token_kind = "char"
+
+    def __init__(self, chars: Sequence[str]):
+        if not chars or any(not isinstance(char, str) or len(char) != 1 for char in chars):
+            raise UserError("a tokenizer's chars must be a list of single characters")
+        if len(set(chars)) != len(chars):
+            raise UserError("a tokenizer's chars must be different from one another")
+        self.chars = list(chars)
+        self._code_points = _code_points("".join(self.chars))
+        # Code point -> id, in a table: one gather encodes a whole book. Its last slot, where all
+        # code points beyond the largest known one are sent too, says "unknown" with the id V.
+        self._ids = np.full(int(self._code_points.max()) + 2, self.vocab_size, dtype=self.dtype)
+        self._ids[self._code_points] = np.arange(self.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return len(self.chars)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned integer type that holds every id, and one more."""
+        return np.min_scalar_type(self.vocab_size)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """The length of each token in UTF-8 bytes, `(V,)` int64: what bits per byte divide by."""
+        return np.array([len(char.encode("utf-8")) for char in self.chars], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, `(len(text),)` of `dtype`.
+
+        Raises:
+            UserError: `text` has characters that the vocabulary lacks; they are listed.
+        """
+        ids = np.empty(len(text), dtype=self.dtype)
+        for start in range(0, len(text), _CHUNK):
+            code_points = _code_points(text[start : start + _CHUNK])
+            self._ids.take(code_points, mode="clip", out=ids[start : start + _CHUNK])
+        if ids.size and ids.max() == self.vocab_size:
+            raise self._unknown_characters(text)
+        return ids
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of a sequence of ids; the inverse of `encode`."""
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.intp)
+        return str(self._code_points[ids].tobytes(), "utf-32-le", "surrogatepass")
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` makes the same tokenizer from; plain JSON values."""
+        return {"token_kind": self.token_kind, "chars": self.chars}
+
+    def save(self, path: Path) -> None:
+        """Write the state to a `tokenizer.json`."""
+        write_atomic(path, json.dumps(self.state(), ensure_ascii=True))
+
+    def _unknown_characters(self, text: str) -> UserError:
+        unknown = sorted(set(text) - set(self.chars))
+        listed = " ".join(repr(char) for char in unknown[:20])
+        more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+        return UserError(
+            f"the model does not know {listed}{more}: "
+            f"it knows the {self.vocab_size} characters of the text it was trained on"
+        )
+
+
+def create_tokenizer(text: str) -> CharTokenizer:
+    """The character tokenizer whose vocabulary is the characters of `text`, sorted.
+
+    Raises `UserError` where `text` is empty.
+    """
+    if not text:
+        raise UserError("there is no text to make a tokenizer from")
+    seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
+    for start in range(0, len(text), _CHUNK):
+        seen[_code_points(text[start : start + _CHUNK])] = True
+    return CharTokenizer([chr(code_point) for code_point in np.flatnonzero(seen)])
+
+
+def from_state(state: dict[str, Any]) -> CharTokenizer:
+    """The tokenizer that `state()` described.
+
+    Raises `UserError` for a `token_kind` this version does not know, or a state without `chars`.
+    """
+    kind = state.get("token_kind")
+    if kind != CharTokenizer.token_kind:
+        raise UserError(f"tokenizer.json: token_kind {kind!r} is not known; char is")
+    return CharTokenizer(state.get("chars") or [])
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

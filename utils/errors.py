@@ -1,0 +1,20 @@
+"""The two ways in which a command fails, and the exit status of each."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line a problem, each saying what, where and what to do.
+
+    Raised before a run directory exists. A command prints the problems and exits with 2.
+    """
+
+    exit_status = 2
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RunError(RuntimeError):
+    """A run that could not go on, as one line. The run is closed; a command exits with 1."""
+
+    exit_status = 1

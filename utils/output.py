@@ -1,0 +1,197 @@
+"""Everything that is printed.
+
+Text goes to the terminal and, once a run has a directory, to its `console.txt`. Nothing that is
+printed is read as markup, wrapped or cut: a sample may hold any character.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from utils.errors import RunError, UserError
+
+
+class Output:
+    """A command's voice.
+
+    Args:
+        quiet: print nothing; a run still writes its `console.txt`.
+        stream: where lines go; standard output by default.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: IO[str] | None = None):
+        self.quiet = quiet
+        self.console = Console(file=stream, markup=False, emoji=False, highlight=False)
+        self._file: IO[str] | None = None
+        self._unwritten: list[str] = []
+        self._progress: _TerminalProgress | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a live display can be shown."""
+        return self.console.is_terminal and not self.quiet
+
+    def line(self, text: str = "") -> None:
+        """Print one or more lines, and keep them in the record."""
+        self._print(text)
+        self.record(text)
+
+    def step_line(self, text: str) -> None:
+        """A line of progress: recorded, and printed where no live bar shows the same."""
+        if self._progress is None:
+            self._print(text)
+        self.record(text)
+
+    def warning(self, text: str) -> None:
+        """Print one line to standard error, and keep it in the record."""
+        self._complain(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Print one line to standard error, and keep it in the record if that can be done."""
+        with contextlib.suppress(OSError):  # a full disk must not hide the message
+            self._complain(f"error: {text}")
+
+    def record_to(self, path: Path) -> None:
+        """Write to `path` what was printed until now, and all that will be."""
+        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        for text in self._unwritten:
+            self.record(text)
+        self._unwritten.clear()
+
+    def close(self) -> None:
+        """End the record."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator["Output"]:
+        """Show a live bar while the block runs, on a terminal; `advance` moves it."""
+        if not self.is_terminal:
+            yield self
+            return
+        self._progress = _TerminalProgress(self.console, total)
+        try:
+            with self._progress.bar:
+                yield self
+        finally:
+            self._progress = None
+
+    def advance(self, step: int, status: str) -> None:
+        """Move the live bar to `step`, with `status` (loss, speed, time left) beside it."""
+        if self._progress is not None:
+            self._progress.show(step, status)
+
+    def _print(self, text: str) -> None:
+        if self.quiet:
+            return
+        try:
+            self.console.out(text, highlight=False)
+            self.console.file.flush()
+        except UnicodeEncodeError:  # a terminal that is not UTF-8
+            encoding = self.console.file.encoding or "ascii"
+            self.console.out(text.encode(encoding, "replace").decode(encoding), highlight=False)
+        except BrokenPipeError:  # as in `python train.py | head`: the run goes on, unheard
+            self.quiet = True
+
+    def record(self, text: str) -> None:
+        """Keep `text` in the record without printing it."""
+        if self._file is None:
+            self._unwritten.append(text)
+        else:
+            self._file.write(text + "\n")
+            self._file.flush()
+
+    def _complain(self, text: str) -> None:
+        if self._progress is not None:  # above the live bar, not through it
+            self._print(text)
+        else:
+            with contextlib.suppress(BrokenPipeError):
+                print(text, file=sys.stderr, flush=True)
+        self.record(text)
+
+
+class _TerminalProgress:
+    """The live bar."""
+
+    def __init__(self, console: Console, total: int):
+        self.bar = Progress(
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task = self.bar.add_task("train", total=total, status="")
+
+    def show(self, step: int, status: str) -> None:
+        self.bar.update(self._task, completed=step, status=status)
+
+
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's body and turn what it raises into lines on stderr and an exit status.
+
+    0 is success; 2 a user's mistake, a line each; 1 a run that failed; 130 Ctrl-C.
+    """
+    output = Output()
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        for problem in error.problems:
+            output.error(problem)
+        return error.exit_status
+    except RunError as error:
+        output.error(str(error))
+        return error.exit_status
+    except KeyboardInterrupt:
+        output.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def command_for(program: str) -> str:
+    """How to start a script of the checkout, or a program of this Python, from where one is.
+
+    `python train.py`, or `.venv/bin/python train.py` where that environment is not active.
+    """
+    here = Path.cwd()
+    folder = Path(sys.executable).parent
+    if not program.endswith(".py"):
+        active = shutil.which(program) == str(folder / program)
+        return program if active else _shown_from(here, folder / program)
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    script = _shown_from(here, Path(__file__).resolve().parent.parent / program)
+    return f"{_shown_from(here, Path(python))} {script}"
+
+
+def _shown_from(here: Path, path: Path) -> str:
+    inside = path.is_absolute() and path.is_relative_to(here)
+    return shlex.quote(str(path.relative_to(here) if inside else path))
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34` or `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def byte_size(count: float) -> str:
+    """`512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, as disks are sold."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

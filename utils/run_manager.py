@@ -1,0 +1,257 @@
+"""A run's own directory, and the record in it of how the run was made.
+
+runs/YYYYMMDD_HHMMSS_<tag>/
+    artifacts/  logs/tensorboard/  meta/git.txt  meta/env.txt  meta/full_config.json
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from parameters import GROUPS, ModelConfig
+from utils.errors import UserError
+from utils.files import write_atomic
+
+GIT_SECONDS = 10
+DIFF_LIMIT = 1_000_000  # bytes of the diff that are kept
+UNTRACKED_LIMIT = 1_000  # names of untracked files that are listed
+
+
+class RunIDGenerator:
+    """Names runs by time and tag: `20260131_235959_baseline`."""
+
+    @staticmethod
+    def generate(tag: str | None = None, now: datetime | None = None) -> str:
+        """The run id for `tag` at `now`, the local time by default."""
+        stamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
+        word = RunIDGenerator.sanitised(tag or "")
+        return f"{stamp}_{word}" if word else stamp
+
+    @staticmethod
+    def sanitised(tag: str) -> str:
+        """`tag` as a file name that every system takes: letters, digits, `.`, `-` and `_`."""
+        plain = unicodedata.normalize("NFKC", tag)
+        return re.sub(r"[^\w.-]+", "-", plain).strip("-._")[:60].rstrip("-._")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def export(self) -> Path:
+        """The bundle of the best model."""
+        return self.path / "artifacts" / "export"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's log directory."""
+        return self.path / "logs" / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of JSON for each logged step."""
+        return self.path / "logs" / "metrics.jsonl"
+
+    @property
+    def console(self) -> Path:
+        """What was printed."""
+        return self.path / "logs" / "console.txt"
+
+    @property
+    def meta(self) -> Path:
+        """The record of how the run was made."""
+        return self.path / "meta"
+
+
+class RunDirectoryCreator:
+    """Makes run directories in `runs_dir`, each of its own, whoever else is making some."""
+
+    def __init__(self, runs_dir: Path):
+        self.runs_dir = runs_dir
+
+    def create(self, run_id: str) -> RunDirectory:
+        """Make `run_id`, or `run_id_2`, `run_id_3`, … where that name is taken.
+
+        Raises `UserError` where `runs_dir` cannot be written to.
+        """
+        try:
+            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            run = RunDirectory(self._made_exclusively(run_id))
+            for directory in (run.tensorboard, run.export.parent, run.meta):
+                directory.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make a run directory in {self.runs_dir}: {error.strerror}; "
+                "name another place with --runs-dir"
+            ) from None
+        return run
+
+    def _made_exclusively(self, run_id: str) -> Path:
+        number = 1
+        while True:
+            path = self.runs_dir / (run_id if number == 1 else f"{run_id}_{number}")
+            try:
+                path.mkdir()  # atomic: of two that try the same name, one fails
+                return path
+            except FileExistsError:
+                number += 1
+
+
+class MetadataCapture:
+    """Writes `meta/`: the code, the machine and the settings that a run was made with."""
+
+    def __init__(self, meta: Path, checkout: Path):
+        self.meta = meta
+        self.checkout = checkout
+
+    def capture(
+        self,
+        config: ModelConfig,
+        sources: Mapping[str, str],
+        run: Mapping[str, Any],
+        machine: Mapping[str, str],
+    ) -> None:
+        """Write all three files. `machine` is what only a running torch knows of its device."""
+        write_atomic(self.meta / "git.txt", git_record(self.checkout))
+        write_atomic(self.meta / "env.txt", environment_record(machine))
+        write_full_config(self.meta / "full_config.json", config, sources, run)
+
+
+def write_full_config(
+    path: Path, config: ModelConfig, sources: Mapping[str, str], run: Mapping[str, Any]
+) -> None:
+    """Write `{"config": …, "sources": …, "run": …}`.
+
+    `config` holds what makes the model and nothing of what the run is called, so that
+    `--config full_config.json` trains the same model again, as another run.
+    """
+    names = GROUPS["run"].model_fields
+    content = {
+        "config": config.model_dump(exclude=set(names)),
+        "sources": {name: source for name, source in sources.items() if name not in names},
+        "run": run,
+    }
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def environment_record(machine: Mapping[str, str]) -> str:
+    """Python, system, device and installed packages: a list of what is asked for by name.
+
+    Never the environment, where people keep their passwords.
+    """
+    packages = {
+        (dist.metadata["Name"] or "").lower(): dist.version
+        for dist in metadata.distributions()
+        if dist.metadata["Name"]
+    }
+    lines = [
+        f"python: {platform.python_version()} ({platform.python_implementation()})",
+        f"system: {platform.platform()}",
+        f"machine: {platform.machine()}",
+        f"executable: {Path(sys.executable).name}",
+        *(f"{name}: {value}" for name, value in machine.items()),
+        "",
+        "packages:",
+        *(f"  {name}=={version}" for name, version in sorted(packages.items())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# Git
+
+
+def git_record(checkout: Path) -> bytes:
+    """The state of the code, as a file that `git apply` takes: a heading, then the diff.
+
+    Whatever keeps git from answering is written down instead: no run fails for its record.
+    """
+    try:
+        # GitPython refuses to be imported where there is no git program.
+        import git
+    except ImportError as error:
+        return _unavailable(f"git is not installed ({str(error).strip().splitlines()[0]})")
+    try:
+        with git.Repo(checkout, search_parent_directories=True) as repo:
+            return _describe_repository(repo)
+    except git.InvalidGitRepositoryError:
+        return _unavailable("the code is not in a git repository")
+    except git.GitCommandError as error:
+        words = (error.stderr or str(error)).strip().splitlines()
+        return _unavailable(words[0].strip() if words else "git failed")
+    except (git.GitError, OSError, ValueError, subprocess.SubprocessError) as error:
+        return _unavailable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _unavailable(reason: str) -> bytes:
+    return f"git: unavailable: {reason}\n".encode()
+
+
+def _describe_repository(repo: Any) -> bytes:
+    def ask(*words: str) -> str:
+        return repo.git.execute(["git", *words], kill_after_timeout=GIT_SECONDS)
+
+    repo.git.update_environment(GIT_OPTIONAL_LOCKS="0")  # look, and leave the index alone
+    status = ask("status", "--porcelain=v1", "--untracked-files=normal").splitlines()
+    untracked = [line[3:] for line in status if line.startswith("??")]
+    changed = len(status) - len(untracked)
+    has_commits = repo.head.is_valid()
+    branch = "(detached)" if repo.head.is_detached else repo.active_branch.name
+    lines = [
+        f"commit: {repo.head.commit.hexsha if has_commits else '(none yet)'}",
+        f"branch: {branch}",
+        f"dirty: {'yes' if changed else 'no'} ({changed} changed, {len(untracked)} untracked)",
+    ]
+    if untracked:
+        lines.append("untracked:")
+        lines += [f"  {name}" for name in untracked[:UNTRACKED_LIMIT]]
+        if len(untracked) > UNTRACKED_LIMIT:
+            lines.append(f"  … and {len(untracked) - UNTRACKED_LIMIT} more")
+    diff = b""
+    if changed and has_commits:
+        diff, size_note = _diff(repo)
+        lines.append(f"diff: {size_note}")
+    return "\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape") + diff
+
+
+def _diff(repo: Any) -> tuple[bytes, str]:
+    """The change since the last commit, in the plain form that `git apply` takes, and its size.
+
+    The user's own diff settings (colours, prefixes, external programs) are overruled.
+    """
+    command = ["git", "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv"]
+    command += ["--src-prefix=a/", "--dst-prefix=b/", "--full-index", "--no-renames"]
+    process = subprocess.Popen(
+        command, cwd=repo.working_dir, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    too_slow = threading.Timer(GIT_SECONDS, process.kill)
+    too_slow.start()
+    with process:
+        assert process.stdout is not None
+        diff = process.stdout.read(DIFF_LIMIT + 1)
+        if len(diff) > DIFF_LIMIT:
+            process.kill()
+    too_slow.cancel()
+    if len(diff) > DIFF_LIMIT:
+        return diff[:DIFF_LIMIT], f"over {DIFF_LIMIT} bytes and cut there: it will not apply"
+    if process.returncode != 0:
+        return b"", f"git did not give one within {GIT_SECONDS} seconds"
+    return diff, f"{len(diff)} bytes"

@@ -1,0 +1,45 @@
+"""Stopping a run from outside, between two steps."""
+
+import signal
+import threading
+from types import FrameType
+
+
+class StopRequest:
+    """Within the block, Ctrl-C and SIGTERM ask the run to stop; the second time they abort it.
+
+    `requested` turns true at the first; the loop looks at it after each step. Outside the main
+    thread, where Python lets nobody handle signals, nothing changes.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {
+                number: signal.signal(number, self._handle) for number in self.SIGNALS
+            }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self._signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """0, or as a shell counts it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 0 if self._signal is None else 128 + self._signal
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self._signal = number
