@@ -56,22 +56,23 @@ class LoadedConfig:
 # Files
 
 
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `1e-3` is a number, and a key stands once."""
+
+    # YAML 1.1, which PyYAML reads, wants a dot in every float; YAML 1.2 and everybody else do not.
+    yaml_implicit_resolvers = {
+        first: [*rules, ("tag:yaml.org,2002:float", _FLOAT)] if first in "-+.0123456789" else rules
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             raise _DuplicateKey(key)
         return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, wants a dot in every float; YAML 1.2 and everybody else do not.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 class _DuplicateKey(ValueError):
@@ -165,8 +166,10 @@ def _problem(error: Mapping[str, Any]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` for a misspelt name, or nothing where nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    # Without their dashes, which would make all flags alike.
+    bare = {candidate.lstrip("-"): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1, cutoff=0.6)
+    return f"; did you mean {bare[matches[0]]}?" if matches else ""
 
 
 def _checked(

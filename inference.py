@@ -29,8 +29,8 @@ class InferenceConfig(Settings):
     runs_dir: str = "runs"
     """Where the newest run is looked for."""
 
-    prompt: str = "\n"
-    """The text to continue."""
+    prompt: str | None = None
+    """The text to continue. null: a new line."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""
@@ -69,14 +69,15 @@ def main(argv: Sequence[str]) -> int:
 
     device = choose_device(config.device)
     model, tokenizer, _ = load_model(directory, device)
-    prompt = torch.from_numpy(tokenizer.encode(config.prompt).astype("int64"))
-    if prompt.numel() == 0:
+    text = tokenizer.default_prompt if config.prompt is None else config.prompt
+    if not text:
         raise UserError("--prompt is empty: give the model at least one character to continue")
+    prompt = torch.tensor([tokenizer.encode(text).tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     output = Output()
     for number in range(config.num_samples):
         ids = model.generate(
-            prompt[None].to(device),
+            prompt,
             config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,

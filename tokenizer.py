@@ -57,6 +57,11 @@ class CharTokenizer:
         """The length of each token in UTF-8 bytes, `(V,)` int64: what bits per byte divide by."""
         return np.array([len(char.encode("utf-8")) for char in self.chars], dtype=np.int64)
 
+    @property
+    def default_prompt(self) -> str:
+        """What to begin with where nobody gives a prompt: a new line, if the text had lines."""
+        return "\n" if "\n" in self.chars else self.chars[0]
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, `(len(text),)` of `dtype`.
 

@@ -77,7 +77,7 @@ from utils.device import (
     processor_name,
     synchronize,
 )
-from utils.errors import RunError, UserError
+from utils.errors import RunError
 from utils.output import byte_size, command_for, duration
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.stop import StopRequest
@@ -139,22 +139,16 @@ def train(
         RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
     """
     output = output or Output()
-    with explained_failures(config):
-        setup = set_up(config, loaded)
-        run = open_run(setup, loaded, argv, output)
-        try:
-            with (
-                explained_failures(config),
-                contextlib.closing(open_log(setup, run, output)) as log,
-            ):
+    try:
+        with explained_failures(config, output):
+            setup = set_up(config, loaded)
+            run = open_run(setup, loaded, argv, output)
+            with contextlib.closing(open_log(setup, run, output)) as log:
                 result = run_steps(setup, run, log, output)
             output.line(summary(result, setup))
             return result
-        except RunError as error:
-            output.record(f"error: {error}")
-            raise
-        finally:
-            output.close()
+    finally:
+        output.close()
 
 
 def run_steps(setup: Setup, run: RunDirectory, log: RunLog, output: Output) -> TrainResult:
@@ -257,8 +251,8 @@ def is_due(step: int, interval: int) -> bool:
 def sample(model: LanguageModel, data: Dataset, config: ModelConfig) -> str:
     """Text in the model's own words, from a line's beginning; the same for the same weights."""
     device = next(model.parameters()).device
-    start = "\n" if "\n" in data.tokenizer.chars else data.tokenizer.chars[0]
-    prompt = torch.tensor([data.tokenizer.encode(start).tolist()], device=device)
+    prompt = data.tokenizer.encode(data.tokenizer.default_prompt)
+    prompt = torch.tensor([prompt.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     ids = model.generate(prompt, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, generator=generator)
     return data.tokenizer.decode(ids[0, 1:].cpu().numpy())
@@ -285,18 +279,23 @@ def export(setup: Setup, run: RunDirectory, *, step: int, val_loss: float) -> No
 
 def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bool = True) -> Setup:
     """Device, text, model and optimizer, in that order; what a user got wrong ends here."""
-    given = config.model_fields_set
-    sources = {name: "train()" if name in given else "default" for name in ModelConfig.model_fields}
-    if loaded is not None:
-        sources = dict(loaded.sources)
     device = choose_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     data = load_data(config, cache=cache)
+    settled, length_source = settle_length(config, data, device)
+    sources = dict(loaded.sources) if loaded else sources_in_code(config)
+    if length_source:
+        sources["max_iters"] = f"{length_source} ({sources[length_source.split()[0]]})"
+    model, optimizer, compile_mode = create_model(settled, data, device)
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf
-    config = settle_length(config, sources, data, device)
-    model, optimizer, compile_mode = create_model(config, data, device)
-    return Setup(config, sources, time_limit, device, data, model, optimizer, compile_mode)
+    return Setup(settled, sources, time_limit, device, data, model, optimizer, compile_mode)
+
+
+def sources_in_code(config: ModelConfig) -> dict[str, str]:
+    """Where the settings of a config made in Python came from."""
+    given = config.model_fields_set
+    return {name: "train()" if name in given else "default" for name in ModelConfig.model_fields}
 
 
 def create_model(
@@ -310,24 +309,24 @@ def create_model(
 
 
 def settle_length(
-    config: ModelConfig, sources: dict[str, str], data: Dataset, device: torch.device
-) -> ModelConfig:
-    """Turn `epochs` or `max_minutes` into `max_iters`, and say so in `sources`.
+    config: ModelConfig, data: Dataset, device: torch.device
+) -> tuple[ModelConfig, str | None]:
+    """Turn `epochs` or `max_minutes` into `max_iters`; also tell which, for the record.
 
-    The record then has a number of steps alone, and trains the same model on any machine.
+    A config with a number of steps alone trains the same model on any machine.
     """
     if config.max_iters is not None:
-        return config
-    tokens_per_step = config.batch_size * config.block_size
+        return config, None
     if config.epochs is not None:
+        tokens_per_step = config.batch_size * config.block_size
         max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
-        sources["max_iters"] = f"epochs {config.epochs:g} ({sources['epochs']})"
-        return config.model_copy(update={"max_iters": max_iters, "epochs": None})
+        settled = {"max_iters": max_iters, "epochs": None}
+        return config.model_copy(update=settled), f"epochs {config.epochs:g}"
     assert config.max_minutes is not None
     speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
     max_iters = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
-    sources["max_iters"] = f"max_minutes {config.max_minutes:g} ({sources['max_minutes']})"
-    return config.model_copy(update={"max_iters": max_iters, "max_minutes": None})
+    settled = {"max_iters": max_iters, "max_minutes": None}
+    return config.model_copy(update=settled), f"max_minutes {config.max_minutes:g}"
 
 
 def open_run(
@@ -475,7 +474,7 @@ def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> S
 
 def dry_run(loaded: LoadedConfig) -> str:
     """Every setting, and what the run would take. Leaves nothing behind."""
-    with explained_failures(loaded.config):
+    with explained_failures(loaded.config, Output(quiet=True)):
         setup = set_up(loaded.config, loaded, cache=False)
         config, data = setup.config, setup.data
         speed = measure_speed(config, data, setup.device)
@@ -493,21 +492,24 @@ def dry_run(loaded: LoadedConfig) -> str:
 
 
 @contextlib.contextmanager
-def explained_failures(config: ModelConfig) -> Iterator[None]:
-    """Turn what the machine refuses (memory, disk) into a `RunError` of one line."""
+def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
+    """Turn what the machine refuses (memory, disk) into a `RunError`, and record any of these."""
     try:
-        yield
-    except (UserError, RunError):
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                "out of memory: lower micro_batch_size (now "
+                f"{config.micro_batch_size or config.batch_size}; what is learned stays the same), "
+                f"block_size ({config.block_size}), n_embd ({config.n_embd}) or "
+                f"n_layer ({config.n_layer})"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RunError(f"the run's files cannot be written: {reason}") from error
+    except RunError as error:
+        with contextlib.suppress(OSError):  # where the disk is full, so is the record
+            output.record(f"error: {error}")
         raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        size = config.micro_batch_size or config.batch_size
-        raise RunError(
-            f"out of memory: lower micro_batch_size (now {size}; the result stays the same), "
-            f"block_size ({config.block_size}), n_embd ({config.n_embd}) or "
-            f"n_layer ({config.n_layer})"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(f"the run's files cannot be written: {reason}") from error

@@ -94,13 +94,19 @@ class Output:
         if self.quiet:
             return
         try:
-            self.console.out(text, highlight=False)
-            self.console.file.flush()
+            self._write(text)
         except UnicodeEncodeError:  # a terminal that is not UTF-8
             encoding = self.console.file.encoding or "ascii"
-            self.console.out(text.encode(encoding, "replace").decode(encoding), highlight=False)
+            self._write(text.encode(encoding, "replace").decode(encoding))
         except BrokenPipeError:  # as in `python train.py | head`: the run goes on, unheard
             self.quiet = True
+
+    def _write(self, text: str) -> None:
+        if self._progress is not None:  # rich must know, to draw the bar below the text
+            self.console.out(text, highlight=False)
+            return
+        self.console.file.write(text + "\n")
+        self.console.file.flush()
 
     def record(self, text: str) -> None:
         """Keep `text` in the record without printing it."""

@@ -1,0 +1,104 @@
+"""What the tests share: a small text, a small model, and a world of their own.
+
+python -m pytest                    # the default tier
+python -m pytest -m slow            # the slow one
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from parameters import ModelConfig
+from utils.output import Output
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+LINES = (
+    "To be, or not to be, that is the question:\n"
+    "Whether 'tis nobler in the mind to suffer\n"
+    "The slings and arrows of outrageous fortune,\n"
+    "Or to take arms against a sea of troubles.\n\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _world_of_its_own(tmp_path, monkeypatch):
+    """An empty working directory and cache, one thread, and no network."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+    def refuse(*address):
+        raise AssertionError(f"a test reached for the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    """Some 5,000 characters of text."""
+    path = tmp_path / "play.txt"
+    path.write_text(LINES * 30, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(text_file) -> Callable[..., ModelConfig]:
+    """A config that trains in a second; keywords change it."""
+
+    def make(**changes) -> ModelConfig:
+        settings = {
+            "data": str(text_file),
+            "block_size": 16,
+            "n_embd": 16,
+            "n_head": 2,
+            "n_layer": 2,
+            "batch_size": 4,
+            "max_iters": 6,
+            "warmup_iters": 2,
+            "eval_interval": 3,
+            "eval_iters": 2,
+            "log_interval": 2,
+            "device": "cpu",
+        }
+        return ModelConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def quiet() -> Output:
+    return Output(quiet=True)
+
+
+@pytest.fixture
+def folio() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command of the checkout as a user would, in the test's own directory."""
+
+    def run(script: str, *flags: str, **options) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        environment.update(options.pop("env", {}))
+        return subprocess.run(
+            [sys.executable, str(CHECKOUT / script), *map(str, flags)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+            env=environment,
+            **options,
+        )
+
+    return run
+
+
+TINY_FLAGS = (
+    "--block-size=16 --n-embd=16 --n-head=2 --n-layer=1 --batch-size=4 --max-iters=4 "
+    "--warmup-iters=1 --eval-interval=2 --eval-iters=1 --log-interval=2 --device=cpu"
+).split()

@@ -1,0 +1,200 @@
+"""The commands as a user meets them: real processes, their output and their exit status.
+
+python -m pytest tests/test_commands.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, TINY_FLAGS
+
+RAN_WITHOUT_TORCH = """
+import runpy, sys
+sys.path.insert(0, {checkout!r})
+sys.argv = {argv!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as left:
+    status = left.code
+heavy = [name for name in ("torch", "tensorboard", "git", "safetensors") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else status)
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [(["--help"], 0), (["--no-such-flag"], 2), (["--seed", "x"], 2)],
+)
+def test_help_and_mistakes_are_answered_without_torch(script, flags, status):
+    argv = [str(CHECKOUT / script), *flags]
+    code = RAN_WITHOUT_TORCH.format(checkout=str(CHECKOUT), argv=argv)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+
+
+def test_show_config_and_a_missing_text_are_answered_without_torch():
+    for flags, status in ((["--show-config"], 0), (["--data", "none.txt"], 2)):
+        argv = [str(CHECKOUT / "train.py"), *flags]
+        code = RAN_WITHOUT_TORCH.format(checkout=str(CHECKOUT), argv=argv)
+        assert subprocess.run([sys.executable, "-c", code]).returncode == status
+
+
+def test_a_run_in_a_pipe_prints_plain_lines_and_the_exact_next_commands(folio, text_file):
+    done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--run_tag", "x")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    (run_dir,) = Path("runs").iterdir()
+    assert done.stdout == (run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
+    commands = done.stdout.partition("Next:\n")[2].splitlines()
+    assert len(commands) == 3
+    for command in (commands[0], commands[2]):
+        again = subprocess.run(command.strip(), shell=True, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+
+
+def test_a_full_config_rerun_from_the_command_line_gives_identical_losses(folio, text_file):
+    folio("train.py", "--data", text_file, *TINY_FLAGS, "--dropout=0.1", check=True)
+    (first,) = Path("runs").iterdir()
+    record = first / "meta" / "full_config.json"
+    folio("train.py", "--config", record, "--runs-dir", "again", check=True)
+    (second,) = Path("again").iterdir()
+
+    def losses(run):
+        text = (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = map(json.loads, text.splitlines())
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+    assert losses(first) == losses(second)
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """One of each kind of file that cannot be used."""
+    (tmp_path / "unknown.yaml").write_text("n_layers: 3\nlearning_rate: fast\n")
+    (tmp_path / "unknown.json").write_text('{"max_itres": 3}')
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 500)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+BAD = {
+    "unknown flag": ("--max-itres 5", ["unknown flag --max-itres; did you mean --max-iters?"]),
+    "unknown key in YAML": (
+        "--config {0}/unknown.yaml",
+        [
+            "{0}/unknown.yaml: unknown key n_layers; did you mean n_layer?",
+            '{0}/unknown.yaml: learning_rate must be a number, got "fast"',
+        ],
+    ),
+    "unknown key in JSON": (
+        "--config {0}/unknown.json",
+        ["{0}/unknown.json: unknown key max_itres; did you mean max_iters?"],
+    ),
+    "duplicate key": (
+        "--config {0}/twice.yaml",
+        ["{0}/twice.yaml: the key seed stands twice: remove one"],
+    ),
+    "true for a number": ("--seed true", ['--seed must be a whole number, got "true"']),
+    "NaN": ("--dropout nan", ['--dropout must be a finite number, got "nan"']),
+    "infinity": ("--learning-rate inf", ['--learning-rate must be a finite number, got "inf"']),
+    "wrong type": ("--n-layer two", ['--n-layer must be a whole number, got "two"']),
+    "wrong range": ("--dropout 1.5", ['--dropout must be below 1, got "1.5"']),
+    "heads": ("--n-embd 10 --n-head 4", ["n_embd 10 is not divisible by n_head 4"]),
+    "missing config": ("--config none.yaml", ["none.yaml: no such file"]),
+    "missing text": ("--data none.txt", ["none.txt (--data): no such file"]),
+    "empty text": ("--data {0}/empty.txt", ["{0}/empty.txt (--data): the file is empty"]),
+    "undecodable text": (
+        "--data {0}/latin.txt",
+        [
+            "{0}/latin.txt: not UTF-8 text (byte 0xe9 in line 1): convert it to UTF-8 first, "
+            "for example with iconv"
+        ],
+    ),
+    "directory for a text": (
+        "--data {0}",
+        ["{0} (--data): a directory, where a file is wanted"],
+    ),
+    "short text": (
+        "--data {0}/short.txt --block-size 8",
+        [
+            "the text is too short: its train split has 4 of 5 characters, and block_size 8 needs "
+            "9: lower block_size, change train_split, or take a longer text"
+        ],
+    ),
+    "runs_dir is a file": (
+        "--data {1} --runs-dir {0}/file --block-size 16",
+        [
+            "cannot make a run directory in {0}/file: File exists; name another place with "
+            "--runs-dir"
+        ],
+    ),
+    "no CUDA": (
+        "--data {1} --device cuda",
+        ["--device cuda: PyTorch sees no CUDA device here; try --device auto"],
+    ),
+    "everything at once": (
+        "--seed x --nonsense --config {0}/unknown.json --data none.txt",
+        [
+            "unknown flag --nonsense",
+            '--seed must be a whole number, got "x"',
+            "{0}/unknown.json: unknown key max_itres; did you mean max_iters?",
+            "none.txt (--data): no such file",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "problems"), BAD.values(), ids=BAD.keys())
+def test_a_users_mistake_is_a_line_each_and_exit_status_2(
+    folio, bad_files, text_file, flags, problems
+):
+    words = [word.format(bad_files, text_file) for word in flags.split()]
+    done = folio("train.py", *words)
+    expected = [f"error: {problem.format(bad_files, text_file)}" for problem in problems]
+    assert done.stderr.splitlines() == expected
+    assert (done.returncode, done.stdout) == (2, "")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_mistake_in_a_legacy_file_is_found(folio):
+    Path("config.json").write_text('{"n_layers": 3}', encoding="utf-8")
+    done = folio("train.py")
+    assert done.stderr == "error: config.json: unknown key n_layers; did you mean n_layer?\n"
+    assert done.returncode == 2
+
+
+def test_shadowed_keys_of_a_legacy_file_are_said_and_the_file_can_be_preferred(folio):
+    Path("config.json").write_text('{"n_layer": 3}', encoding="utf-8")
+    shown = folio("train.py", "--show-config").stdout
+    note = shown.splitlines()[0]
+    assert note.startswith("config.json: n_layer also set in configs/")
+    assert "configs/model.json" in next(x for x in shown.splitlines() if x.startswith("  n_layer"))
+    preferred = folio("train.py", "--show-config", "--config", "config.json").stdout
+    line = next(x for x in preferred.splitlines() if x.startswith("  n_layer"))
+    assert line.split() == ["n_layer", "3", "config.json"]
+
+
+def test_dry_run_of_the_command_leaves_nothing_behind(folio, text_file, tmp_path):
+    done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ms a step" in done.stdout
+    assert list(Path.cwd().iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(text_file):
+    command = f"{sys.executable} {CHECKOUT}/train.py --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage: python train.py")
+
+
+def test_parameters_prints_the_schema(folio):
+    assert json.loads(folio("parameters.py").stdout)["title"] == "Folio configuration"

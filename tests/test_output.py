@@ -1,0 +1,139 @@
+"""utils/output.py: what is printed is what was meant.
+
+python -m pytest tests/test_output.py
+"""
+
+import io
+import sys
+
+import pytest
+
+from utils.errors import RunError, UserError
+from utils.output import Output, byte_size, command_for, duration, run_command
+
+AWKWARD = "[bold]not markup[/bold] :smile: " + "long " * 80 + "\x1b[0m 'quoted' https://x.org 😀"
+
+
+def test_text_is_never_markup_never_wrapped_and_never_highlighted():
+    stream = io.StringIO()
+    Output(stream=stream).line(AWKWARD)
+    assert stream.getvalue() == AWKWARD + "\n"
+
+
+def test_the_record_holds_what_was_printed_before_and_after_it_began(tmp_path):
+    output = Output(stream=io.StringIO())
+    output.line("before")
+    output.record_to(tmp_path / "console.txt")
+    output.line(AWKWARD)
+    output.step_line("a step")
+    output.close()
+    recorded = (tmp_path / "console.txt").read_text(encoding="utf-8")
+    assert recorded == f"before\n{AWKWARD}\na step\n"
+
+
+def test_quiet_prints_nothing_and_records_everything(tmp_path, capsys):
+    output = Output(quiet=True)
+    output.record_to(tmp_path / "console.txt")
+    output.line("hello")
+    output.close()
+    assert capsys.readouterr() == ("", "")
+    assert (tmp_path / "console.txt").read_text(encoding="utf-8") == "hello\n"
+
+
+def test_warnings_and_errors_go_to_stderr_and_into_the_record(tmp_path, capsys):
+    output = Output()
+    output.record_to(tmp_path / "console.txt")
+    output.warning("one")
+    output.error("two")
+    output.close()
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "warning: one\nerror: two\n")
+    assert (tmp_path / "console.txt").read_text(encoding="utf-8") == err
+
+
+def test_a_terminal_that_is_not_utf8_gets_question_marks():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Output(stream=stream).line("naïve 😀")
+    stream.seek(0)
+    assert stream.read() == "na?ve ?\n"
+
+
+def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    output = Output(stream=Gone())
+    output.record_to(tmp_path / "console.txt")
+    output.line("one")
+    output.line("two")
+    output.close()
+    assert (tmp_path / "console.txt").read_text(encoding="utf-8") == "one\ntwo\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_step_lines_are_recorded_and_the_bar_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    output = Output(stream=stream)
+    output.record_to(tmp_path / "console.txt")
+    with output.progress(10):
+        output.advance(5, "loss 1.0000")
+        output.step_line("step 5/10")
+        output.line("eval")
+        output._progress.bar.refresh()
+    output.close()
+    assert "loss 1.0000" in stream.getvalue()
+    assert "step 5/10" not in stream.getvalue()
+    assert (tmp_path / "console.txt").read_text(encoding="utf-8") == "step 5/10\neval\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        (UserError("first", "second"), 2, "error: first\nerror: second\n"),
+        (RunError("out of luck"), 1, "error: out of luck\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_a_command_answers_with_lines_and_a_status(raised, status, words, capsys):
+    def command(argv):
+        raise raised
+
+    assert run_command(command, []) == status
+    assert capsys.readouterr() == ("", words)
+
+
+def test_a_bug_is_not_hidden():
+    def command(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(command, [])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (7.4, "0:07"), (754, "12:34"), (3723, "1:02:03")]
+)
+def test_durations_read_like_a_clock(seconds, shown):
+    assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(512, "512 B"), (1500, "1.5 KB"), (20_300_000, "20.3 MB"), (5e12, "5000.0 GB")],
+)
+def test_sizes_read_like_a_disk(count, shown):
+    assert byte_size(count) == shown
+
+
+def test_next_commands_start_this_python_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command_for("train.py").startswith(".venv/bin/python ")
+    assert command_for("tensorboard") == ".venv/bin/tensorboard"

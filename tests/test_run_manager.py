@@ -1,0 +1,228 @@
+"""utils/run_manager.py: a directory of its own for each run, and the record of how it was made.
+
+python -m pytest tests/test_run_manager.py
+"""
+
+import json
+import os
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from parameters import ModelConfig
+from utils import run_manager
+from utils.errors import UserError
+from utils.run_manager import (
+    RunDirectoryCreator,
+    RunIDGenerator,
+    environment_record,
+    git_record,
+    write_full_config,
+)
+
+NOW = datetime(2026, 1, 31, 23, 59, 58)
+
+
+# The directory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        (None, "20260131_235958"),
+        ("baseline", "20260131_235958_baseline"),
+        ("a b/c\\d:e", "20260131_235958_a-b-c-d-e"),
+        ("../../etc", "20260131_235958_etc"),
+        ("...", "20260131_235958"),
+        ("première", "20260131_235958_première"),
+        ("x" * 300, "20260131_235958_" + "x" * 60),
+        ("line\nbreak\x00", "20260131_235958_line-break"),
+    ],
+)
+def test_a_run_is_named_by_time_and_sanitised_tag(tag, expected):
+    assert RunIDGenerator.generate(tag, NOW) == expected
+
+
+def test_a_second_run_of_the_same_name_gets_a_number(tmp_path):
+    creator = RunDirectoryCreator(tmp_path / "runs")
+    names = [creator.create("r").run_id for _ in range(3)]
+    assert names == ["r", "r_2", "r_3"]
+
+
+def _start(runs_dir: Path) -> str:
+    return RunDirectoryCreator(runs_dir).create("same").run_id
+
+
+def test_twenty_simultaneous_starts_give_twenty_directories(tmp_path):
+    with ProcessPoolExecutor(8) as pool:
+        names = list(pool.map(_start, [tmp_path / "runs"] * 20))
+    assert len(set(names)) == 20
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+
+
+def test_a_run_directory_has_the_documented_shape(tmp_path):
+    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    assert run.tensorboard.is_dir()
+    assert run.meta.is_dir()
+    assert run.export.parent.is_dir()
+    assert {path.name for path in run.path.iterdir()} == {"artifacts", "logs", "meta"}
+
+
+def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
+        with pytest.raises(UserError, match="--runs-dir"):
+            RunDirectoryCreator(place).create("r")
+
+
+# The record -----------------------------------------------------------------------------------
+
+
+def test_the_environment_record_holds_no_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
+    record = environment_record({"device": "CPU"})
+    assert "hf_secret_value" not in record
+    assert "HF_TOKEN" not in record
+    assert "device: CPU" in record
+    assert "python: 3." in record
+    assert "pydantic==" in record
+
+
+def test_full_config_names_no_run_and_keeps_the_sources(tmp_path):
+    config = ModelConfig(run_tag="secret-plan", n_layer=3)
+    sources = dict.fromkeys(ModelConfig.model_fields, "default") | {"n_layer": "--n-layer"}
+    write_full_config(tmp_path / "c.json", config, sources, {"run_id": "r"})
+    record = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert record["config"]["n_layer"] == 3
+    assert record["sources"]["n_layer"] == "--n-layer"
+    assert record["run"] == {"run_id": "r"}
+    assert record["config"].keys() == record["sources"].keys()
+    assert not {"run_tag", "runs_dir"} & record["config"].keys()
+
+
+# Git ------------------------------------------------------------------------------------------
+
+
+def git(directory: Path, *words: str) -> str:
+    environment = {
+        **os.environ,
+        **{f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME",)},
+        **{f"GIT_{who}_EMAIL": "t@example.org" for who in ("AUTHOR", "COMMITTER")},
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
+    done = subprocess.run(
+        ["git", *words], cwd=directory, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def repo(tmp_path) -> Path:
+    """A repository with one commit of two files."""
+    path = tmp_path / "repo"
+    path.mkdir()
+    git(path, "init", "-q", "-b", "trunk")
+    (path / "code.py").write_text("one\ntwo\n", encoding="utf-8")
+    (path / "blob.bin").write_bytes(bytes(range(256)))
+    git(path, "add", ".")
+    git(path, "commit", "-qm", "first")
+    return path
+
+
+def test_a_clean_checkout_is_its_commit(repo):
+    record = git_record(repo).decode()
+    assert f"commit: {git(repo, 'rev-parse', 'HEAD').strip()}" in record
+    assert "branch: trunk" in record
+    assert "dirty: no" in record
+
+
+@pytest.mark.parametrize("setting", [None, "diff.noprefix", "diff.mnemonicPrefix", "color.ui"])
+def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
+    if setting:
+        git(repo, "config", setting, "always" if setting == "color.ui" else "true")
+    (repo / "code.py").write_bytes(b"one\ntwo and \xe9\nno newline at the end")
+    (repo / "blob.bin").write_bytes(bytes(reversed(range(256))))
+    (repo / "new.py").write_text("staged\n", encoding="utf-8")
+    git(repo, "add", "new.py")
+    (repo / "stray.txt").touch()
+    record = git_record(repo)
+    assert b"dirty: yes (3 changed, 1 untracked)" in record
+    assert b"untracked:\n  stray.txt" in record
+    git(repo, "clone", "-q", ".", str(tmp_path / "clone"))
+    (tmp_path / "git.txt").write_bytes(record)
+    git(tmp_path / "clone", "apply", str(tmp_path / "git.txt"))
+    for name in ("code.py", "blob.bin", "new.py"):
+        assert (tmp_path / "clone" / name).read_bytes() == (repo / name).read_bytes()
+
+
+def test_a_huge_diff_is_capped_and_said_so(repo, monkeypatch):
+    monkeypatch.setattr(run_manager, "DIFF_LIMIT", 1000)
+    (repo / "code.py").write_text("line\n" * 10_000, encoding="utf-8")
+    record = git_record(repo)
+    assert b"diff: over 1000 bytes and cut there" in record
+    assert len(record) < 2000
+
+
+def test_many_untracked_files_are_counted(repo, monkeypatch):
+    monkeypatch.setattr(run_manager, "UNTRACKED_LIMIT", 3)
+    for number in range(9):
+        (repo / f"{number}.txt").touch()
+    assert "and 6 more" in git_record(repo).decode()
+
+
+def test_a_detached_head_is_recorded(repo):
+    git(repo, "checkout", "-q", "--detach")
+    record = git_record(repo).decode()
+    assert "branch: (detached)" in record
+    assert git(repo, "rev-parse", "HEAD").strip() in record
+
+
+def test_a_repository_without_commits_is_recorded(tmp_path):
+    git(tmp_path, "init", "-q", "-b", "trunk")
+    (tmp_path / "new.py").touch()
+    record = git_record(tmp_path).decode()
+    assert "commit: (none yet)" in record
+    assert "new.py" in record
+
+
+def test_a_worktree_is_recorded(repo, tmp_path):
+    git(repo, "worktree", "add", "-q", "-b", "side", str(tmp_path / "side"))
+    assert "branch: side" in git_record(tmp_path / "side").decode()
+
+
+def test_a_directory_inside_a_repository_is_recorded(repo):
+    (repo / "inner").mkdir()
+    assert "branch: trunk" in git_record(repo / "inner").decode()
+
+
+def test_code_outside_git_is_recorded_as_such(tmp_path):
+    assert git_record(tmp_path) == b"git: unavailable: the code is not in a git repository\n"
+
+
+def test_a_repository_of_dubious_ownership_is_recorded_as_such(repo, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    record = git_record(repo).decode()
+    assert record.startswith("git: unavailable: ")
+    assert "dubious ownership" in record
+
+
+def test_a_machine_without_git_is_recorded_as_such(repo, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(__import__("sys").modules, "git", None)  # its import fails without git
+    assert git_record(repo).startswith(b"git: unavailable: git is not installed")
+
+
+def test_a_git_that_hangs_is_given_up(repo, monkeypatch, tmp_path):
+    fake = tmp_path / "bin" / "git"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nexec sleep 60\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(run_manager, "GIT_SECONDS", 1)
+    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    started = datetime.now()
+    assert git_record(repo).startswith(b"git: unavailable: ")
+    assert (datetime.now() - started).total_seconds() < 20

@@ -1,0 +1,114 @@
+"""tokenizer.py: text to ids and back, for any text.
+
+python -m pytest tests/test_tokenizer.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenizer import CharTokenizer, create_tokenizer, from_state
+from utils.errors import UserError
+
+TEXTS = {
+    "ascii": "to be, or not to be\n",
+    "crlf": "one\r\ntwo\r\n",
+    "emoji": "a 😀 b 👩‍👩‍👧 c",
+    "combining": "e\u0301 é o\u0308",
+    "right to left": "שלום עולם العربية",
+    "nul and controls": "a\x00b\x1b[31m",
+    "the last code point": "a\U0010ffff",
+    "one character": "x",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_decoding_inverts_encoding(text):
+    tokenizer = create_tokenizer(text)
+    ids = tokenizer.encode(text)
+    assert ids.shape == (len(text),)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.vocab_size == len(set(text))
+
+
+@given(st.text(min_size=1))
+def test_decoding_inverts_encoding_of_anything(text):
+    tokenizer = create_tokenizer(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_follow_the_order_of_the_characters():
+    assert create_tokenizer("cab").chars == ["a", "b", "c"]
+    assert create_tokenizer("cab").encode("abc").tolist() == [0, 1, 2]
+
+
+def test_a_text_longer_than_a_chunk_is_encoded_whole():
+    text = "abcé" * 50_000
+    tokenizer = create_tokenizer(text)
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == [tokenizer.chars.index(char) for char in text]
+
+
+def test_the_empty_text_has_no_ids():
+    tokenizer = create_tokenizer("ab")
+    assert tokenizer.encode("").shape == (0,)
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(255, np.uint8), (256, np.uint16), (257, np.uint16)])
+def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
+    text = "".join(chr(0x4E00 + i) for i in range(size))
+    tokenizer = create_tokenizer(text)
+    assert tokenizer.encode(text).dtype == dtype
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(UserError):
+        tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("unknown", ["A", "\u00e9", "\U0001f600", "`"])
+def test_an_unknown_character_is_listed(unknown):
+    with pytest.raises(UserError, match="does not know") as caught:
+        create_tokenizer("abz").encode("ab" + unknown)
+    assert repr(unknown) in str(caught.value)
+
+
+def test_many_unknown_characters_are_counted_not_listed():
+    with pytest.raises(UserError, match="and 6 more"):
+        create_tokenizer("é").encode("abcdefghijklmnopqrstuvwxyz")
+
+
+def test_the_state_goes_through_tokenizer_json(tmp_path):
+    tokenizer = create_tokenizer('a"\\\n😀\u2028')
+    tokenizer.save(tmp_path / "tokenizer.json")
+    state = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert state == {"token_kind": "char", "chars": sorted('a"\\\n😀\u2028')}
+    assert from_state(state).chars == tokenizer.chars
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"token_kind": "bpe"},
+        {"token_kind": "char"},
+        {"token_kind": "char", "chars": ["ab"]},
+        {"token_kind": "char", "chars": [1]},
+        {"token_kind": "char", "chars": ["a", "a"]},
+    ],
+)
+def test_a_broken_state_is_refused(state):
+    with pytest.raises(UserError):
+        from_state(state)
+
+
+def test_token_bytes_are_utf8_lengths():
+    assert CharTokenizer(["a", "é", "€", "😀"]).token_bytes.tolist() == [1, 2, 3, 4]
+
+
+def test_no_text_makes_no_tokenizer():
+    with pytest.raises(UserError):
+        create_tokenizer("")

@@ -1,0 +1,434 @@
+"""train.py: the run, from a text to an export, and every way it can end.
+
+python -m pytest tests/test_train.py
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKOUT, TINY_FLAGS
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as train_module
+from config import ConfigLoader, LoadedConfig
+from train import TrainResult, dry_run, estimate_loss, set_up, train, training_step
+from utils.errors import RunError, UserError
+from utils.run_manager import RunDirectory, RunDirectoryCreator
+from utils.tracking.tensorboard import TensorBoardTracker
+
+
+def metrics(result: TrainResult) -> list[dict]:
+    text = RunDirectory(result.run_dir).metrics.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [line["loss/train"] for line in metrics(result) if "loss/train" in line]
+
+
+def console(run_dir: Path) -> str:
+    return (run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
+
+
+# A whole run ----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_exactly_the_documented_files(tiny, quiet):
+    result = train(tiny(run_tag="my tag"), output=quiet)
+    assert result.run_dir.name.endswith("_my-tag")
+    files = sorted(
+        str(path.relative_to(result.run_dir))
+        for path in result.run_dir.rglob("*")
+        if path.is_file()
+    )
+    (events,) = [name for name in files if "tfevents" in name]
+    assert events.startswith("logs/tensorboard/")
+    files.remove(events)
+    assert files == [
+        "artifacts/export/config.json",
+        "artifacts/export/model.safetensors",
+        "artifacts/export/tokenizer.json",
+        "artifacts/export/training_state.json",
+        "logs/console.txt",
+        "logs/metrics.jsonl",
+        "meta/env.txt",
+        "meta/full_config.json",
+        "meta/git.txt",
+    ]
+    assert list(Path("runs").iterdir()) == [result.run_dir]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["runs"]
+
+
+def test_the_model_learns(tiny, quiet):
+    result = train(tiny(max_iters=150, learning_rate=1e-2, n_embd=32), output=quiet)
+    assert losses(result)[0] > 3
+    assert result.val_loss < 1.5
+    assert result.exit_status == 0
+    assert result.step == 150
+
+
+GOLDEN = [3.3351, 3.3277, 3.3213, 3.3288, 3.2957, 3.2973]
+
+
+def test_the_losses_of_a_small_run_are_the_golden_ones(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    assert losses(result) == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_the_same_config_gives_the_same_bits(tiny, quiet):
+    one, two = (train(tiny(dropout=0.2), output=quiet) for _ in range(2))
+    assert losses(one) == losses(two)
+    first, second = (load_file(r.export_dir / "model.safetensors") for r in (one, two))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_recorded_config_trains_the_same_model_again(tiny, quiet):
+    first = train(tiny(dropout=0.1, seed=5, run_tag="first"), output=quiet)
+    loaded = ConfigLoader().load(config_file=str(first.run_dir / "meta" / "full_config.json"))
+    again = train(loaded.config, loaded=loaded, output=quiet)
+    assert losses(again) == losses(first)
+    assert again.run_dir != first.run_dir
+    assert "first" not in again.run_dir.name
+
+
+def test_a_rerun_on_another_text_is_warned_of(tiny, quiet, text_file, capsys):
+    first = train(tiny(), output=quiet)
+    record = str(first.run_dir / "meta" / "full_config.json")
+    text_file.write_text("something else entirely, " * 100, encoding="utf-8")
+    loaded = ConfigLoader().load(config_file=record)
+    second = train(loaded.config, loaded=loaded, output=quiet)
+    assert f"is not the text of run {first.run_dir.name}" in console(second.run_dir)
+
+
+@pytest.mark.parametrize("changes", [{"eval_interval": 1}, {"eval_iters": 0}, {"log_interval": 5}])
+@pytest.mark.parametrize("sample_interval", [0, 1])
+def test_looking_more_often_changes_nothing_that_is_learned(tiny, quiet, changes, sample_interval):
+    usual = train(tiny(dropout=0.2), output=quiet)
+    other = train(tiny(dropout=0.2, **changes, sample_interval=sample_interval), output=quiet)
+    assert losses(other) == losses(usual)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_change_memory_and_not_what_is_learned(tiny, quiet, micro):
+    whole = train(tiny(), output=quiet)
+    parts = train(tiny(micro_batch_size=micro), output=quiet)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    norms = [[m["grad_norm"] for m in metrics(r) if "grad_norm" in m] for r in (whole, parts)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_torch_compile_keeps_the_names_of_the_weights_and_is_recorded(tiny, quiet):
+    result = train(tiny(torch_compile=True), output=quiet)
+    plain = train(tiny(), output=quiet)
+    assert losses(result) == pytest.approx(losses(plain), rel=1e-4)
+    names = [list(load_file(r.export_dir / "model.safetensors")) for r in (result, plain)]
+    assert names[0] == names[1]
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record["run"]["torch_compile"] == "aot_eager"
+
+
+# Evaluation and export ------------------------------------------------------------------------
+
+
+def test_evaluations_come_every_interval_and_at_the_last_step(tiny, quiet):
+    result = train(tiny(max_iters=7, eval_interval=3), output=quiet)
+    evaluated = [line["step"] for line in metrics(result) if "eval/val_loss" in line]
+    assert evaluated == [3, 6, 7]
+    last_only = train(tiny(max_iters=7, eval_interval=0), output=quiet)
+    assert [m["step"] for m in metrics(last_only) if "eval/val_loss" in m] == [7]
+
+
+def test_the_whole_split_evaluation_is_the_mean_over_every_target(tiny):
+    config = tiny(eval_iters=0, batch_size=3)
+    setup = set_up(config)
+    val = torch.from_numpy(setup.data.splits["val"].astype("int64"))
+    total = 0.0
+    for start in range(0, len(val) - 1, 16):
+        window = val[start : start + 17]
+        _, loss = setup.model(window[None, :-1], window[None, 1:])
+        total += loss.item() * (len(window) - 1)
+    expected = total / (len(val) - 1)
+    assert estimate_loss(setup.model, setup.data, config)["val"] == pytest.approx(expected, 1e-5)
+
+
+def test_the_export_is_the_step_with_the_lowest_val_loss(tiny, quiet, monkeypatch):
+    scripted = iter([3.0, 1.0, 2.0])
+    schedule = {"lr_schedule": "constant"}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
+        )
+        result = train(tiny(max_iters=6, eval_interval=2, **schedule), output=quiet)
+    assert (result.best_step, result.best_val_loss, result.val_loss) == (4, 1.0, 2.0)
+    state = json.loads((result.export_dir / "training_state.json").read_text(encoding="utf-8"))
+    assert (state["step"], state["best_val_loss"]) == (4, 1.0)
+    assert "at step 4" in console(result.run_dir)
+    four = train(tiny(max_iters=4, eval_interval=0, **schedule), output=quiet)
+    best, expected = (load_file(r.export_dir / "model.safetensors") for r in (result, four))
+    assert all(torch.equal(best[name], expected[name]) for name in expected)
+
+
+def test_the_training_state_has_the_documented_fields(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    state = json.loads((result.export_dir / "training_state.json").read_text(encoding="utf-8"))
+    expected = "format_version step optimizer_file best_val_loss val_loss run_id lineage files"
+    assert {*expected.split(), "training_config"} == state.keys()
+    expected = "max_iters eval_interval eval_iters learning_rate start_step"
+    assert set(expected.split()) <= state["training_config"].keys()
+    assert state["run_id"] == result.run_dir.name
+
+
+def test_losses_are_also_told_as_bits_per_byte(tiny, quiet, text_file):
+    text_file.write_text("é" * 3000, encoding="utf-8")  # two bytes a character
+    result = train(tiny(), output=quiet)
+    last = [line for line in metrics(result) if "eval/val_loss" in line][-1]
+    nats = last["eval/val_loss"]
+    assert last["eval/val_bits_per_byte"] == pytest.approx(nats / 0.693147 / 2, rel=1e-4)
+
+
+def test_every_step_reaches_tensorboard(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    directory = RunDirectory(result.run_dir).tensorboard
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(losses(result))
+    wanted = {"learning_rate", "grad_norm", "tokens_per_second", "eval/train_loss", "eval/val_loss"}
+    assert wanted <= set(events.Tags()["scalars"])
+
+
+# The record -----------------------------------------------------------------------------------
+
+
+def test_the_record_names_text_command_and_sources(tiny, quiet, text_file):
+    config = tiny()
+    sources = dict.fromkeys(type(config).model_fields, "default") | {"n_layer": "--n-layer"}
+    argv = ["--n-layer", "2"]
+    result = train(config, loaded=LoadedConfig(config, sources), argv=argv, output=quiet)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record.keys() == {"config", "sources", "run"}
+    assert record["sources"]["n_layer"] == "--n-layer"
+    assert record["run"]["argv"] == argv
+    assert record["run"]["data"]["path"] == str(text_file.resolve())
+    assert len(record["run"]["data"]["sha256"]) == 64
+    assert "python: 3." in (result.run_dir / "meta" / "env.txt").read_text(encoding="utf-8")
+    assert "commit: " in (result.run_dir / "meta" / "git.txt").read_text(errors="replace")
+
+
+def test_no_secret_of_the_environment_is_recorded(tiny, quiet, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_that_must_not_leak")
+    result = train(tiny(), output=quiet)
+    for path in result.run_dir.rglob("*"):
+        if path.is_file():
+            assert b"hf_a_secret_that_must_not_leak" not in path.read_bytes(), path
+
+
+def test_epochs_become_steps_in_the_record(tiny, quiet):
+    result = train(tiny(max_iters=None, epochs=0.1), output=quiet)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    expected = -(-int(5370 * 0.9) // (10 * 4 * 16))
+    assert result.step == record["config"]["max_iters"] == expected
+    assert record["config"]["epochs"] is None
+    assert record["sources"]["max_iters"] == "epochs 0.1 (train())"
+
+
+def test_max_minutes_alone_become_steps_in_the_record(tiny, quiet):
+    result = train(tiny(max_iters=None, max_minutes=0.01), output=quiet)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record["config"]["max_iters"] >= result.step >= 1
+    assert record["config"]["max_minutes"] is None
+    assert record["sources"]["max_iters"] == "max_minutes 0.01 (train())"
+
+
+def test_max_minutes_beside_max_iters_are_a_time_limit(tiny, quiet):
+    result = train(tiny(max_iters=10**6, eval_interval=0, max_minutes=0.01), output=quiet)
+    assert 1 <= result.step < 10**6
+    assert result.exit_status == 0
+    assert f"Stopped after step {result.step:,}" in console(result.run_dir)
+    assert (result.export_dir / "model.safetensors").exists()
+
+
+def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    text = console(result.run_dir)
+    for words in ("Model ", "Text ", "Device CPU", "step 2/6", "eval 6/6", "--- sample at step 6"):
+        assert words in text, words
+    assert text.count("--- sample at") == 1
+    assert f"inference.py --run {result.run_dir}" in text
+
+
+def test_samples_are_printed_at_evaluations_when_asked_for(tiny, quiet):
+    result = train(tiny(max_iters=9, eval_interval=2, sample_interval=4), output=quiet)
+    text = console(result.run_dir)
+    assert [n for n in range(1, 10) if f"--- sample at step {n} ---" in text] == [4, 8, 9]
+
+
+def test_num_threads_is_obeyed(tiny, quiet):
+    train(tiny(num_threads=2), output=quiet)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(tiny, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    config = tiny()
+    said = dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
+    for words in ("n_layer", "parameters", "Memory ", "passes over the text", "Time ", "ms a step"):
+        assert words in said, words
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Ways to end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data": "none.txt"}, {"block_size": 10**6}, {"device": "cuda:7"}]
+)
+def test_a_users_mistake_leaves_no_run_directory(tiny, quiet, changes):
+    with pytest.raises(UserError):
+        train(tiny(**changes), output=quiet)
+    assert not Path("runs").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_export(
+    tiny, quiet, monkeypatch
+):
+    def diverging(setup, step):
+        loss, grad_norm = training_step(setup, step)
+        return (loss * float("nan") if step == 3 else loss), grad_norm
+
+    monkeypatch.setattr(train_module, "training_step", diverging)
+    with pytest.raises(RunError, match="the loss is nan at step 4: the run cannot go on"):
+        train(tiny(eval_interval=2), output=quiet)
+    (run_dir,) = Path("runs").iterdir()
+    assert "error: the loss is nan at step 4" in console(run_dir)
+    state = json.loads((run_dir / "artifacts/export/training_state.json").read_text("utf-8"))
+    assert state["step"] == 2
+
+
+def test_a_run_that_really_diverges_ends_with_one_line(tiny, quiet):
+    with pytest.raises(RunError, match="step"):
+        train(tiny(learning_rate=1e30, warmup_iters=0, grad_clip=0.0), output=quiet)
+
+
+def interrupting(monkeypatch, at: int, number: int, times: int = 1):
+    """Send ourselves a signal during the step `at`."""
+
+    def step(setup, index):
+        if index == at:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+        return training_step(setup, index)
+
+    monkeypatch.setattr(train_module, "training_step", step)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_closes(tiny, quiet, monkeypatch, number, status):
+    interrupting(monkeypatch, 1, number)
+    before = signal.getsignal(number)
+    result = train(tiny(), output=quiet)
+    assert (result.step, result.exit_status) == (2, status)
+    assert len(losses(result)) == 2
+    state = json.loads((result.export_dir / "training_state.json").read_text(encoding="utf-8"))
+    assert state["step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_aborts(tiny, quiet, monkeypatch):
+    interrupting(monkeypatch, 1, signal.SIGINT, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), output=quiet)
+
+
+def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_module, "training_step", no_memory)
+    with pytest.raises(RunError, match="lower micro_batch_size") as caught:
+        train(tiny(), output=quiet)
+    for name in ("block_size", "n_embd", "n_layer"):
+        assert name in str(caught.value)
+
+
+def test_a_real_allocation_that_fails_is_out_of_memory_too(tiny, quiet):
+    with pytest.raises(RunError, match="out of memory"):
+        train(tiny(n_embd=2**21), output=quiet)
+    assert not Path("runs").exists()
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    real = RunDirectoryCreator.create
+
+    def on_a_full_disk(self, run_id):
+        run = real(self, run_id)
+        run.metrics.symlink_to("/dev/full")
+        return run
+
+    monkeypatch.setattr(RunDirectoryCreator, "create", on_a_full_disk)
+    closed = []
+    monkeypatch.setattr(TensorBoardTracker, "close", lambda self: closed.append(True))
+    with pytest.raises(RunError, match="cannot be written: No space left on device"):
+        train(tiny(), output=quiet)
+    assert closed == [True]
+    (run_dir,) = Path("runs").iterdir()
+    assert "error: the run's files cannot be written" in console(run_dir)
+
+
+@pytest.mark.parametrize("call", ["__init__", "log", "log_text", "flush", "close"])
+def test_a_tensorboard_that_fails_costs_a_warning_and_not_the_run(tiny, quiet, monkeypatch, call):
+    def broken(*args, **kwargs):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(TensorBoardTracker, call, broken)
+    result = train(tiny(), output=quiet)
+    assert result.step == 6
+    text = console(result.run_dir)
+    assert text.count("warning: TensorBoard failed and is left out from here on: disk gone") == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, RunError])
+def test_trackers_are_closed_whatever_happens(tiny, quiet, monkeypatch, error):
+    closed = []
+    monkeypatch.setattr(TensorBoardTracker, "close", lambda self: closed.append(True))
+
+    def fail(*_):
+        raise error("x")
+
+    monkeypatch.setattr(train_module, "training_step", fail)
+    with pytest.raises(error):
+        train(tiny(), output=quiet)
+    assert closed == [True]
+
+
+def test_ctrl_c_of_the_real_command_exits_with_130_and_leaves_a_model(text_file):
+    flags = [*TINY_FLAGS, "--max-iters=1000000", "--eval-interval=0", "--log-interval=10"]
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "Stopped after step" in out
+    (run_dir,) = Path("runs").iterdir()
+    assert (run_dir / "artifacts" / "export" / "model.safetensors").exists()
