@@ -15,7 +15,7 @@ from pydantic import Field
 
 from bundle import find_bundle, newest_export
 from config import CommandLine
-from parameters import Count, Positive, Seed, Settings
+from parameters import Count, Device, Positive, Seed, Settings
 from utils.errors import UserError
 from utils.output import Output, run_command
 
@@ -47,7 +47,7 @@ class InferenceConfig(Settings):
     seed: Seed = 1337
     """The same seed gives the same text."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
 

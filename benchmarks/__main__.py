@@ -1,0 +1,40 @@
+"""Measure what the README claims, on this machine.
+
+python -m benchmarks                  # all that need no file
+python -m benchmarks startup encoding
+python -m benchmarks nanogpt_cpu --data tinyshakespeare.txt
+"""
+
+import argparse
+import importlib
+import subprocess
+from datetime import date
+from pathlib import Path
+
+from utils.device import processor_name
+
+BENCHMARKS = ("startup", "encoding", "logging_cost", "nanogpt_cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--data", help="the text for nanogpt_cpu: Tiny Shakespeare")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARKS):
+        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(f"{processor_name()}, {date.today()}, commit {commit.stdout.strip() or 'unknown'}")
+    for name in arguments.names or BENCHMARKS:
+        print(f"\n{name}")
+        importlib.import_module(f"benchmarks.{name}").run(arguments.data)
+
+
+if __name__ == "__main__":
+    main()

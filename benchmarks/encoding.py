@@ -1,0 +1,28 @@
+"""How fast text becomes ids and ids become text, on one core."""
+
+import time
+
+from data import sample_corpus
+from tokenizer import create_tokenizer
+
+REPEATS = 5
+
+
+def run(data: str | None) -> None:
+    text = sample_corpus() * 5
+    megabytes = len(text.encode("utf-8")) / 1e6
+    tokenizer = create_tokenizer(text)
+    ids = tokenizer.encode(text)
+    for name, work in (
+        ("create_tokenizer", lambda: create_tokenizer(text)),
+        ("encode", lambda: tokenizer.encode(text)),
+        ("decode", lambda: tokenizer.decode(ids)),
+    ):
+        best = min(_seconds(work) for _ in range(REPEATS))
+        print(f"  {name:<18} {megabytes / best:6.0f} MB/s of {megabytes:.0f} MB")
+
+
+def _seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,135 @@
+"""README.md: what it tells people to type works.
+
+python -m pytest tests/test_readme.py
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, LINES
+
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def checked_out_files() -> list[Path]:
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [Path(name) for name in names.stdout.splitlines() if (CHECKOUT / name).exists()]
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A copy of the checkout whose configs/ make a model that trains in a second."""
+    target = tmp_path / "folio"
+    for name in checked_out_files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, target / name)
+    small = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 16, "batch_size": 2}
+    small |= {"max_iters": 4, "warmup_iters": 1, "eval_interval": 2, "eval_iters": 1}
+    for path in (target / "configs").glob("*.*"):
+        if path.name != "schema.json":
+            text = path.read_text(encoding="utf-8")
+            for name, value in small.items():
+                text = re.sub(rf'^(\s*"?{name}"?: )[^,\s]+', rf"\g<1>{value}", text, flags=re.M)
+            path.write_text(text, encoding="utf-8")
+    (target / "input.txt").write_text("ROMEO:\n" + LINES * 20, encoding="utf-8")
+    return target
+
+
+def test_every_command_of_the_readme_works_in_its_order(clone):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] != "python" or words[1] == "-m":
+            continue
+        for flag, value in zip(words, words[1:], strict=False):
+            if flag == "--data":
+                (clone / value).write_text(LINES * 20, encoding="utf-8")
+        done = subprocess.run(
+            command, shell=True, cwd=clone, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 8
+
+
+def test_every_other_command_of_the_readme_is_known():
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            subprocess.run(["make", "-n", words[1]], cwd=CHECKOUT, check=True, capture_output=True)
+        elif words[0] == "tensorboard":
+            assert (Path(sys.executable).parent / "tensorboard").exists()
+        elif words[0] == "pip":
+            files = [word for word in words if word.endswith(".txt")]
+            assert all((CHECKOUT / name).exists() for name in files)
+            assert files
+        elif words[:2] == ["python", "-m"]:
+            assert words[2] in ("venv", "benchmarks")
+        else:
+            assert words[0] in ("python", "git", "cd", "source"), command
+
+
+def test_every_file_the_readme_names_exists():
+    tree = re.search(r"```text\n(folio.*?)```", README, re.DOTALL)
+    assert tree
+    names = re.findall(r"^[├└│─ ]+([\w./]+)", tree[1], re.MULTILINE)
+    assert len(names) > 15
+    everything = {str(path) for path in checked_out_files()}
+    for name in names:
+        known = any(name.rstrip("/") in (path, *path.split("/")) for path in everything)
+        assert known or (CHECKOUT / name).exists(), name
+
+
+def test_the_help_of_make_lists_the_targets():
+    done = subprocess.run(["make"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    for target in ("train", "test", "venv", "lint", "bench", "help"):
+        assert re.search(rf"^{target}\s", done.stdout, re.MULTILINE), target
+
+
+@pytest.mark.slow
+def test_make_train_on_a_fresh_clone_does_everything(tmp_path):
+    """Needs the package registry: it installs all that training needs."""
+    target = tmp_path / "fresh"
+    for name in checked_out_files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, target / name)
+    flags = "ARGS=--run-tag fresh --max-iters 30 --eval-iters 2"
+    keep = ("PATH", "HOME", "LANG")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in keep or name.startswith(("PIP_", "SSL_"))
+    }
+    done = subprocess.run(
+        ["make", "train", flags], cwd=target, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = (target / "runs").iterdir()
+    assert (run_dir / "artifacts" / "export" / "model.safetensors").exists()
+    (packages,) = (target / ".venv").glob("lib/*/site-packages")
+    for name in ("config.py", "train.py", "utils", "data.py", "benchmarks", "tests"):
+        assert not (packages / name).exists(), name
+    told = done.stdout.partition("Next:\n")[2].splitlines()[0].strip()
+    spoken = subprocess.run(told, shell=True, cwd=target, capture_output=True, text=True)
+    assert spoken.returncode == 0, spoken.stderr
+    assert len(spoken.stdout) > 100
