@@ -167,6 +167,8 @@ def run_steps(setup: Setup, run: RunDirectory, log: RunLog, output: Output) -> T
             is_last = done == config.max_iters or out_of_time or stop.requested
             if not (is_last or is_due(done, config.eval_interval)):
                 continue
+            if stop.requested:
+                output.line(f"Stopping after step {done}: saving; Ctrl-C once more aborts")
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
             losses = estimate_loss(model, data, config)
             is_best = losses["val"] < best_val_loss
