@@ -509,8 +509,11 @@ def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
                 f"n_layer ({config.n_layer})"
             ) from error
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise RunError(f"the run's files cannot be written: {reason}") from error
+            # safetensors writes through Rust, and tells the system's reason last.
+            reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
+            raise RunError(
+                f"the run's files cannot be written: {reason}; what was saved before is untouched"
+            ) from error
     except RunError as error:
         with contextlib.suppress(OSError):  # where the disk is full, so is the record
             output.record(f"error: {error}")
