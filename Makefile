@@ -41,7 +41,7 @@ clean: ## Remove .venv and caches; runs and checkpoints stay
 
 # One stamp for each set of dependencies: an edit of SOURCES installs again, nothing else does.
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Folio needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Folio needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: $(VENV)/bin/python $(SOURCES)
