@@ -37,7 +37,7 @@ class Architecture(Settings):
     architecture: Literal["gpt2"] = "gpt2"
     """The family of the network. gpt2: learned positions, pre-norm blocks, LayerNorm."""
 
-    block_size: Positive = 128
+    block_size: Positive = 64
     """Context length T, in tokens: how far back the model sees."""
 
     n_embd: Positive = 128
@@ -84,7 +84,7 @@ class Training(Settings):
     micro_batch_size: Positive | None = None
     """Sequences in memory at once; the step accumulates the rest. null: batch_size."""
 
-    max_iters: Positive | None = 2000
+    max_iters: Positive | None = 2500
     """Steps to train. null: as epochs or max_minutes say."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -93,7 +93,7 @@ class Training(Settings):
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Instead of max_iters: train for about this long. With max_iters or epochs: a time limit."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """The highest learning rate, reached at the end of the warm-up."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
