@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from parameters import Architecture, ModelConfig
 from utils.errors import UserError
 from utils.files import directory_written_whole, write_atomic
@@ -75,9 +77,9 @@ def write_bundle(
 
 
 def read_bundle(directory: Path) -> Bundle:
-    """Read and check everything but the weights.
+    """Read a bundle, all but its weights, and check that all its files are of one model.
 
-    Raises `UserError` that names the file that is missing, damaged or too new.
+    Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such model directory")
@@ -90,16 +92,32 @@ def read_bundle(directory: Path) -> Bundle:
             f"{directory / STATE_FILE}: format_version {state.get('format_version')!r}, "
             f"this Folio reads {FORMAT_VERSION}"
         )
+    _check_files(directory, state.get("files"))
     values = _read_json(directory / CONFIG_FILE)
     vocab_size = values.pop("vocab_size", None)
     known = {*Architecture.model_fields, *_ALSO_RECORDED}
-    try:
-        config = ModelConfig(**{name: values[name] for name in known if name in values})
-    except ValueError as error:
-        raise UserError(f"{directory / CONFIG_FILE}: {str(error).splitlines()[0]}") from None
-    if not isinstance(vocab_size, int) or values.keys() - known:
+    if not isinstance(vocab_size, int) or values.keys() != known:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
+    del values["device"]  # recorded, never binding: a model loads on any
+    try:
+        config = ModelConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{directory / CONFIG_FILE}: {where}: {problem['msg']}") from None
     return Bundle(directory, config, vocab_size, _read_json(directory / TOKENIZER_FILE), state)
+
+
+def _check_files(directory: Path, recorded: Any) -> None:
+    """Compare each file with the SHA-256 that was recorded when all were written together."""
+    if not isinstance(recorded, dict):
+        raise UserError(f"{directory / STATE_FILE}: cannot be read: no record of the other files")
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        if _sha256(directory / name) != recorded.get(name):
+            raise UserError(
+                f"{directory / name}: not the file that was saved with this model: it was changed, "
+                "damaged, or comes from another one"
+            )
 
 
 def newest_export(runs_dir: Path) -> Path:
@@ -130,7 +148,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: cannot be read: not a JSON object")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -56,15 +56,23 @@ class LoadedConfig:
 # Files
 
 
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-3` is a number, and a key stands once."""
+    """YAML with the numbers of everyday, and no key twice.
 
-    # YAML 1.1, which PyYAML reads, wants a dot in every float; YAML 1.2 and everybody else do not.
+    PyYAML reads YAML 1.1, where `1e-3` is text, `017` is fifteen and `1:30` is ninety. These are
+    the numbers of YAML 1.2; its words (yes, no, on, off) stay what PyYAML takes them for.
+    """
+
     yaml_implicit_resolvers = {
-        first: [*rules, ("tag:yaml.org,2002:float", _FLOAT)] if first in "-+.0123456789" else rules
+        first: [rule for rule in rules if not rule[0].endswith((":int", ":float"))]
+        + [("tag:yaml.org,2002:int", _INT), ("tag:yaml.org,2002:float", _FLOAT)]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -88,13 +96,15 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     """Read a YAML or JSON file of flat keys, without judging them.
 
-    Raises `UserError` for a file that is missing, unreadable, or no mapping.
+    Raises `UserError`, which calls the file `shown`, where it is missing, unreadable, or no
+    mapping.
     """
+    shown = shown or str(path)
     if problem := text_file_problem(path):
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{shown}: {problem}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -102,24 +112,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
         elif path.suffix in (".yaml", ".yml"):
             values = yaml.load(text, _Loader)  # a SafeLoader
         else:
-            raise UserError(f"{path}: a configuration file ends in .yaml, .yml or .json")
+            raise UserError(f"{shown}: a configuration file ends in .yaml, .yml or .json")
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{shown}: not UTF-8 text (byte {error.start})") from None
     except _DuplicateKey as error:
-        raise UserError(f"{path}: the key {error} stands twice: remove one") from None
+        raise UserError(f"{shown}: the key {error} stands twice: remove one") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        raise UserError(f"{shown}, line {error.lineno}: not JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{shown}{line}: not YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{shown}: cannot be read: nested too deeply") from None
+    except Exception as error:  # PyYAML lets through whatever its conversions raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{shown}: cannot be read: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` settings, found {_shown(values)}")
+        raise UserError(f"{shown}: expected `key: value` settings, found {_shown(values)}")
     return values
 
 
@@ -133,7 +146,7 @@ def _shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _problem(error: Mapping[str, Any]) -> str:
@@ -147,6 +160,8 @@ def _problem(error: Mapping[str, Any]) -> str:
         must = "must be true or false"
     elif kind == "string_type":
         must = "must be text (put it in quotes)"
+    elif kind == "string_unicode":
+        must = "must be valid Unicode text"
     elif kind == "string_too_short":
         must = "must not be empty"
     elif kind == "finite_number":
@@ -156,12 +171,17 @@ def _problem(error: Mapping[str, Any]) -> str:
     elif kind == "string_pattern_mismatch":
         must = "must be auto, cpu, mps, cuda or cuda:N"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        limit = next(iter(limits.values()))
+        ((bound, limit),) = limits.items()
         words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-        must = f"must be {words[next(iter(limits))]} {limit:g}"
+        must = f"must be {words[bound]} {limit if isinstance(limit, int) else format(limit, 'g')}"
     else:
         must = error["msg"]
     return f"{must}, got {_shown(error['input'])}"
+
+
+def _key(key: Any) -> str:
+    """A key as it may be printed: as it is, unless that would break the line."""
+    return key if isinstance(key, str) and key.isprintable() and key else _shown(key)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -198,6 +218,13 @@ def _checked(
 
 _NO_VALUE = object()
 _BOOL = "true|false"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line like all others, without a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -261,9 +288,9 @@ class CommandLine:
         self.schema = schema
         self.actions = {action.name: action for action in actions}
         self.aliases = dict(aliases or {})
-        self.parser = argparse.ArgumentParser(
+        self.parser = _Parser(
             description=description.strip().partition("\n\n")[0],
-            usage="python %(prog)s [--setting VALUE …]",
+            usage="python %(prog)s [--setting VALUE ...]",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
             add_help=False,
@@ -302,20 +329,29 @@ class CommandLine:
 
     def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """Split `argv` into (settings, actions, problems). `--help` prints and exits with 0."""
-        known, unknown = self.parser.parse_known_args(self._normalised(argv))
+        try:
+            known, unknown = self.parser.parse_known_args(self._normalised(argv))
+        except UserError as error:
+            return {}, {}, list(error.problems)
         problems = self._unknown_flags(unknown)
         texts: dict[str, str | None] = {}
         actions: dict[str, Any] = {}
         for name, value in vars(known).items():
             is_bool = name in self.schema.model_fields and self._is_bool(name)
-            if value is _NO_VALUE and not is_bool:
+            if value in (_NO_VALUE, "") and not is_bool and name not in self._texts():
                 problems.append(f"{_flag(name)} needs a value")
+            elif value is _NO_VALUE and not is_bool:
+                problems.append(
+                    f"{_flag(name)} needs a value; one that begins with a dash is written "
+                    f"{_flag(name)}=VALUE"
+                )
             elif name in self.actions:
                 actions[name] = value
             elif value is _NO_VALUE:
                 texts[name] = "true"
             else:
-                texts[name] = None if value in ("null", "none") and self._nullable(name) else value
+                null = value == "null" or (value == "none" and name not in self._texts())
+                texts[name] = None if null and self._nullable(name) else value
         # pydantic's string mode has no null, so nulls are checked as values.
         nulls = {name: None for name, value in texts.items() if value is None}
         texts = {name: value for name, value in texts.items() if value is not None}
@@ -325,6 +361,11 @@ class CommandLine:
     def _is_bool(self, name: str) -> bool:
         return self.schema.model_fields[name].annotation is bool
 
+    def _texts(self) -> set[str]:
+        """The settings that take any text: `none` may be a file's name, `null` stays null."""
+        fields = self.schema.model_fields.items()
+        return {name for name, info in fields if _metavar(info.annotation) == "TEXT"}
+
     def _nullable(self, name: str) -> bool:
         return NoneType in get_args(self.schema.model_fields[name].annotation)
 
@@ -333,9 +374,16 @@ class CommandLine:
 
         argparse takes `-1e-3` for a flag, unless an equals sign ties it to the one before.
         """
+        takes_value = {
+            flag
+            for action in self.parser._actions
+            for flag in action.option_strings
+            if action.nargs == "?"
+        }
         words: list[str] = []
         for word in argv:
-            if words and re.fullmatch(r"-(\d|\.\d|inf|nan).*", word) and words[-1][:2] == "--":
+            is_negative = re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
+            if is_negative and words and words[-1] in takes_value:
                 words[-1] += "=" + word
             elif word.startswith("--"):
                 name, equals, value = word.partition("=")
@@ -350,7 +398,7 @@ class CommandLine:
         for word in unknown:
             name = word.partition("=")[0]
             if word.startswith("-"):
-                problems.append(f"unknown flag {name}{nearest(name, flags)}")
+                problems.append(f"unknown flag {_key(name)}{nearest(name, flags)}")
             elif not after_unknown_flag:  # what follows an unknown flag was its value
                 problems.append(f"unexpected argument {_shown(word)}: settings are --flags")
             after_unknown_flag = word.startswith("-") and "=" not in word
@@ -371,7 +419,7 @@ class ConfigLoader:
 
     def __init__(self, configs_dir: Path = CHECKOUT / "configs", working_dir: Path | None = None):
         self.configs_dir = Path(configs_dir)
-        self.working_dir = Path(working_dir or Path.cwd())
+        self.working_dir = Path(working_dir or ".")
 
     def load(
         self,
@@ -401,26 +449,31 @@ class ConfigLoader:
         layers += [configs, legacy]
 
         values, sources = self._merged(layers)
-        wrong = list(conflicts({**self._defaults_for(values), **values}))
-        problems += [self._located(name, problem, sources) for name, problem in wrong]
-        if "data" in values and values["data"] is not None:
+        sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
+        defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
+        for names, problem in conflicts({**defaults, **values}):
+            origins = ", ".join(f"{name}: {sources[name]}" for name in names)
+            problems.append(f"{problem} ({origins})")
+        if values.get("data") is not None:
             if problem := text_file_problem(Path(values["data"])):
-                problems.append(f"{values['data']} ({sources['data']}): {problem}")
+                problems.append(f"{_key(values['data'])} ({sources['data']}): {problem}")
         if problems:
             raise UserError(*problems)
-        config = ModelConfig(**values)
-        sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
-        return LoadedConfig(config, sources, self._shadowed(legacy, configs), rerun_of)
+        return LoadedConfig(
+            ModelConfig(**values), sources, self._shadowed(legacy, configs), rerun_of
+        )
 
     def _config_file_layer(
         self, path: Path, problems: list[str]
     ) -> tuple[Layer, dict[str, Any] | None]:
         """The file that `--config` names: flat settings, or the full_config.json of a run."""
-        values = self._read(path, problems)
+        values = self._read(path, str(path), problems)
         rerun_of = None
-        if isinstance(values.get("config"), dict) and "sources" in values:
-            rerun_of = values.get("run") or {}
-            values = values["config"]
+        if values.keys() == {"config", "sources", "run"}:
+            if not all(isinstance(part, dict) for part in values.values()):
+                problems.append(f"{path}: not the record of a run: its parts must be objects")
+                return Layer(), None
+            rerun_of, values = values["run"], values["config"]
         return self._layer(values, str(path), problems), rerun_of
 
     def _configs_layer(self, problems: list[str]) -> Layer:
@@ -431,7 +484,7 @@ class ConfigLoader:
             if not path.exists():
                 continue
             shown = f"configs/{name}"
-            layer = self._layer(self._read(path, problems), shown, problems)
+            layer = self._layer(self._read(path, shown, problems), shown, problems)
             for key in layer.values.keys() & merged.values.keys():
                 problems.append(f"{key} stands in both {merged.origins[key]} and {shown}")
             merged.values.update(layer.values)
@@ -442,12 +495,12 @@ class ConfigLoader:
         path = self.working_dir / LEGACY_FILE
         if not path.exists():
             return Layer()
-        return self._layer(self._read(path, problems), LEGACY_FILE, problems)
+        return self._layer(self._read(path, LEGACY_FILE, problems), LEGACY_FILE, problems)
 
     @staticmethod
-    def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    def _read(path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
         try:
-            return read_config_file(path)
+            return read_config_file(path, shown)
         except UserError as error:
             problems += error.problems
             return {}
@@ -462,11 +515,10 @@ class ConfigLoader:
                 continue
             if name not in ModelConfig.model_fields:
                 hint = nearest(str(key), ModelConfig.model_fields)
-                problems.append(f"{origin}: unknown key {key}{hint}")
+                problems.append(f"{origin}: unknown key {_key(key)}{hint}")
             elif name in known:
-                problems.append(
-                    f"{origin}: {key} is another name of {name}, which stands there too"
-                )
+                alias = next(alias for alias, target in ALIASES.items() if target == name)
+                problems.append(f"{origin}: {alias} is another name of {name}: remove one")
             else:
                 known[name] = value
         right, wrong = _checked(
@@ -492,20 +544,13 @@ class ConfigLoader:
                     continue
                 values[name] = value
                 sources[name] = layer.origins[name]
-            length_is_set = length_is_set or sets_length
+            if sets_length and not length_is_set:
+                length_is_set = True
+                decided = next(n for n in LENGTH_SETTINGS if layer.values.get(n) is not None)
+                for name in LENGTH_SETTINGS:
+                    values.setdefault(name, None)
+                    sources.setdefault(name, layer.origins[decided])
         return values, sources
-
-    @staticmethod
-    def _defaults_for(values: Mapping[str, Any]) -> dict[str, Any]:
-        defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
-        if any(values.get(name) is not None for name in LENGTH_SETTINGS):
-            defaults["max_iters"] = None
-        return defaults
-
-    @staticmethod
-    def _located(name: str, problem: str, sources: Mapping[str, str]) -> str:
-        origin = sources.get(name, "defaults")
-        return problem if origin.startswith("--") else f"{origin}: {problem}"
 
     @staticmethod
     def _shadowed(legacy: Layer, configs: Layer) -> list[str]:

@@ -29,8 +29,8 @@ class InferenceConfig(Settings):
     runs_dir: str = "runs"
     """Where the newest run is looked for."""
 
-    prompt: str | None = None
-    """The text to continue. null: a new line."""
+    prompt: str = ""
+    """The text to continue. Empty: a new line."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""
@@ -69,10 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
     device = choose_device(config.device)
     model, tokenizer, _ = load_model(directory, device)
-    text = tokenizer.default_prompt if config.prompt is None else config.prompt
-    if not text:
-        raise UserError("--prompt is empty: give the model at least one character to continue")
-    prompt = torch.tensor([tokenizer.encode(text).tolist()], device=device)
+    ids = tokenizer.encode(config.prompt or tokenizer.default_prompt)
+    prompt = torch.tensor([ids.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     output = Output()
     for number in range(config.num_samples):

@@ -196,7 +196,9 @@ def sample_next(
     """Draw the next token, `(B, 1)` int64, from logits `(B, V)`."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # The largest becomes 0, so that no temperature, however small, can overflow.
+    # The largest becomes 0, and the divisor is a number of the logits' type that is not 0: so no
+    # temperature, however small, makes anything that is not a number.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.size(-1):
         smallest_kept = logits.topk(top_k).values[:, -1:]  # (B, 1)

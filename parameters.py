@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # of any count: beyond it, arithmetic overflows somewhere below
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$")]
 
 
 class Settings(BaseModel):
@@ -65,7 +66,7 @@ class Architecture(Settings):
 class Data(Settings):
     """The text, and how it is divided."""
 
-    data: str | None = None
+    data: Annotated[str, Field(min_length=1)] | None = None
     """The text file to train on, in UTF-8. null: input.txt if there is one, else Shakespeare."""
 
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -84,14 +85,14 @@ class Training(Settings):
     micro_batch_size: Positive | None = None
     """Sequences in memory at once; the step accumulates the rest. null: batch_size."""
 
-    max_iters: Positive | None = 2500
+    max_iters: Positive | None = 2250
     """Steps to train. null: as epochs or max_minutes say."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Instead of max_iters: passes over the training text."""
 
-    max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Instead of max_iters: train for about this long. With max_iters or epochs: a time limit."""
+    max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Instead of max_iters: train for about this long. Given together with it: a time limit."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """The highest learning rate, reached at the end of the warm-up."""
@@ -136,7 +137,7 @@ class Runtime(Settings):
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
-    num_threads: Positive | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads. null: as many as PyTorch chooses."""
 
     torch_compile: bool = False
@@ -191,8 +192,8 @@ class ModelConfig(Run, Tracking, Runtime, Training, Data, Architecture):
         return self
 
 
-def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (setting, problem) for legal values that do not go together.
+def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield (settings, problem) for legal values that do not go together.
 
     `values` may lack settings, those that are wrong by themselves: rules on them are passed over.
     """
@@ -201,31 +202,32 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return all(values.get(name) is not None for name in names)
 
     if given("n_embd", "n_head") and values["n_embd"] % values["n_head"]:
-        yield "n_embd", f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}"
+        yield (
+            ("n_embd", "n_head"),
+            f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}",
+        )
     if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
         yield (
-            "train_split",
-            f"train_split {values['train_split']:g} + test_split {values['test_split']:g} "
+            ("train_split", "test_split"),
+            f"train_split {values['train_split']:g} and test_split {values['test_split']:g} "
             "leave nothing for validation: their sum must be below 1",
         )
     if given("min_lr", "learning_rate") and values["min_lr"] > values["learning_rate"]:
         yield (
-            "min_lr",
+            ("min_lr", "learning_rate"),
             f"min_lr {values['min_lr']:g} is above learning_rate {values['learning_rate']:g}",
         )
     if given("max_iters", "epochs"):
-        yield "epochs", "max_iters and epochs both say how long to train: set one of them to null"
-    if {"max_iters", "epochs", "max_minutes"} <= values.keys():
-        if not any(given(name) for name in ("max_iters", "epochs", "max_minutes")):
-            yield (
-                "max_iters",
-                "nothing says how long to train: set max_iters, epochs or max_minutes",
-            )
-
-
-def group_of(name: str) -> str:
-    """The group (`architecture`, `data`, …) that the setting `name` belongs to."""
-    return next(group for group, settings in GROUPS.items() if name in settings.model_fields)
+        yield (
+            ("max_iters", "epochs"),
+            "max_iters and epochs both say how long to train: set one of them to null",
+        )
+    lengths = ("max_iters", "epochs", "max_minutes")
+    if all(name in values for name in lengths) and not any(map(given, lengths)):
+        yield (
+            ("max_iters",),
+            "nothing says how long to train: set max_iters, epochs or max_minutes",
+        )
 
 
 def json_schema() -> dict[str, Any]:

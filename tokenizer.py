@@ -4,15 +4,12 @@ A character tokenizer's vocabulary is the sorted set of the characters in a text
 nothing merged, nothing normalised. Its state is `tokenizer.json`, which travels with the model.
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import write_atomic
 
 _LAST_CODE_POINT = 0x10FFFF
 _CHUNK = 1 << 16  # characters encoded at once: what they need in between stays in the cache
@@ -31,7 +28,8 @@ class CharTokenizer:
     token_kind = "char"
 
     def __init__(self, chars: Sequence[str]):
-        if not chars or any(not isinstance(char, str) or len(char) != 1 for char in chars):
+        is_list = isinstance(chars, (list, tuple))
+        if not is_list or not chars or any(not isinstance(c, str) or len(c) != 1 for c in chars):
             raise UserError("a tokenizer's chars must be a list of single characters")
         if len(set(chars)) != len(chars):
             raise UserError("a tokenizer's chars must be different from one another")
@@ -85,10 +83,6 @@ class CharTokenizer:
         """What `from_state` makes the same tokenizer from; plain JSON values."""
         return {"token_kind": self.token_kind, "chars": self.chars}
 
-    def save(self, path: Path) -> None:
-        """Write the state to a `tokenizer.json`."""
-        write_atomic(path, json.dumps(self.state(), ensure_ascii=True))
-
     def _unknown_characters(self, text: str) -> UserError:
         unknown = sorted(set(text) - set(self.chars))
         listed = " ".join(repr(char) for char in unknown[:20])
@@ -120,7 +114,7 @@ def from_state(state: dict[str, Any]) -> CharTokenizer:
     kind = state.get("token_kind")
     if kind != CharTokenizer.token_kind:
         raise UserError(f"tokenizer.json: token_kind {kind!r} is not known; char is")
-    return CharTokenizer(state.get("chars") or [])
+    return CharTokenizer(state.get("chars", []))
 
 
 def _code_points(text: str) -> np.ndarray:

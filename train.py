@@ -77,7 +77,7 @@ from utils.device import (
     processor_name,
     synchronize,
 )
-from utils.errors import RunError
+from utils.errors import RunError, UserError
 from utils.output import byte_size, command_for, duration
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.stop import StopRequest
@@ -142,22 +142,25 @@ def train(
     try:
         with explained_failures(config, output):
             setup = set_up(config, loaded)
-            run = open_run(setup, loaded, argv, output)
-            with contextlib.closing(open_log(setup, run, output)) as log:
-                result = run_steps(setup, run, log, output)
-            output.line(summary(result, setup))
+            with StopRequest() as stop:
+                run = open_run(setup, loaded, argv, output)
+                with contextlib.closing(open_log(setup, run, output)) as log:
+                    result = run_steps(setup, run, log, output, stop)
+                output.line(summary(result, setup))
             return result
     finally:
         output.close()
 
 
-def run_steps(setup: Setup, run: RunDirectory, log: RunLog, output: Output) -> TrainResult:
+def run_steps(
+    setup: Setup, run: RunDirectory, log: RunLog, output: Output, stop: StopRequest
+) -> TrainResult:
     """The loop: a step, a look at the losses now and then, the best model kept on disk."""
     config, model, data = setup.config, setup.model, setup.data
     best_step, best_val_loss = 0, math.inf
     last_sample = 0
     began = time.monotonic()
-    with StopRequest() as stop, output.progress(config.max_iters):
+    with output.progress(config.max_iters):
         for step in range(config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)
             done = step + 1
@@ -176,6 +179,7 @@ def run_steps(setup: Setup, run: RunDirectory, log: RunLog, output: Output) -> T
             if is_best:
                 best_step, best_val_loss = done, losses["val"]
                 export(setup, run, step=done, val_loss=best_val_loss)
+            is_last = is_last or stop.requested  # heard during the evaluation
             if is_last or (config.sample_interval and done - last_sample >= config.sample_interval):
                 last_sample = done
                 log.sample(done, sample(model, data, config))
@@ -285,6 +289,7 @@ def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bo
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     data = load_data(config, cache=cache)
+    check_rerun(loaded, data)
     settled, length_source = settle_length(config, data, device)
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
     if length_source:
@@ -292,6 +297,18 @@ def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bo
     model, optimizer, compile_mode = create_model(settled, data, device)
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf
     return Setup(settled, sources, time_limit, device, data, model, optimizer, compile_mode)
+
+
+def check_rerun(loaded: LoadedConfig | None, data: Dataset) -> None:
+    """Refuse to call it the same run where the recorded text is not the text that is there."""
+    if loaded is None or loaded.rerun_of is None or loaded.sources["data"].startswith("--"):
+        return
+    recorded = loaded.rerun_of.get("data")
+    if isinstance(recorded, dict) and recorded.get("sha256") != data.sha256:
+        raise UserError(
+            f"{data.name} is not the text that {loaded.rerun_of.get('run_id')} was trained on "
+            f"({recorded.get('name')}, another SHA-256): name that with --data FILE, or any other"
+        )
 
 
 def sources_in_code(config: ModelConfig) -> dict[str, str]:
@@ -341,9 +358,6 @@ def open_run(
     output.record_to(run.console)
     output.line(banner(setup))
     output.line(f"Run {run.path}\n")
-    if loaded is not None and (recorded := loaded.rerun_of):
-        if recorded.get("data", {}).get("sha256") not in (None, data.sha256):
-            output.warning(f"{data.name} is not the text of run {recorded.get('run_id')}")
     record = {
         "run_id": run.run_id,
         "argv": list(argv),
@@ -351,7 +365,6 @@ def open_run(
         "resumed_from": None,
         "data": {
             "name": data.name,
-            "path": data.path and str(Path(data.path).resolve()),
             "sha256": data.sha256,
             "tokens": data.num_tokens,
             "vocab_size": data.tokenizer.vocab_size,
@@ -360,8 +373,10 @@ def open_run(
         "device": str(setup.device),
         "torch_compile": setup.compile_mode,
     }
+    # The text's whole path, so that the record serves from any directory.
+    recorded = config.model_copy(update={"data": data.path and str(Path(data.path).resolve())})
     capture = MetadataCapture(run.meta, CHECKOUT)
-    capture.capture(config, setup.sources, record, machine_record(setup.device))
+    capture.capture(recorded, setup.sources, record, machine_record(setup.device))
     return run
 
 
@@ -514,7 +529,7 @@ def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
             raise RunError(
                 f"the run's files cannot be written: {reason}; what was saved before is untouched"
             ) from error
-    except RunError as error:
+    except (RunError, KeyboardInterrupt, SystemExit) as error:
         with contextlib.suppress(OSError):  # where the disk is full, so is the record
-            output.record(f"error: {error}")
+            output.record(f"error: {error if isinstance(error, RunError) else 'aborted'}")
         raise

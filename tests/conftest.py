@@ -62,6 +62,7 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
             "n_layer": 2,
             "batch_size": 4,
             "max_iters": 6,
+            "learning_rate": 1e-3,
             "warmup_iters": 2,
             "eval_interval": 3,
             "eval_iters": 2,

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,14 +64,13 @@ def test_the_weights_name_the_step_and_no_compiler(export):
 
 def test_a_model_is_loaded_from_its_export_alone_wherever_it_is_moved(export, tmp_path):
     directory, model = export
-    moved = shutil.move(directory, tmp_path / "elsewhere")
+    shutil.move(directory, tmp_path / "elsewhere")
     loaded, tokenizer, state = load_model(tmp_path / "elsewhere")
     idx = torch.tensor([[0, 1, 2]])
     assert torch.equal(loaded(idx)[0], model(idx)[0])
     assert not loaded.training
     assert tokenizer.decode([2, 0]) == "ca"
     assert state["val_loss"] == 1.5
-    assert moved
 
 
 def test_a_new_export_replaces_the_old_one_and_a_failed_one_leaves_it(export, monkeypatch):
@@ -86,6 +86,35 @@ def test_a_new_export_replaces_the_old_one_and_a_failed_one_leaves_it(export, mo
         save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 9})
     assert load_model(directory)[2]["step"] == 8
     assert [path.name for path in directory.parent.iterdir() if path.name[0] == "."] == []
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_publishing_that_is_interrupted_leaves_the_old_export(export, monkeypatch, which):
+    directory, model = export
+    real, calls = Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == which:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 9})
+    assert load_model(directory)[2]["step"] == 7
+    assert not list(directory.parent.glob(".export*"))
+
+
+def test_files_that_a_user_put_beside_the_model_stay(export):
+    directory, model = export
+    (directory / "notes.txt").write_text("mine", encoding="utf-8")
+    (directory / "plots").mkdir()
+    (directory / "plots" / "a.svg").touch()
+    save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 8})
+    assert (directory / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (directory / "plots" / "a.svg").exists()
+    assert load_model(directory)[2]["step"] == 8
 
 
 @pytest.mark.parametrize("name", BUNDLE_FILES)
@@ -111,18 +140,41 @@ def test_a_newer_format_is_refused(export):
         read_bundle(export[0])
 
 
-def test_files_of_two_models_are_not_one_model(export):
-    (export[0] / "tokenizer.json").write_text('{"token_kind": "char", "chars": ["a"]}')
-    with pytest.raises(UserError, match="not of one model"):
+@pytest.mark.parametrize("name", sorted(set(BUNDLE_FILES) - {"training_state.json"}))
+def test_one_changed_byte_is_noticed(export, name):
+    content = bytearray((export[0] / name).read_bytes())
+    content[-2] ^= 1
+    (export[0] / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: not the file that was saved with this model"):
         load_model(export[0])
 
 
-def test_an_unknown_key_of_a_newer_architecture_is_refused(export):
-    path = export[0] / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "rotary": True}), encoding="utf-8")
-    with pytest.raises(UserError, match="not the architecture of a Folio model"):
-        read_bundle(export[0])
+def rewrite(directory: Path, name: str, change) -> None:
+    """Change a file, and the hash of it in the state too."""
+    content = json.loads((directory / name).read_text(encoding="utf-8"))
+    (directory / name).write_text(json.dumps(change(content)), encoding="utf-8")
+    state = json.loads((directory / "training_state.json").read_text(encoding="utf-8"))
+    state["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    (directory / "training_state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.json", lambda c: {**c, "rotary": True}, "not the architecture of a Folio model"),
+        ("config.json", lambda c: {k: c[k] for k in c if k != "n_head"}, "not the architecture"),
+        ("config.json", lambda c: {**c, "n_head": "2"}, "n_head: Input should be a valid integer"),
+        ("config.json", lambda c: {**c, "n_embd": 16}, "not the weights of this model"),
+        ("tokenizer.json", lambda c: {**c, "chars": ["a"]}, "not of one model"),
+        ("tokenizer.json", lambda c: {**c, "chars": 3}, "list of single characters"),
+        ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind 'bpe' is not known"),
+    ],
+)
+def test_files_that_do_not_fit_one_another_are_refused(export, name, change, words):
+    rewrite(export[0], name, change)
+    with pytest.raises(UserError, match=words) as caught:
+        load_model(export[0])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_newest_export_of_all_runs_is_found(export, tmp_path):

@@ -82,6 +82,7 @@ def bad_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 500)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -107,8 +108,23 @@ BAD = {
     "infinity": ("--learning-rate inf", ['--learning-rate must be a finite number, got "inf"']),
     "wrong type": ("--n-layer two", ['--n-layer must be a whole number, got "two"']),
     "wrong range": ("--dropout 1.5", ['--dropout must be below 1, got "1.5"']),
-    "heads": ("--n-embd 10 --n-head 4", ["n_embd 10 is not divisible by n_head 4"]),
+    "heads": (
+        "--n-embd 10 --n-head 4",
+        ["n_embd 10 is not divisible by n_head 4 (n_embd: --n-embd, n_head: --n-head)"],
+    ),
+    "a pipe for a text": (
+        "--data {0}/pipe",
+        ["{0}/pipe (--data): a device or a pipe, where a file is wanted"],
+    ),
+    "a device for a config": (
+        "--config /dev/zero",
+        ["/dev/zero: a device or a pipe, where a file is wanted"],
+    ),
     "missing config": ("--config none.yaml", ["none.yaml: no such file"]),
+    "a name that is no text": (
+        "--data caf\udce9.txt",
+        ['--data must be valid Unicode text, got "caf\\udce9.txt"'],
+    ),
     "missing text": ("--data none.txt", ["none.txt (--data): no such file"]),
     "empty text": ("--data {0}/empty.txt", ["{0}/empty.txt (--data): the file is empty"]),
     "undecodable text": (

@@ -102,6 +102,7 @@ def test_a_length_in_a_higher_layer_replaces_another_one_in_a_lower(world, name)
     loaded = world.load({name: 2.0})
     assert loaded.config.max_iters is None
     assert getattr(loaded.config, name) == 2.0
+    assert loaded.sources["max_iters"] == "--" + name.replace("_", "-")
 
 
 def test_max_iters_as_a_flag_replaces_epochs_in_a_file(world):
@@ -112,7 +113,8 @@ def test_max_iters_as_a_flag_replaces_epochs_in_a_file(world):
 def test_two_lengths_in_one_layer_are_a_conflict_that_names_the_file(world):
     path = world.write("mine.yaml", "epochs: 2.0\nmax_iters: 5")
     assert world.problems(config_file=path) == [
-        f"{path}: max_iters and epochs both say how long to train: set one of them to null"
+        "max_iters and epochs both say how long to train: set one of them to null "
+        f"(max_iters: {path}, epochs: {path})"
     ]
 
 
@@ -165,6 +167,20 @@ def test_keys_of_a_legacy_file_that_configs_shadow_are_said_in_one_line(world):
     assert "--config config.json" in note
 
 
+def test_a_conflict_names_where_both_values_come_from(world):
+    world.write("configs/model.json", '{"n_embd": 128}')
+    assert world.problems({"n_head": 3}) == [
+        "n_embd 128 is not divisible by n_head 3 (n_embd: configs/model.json, n_head: --n-head)"
+    ]
+
+
+@pytest.mark.parametrize("part", ["config", "sources", "run"])
+def test_a_run_record_with_a_part_of_another_type_is_refused(world, part):
+    record = {"config": {}, "sources": {}, "run": {}} | {part: 3}
+    (problem,) = world.problems(config_file=world.write("r.json", json.dumps(record)))
+    assert "not the record of a run" in problem
+
+
 def test_a_run_record_is_read_as_a_config_file(world):
     record = {"config": {"n_layer": 7}, "sources": {"n_layer": "default"}, "run": {"run_id": "x"}}
     loaded = world.load(config_file=world.write("full_config.json", json.dumps(record)))
@@ -199,6 +215,15 @@ def test_a_float_in_scientific_notation_is_a_number(world, number):
         ("a.yaml", "n_layer: 3\nn_layer: 4", "the key n_layer stands twice"),
         ("a.json", '{"n_layer": 3, "n_layer": 4}', "the key n_layer stands twice"),
         ("a.yaml", "data: null\ninput_file: null", "input_file is another name of data"),
+        ("a.yaml", "input_file: null\ndata: null", "input_file is another name of data"),
+        ("a.yaml", "seed: 017", 'seed must be a whole number, got "017"'),
+        ("a.yaml", "seed: 1:30", 'seed must be a whole number, got "1:30"'),
+        ("a.yaml", "bias: !!bool x", "cannot be read"),
+        ("a.yaml", "seed: !!int ''", "cannot be read"),
+        ("a.yaml", '"two\\nlines": 3', 'unknown key "two\\nlines"'),
+        ("a.yaml", "null: 3", "unknown key null"),
+        ("a.yaml", "seed: 9999999999999999999999", "seed must be below 9223372036854775808"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.yaml", "n_layer: true", "n_layer must be a whole number, got true"),
         ("a.json", '{"learning_rate": true}', "learning_rate must be a number, got true"),
         ("a.yaml", "learning_rate: .nan", "learning_rate must be a finite number, got NaN"),
@@ -327,6 +352,11 @@ def test_values_are_converted_and_null_is_understood(command_line):
     assert not problems
 
 
+def test_a_file_may_be_called_none_and_null_is_null(command_line):
+    assert command_line.parse(["--data", "none"])[0] == {"data": "none"}
+    assert command_line.parse(["--data", "null"])[0] == {"data": None}
+
+
 def test_input_file_is_another_name_of_data(command_line):
     assert command_line.parse(["--input-file", "x.txt"])[0] == {"data": "x.txt"}
 
@@ -348,6 +378,15 @@ def test_actions_are_no_settings(command_line):
         (["5"], 'unexpected argument "5": settings are --flags'),
         (["--max-iters"], "--max-iters needs a value"),
         (["--config"], "--config needs a value"),
+        (["--config="], "--config needs a value"),
+        (
+            ["--run-tag"],
+            "--run-tag needs a value; one that begins with a dash is written --run-tag=VALUE",
+        ),
+        (["--data="], '--data must not be empty, got ""'),
+        (["--dry-run", "-5"], "unknown flag -5"),
+        (["--dry-run=x"], "argument --dry-run: ignored explicit argument 'x'"),
+        (["--no-bias=x"], "argument --no-bias: ignored explicit argument 'x'"),
         (["--max-iters", "many"], '--max-iters must be a whole number, got "many"'),
         (["--max-iters", "1.5"], '--max-iters must be a whole number, got "1.5"'),
         (["--learning-rate", "-1e-3"], '--learning-rate must be above 0, got "-1e-3"'),
@@ -366,6 +405,7 @@ def test_help_is_generated_from_the_schema(command_line, capsys):
         command_line.parse(["--help"])
     assert left.value.code == 0
     page = " ".join(capsys.readouterr().out.split())
+    assert page.isascii()  # terminals that know nothing else shall show it too
     for name, info in ModelConfig.model_fields.items():
         flag = f"--[no-]{name}" if info.annotation is bool else f"--{name}"
         assert flag.replace("_", "-") in page

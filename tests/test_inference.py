@@ -4,10 +4,8 @@ python -m pytest tests/test_inference.py
 """
 
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
 
 import inference
 from train import train
@@ -81,7 +79,6 @@ def test_a_sample_is_never_read_as_markup(tiny, quiet, say, text_file):
     ("flags", "words"),
     [
         (["--prompt", "Zoë #"], "does not know '#' 'Z' 'ë'"),
-        (["--prompt", ""], "--prompt is empty"),
         (["--run", "nowhere"], "nowhere: no such model directory"),
         (["--run", "."], "not a model: config.json"),
         (["--runs-dir", "nowhere"], "no trained model in there yet"),
@@ -106,6 +103,6 @@ def test_a_model_whose_text_has_no_line_end_is_prompted_with_what_it_knows(
     assert set(say("--max-new-tokens", "20").strip()) <= set("abcd")
 
 
-def test_the_command_is_what_its_docstring_says():
-    assert "python inference.py" in (inference.__doc__ or "")
-    assert Path(CHECKOUT / "inference.py").exists()
+def test_an_empty_prompt_is_the_default_one_and_a_prompt_may_be_any_word(run, say):
+    assert say("--prompt", "") == say()
+    assert say("--prompt", "none", "--max-new-tokens=3").startswith("none")

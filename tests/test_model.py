@@ -219,7 +219,7 @@ def test_top_k_draws_among_the_k_likeliest_and_more_than_all_means_all():
     assert set(sample_next(logits, 5.0, 99, generator).flatten().tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-30, 1e-8, 1e8])
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-30, 1e-8, 1e8])
 def test_no_temperature_breaks_sampling(temperature):
     logits = torch.tensor([[-50.0, 80.0, 3.0]])
     drawn = sample_next(logits, temperature, generator=torch.Generator().manual_seed(0))

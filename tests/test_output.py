@@ -92,6 +92,23 @@ def test_on_a_terminal_step_lines_are_recorded_and_the_bar_is_shown(tmp_path, mo
     assert (tmp_path / "console.txt").read_text(encoding="utf-8") == "step 5/10\neval\n"
 
 
+def test_a_full_disk_behind_stdout_is_one_warning(tmp_path, capsys):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    output = Output(stream=Full())
+    output.record_to(tmp_path / "console.txt")
+    output.line("one")
+    output.line("two")
+    output.close()
+    assert capsys.readouterr().err == (
+        "warning: standard output cannot be written: No space left on device\n"
+    )
+    recorded = (tmp_path / "console.txt").read_text(encoding="utf-8")
+    assert [line for line in recorded.splitlines() if "warning" not in line] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "words"),
     [

@@ -73,7 +73,8 @@ def test_a_run_directory_has_the_documented_shape(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
+    below = tmp_path / "file" / "runs"
+    for place in (tmp_path / "file", below, Path("/proc/runs"), Path("nul\0l")):
         with pytest.raises(UserError, match="--runs-dir"):
             RunDirectoryCreator(place).create("r")
 
@@ -139,10 +140,21 @@ def test_a_clean_checkout_is_its_commit(repo):
     assert "dirty: no" in record
 
 
-@pytest.mark.parametrize("setting", [None, "diff.noprefix", "diff.mnemonicPrefix", "color.ui"])
+SETTINGS = {
+    "diff.noprefix": "true",
+    "diff.mnemonicPrefix": "true",
+    "color.ui": "always",
+    "diff.context": "0",
+    "diff.external": "echo",
+    "diff.renames": "copies",
+    "core.quotePath": "false",
+}
+
+
+@pytest.mark.parametrize("setting", [None, *SETTINGS])
 def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
     if setting:
-        git(repo, "config", setting, "always" if setting == "color.ui" else "true")
+        git(repo, "config", setting, SETTINGS[setting])
     (repo / "code.py").write_bytes(b"one\ntwo and \xe9\nno newline at the end")
     (repo / "blob.bin").write_bytes(bytes(reversed(range(256))))
     (repo / "new.py").write_text("staged\n", encoding="utf-8")
@@ -156,6 +168,34 @@ def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
     git(tmp_path / "clone", "apply", str(tmp_path / "git.txt"))
     for name in ("code.py", "blob.bin", "new.py"):
         assert (tmp_path / "clone" / name).read_bytes() == (repo / name).read_bytes()
+
+
+def test_variables_that_name_another_repository_are_not_heeded(repo, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q")
+    (repo / "code.py").write_text("changed\n", encoding="utf-8")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    record = git_record(repo).decode()
+    assert "branch: trunk" in record
+    assert "+changed" in record
+
+
+def test_the_record_leaves_the_index_alone(repo):
+    os.utime(repo / "code.py", (1, 1))  # git would note the new time in its index
+    before = (repo / ".git" / "index").read_bytes()
+    git_record(repo)
+    assert (repo / ".git" / "index").read_bytes() == before
+
+
+def test_a_copy_unpacked_inside_another_repository_tells_nothing_of_that_one(repo):
+    (repo / "folio").mkdir()
+    (repo / "folio" / "train.py").touch()
+    (repo / "code.py").write_text("private\n", encoding="utf-8")
+    record = git_record(repo / "folio").decode()
+    assert "private" not in record
+    assert "dirty: no (0 changed, 1 untracked)" in record
 
 
 def test_a_huge_diff_is_capped_and_said_so(repo, monkeypatch):

@@ -105,6 +105,22 @@ def step(log, number, loss=1.0):
     log.step(number, torch.tensor(loss), torch.tensor(2.0), 0.1)
 
 
+def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
+    """Two steps of 64 tokens in 4 seconds, and an evaluation of 100 that does not count."""
+    now = [0.0]
+    monkeypatch.setattr("utils.tracking.run_log.time.perf_counter", lambda: now[0])
+    log, _, output = make_log(interval=2)
+    for number in (1, 2, 3, 4):
+        now[0] += 2
+        step(log, number)
+        if number == 2:
+            now[0] += 100
+            log.resume_clock()
+    assert [line["tokens_per_second"] for line in lines(tmp_path)] == [32.0] * 4
+    printed = output.console.file.getvalue().splitlines()
+    assert all(" 2000.0 ms " in line and " 32 tok/s" in line for line in printed)
+
+
 def test_every_step_is_logged_in_batches(make_log, tmp_path):
     log, recorder, _ = make_log(interval=3)
     for number in (1, 2):

@@ -100,13 +100,36 @@ def test_the_recorded_config_trains_the_same_model_again(tiny, quiet):
     assert "first" not in again.run_dir.name
 
 
-def test_a_rerun_on_another_text_is_warned_of(tiny, quiet, text_file, capsys):
+def test_a_rerun_works_from_any_directory(tiny, quiet, tmp_path, monkeypatch):
+    Path("here.txt").write_text("a text beside the run\n" * 200, encoding="utf-8")
+    first = train(tiny(data="here.txt"), output=quiet)
+    record = (first.run_dir / "meta" / "full_config.json").resolve()
+    monkeypatch.chdir(tmp_path)
+    loaded = ConfigLoader().load(config_file=str(record))
+    again = train(loaded.config, loaded=loaded, output=quiet)
+    monkeypatch.chdir(tmp_path / "cwd")
+    again_losses = (tmp_path / again.run_dir / "logs" / "metrics.jsonl").read_text("utf-8")
+    assert json.loads(again_losses.splitlines()[0])["loss/train"] == losses(first)[0]
+
+
+def test_a_rerun_on_another_text_is_refused_unless_that_is_asked_for(tiny, quiet, text_file):
     first = train(tiny(), output=quiet)
     record = str(first.run_dir / "meta" / "full_config.json")
     text_file.write_text("something else entirely, " * 100, encoding="utf-8")
     loaded = ConfigLoader().load(config_file=record)
-    second = train(loaded.config, loaded=loaded, output=quiet)
-    assert f"is not the text of run {first.run_dir.name}" in console(second.run_dir)
+    with pytest.raises(UserError, match=f"not the text that {first.run_dir.name} was trained on"):
+        train(loaded.config, loaded=loaded, output=quiet)
+    assert len(list(Path("runs").iterdir())) == 1
+    loaded = ConfigLoader().load({"data": str(text_file)}, record)
+    assert train(loaded.config, loaded=loaded, output=quiet).step == 6
+
+
+def test_names_that_are_no_text_do_not_break_the_record(tiny, quiet):
+    name = os.fsdecode(b"caf\xe9")
+    result = train(tiny(run_tag=name), argv=["--run-tag", name], output=quiet)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record["run"]["argv"] == ["--run-tag", name]
+    assert result.run_dir.name.endswith("_caf")
 
 
 @pytest.mark.parametrize("changes", [{"eval_interval": 1}, {"eval_iters": 0}, {"log_interval": 5}])
@@ -217,7 +240,7 @@ def test_the_record_names_text_command_and_sources(tiny, quiet, text_file):
     assert record.keys() == {"config", "sources", "run"}
     assert record["sources"]["n_layer"] == "--n-layer"
     assert record["run"]["argv"] == argv
-    assert record["run"]["data"]["path"] == str(text_file.resolve())
+    assert record["config"]["data"] == str(text_file.resolve())
     assert len(record["run"]["data"]["sha256"]) == 64
     assert "python: 3." in (result.run_dir / "meta" / "env.txt").read_text(encoding="utf-8")
     assert "commit: " in (result.run_dir / "meta" / "git.txt").read_text(errors="replace")
@@ -274,6 +297,16 @@ def test_samples_are_printed_at_evaluations_when_asked_for(tiny, quiet):
 def test_num_threads_is_obeyed(tiny, quiet):
     train(tiny(num_threads=2), output=quiet)
     assert torch.get_num_threads() == 2
+
+
+def test_a_dry_run_does_not_even_cache_the_corpus(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "data.sample_corpus", lambda *, cache: seen.append(cache) or "a corpus\n" * 500
+    )
+    config = tiny(data=None)
+    dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
+    assert seen == [False]
 
 
 def test_a_dry_run_says_what_would_be_and_leaves_nothing(tiny, tmp_path):
@@ -338,15 +371,33 @@ def test_a_signal_finishes_the_step_saves_and_closes(tiny, quiet, monkeypatch, n
     result = train(tiny(), output=quiet)
     assert (result.step, result.exit_status) == (2, status)
     assert len(losses(result)) == 2
+    assert "Stopping after step 2" in console(result.run_dir)
     state = json.loads((result.export_dir / "training_state.json").read_text(encoding="utf-8"))
     assert state["step"] == 2
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_aborts(tiny, quiet, monkeypatch):
-    interrupting(monkeypatch, 1, signal.SIGINT, times=2)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_evaluation_ends_the_run_after_it(tiny, quiet, monkeypatch, number):
+    def evaluate(*arguments):
+        os.kill(os.getpid(), number)
+        return estimate_loss(*arguments)
+
+    monkeypatch.setattr(train_module, "estimate_loss", evaluate)
+    result = train(tiny(eval_interval=2), output=quiet)
+    assert (result.step, result.exit_status) == (2, 128 + number)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_second_signal_aborts(tiny, quiet, monkeypatch, number, raised):
+    interrupting(monkeypatch, 1, number, times=2)
+    with pytest.raises(raised) as caught:
         train(tiny(), output=quiet)
+    assert getattr(caught.value, "code", 143) == 143
+    (run_dir,) = Path("runs").iterdir()
+    assert "error: aborted" in console(run_dir)
 
 
 def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):

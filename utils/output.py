@@ -100,6 +100,9 @@ class Output:
             self._write(text.encode(encoding, "replace").decode(encoding))
         except BrokenPipeError:  # as in `python train.py | head`: the run goes on, unheard
             self.quiet = True
+        except OSError as error:  # the disk that standard output goes to is full
+            self.quiet = True
+            self.warning(f"standard output cannot be written: {error.strerror}")
 
     def _write(self, text: str) -> None:
         if self._progress is not None:  # rich must know, to draw the bar below the text
@@ -120,8 +123,9 @@ class Output:
         if self._progress is not None:  # above the live bar, not through it
             self._print(text)
         else:
-            with contextlib.suppress(BrokenPipeError):
-                print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                if sys.stderr is not None:  # print() would take standard output instead
+                    print(text, file=sys.stderr, flush=True)
         self.record(text)
 
 

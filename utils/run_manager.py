@@ -5,10 +5,12 @@ runs/YYYYMMDD_HHMMSS_<tag>/
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 from collections.abc import Mapping
@@ -25,6 +27,12 @@ from utils.files import write_atomic
 GIT_SECONDS = 10
 DIFF_LIMIT = 1_000_000  # bytes of the diff that are kept
 UNTRACKED_LIMIT = 1_000  # names of untracked files that are listed
+REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_DIFF_OPTS", "GIT_PREFIX")
+# The form that `git apply` takes, whatever the user's own settings for diffs are.
+PLAIN_DIFF = (
+    *("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"),
+    *("--unified=3", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/"),
+)
 
 
 class RunIDGenerator:
@@ -97,9 +105,10 @@ class RunDirectoryCreator:
             run = RunDirectory(self._made_exclusively(run_id))
             for directory in (run.tensorboard, run.export.parent, run.meta):
                 directory.mkdir(parents=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"cannot make a run directory in {self.runs_dir}: {error.strerror}; "
+                f"cannot make a run directory in {self.runs_dir}: {reason}; "
                 "name another place with --runs-dir"
             ) from None
         return run
@@ -191,67 +200,79 @@ def git_record(checkout: Path) -> bytes:
         return _unavailable(f"git is not installed ({str(error).strip().splitlines()[0]})")
     try:
         with git.Repo(checkout, search_parent_directories=True) as repo:
-            return _describe_repository(repo)
+            return _describe_repository(repo, checkout)
     except git.InvalidGitRepositoryError:
         return _unavailable("the code is not in a git repository")
-    except git.GitCommandError as error:
-        words = (error.stderr or str(error)).strip().splitlines()
-        return _unavailable(words[0].strip() if words else "git failed")
-    except (git.GitError, OSError, ValueError, subprocess.SubprocessError) as error:
-        return _unavailable(f"{type(error).__name__}: {error}".splitlines()[0])
+    except (_GitFailed, git.GitError, OSError, ValueError) as error:
+        return _unavailable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+class _GitFailed(RuntimeError):
+    """The git program did not answer, or answered with a complaint."""
 
 
 def _unavailable(reason: str) -> bytes:
-    return f"git: unavailable: {reason}\n".encode()
+    return f"git: unavailable: {reason}\n".encode("utf-8", "replace")
 
 
-def _describe_repository(repo: Any) -> bytes:
-    def ask(*words: str) -> str:
-        return repo.git.execute(["git", *words], kill_after_timeout=GIT_SECONDS)
-
-    repo.git.update_environment(GIT_OPTIONAL_LOCKS="0")  # look, and leave the index alone
-    status = ask("status", "--porcelain=v1", "--untracked-files=normal").splitlines()
-    untracked = [line[3:] for line in status if line.startswith("??")]
-    changed = len(status) - len(untracked)
+def _describe_repository(repo: Any, checkout: Path) -> bytes:
+    """Commit, branch, changes and untracked files of the folder `checkout`, and its diff."""
+    status = _git(checkout, "status", "--porcelain=v1", "--untracked-files=normal", "--", ".")
+    lines = os.fsdecode(status).splitlines()
+    untracked = [line[3:] for line in lines if line.startswith("??")]
+    changed = len(lines) - len(untracked)
     has_commits = repo.head.is_valid()
-    branch = "(detached)" if repo.head.is_detached else repo.active_branch.name
-    lines = [
+    record = [
         f"commit: {repo.head.commit.hexsha if has_commits else '(none yet)'}",
-        f"branch: {branch}",
+        f"branch: {'(detached)' if repo.head.is_detached else repo.active_branch.name}",
         f"dirty: {'yes' if changed else 'no'} ({changed} changed, {len(untracked)} untracked)",
     ]
     if untracked:
-        lines.append("untracked:")
-        lines += [f"  {name}" for name in untracked[:UNTRACKED_LIMIT]]
+        record.append("untracked:")
+        record += [f"  {name}" for name in untracked[:UNTRACKED_LIMIT]]
         if len(untracked) > UNTRACKED_LIMIT:
-            lines.append(f"  … and {len(untracked) - UNTRACKED_LIMIT} more")
+            record.append(f"  … and {len(untracked) - UNTRACKED_LIMIT} more")
     diff = b""
     if changed and has_commits:
-        diff, size_note = _diff(repo)
-        lines.append(f"diff: {size_note}")
-    return "\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape") + diff
-
-
-def _diff(repo: Any) -> tuple[bytes, str]:
-    """The change since the last commit, in the plain form that `git apply` takes, and its size.
-
-    The user's own diff settings (colours, prefixes, external programs) are overruled.
-    """
-    command = ["git", "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv"]
-    command += ["--src-prefix=a/", "--dst-prefix=b/", "--full-index", "--no-renames"]
-    process = subprocess.Popen(
-        command, cwd=repo.working_dir, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    too_slow = threading.Timer(GIT_SECONDS, process.kill)
-    too_slow.start()
-    with process:
-        assert process.stdout is not None
-        diff = process.stdout.read(DIFF_LIMIT + 1)
+        diff = _git(checkout, "diff", "HEAD", *PLAIN_DIFF, "--", ".", limit=DIFF_LIMIT + 1)
+        size = f"{len(diff)} bytes"
         if len(diff) > DIFF_LIMIT:
-            process.kill()
-    too_slow.cancel()
-    if len(diff) > DIFF_LIMIT:
-        return diff[:DIFF_LIMIT], f"over {DIFF_LIMIT} bytes and cut there: it will not apply"
-    if process.returncode != 0:
-        return b"", f"git did not give one within {GIT_SECONDS} seconds"
-    return diff, f"{len(diff)} bytes"
+            diff, size = diff[:DIFF_LIMIT], f"over {DIFF_LIMIT} bytes and cut there: won't apply"
+        record.append(f"diff: {size}")
+    return os.fsencode("\n".join([*record, "", ""])) + diff
+
+
+def _git(directory: Path, *words: str, limit: int = -1) -> bytes:
+    """What git says, at most `limit` bytes of it, within `GIT_SECONDS`. Raises `_GitFailed`.
+
+    GitPython would wait for ever, or hold a diff of any size in memory.
+    """
+    # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
+    environment = {name: v for name, v in os.environ.items() if name not in REPOSITORY_VARIABLES}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # look, and leave the index alone
+    with tempfile.TemporaryFile() as complaint:
+        process = subprocess.Popen(
+            ["git", *words],
+            cwd=directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=complaint,
+        )
+        timed_out = threading.Event()
+        timer = threading.Timer(GIT_SECONDS, lambda: (timed_out.set(), process.kill()))
+        timer.start()
+        with process:
+            assert process.stdout is not None
+            answer = process.stdout.read(limit)
+            was_cut = len(answer) == limit
+            if was_cut:
+                process.kill()
+        timer.cancel()
+        if timed_out.is_set():
+            raise _GitFailed(f"git {words[0]} took over {GIT_SECONDS} seconds")
+        if process.returncode != 0 and not was_cut:
+            complaint.seek(0)
+            raise _GitFailed(
+                complaint.read().decode("utf-8", "replace") or f"git {words[0]} failed"
+            )
+    return answer

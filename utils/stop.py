@@ -40,6 +40,9 @@ class StopRequest:
         return 0 if self._signal is None else 128 + self._signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self._signal = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = number
+        else:
+            raise SystemExit(128 + number)

@@ -89,8 +89,7 @@ class RunLog:
             if not math.isfinite(loss):
                 self._metrics.flush()
                 raise RunError(
-                    f"the loss is {loss} at step {step}: the run cannot go on; "
-                    "lower learning_rate, or set grad_clip"
+                    f"the loss is {loss} at step {step}: the run cannot go on; lower learning_rate"
                 )
         self._metrics.flush()
         self._waiting, self._on_device = [], []
