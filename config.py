@@ -10,20 +10,18 @@ all problems are reported together. A command runs this before it imports torch,
 error is answered at once.
 """
 
-import argparse
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from parameters import ALIASES, GROUPS, ModelConfig, Settings, conflicts
+from parameters import ALIASES, GROUPS, ModelConfig, conflicts
+from utils.checks import as_written, checked, nearest, printable
+from utils.command_line import flag_of
 from utils.errors import UserError
 from utils.files import text_file_problem
 
@@ -132,277 +130,8 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{shown}: expected `key: value` settings, found {_shown(values)}")
+        raise UserError(f"{shown}: expected `key: value` settings, found {as_written(values)}")
     return values
-
-
-# ----------------------------------------------------------------------------------------------
-# Checks
-
-
-def _shown(value: Any) -> str:
-    """A value as its user wrote it: true rather than True, null rather than None; cut if long."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors as the end of a sentence that begins with the setting's name."""
-    kind, limits = error["type"], error.get("ctx", {})
-    if kind.startswith("int_"):
-        must = "must be a whole number"
-    elif kind.startswith("float_"):
-        must = "must be a number"
-    elif kind.startswith("bool_"):
-        must = "must be true or false"
-    elif kind == "string_type":
-        must = "must be text (put it in quotes)"
-    elif kind == "string_unicode":
-        must = "must be valid Unicode text"
-    elif kind == "string_too_short":
-        must = "must not be empty"
-    elif kind == "finite_number":
-        must = "must be a finite number"
-    elif kind == "literal_error":
-        must = f"must be {limits['expected']}".replace("'", "")
-    elif kind == "string_pattern_mismatch":
-        must = "must be auto, cpu, mps, cuda or cuda:N"
-    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        ((bound, limit),) = limits.items()
-        words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-        must = f"must be {words[bound]} {limit if isinstance(limit, int) else format(limit, 'g')}"
-    else:
-        must = error["msg"]
-    return f"{must}, got {_shown(error['input'])}"
-
-
-def _key(key: Any) -> str:
-    """A key as it may be printed: as it is, unless that would break the line."""
-    return key if isinstance(key, str) and key.isprintable() and key else _shown(key)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` for a misspelt name, or nothing where nothing is near."""
-    # Without their dashes, which would make all flags alike.
-    bare = {candidate.lstrip("-"): candidate for candidate in known}
-    matches = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1, cutoff=0.6)
-    return f"; did you mean {bare[matches[0]]}?" if matches else ""
-
-
-def _checked(
-    schema: type[Settings], values: Mapping[str, Any], *, strings: bool, label: Callable
-) -> tuple[dict[str, Any], list[str]]:
-    """Check one layer by itself: the values that are right, and a line for each that is not.
-
-    `strings` converts a command line's text; a file's values must have the right type already.
-    `label(name)` begins the line.
-    """
-    validate = schema.model_validate_strings if strings else schema.model_validate
-    wrong: dict[str, str] = {}
-    try:
-        settings = validate(dict(values), strict=not strings, context={"one_layer": True})
-    except ValidationError as failure:
-        for error in failure.errors():
-            wrong.setdefault(str(error["loc"][0]), _problem(error))
-        right = {name: value for name, value in values.items() if name not in wrong}
-        settings = validate(right, strict=not strings, context={"one_layer": True})
-    checked = {name: getattr(settings, name) for name in values if name not in wrong}
-    return checked, [f"{label(name)} {problem}" for name, problem in wrong.items()]
-
-
-# ----------------------------------------------------------------------------------------------
-# The command line
-
-_NO_VALUE = object()
-_BOOL = "true|false"
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like all others, without a page of usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Flags in one column, meanings in the next, and each value's name said once."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=100)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.metavar == _BOOL:
-            return ", ".join("--[no-]" + flag[2:] for flag in action.option_strings)
-        value = f" {action.metavar}" if action.metavar else ""
-        return ", ".join(action.option_strings) + value
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _metavar(annotation: Any) -> str:
-    """What stands for a value in `--help`: N, X, TEXT or the choices."""
-    options = [option for option in get_args(annotation) if option is not NoneType]
-    if get_origin(annotation) is Literal:
-        return "|".join(str(option) for option in options)
-    if options:  # Optional, or Annotated inside it
-        return _metavar(options[0])
-    return {bool: _BOOL, int: "N", float: "X"}.get(annotation, "TEXT")
-
-
-@dataclass(frozen=True)
-class Action:
-    """A flag of one command that is not a setting, such as `--config FILE` or `--dry-run`."""
-
-    name: str
-    meaning: str
-    metavar: str | None = None
-
-
-class CommandLine:
-    """A command's flags, generated from a schema: `--help`, parsing, and every complaint.
-
-    `--kebab-case` and `--snake_case` are the same flag, abbreviations are not accepted, and a
-    boolean is `--flag`, `--no-flag` or `--flag false`.
-
-    Args:
-        description: a command's docstring; its first paragraph heads `--help`.
-        schema: the settings.
-        actions: the command's other flags.
-        groups: how `--help` groups the settings; all in one group by default.
-        aliases: further names of settings.
-    """
-
-    def __init__(
-        self,
-        description: str,
-        schema: type[Settings],
-        actions: Sequence[Action] = (),
-        groups: Mapping[str, type[Settings]] | None = None,
-        aliases: Mapping[str, str] | None = None,
-    ):
-        self.schema = schema
-        self.actions = {action.name: action for action in actions}
-        self.aliases = dict(aliases or {})
-        self.parser = _Parser(
-            description=description.strip().partition("\n\n")[0],
-            usage="python %(prog)s [--setting VALUE ...]",
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            add_help=False,
-        )
-        about = self.parser.add_argument_group("command")
-        about.add_argument("-h", "--help", action="help", help="Show this page and exit.")
-        for action in actions:
-            self._add(about, action.name, action.metavar, action.meaning)
-        for title, group in (groups or {"settings": schema}).items():
-            section = self.parser.add_argument_group(f"{title} settings", group.__doc__)
-            for name, info in group.model_fields.items():
-                default = f" [{_shown(info.default)}]".replace('"', "")
-                self._add(
-                    section, name, _metavar(info.annotation), (info.description or "") + default
-                )
-
-    def _add(self, group: Any, name: str, metavar: str | None, meaning: str) -> None:
-        flags = [_flag(name), *(_flag(a) for a, target in self.aliases.items() if target == name)]
-        shared = {"dest": name, "default": argparse.SUPPRESS}
-        meaning = meaning.replace("%", "%%")
-        if metavar is None:
-            group.add_argument(*flags, action="store_true", help=meaning, **shared)
-            return
-        # A flag without its value is noticed after parsing, so that all problems come together.
-        group.add_argument(
-            *flags, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning, **shared
-        )
-        if metavar == _BOOL:
-            group.add_argument(
-                _flag("no_" + name),
-                action="store_const",
-                const="false",
-                help=argparse.SUPPRESS,
-                **shared,
-            )
-
-    def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """Split `argv` into (settings, actions, problems). `--help` prints and exits with 0."""
-        try:
-            known, unknown = self.parser.parse_known_args(self._normalised(argv))
-        except UserError as error:
-            return {}, {}, list(error.problems)
-        problems = self._unknown_flags(unknown)
-        texts: dict[str, str | None] = {}
-        actions: dict[str, Any] = {}
-        for name, value in vars(known).items():
-            is_bool = name in self.schema.model_fields and self._is_bool(name)
-            if value in (_NO_VALUE, "") and not is_bool and name not in self._texts():
-                problems.append(f"{_flag(name)} needs a value")
-            elif value is _NO_VALUE and not is_bool:
-                problems.append(
-                    f"{_flag(name)} needs a value; one that begins with a dash is written "
-                    f"{_flag(name)}=VALUE"
-                )
-            elif name in self.actions:
-                actions[name] = value
-            elif value is _NO_VALUE:
-                texts[name] = "true"
-            else:
-                null = value == "null" or (value == "none" and name not in self._texts())
-                texts[name] = None if null and self._nullable(name) else value
-        # pydantic's string mode has no null, so nulls are checked as values.
-        nulls = {name: None for name, value in texts.items() if value is None}
-        texts = {name: value for name, value in texts.items() if value is not None}
-        values, wrong = _checked(self.schema, texts, strings=True, label=_flag)
-        return {**values, **nulls}, actions, problems + wrong
-
-    def _is_bool(self, name: str) -> bool:
-        return self.schema.model_fields[name].annotation is bool
-
-    def _texts(self) -> set[str]:
-        """The settings that take any text: `none` may be a file's name, `null` stays null."""
-        fields = self.schema.model_fields.items()
-        return {name for name, info in fields if _metavar(info.annotation) == "TEXT"}
-
-    def _nullable(self, name: str) -> bool:
-        return NoneType in get_args(self.schema.model_fields[name].annotation)
-
-    def _normalised(self, argv: Sequence[str]) -> list[str]:
-        """Fold `--snake_case` into `--kebab-case`, and join a negative number to its flag.
-
-        argparse takes `-1e-3` for a flag, unless an equals sign ties it to the one before.
-        """
-        takes_value = {
-            flag
-            for action in self.parser._actions
-            for flag in action.option_strings
-            if action.nargs == "?"
-        }
-        words: list[str] = []
-        for word in argv:
-            is_negative = re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
-            if is_negative and words and words[-1] in takes_value:
-                words[-1] += "=" + word
-            elif word.startswith("--"):
-                name, equals, value = word.partition("=")
-                words.append(name.replace("_", "-") + equals + value)
-            else:
-                words.append(word)
-        return words
-
-    def _unknown_flags(self, unknown: Sequence[str]) -> list[str]:
-        flags = [flag for action in self.parser._actions for flag in action.option_strings]
-        problems, after_unknown_flag = [], False
-        for word in unknown:
-            name = word.partition("=")[0]
-            if word.startswith("-"):
-                problems.append(f"unknown flag {_key(name)}{nearest(name, flags)}")
-            elif not after_unknown_flag:  # what follows an unknown flag was its value
-                problems.append(f"unexpected argument {_shown(word)}: settings are --flags")
-            after_unknown_flag = word.startswith("-") and "=" not in word
-        return problems
 
 
 # ----------------------------------------------------------------------------------------------
@@ -440,7 +169,7 @@ class ConfigLoader:
         problems = list(problems)
         rerun_of: dict[str, Any] | None = None
         flag_values = dict(flags or {})
-        layers = [Layer(flag_values, {name: _flag(name) for name in flag_values})]
+        layers = [Layer(flag_values, {name: flag_of(name) for name in flag_values})]
         if config_file is not None:
             layer, rerun_of = self._config_file_layer(Path(config_file), problems)
             layers.append(layer)
@@ -456,7 +185,7 @@ class ConfigLoader:
             problems.append(f"{problem} ({origins})")
         if values.get("data") is not None:
             if problem := text_file_problem(Path(values["data"])):
-                problems.append(f"{_key(values['data'])} ({sources['data']}): {problem}")
+                problems.append(f"{printable(values['data'])} ({sources['data']}): {problem}")
         if problems:
             raise UserError(*problems)
         return LoadedConfig(
@@ -515,13 +244,13 @@ class ConfigLoader:
                 continue
             if name not in ModelConfig.model_fields:
                 hint = nearest(str(key), ModelConfig.model_fields)
-                problems.append(f"{origin}: unknown key {_key(key)}{hint}")
+                problems.append(f"{origin}: unknown key {printable(key)}{hint}")
             elif name in known:
                 alias = next(alias for alias, target in ALIASES.items() if target == name)
                 problems.append(f"{origin}: {alias} is another name of {name}: remove one")
             else:
                 known[name] = value
-        right, wrong = _checked(
+        right, wrong = checked(
             ModelConfig, known, strings=False, label=lambda name: f"{origin}: {name}"
         )
         problems += wrong
@@ -576,7 +305,7 @@ def describe(loaded: LoadedConfig) -> str:
         lines.append(f"{group}")
         for name in settings.model_fields:
             value = getattr(loaded.config, name)
-            shown = _shown(value)
+            shown = as_written(value)
             if value is None and name in followed:
                 shown = f"null: {followed[name]}"
             lines.append(f"  {name:<18} {shown:<32} {loaded.sources[name]}")

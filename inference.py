@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from bundle import find_bundle, newest_export
-from config import CommandLine
 from parameters import Count, Device, Positive, Seed, Settings
+from utils.command_line import CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
 

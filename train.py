@@ -12,8 +12,9 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
-from config import Action, CommandLine, ConfigLoader, LoadedConfig, describe
+from config import ConfigLoader, LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
+from utils.command_line import Action, CommandLine
 from utils.output import Output, run_command
 
 ACTIONS = (

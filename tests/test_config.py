@@ -11,15 +11,8 @@ import pytest
 import yaml
 from conftest import CHECKOUT
 
-from config import (
-    CONFIG_FILES,
-    Action,
-    CommandLine,
-    ConfigLoader,
-    describe,
-    read_config_file,
-)
-from parameters import ALIASES, GROUPS, ModelConfig
+from config import CONFIG_FILES, ConfigLoader, describe, read_config_file
+from parameters import GROUPS, ModelConfig
 from utils.errors import UserError
 
 LAYERS = ("flag", "config file", "configs", "legacy", "default")
@@ -52,12 +45,6 @@ def world(tmp_path):
             return list(caught.value.problems)
 
     return World()
-
-
-@pytest.fixture
-def command_line():
-    actions = [Action("config", "A file.", "FILE"), Action("dry_run", "Try.")]
-    return CommandLine("Train.", ModelConfig, actions, GROUPS, ALIASES)
 
 
 # Layers ---------------------------------------------------------------------------------------
@@ -307,111 +294,6 @@ def test_a_text_that_is_not_there_is_a_config_error(world, tmp_path):
     (tmp_path / "empty.txt").touch()
     assert "the file is empty" in world.problems({"data": str(tmp_path / "empty.txt")})[0]
     assert "a directory" in world.problems({"data": str(tmp_path)})[0]
-
-
-# The command line -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(ModelConfig.model_fields))
-def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
-    value = {"str": "cpu", "bool": "true"}.get(
-        getattr(ModelConfig.model_fields[name].annotation, "__name__", ""), "1"
-    )
-    value = {"lr_schedule": "cosine", "activation": "gelu", "architecture": "gpt2"}.get(name, value)
-    value = "0.5" if name in ("train_split", "test_split", "dropout", "beta1", "beta2") else value
-    kebab = command_line.parse([f"--{name.replace('_', '-')}", value])
-    snake = command_line.parse([f"--{name}={value}"])
-    assert kebab == snake
-    assert name in kebab[0]
-    assert kebab[2] == []
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--bias"], True),
-        (["--no-bias"], False),
-        (["--no_bias"], False),
-        (["--bias", "false"], False),
-        (["--bias=false"], False),
-        (["--bias", "true"], True),
-        (["--bias", "--no-bias"], False),
-    ],
-)
-def test_a_boolean_flag_takes_every_usual_form(command_line, words, expected):
-    values, _, problems = command_line.parse(words)
-    assert values == {"bias": expected}
-    assert not problems
-
-
-def test_values_are_converted_and_null_is_understood(command_line):
-    words = ["--learning-rate", "1e-3", "--min-lr", "null", "--micro-batch-size", "none"]
-    values, _, problems = command_line.parse([*words, "--run-tag", "a b"])
-    expected = {"learning_rate": 0.001, "min_lr": None, "micro_batch_size": None, "run_tag": "a b"}
-    assert values == expected
-    assert not problems
-
-
-def test_a_file_may_be_called_none_and_null_is_null(command_line):
-    assert command_line.parse(["--data", "none"])[0] == {"data": "none"}
-    assert command_line.parse(["--data", "null"])[0] == {"data": None}
-
-
-def test_input_file_is_another_name_of_data(command_line):
-    assert command_line.parse(["--input-file", "x.txt"])[0] == {"data": "x.txt"}
-
-
-def test_actions_are_no_settings(command_line):
-    assert command_line.parse(["--config", "x.yaml", "--dry-run"])[:2] == (
-        {},
-        {"config": "x.yaml", "dry_run": True},
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["--max-itres", "5"], "unknown flag --max-itres; did you mean --max-iters?"),
-        (["--max-itres=5"], "unknown flag --max-itres; did you mean --max-iters?"),
-        (["--max-iter", "5"], "unknown flag --max-iter; did you mean --max-iters?"),  # no abbrevs
-        (["--zzz"], "unknown flag --zzz"),
-        (["5"], 'unexpected argument "5": settings are --flags'),
-        (["--max-iters"], "--max-iters needs a value"),
-        (["--config"], "--config needs a value"),
-        (["--config="], "--config needs a value"),
-        (
-            ["--run-tag"],
-            "--run-tag needs a value; one that begins with a dash is written --run-tag=VALUE",
-        ),
-        (["--data="], '--data must not be empty, got ""'),
-        (["--dry-run", "-5"], "unknown flag -5"),
-        (["--dry-run=x"], "argument --dry-run: ignored explicit argument 'x'"),
-        (["--no-bias=x"], "argument --no-bias: ignored explicit argument 'x'"),
-        (["--max-iters", "many"], '--max-iters must be a whole number, got "many"'),
-        (["--max-iters", "1.5"], '--max-iters must be a whole number, got "1.5"'),
-        (["--learning-rate", "-1e-3"], '--learning-rate must be above 0, got "-1e-3"'),
-        (["--learning-rate", "nan"], '--learning-rate must be a finite number, got "nan"'),
-        (["--learning-rate", "-inf"], '--learning-rate must be a finite number, got "-inf"'),
-        (["--bias", "maybe"], '--bias must be true or false, got "maybe"'),
-        (["--lr-schedule", "cos"], '--lr-schedule must be constant, linear or cosine, got "cos"'),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_clear_line(command_line, words, problem):
-    assert command_line.parse(words)[2] == [problem]
-
-
-def test_help_is_generated_from_the_schema(command_line, capsys):
-    with pytest.raises(SystemExit) as left:
-        command_line.parse(["--help"])
-    assert left.value.code == 0
-    page = " ".join(capsys.readouterr().out.split())
-    assert page.isascii()  # terminals that know nothing else shall show it too
-    for name, info in ModelConfig.model_fields.items():
-        flag = f"--[no-]{name}" if info.annotation is bool else f"--{name}"
-        assert flag.replace("_", "-") in page
-        assert " ".join(info.description.split()) in page
-    for group in GROUPS:
-        assert f"{group} settings" in page
 
 
 def test_a_yaml_dump_of_the_defaults_is_read_back(world):
