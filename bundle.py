@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from parameters import Architecture, ModelConfig
 from utils.errors import UserError
-from utils.files import directory_written_whole, write_atomic
+from utils.files import directory_written_whole, make_durable, write_atomic
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -34,7 +34,10 @@ _ALSO_RECORDED = ("batch_size", "device")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read: everything but its weights, which stay in `path`."""
+    """A bundle that was read: everything but its weights, which stay in `path`.
+
+    Of `config`, the architecture and `batch_size` are the model's; the rest are mere defaults.
+    """
 
     path: Path
     config: ModelConfig
@@ -66,8 +69,9 @@ def write_bundle(
     architecture = {name: getattr(config, name) for name in Architecture.model_fields}
     recorded = {"batch_size": config.batch_size, "vocab_size": vocab_size, "device": device}
     with directory_written_whole(directory) as building:
-        save_weights(building / WEIGHTS_FILE)
         _write_json(building / CONFIG_FILE, {**architecture, **recorded})
+        save_weights(building / WEIGHTS_FILE)
+        make_durable(building / WEIGHTS_FILE, like=building / CONFIG_FILE)
         _write_json(building / TOKENIZER_FILE, tokenizer)
         names = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
         files = {name: _sha256(building / name) for name in names}

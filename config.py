@@ -62,7 +62,7 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of everyday, and no key twice.
+    """YAML with numbers as people write them, and no key twice.
 
     PyYAML reads YAML 1.1, where `1e-3` is text, `017` is fifteen and `1:30` is ninety. These are
     the numbers of YAML 1.2; its words (yes, no, on, off) stay what PyYAML takes them for.
@@ -302,11 +302,11 @@ def describe(loaded: LoadedConfig) -> str:
         "data": "input.txt, else Shakespeare",
     }
     for group, settings in GROUPS.items():
-        lines.append(f"{group}")
+        lines.append(group)
         for name in settings.model_fields:
             value = getattr(loaded.config, name)
             shown = as_written(value)
             if value is None and name in followed:
                 shown = f"null: {followed[name]}"
-            lines.append(f"  {name:<18} {shown:<32} {loaded.sources[name]}")
+            lines.append(f"  {name:<18} {shown:<36} {loaded.sources[name]}")
     return "\n".join(lines)

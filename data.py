@@ -26,6 +26,7 @@ from utils.files import text_file_problem, write_atomic
 
 DEFAULT_FILE = "input.txt"
 SPLITS = ("train", "val", "test")
+_COUNTED_AT_ONCE = 1 << 20  # tokens; bincount makes eight bytes of each
 
 # Training and evaluation draw from streams of their own: how often one evaluates can't change
 # what is learned. Evaluation ignores the run's seed, so that runs compare on the same windows.
@@ -38,7 +39,8 @@ class Dataset:
     """A text as tokens, divided into splits.
 
     `splits` maps train, val and test (where `test_split` is set) to `(N,)` arrays of ids of the
-    tokenizer's `dtype`. `sha256` is of the text's bytes.
+    tokenizer's `dtype`. `bytes_per_token` has the UTF-8 bytes in a token of each split, on
+    average. `sha256` is of the text's bytes.
     """
 
     name: str
@@ -46,17 +48,12 @@ class Dataset:
     sha256: str
     tokenizer: CharTokenizer
     splits: dict[str, np.ndarray]
+    bytes_per_token: dict[str, float]
 
     @property
     def num_tokens(self) -> int:
         """The tokens in all splits together."""
         return sum(tokens.size for tokens in self.splits.values())
-
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes in a token of `split`, on average."""
-        tokens = self.splits[split]
-        counts = np.bincount(tokens, minlength=self.tokenizer.vocab_size)
-        return float(counts @ self.tokenizer.token_bytes) / tokens.size
 
 
 def load_data(config: ModelConfig, *, cache: bool = True) -> Dataset:
@@ -77,7 +74,14 @@ def load_data(config: ModelConfig, *, cache: bool = True) -> Dataset:
     text = _decode(raw, name)
     tokenizer = create_tokenizer(text)
     splits = _split(tokenizer.encode(text), config)
-    return Dataset(name, path, hashlib.sha256(raw).hexdigest(), tokenizer, splits)
+    return Dataset(
+        name=name,
+        path=path,
+        sha256=hashlib.sha256(raw).hexdigest(),
+        tokenizer=tokenizer,
+        splits=splits,
+        bytes_per_token={s: _bytes_per_token(ids, tokenizer) for s, ids in splits.items()},
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -99,6 +103,14 @@ def _decode(raw: bytes, name: str) -> str:
     if not text:
         raise UserError(f"{name}: the file is empty")
     return text
+
+
+def _bytes_per_token(tokens: np.ndarray, tokenizer: CharTokenizer) -> float:
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for start in range(0, tokens.size, _COUNTED_AT_ONCE):
+        part = tokens[start : start + _COUNTED_AT_ONCE]
+        counts += np.bincount(part, minlength=counts.size)
+    return float(counts @ tokenizer.token_bytes) / tokens.size
 
 
 def _split(tokens: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -68,11 +68,12 @@ def main(argv: Sequence[str]) -> int:
     from utils.device import choose_device
 
     device = choose_device(config.device)
-    model, tokenizer, _ = load_model(directory, device)
+    model, tokenizer, state = load_model(directory, device)
     ids = tokenizer.encode(config.prompt or tokenizer.default_prompt)
     prompt = torch.tensor([ids.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     output = Output()
+    output.remark(f"{directory}, step {state.get('step')}\n")
     for number in range(config.num_samples):
         ids = model.generate(
             prompt,

@@ -196,8 +196,8 @@ def sample_next(
     """Draw the next token, `(B, 1)` int64, from logits `(B, V)`."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # The largest becomes 0, and the divisor is a number of the logits' type that is not 0: so no
-    # temperature, however small, makes anything that is not a number.
+    # With the largest logit at 0 and the divisor above 0, a tiny temperature gives 0 or -inf to
+    # the softmax, and never NaN.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.size(-1):

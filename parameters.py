@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-LARGEST = 2**31 - 1  # of any count: beyond it, arithmetic overflows somewhere below
+LARGEST = 2**31 - 1  # of any count: what is larger is a slip of the finger
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -33,7 +33,7 @@ class Settings(BaseModel):
 
 
 class Architecture(Settings):
-    """The shape of the network. Fixed for the life of a model."""
+    """The network. Its shape is fixed for the life of a model."""
 
     architecture: Literal["gpt2"] = "gpt2"
     """The family of the network. gpt2: learned positions, pre-norm blocks, LayerNorm."""
@@ -92,13 +92,13 @@ class Training(Settings):
     """Instead of max_iters: passes over the training text."""
 
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: train for about this long. Given together with it: a time limit."""
+    """Instead of max_iters: train for about this long. In one place with it: a time limit."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """The highest learning rate, reached at the end of the warm-up."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from learning_rate to min_lr after the warm-up."""
+    """How the learning rate goes from learning_rate to min_lr after the warm-up; or stays."""
 
     warmup_iters: Count = 100
     """Steps over which the learning rate rises to learning_rate."""
@@ -128,11 +128,11 @@ class Training(Settings):
     """Batches in one evaluation of a split, the same ones every time. 0: the whole split."""
 
     seed: Seed = 1337
-    """Everything random follows from it: initial weights, batches, dropout, samples."""
+    """Initial weights, batches, dropout and samples follow from it; evaluation never does."""
 
 
 class Runtime(Settings):
-    """The machine. Never changes what is learned, beyond rounding."""
+    """The machine. Changes rounding, and between kinds of device what dropout draws; no more."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
@@ -148,14 +148,14 @@ class Tracking(Settings):
     """What is shown and logged while a run goes on."""
 
     log_interval: Positive = 50
-    """Steps between printed lines; every step is logged, in batches of this many."""
+    """Steps from one printed line to the next, at most; every step is logged."""
 
     sample_interval: Count = 0
-    """Steps after which the next evaluation prints generated text too. 0: at the end only."""
+    """Print generated text at the first evaluation after so many steps. 0: at the end only."""
 
 
 class Run(Settings):
-    """What a run is called and where it is kept. Never part of what is re-run."""
+    """What a run is called and where it is kept. A rerun of its record has its own."""
 
     run_tag: str | None = None
     """A word for the run directory's name, after the time."""
@@ -172,7 +172,7 @@ ALIASES = {"input_file": "data"}
 
 
 class ModelConfig(Run, Tracking, Runtime, Training, Data, Architecture):
-    """Every setting of a run, checked: pydantic reads the bases from last to first."""
+    """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -195,7 +195,7 @@ class ModelConfig(Run, Tracking, Runtime, Training, Data, Architecture):
 def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (settings, problem) for legal values that do not go together.
 
-    `values` may lack settings, those that are wrong by themselves: rules on them are passed over.
+    `values` may lack settings that were already found wrong; rules about them are skipped.
     """
 
     def given(*names: str) -> bool:

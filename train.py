@@ -3,7 +3,8 @@
     python train.py --run-tag baseline
     python train.py --data dante.txt --max-iters 5000 --n-layer 6
 
-The same from Python: `train(ModelConfig(data="dante.txt"))`.
+The same from Python: `train(ModelConfig(data="dante.txt"))`, with the defaults of parameters.py;
+`ConfigLoader().load({"data": "dante.txt"}).config` reads configs/ too.
 
 `main()` stands first and imports nothing heavy: `--help` and every mistake in the settings are
 answered at once. Below it is the run, to be read from top to bottom.
@@ -12,7 +13,7 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
-from config import ConfigLoader, LoadedConfig, describe
+from config import CHECKOUT, ConfigLoader, LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
 from utils.command_line import Action, CommandLine
 from utils.output import Output, run_command
@@ -79,14 +80,13 @@ from utils.device import (
     synchronize,
 )
 from utils.errors import RunError, UserError
-from utils.output import byte_size, command_for, duration
+from utils.output import byte_size, command_for, duration, plural
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
 from utils.tracking.run_log import RunLog
 from utils.tracking.tensorboard import TensorBoardTracker
 
-CHECKOUT = Path(__file__).resolve().parent
 SAMPLE_TOKENS = 400
 SAMPLE_TEMPERATURE = 0.8
 
@@ -112,7 +112,6 @@ class Setup:
 
     config: ModelConfig
     sources: dict[str, str]
-    time_limit: float
     device: torch.device
     data: Dataset
     model: LanguageModel
@@ -160,6 +159,7 @@ def run_steps(
     config, model, data = setup.config, setup.model, setup.data
     best_step, best_val_loss = 0, math.inf
     last_sample = 0
+    time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
     began = time.monotonic()
     with output.progress(config.max_iters):
         for step in range(config.max_iters):  # the updates done before this one
@@ -167,12 +167,12 @@ def run_steps(
             done = step + 1
             log.step(done, loss, grad_norm, learning_rate_at(step, config))
 
-            out_of_time = time.monotonic() - began > setup.time_limit
+            out_of_time = time.monotonic() - began > time_limit
             is_last = done == config.max_iters or out_of_time or stop.requested
             if not (is_last or is_due(done, config.eval_interval)):
                 continue
             if stop.requested:
-                output.line(f"Stopping after step {done}: saving; Ctrl-C once more aborts")
+                output.line(f"Stopping after step {done}: a last evaluation; Ctrl-C again aborts")
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
             losses = estimate_loss(model, data, config)
             is_best = losses["val"] < best_val_loss
@@ -247,7 +247,7 @@ def estimate_loss(model: LanguageModel, data: Dataset, config: ModelConfig) -> d
 
 def bits_per_byte(losses: dict[str, float], data: Dataset) -> dict[str, float]:
     """Losses as bits for each byte of the text: comparable between models of any tokenizer."""
-    return {s: loss / math.log(2) / data.bytes_per_token(s) for s, loss in losses.items()}
+    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -285,19 +285,29 @@ def export(setup: Setup, run: RunDirectory, *, step: int, val_loss: float) -> No
 
 
 def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bool = True) -> Setup:
-    """Device, text, model and optimizer, in that order; what a user got wrong ends here."""
+    """Make what a run needs before its first step: device, text, model and optimizer.
+
+    Raises `UserError` for a device or a text that cannot be used.
+    """
     device = choose_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     data = load_data(config, cache=cache)
     check_rerun(loaded, data)
-    settled, length_source = settle_length(config, data, device)
+    settled, length = settle_length(config, data, device)
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
-    if length_source:
-        sources["max_iters"] = f"{length_source} ({sources[length_source.split()[0]]})"
+    if length != "max_iters":
+        sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
     model, optimizer, compile_mode = create_model(settled, data, device)
-    time_limit = config.max_minutes * 60 if config.max_minutes else math.inf
-    return Setup(settled, sources, time_limit, device, data, model, optimizer, compile_mode)
+    return Setup(
+        config=settled,
+        sources=sources,
+        device=device,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        compile_mode=compile_mode,
+    )
 
 
 def check_rerun(loaded: LoadedConfig | None, data: Dataset) -> None:
@@ -330,23 +340,23 @@ def create_model(
 
 def settle_length(
     config: ModelConfig, data: Dataset, device: torch.device
-) -> tuple[ModelConfig, str | None]:
-    """Turn `epochs` or `max_minutes` into `max_iters`; also tell which, for the record.
+) -> tuple[ModelConfig, str]:
+    """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
 
     A config with a number of steps alone trains the same model on any machine.
     """
     if config.max_iters is not None:
-        return config, None
+        return config, "max_iters"
     if config.epochs is not None:
         tokens_per_step = config.batch_size * config.block_size
         max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
         settled = {"max_iters": max_iters, "epochs": None}
-        return config.model_copy(update=settled), f"epochs {config.epochs:g}"
+        return config.model_copy(update=settled), "epochs"
     assert config.max_minutes is not None
     speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
     max_iters = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
     settled = {"max_iters": max_iters, "max_minutes": None}
-    return config.model_copy(update=settled), f"max_minutes {config.max_minutes:g}"
+    return config.model_copy(update=settled), "max_minutes"
 
 
 def open_run(
@@ -358,7 +368,13 @@ def open_run(
     run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
     output.record_to(run.console)
     output.line(banner(setup))
-    output.line(f"Run {run.path}\n")
+    output.line(f"Run    {run.path}\n")
+    if config.warmup_iters >= config.max_iters:
+        reached = learning_rate_at(config.max_iters - 1, config)
+        output.line(
+            f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
+            f"rate of {reached:g}; lower warmup_iters to learn faster\n"
+        )
     record = {
         "run_id": run.run_id,
         "argv": list(argv),
@@ -408,8 +424,8 @@ def banner(setup: Setup) -> str:
     sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
     compiled = "" if setup.compile_mode == "off" else f", torch.compile {setup.compile_mode}"
     return (
-        f"Model  {setup.model.num_parameters():,} parameters: {config.n_layer} layers, "
-        f"{config.n_head} heads, {config.n_embd} channels, context {config.block_size}\n"
+        f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
+        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}\n"
         f"Text   {data.name}: {data.num_tokens:,} characters ({sizes}), "
         f"{data.tokenizer.vocab_size} different\n"
         f"Steps  {config.max_iters:,} of {config.batch_size} x {config.block_size} characters: "
@@ -429,6 +445,7 @@ def summary(result: TrainResult, setup: Setup) -> str:
     ended = f"Stopped after step {result.step:,}" if stopped else f"Done: {result.step:,} steps"
     bits = bits_per_byte({"val": result.best_val_loss}, setup.data)["val"]
     run = shlex.quote(str(result.run_dir))
+    again = "the same settings from the start" if stopped else "the same run again"
     return (
         f"\n{ended} in {duration(result.seconds)}. Best val loss {result.best_val_loss:.4f} "
         f"({bits:.3f} bits per byte), at step {result.best_step:,}.\n"
@@ -436,7 +453,7 @@ def summary(result: TrainResult, setup: Setup) -> str:
         "Next:\n"
         f"  {command_for('inference.py')} --run {run}\n"
         f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}\n"
-        f"  {command_for('train.py')} --config {run}/meta/full_config.json   # the same run again"
+        f"  {command_for('train.py')} --config {run}/meta/full_config.json   # {again}"
     )
 
 
@@ -457,7 +474,7 @@ def machine_record(device: torch.device) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for a step, and for an evaluation spread over the steps between two of them."""
+    """Seconds for one step and for one whole evaluation, and the most bytes held so far."""
 
     step: float
     evaluation: float
@@ -473,7 +490,15 @@ class Speed:
 def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
     """Time real steps, and a part of an evaluation, of a model that is thrown away."""
     model, optimizer, compile_mode = create_model(config, data, device)
-    setup = Setup(config, {}, math.inf, device, data, model, optimizer, compile_mode)
+    setup = Setup(
+        config=config,
+        sources={},
+        device=device,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        compile_mode=compile_mode,
+    )
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
@@ -485,8 +510,9 @@ def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> S
     start = time.perf_counter()
     estimate_loss(model, data, config.model_copy(update={"eval_iters": 1}))
     part = time.perf_counter() - start
-    largest = max(data.splits["train"].size, 1) / (config.batch_size * config.block_size)
-    evaluation = part * (config.eval_iters or largest)
+    # `part` was one batch of each split; a whole evaluation has as many as there are on average.
+    tokens = (data.splits["train"].size + data.splits["val"].size) / 2
+    evaluation = part * (config.eval_iters or tokens / (config.batch_size * config.block_size))
     return Speed(step, evaluation, config.eval_interval or math.inf, peak_memory(device))
 
 
@@ -500,18 +526,23 @@ def dry_run(loaded: LoadedConfig) -> str:
     seconds = config.max_iters * speed.step + evaluations * speed.evaluation
     # float32 weights, their gradients, and AdamW's two moments
     state = setup.model.num_parameters() * 4 * 4
-    peak = f", {byte_size(speed.peak_memory)} at the peak" if speed.peak_memory else ""
+    whose = "this whole process" if setup.device.type == "cpu" else "the device"
+    peak = f"; {whose}: {byte_size(speed.peak_memory)} at its peak" if speed.peak_memory else ""
     return (
         f"{describe(LoadedConfig(config, setup.sources))}\n\n{banner(setup)}\n"
         f"Memory {byte_size(state)} for weights, gradients and optimizer{peak}\n"
         f"Time   about {duration(seconds)}: {speed.step * 1000:.1f} ms a step, "
-        f"{evaluations} evaluations of {speed.evaluation:.1f} s"
+        f"{plural(evaluations, 'evaluation')} of {speed.evaluation:.1f} s"
     )
+
+
+# ----------------------------------------------------------------------------------------------
+# When the machine refuses
 
 
 @contextlib.contextmanager
 def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
-    """Turn what the machine refuses (memory, disk) into a `RunError`, and record any of these."""
+    """Turn what the machine refuses (memory, disk) into a `RunError`; record how a run failed."""
     try:
         try:
             yield
@@ -532,5 +563,5 @@ def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
             ) from error
     except (RunError, KeyboardInterrupt, SystemExit) as error:
         with contextlib.suppress(OSError):  # where the disk is full, so is the record
-            output.record(f"error: {error if isinstance(error, RunError) else 'aborted'}")
+            output.record(f"error: {error if isinstance(error, RunError) else 'interrupted'}")
         raise

@@ -99,7 +99,7 @@ def test_a_text_of_a_byte_order_mark_alone_is_empty(tmp_path):
 def test_bytes_per_token_counts_utf8(tmp_path):
     path = write(tmp_path / "t.txt", "aé" * 100)
     dataset = load_data(ModelConfig(data=path, block_size=4))
-    assert dataset.bytes_per_token("val") == 1.5
+    assert dataset.bytes_per_token == {"train": 1.5, "val": 1.5}
 
 
 # Batches --------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_full_config_names_no_run_and_keeps_the_sources(tmp_path):
 def git(directory: Path, *words: str) -> str:
     environment = {
         **os.environ,
-        **{f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME",)},
+        **{f"GIT_{who}_NAME": "test" for who in ("AUTHOR", "COMMITTER")},
         **{f"GIT_{who}_EMAIL": "t@example.org" for who in ("AUTHOR", "COMMITTER")},
         "GIT_CONFIG_GLOBAL": os.devnull,
     }

@@ -185,3 +185,4 @@ def test_the_log_closes_its_trackers_and_its_file(make_log):
     log, recorder, _ = make_log()
     log.close()
     assert recorder.calls[-1] == ("close",)
+    assert log._metrics.closed

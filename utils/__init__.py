@@ -1,1 +1,1 @@
-"""Leaves: each may be imported from anywhere, and imports nothing of the project but types."""
+"""Leaves: any module may import them; of the flat modules they import `parameters` alone."""

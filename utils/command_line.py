@@ -96,19 +96,17 @@ class CommandLine:
         about.add_argument("-h", "--help", action="help", help="Show this page and exit.")
         for action in actions:
             self._add(about, action.name, action.metavar, action.meaning)
-        for title, group in (groups or {"settings": schema}).items():
-            section = self._parser.add_argument_group(f"{title} settings", group.__doc__)
+        titles = {f"{name} settings": group for name, group in (groups or {}).items()}
+        for title, group in (titles or {"settings": schema}).items():
+            section = self._parser.add_argument_group(title, group.__doc__)
             for name, info in group.model_fields.items():
-                default = f" [{as_written(info.default)}]".replace('"', "")
-                self._add(
-                    section, name, _metavar(info.annotation), (info.description or "") + default
-                )
+                default = as_written(info.default).replace('"', "")
+                meaning = f"{info.description} [{default}]"
+                self._add(section, name, _metavar(info.annotation), meaning)
 
     def _add(self, group: Any, name: str, metavar: str | None, meaning: str) -> None:
-        flags = [
-            flag_of(name),
-            *(flag_of(a) for a, target in self._aliases.items() if target == name),
-        ]
+        names = [name, *(alias for alias, target in self._aliases.items() if target == name)]
+        flags = [flag_of(each) for each in names]
         shared = {"dest": name, "default": argparse.SUPPRESS}
         self._metavars[name] = metavar
         meaning = meaning.replace("%", "%%")

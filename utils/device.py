@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.output import plural
 
 
 def choose_device(requested: str) -> torch.device:
@@ -44,8 +45,7 @@ def describe_device(device: torch.device) -> str:
         return f"CUDA ({torch.cuda.get_device_name(device)})"
     if device.type == "mps":
         return "MPS"
-    threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
+    return f"CPU ({plural(torch.get_num_threads(), 'thread')})"
 
 
 def processor_name() -> str:

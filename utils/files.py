@@ -64,8 +64,17 @@ def directory_written_whole(directory: Path) -> Iterator[Path]:
 
 
 def _copy_missing(source: Path, target: Path) -> None:
-    """Copy what is in `source` and not in `target`."""
+    """Copy what is in `source` and not in `target`; links stay links."""
     for path in source.iterdir():
         if not (target / path.name).exists():
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, target / path.name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, target / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, target / path.name, follow_symlinks=False)
+
+
+def make_durable(path: Path, like: Path) -> None:
+    """Give a file that a library wrote the permissions of `like`, and see it on the disk."""
+    path.chmod(like.stat().st_mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

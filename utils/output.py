@@ -23,7 +23,8 @@ class Output:
     """A command's voice.
 
     Args:
-        quiet: print nothing; a run still writes its `console.txt`.
+        quiet: nothing on standard output; a run still writes its `console.txt`, and warnings and
+            errors still go to standard error.
         stream: where lines go; standard output by default.
     """
 
@@ -49,6 +50,10 @@ class Output:
         if self._progress is None:
             self._print(text)
         self.record(text)
+
+    def remark(self, text: str) -> None:
+        """Print to standard error what is not part of a command's result."""
+        self._complain(text)
 
     def warning(self, text: str) -> None:
         """Print one line to standard error, and keep it in the record."""
@@ -189,6 +194,11 @@ def command_for(program: str) -> str:
 def _shown_from(here: Path, path: Path) -> str:
     inside = path.is_absolute() and path.is_relative_to(here)
     return shlex.quote(str(path.relative_to(here) if inside else path))
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 layer`, `4 layers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

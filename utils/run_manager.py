@@ -1,7 +1,9 @@
 """A run's own directory, and the record in it of how the run was made.
 
 runs/YYYYMMDD_HHMMSS_<tag>/
-    artifacts/  logs/tensorboard/  meta/git.txt  meta/env.txt  meta/full_config.json
+    artifacts/export/
+    logs/tensorboard/  logs/metrics.jsonl  logs/console.txt
+    meta/git.txt  meta/env.txt  meta/full_config.json
 """
 
 import json
@@ -75,7 +77,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One line of JSON for each logged step."""
+        """One line of JSON for each step, and one for each evaluation."""
         return self.path / "logs" / "metrics.jsonl"
 
     @property
@@ -259,7 +261,12 @@ def _git(directory: Path, *words: str, limit: int = -1) -> bytes:
             stderr=complaint,
         )
         timed_out = threading.Event()
-        timer = threading.Timer(GIT_SECONDS, lambda: (timed_out.set(), process.kill()))
+
+        def give_up() -> None:
+            timed_out.set()
+            process.kill()
+
+        timer = threading.Timer(GIT_SECONDS, give_up)
         timer.start()
         with process:
             assert process.stdout is not None
