@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt requirements-corpus.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench venv clean
+.PHONY: help train test test-slow test-stress lint format bench venv clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +19,11 @@ train: $(VENV)/.train ## Train; pass arguments on with ARGS="--run-tag baseline 
 test: $(VENV)/.dev ## Run the tests: minutes, no network
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(VENV)/.dev ## Run the slow tests
+test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-stress: $(VENV)/.dev ## Run the stress tests: many runs at once
+	$(BIN)/python -m pytest -m stress $(ARGS)
 
 lint: $(VENV)/.dev ## Check format and style
 	$(BIN)/ruff format --check .

@@ -217,7 +217,7 @@ def test_parameters_prints_the_schema(folio):
     assert json.loads(folio("parameters.py").stdout)["title"] == "Folio configuration"
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_twenty_runs_started_at_once_with_one_tag_are_twenty_runs(text_file):
     """Twenty real processes."""
     command = [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *TINY_FLAGS]

@@ -153,4 +153,7 @@ def test_next_commands_start_this_python_from_here(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
     assert command_for("train.py").startswith(".venv/bin/python ")
+    assert command_for("tensorboard") == "tensorboard"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "tensorboard").touch()
     assert command_for("tensorboard") == ".venv/bin/tensorboard"

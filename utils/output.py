@@ -184,8 +184,9 @@ def command_for(program: str) -> str:
     here = Path.cwd()
     folder = Path(sys.executable).parent
     if not program.endswith(".py"):
-        active = shutil.which(program) == str(folder / program)
-        return program if active else _shown_from(here, folder / program)
+        beside = folder / program
+        is_active = shutil.which(program) == str(beside)
+        return program if is_active or not beside.exists() else _shown_from(here, beside)
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     script = _shown_from(here, Path(__file__).resolve().parent.parent / program)
     return f"{_shown_from(here, Path(python))} {script}"
