@@ -298,16 +298,7 @@ def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bo
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
-    model, optimizer, compile_mode = create_model(settled, data, device)
-    return Setup(
-        config=settled,
-        sources=sources,
-        device=device,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        compile_mode=compile_mode,
-    )
+    return create_setup(settled, sources, data, device)
 
 
 def check_rerun(loaded: LoadedConfig | None, data: Dataset) -> None:
@@ -328,14 +319,21 @@ def sources_in_code(config: ModelConfig) -> dict[str, str]:
     return {name: "train()" if name in given else "default" for name in ModelConfig.model_fields}
 
 
-def create_model(
-    config: ModelConfig, data: Dataset, device: torch.device
-) -> tuple[LanguageModel, torch.optim.Optimizer, str]:
+def create_setup(
+    config: ModelConfig, sources: dict[str, str], data: Dataset, device: torch.device
+) -> Setup:
     """A new model and its optimizer; the same weights for the same seed, on every device."""
     torch.manual_seed(config.seed)
     model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
-    optimizer = create_optimizer(model, config)
-    return model, optimizer, compile_model(model, config.torch_compile)
+    return Setup(
+        config=config,
+        sources=sources,
+        device=device,
+        data=data,
+        model=model,
+        optimizer=create_optimizer(model, config),
+        compile_mode=compile_model(model, config.torch_compile),
+    )
 
 
 def settle_length(
@@ -489,16 +487,7 @@ class Speed:
 
 def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
     """Time real steps, and a part of an evaluation, of a model that is thrown away."""
-    model, optimizer, compile_mode = create_model(config, data, device)
-    setup = Setup(
-        config=config,
-        sources={},
-        device=device,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        compile_mode=compile_mode,
-    )
+    setup = create_setup(config, {}, data, device)
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
@@ -508,7 +497,7 @@ def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> S
         seconds.append(time.perf_counter() - start)
     step = sorted(seconds[1:])[len(seconds[1:]) // 2]  # the first one warms up
     start = time.perf_counter()
-    estimate_loss(model, data, config.model_copy(update={"eval_iters": 1}))
+    estimate_loss(setup.model, data, config.model_copy(update={"eval_iters": 1}))
     part = time.perf_counter() - start
     # `part` was one batch of each split; a whole evaluation has as many as there are on average.
     tokens = (data.splits["train"].size + data.splits["val"].size) / 2
