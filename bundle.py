@@ -1,54 +1,127 @@
-"""The bundle: one directory that holds a model and all that is needed to use it.
+"""The bundle: one directory that holds a model and all that is needed to use it or to go on with it.
 
-    config.json           the architecture
+    config.json           the architecture, which never changes
     model.safetensors     the weights
     tokenizer.json        text to ids and back
-    training_state.json   which step this is, how good, and where it came from
+    training_state.json   which step this is, how good, where it came from, and each file's SHA-256
+    optimizer.pt          the optimizer's and the random generators' state; an export has none
 
-Nothing here needs torch.
+A run's checkpoints, its export and a named model are all bundles. Nothing here needs torch.
+
+A bundle is published as a whole. The new files are written into `.tmp-PID/` inside its directory;
+renaming that to `.next/` is the commit; then they move up, `training_state.json` last. Whoever
+reads takes the files that are still in `.next/` from there, so that a process may be killed at any
+instruction, and the directory is the old bundle or the new one. Other files in it are left alone.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from parameters import Architecture, ModelConfig
+from parameters import GROUPS, Architecture, Count, ModelConfig
 from utils.errors import UserError
-from utils.files import directory_written_whole, make_durable, write_atomic
+from utils.files import (
+    copy_durable,
+    is_running,
+    make_directory,
+    move,
+    remove_file,
+    remove_if_empty,
+    remove_tree,
+    sync,
+    write_by_library,
+    write_durable,
+)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "training_state.json"
-BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # what every bundle has beside its state
+BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
 
 # Recorded in config.json beside the architecture; neither of them fixes the network's shape.
 _ALSO_RECORDED = ("batch_size", "device")
+# `training_config` has the settings that may change from one resume to the next. config.json and
+# tokenizer.json have the others; a run's name and place are its own, and so is its device.
+_RUN_GROUPS = ("architecture", "beginning", "run")
+TRAINING_SETTINGS = tuple(
+    name
+    for group, settings in GROUPS.items()
+    for name in settings.model_fields
+    if group not in _RUN_GROUPS and name not in (*_ALSO_RECORDED, "tokenizer")
+)
+# What else stands in `training_config`: facts about the training, and no settings.
+TRAINING_FACTS = ("start_step", "best_step", "data_sha256", "model_name")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Ancestor(_Strict):
+    """A model that another one was fine-tuned from, as it was then."""
+
+    name: str
+    step: Count
+    weights_sha256: str
+    data_sha256: str | None
+    run_id: str | None
+
+
+class TrainingState(_Strict):
+    """`training_state.json`. Losses are means in nats per token; None where none was measured."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    step: Count
+    optimizer_file: Literal["optimizer.pt"] | None
+    best_val_loss: float | None
+    val_loss: float | None
+    run_id: str | None
+    lineage: list[Ancestor]
+    files: dict[str, str] = {}
+    training_config: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings in `training_config`."""
+        return {k: v for k, v in self.training_config.items() if k not in TRAINING_FACTS}
+
+    def fact(self, name: str) -> Any:
+        """One of `TRAINING_FACTS`; None where it is not known."""
+        return self.training_config.get(name)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read: everything but its weights, which stay in `path`.
+    """A bundle that was read and checked.
 
     Of `config`, the architecture and `batch_size` are the model's; the rest are mere defaults.
+    `contents` has the bytes of the larger files that were asked for: what was checked is what is
+    used, whatever another process may publish meanwhile.
     """
 
     path: Path
     config: ModelConfig
     vocab_size: int
+    device: str
     tokenizer: dict[str, Any]
-    state: dict[str, Any]
+    state: TrainingState
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False)
 
-    @property
-    def weights(self) -> Path:
-        """The safetensors file."""
-        return self.path / WEIGHTS_FILE
+
+# ----------------------------------------------------------------------------------------------
+# Writing
 
 
 def write_bundle(
@@ -58,107 +131,379 @@ def write_bundle(
     vocab_size: int,
     device: str,
     tokenizer: Mapping[str, Any],
-    state: Mapping[str, Any],
+    state: TrainingState,
     save_weights: Callable[[Path], None],
+    save_optimizer: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a bundle into `directory`, in the place of the one that is there.
+    """Publish a bundle in `directory`, in the place of the one that may be there.
 
-    `save_weights(path)` writes the safetensors file. `state` gets `format_version` and `files`,
-    the SHA-256 of each other file.
+    `save_weights(path)` and `save_optimizer(path)` write those files; without the second, the
+    bundle is an export. `state.files` and `state.optimizer_file` are filled in here.
     """
     architecture = {name: getattr(config, name) for name in Architecture.model_fields}
     recorded = {"batch_size": config.batch_size, "vocab_size": vocab_size, "device": device}
-    with directory_written_whole(directory) as building:
+    with _publication(directory) as building:
         _write_json(building / CONFIG_FILE, {**architecture, **recorded})
-        save_weights(building / WEIGHTS_FILE)
-        make_durable(building / WEIGHTS_FILE, like=building / CONFIG_FILE)
         _write_json(building / TOKENIZER_FILE, tokenizer)
-        names = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
+        write_by_library(building / WEIGHTS_FILE, save_weights, like=building / CONFIG_FILE)
+        names = list(MODEL_FILES)
+        if save_optimizer is not None:
+            names.append(OPTIMIZER_FILE)
+            optimizer = building / OPTIMIZER_FILE
+            write_by_library(optimizer, save_optimizer, like=building / CONFIG_FILE)
         files = {name: _sha256(building / name) for name in names}
-        _write_json(
-            building / STATE_FILE, {"format_version": FORMAT_VERSION, **state, "files": files}
-        )
+        _write_state(building, state, files)
 
 
-def read_bundle(directory: Path) -> Bundle:
-    """Read a bundle, all but its weights, and check that all its files are of one model.
+def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> None:
+    """Publish in `target` what stands in `source`; without the optimizer's state, as an export."""
+    state = read_state(source)
+    dropped = () if with_optimizer else (OPTIMIZER_FILE,)
+    files = {name: digest for name, digest in state.files.items() if name not in dropped}
+    with _publication(target) as building:
+        for name in files:
+            copy_durable(_located(source, name), building / name)
+        _write_state(building, state, files)
+
+
+def _write_state(building: Path, state: TrainingState, files: dict[str, str]) -> None:
+    optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in files else None
+    update = {"files": files, "optimizer_file": optimizer_file}
+    _write_json(building / STATE_FILE, state.model_copy(update=update).model_dump())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
+    write_durable(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def _publication(directory: Path) -> Iterator[Path]:
+    """Yield a directory to fill; when the block ends, its files become those of `directory`.
+
+    Where anything raises before the commit, `directory` is as it was.
+    """
+    is_new = not directory.exists()
+    make_directory(directory)
+    _finish(directory)
+    remove_leftovers(directory)
+    building = directory / f".tmp-{os.getpid()}"
+    try:
+        make_directory(building)
+        yield building
+        sync(building)
+        move(building, directory / ".next")
+    except BaseException:
+        remove_tree(building)
+        if is_new:
+            remove_if_empty(directory)
+        raise
+    _finish(directory)
+
+
+def _finish(directory: Path) -> None:
+    """Move the files that are committed, and still in `.next/`, to where they belong."""
+    committed = directory / ".next"
+    if not committed.exists():
+        return
+    if (committed / STATE_FILE).exists():
+        sync(directory)  # the commit must be on the disk before the old bundle changes
+        try:
+            files = read_state(directory).files
+        except UserError:  # damaged since: nothing to finish, and it must not stand in the way
+            remove_tree(committed)
+            return
+        for name in (*MODEL_FILES, OPTIMIZER_FILE):
+            if (committed / name).exists():
+                move(committed / name, directory / name)
+            elif name not in files:
+                remove_file(directory / name)
+        sync(directory)  # and all others before the state, without which `.next/` says nothing
+        move(committed / STATE_FILE, directory / STATE_FILE)
+    remove_if_empty(committed)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what processes that are no more have left half-written in a bundle's directory."""
+    for path in directory.glob(".tmp-*"):
+        number = path.name.removeprefix(".tmp-")
+        if number.isdecimal() and (int(number) == os.getpid() or not is_running(int(number))):
+            remove_tree(path)
+
+
+def remove_bundle(directory: Path) -> None:
+    """Remove a bundle and what is left of one; files of others stay, and so the directory then."""
+    committed = directory / ".next"
+    for place in (directory, committed):  # the state first: without it, this is no bundle
+        remove_file(place / STATE_FILE)
+    for place in (directory, committed):
+        for name in BUNDLE_FILES:
+            remove_file(place / name)
+    remove_if_empty(committed)
+    remove_leftovers(directory)
+    remove_if_empty(directory)
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_bundle(directory: Path, *names: str) -> Bundle:
+    """Read a bundle, and check that its files are those that were saved together.
+
+    Of the larger files, `model.safetensors` and `optimizer.pt`, the `names` are read too.
 
     Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
-    missing = [name for name in BUNDLE_FILES if not (directory / name).is_file()]
-    if missing:
-        raise UserError(f"{directory}: not a model: {', '.join(missing)} not there")
-    state = _read_json(directory / STATE_FILE)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{directory / STATE_FILE}: format_version {state.get('format_version')!r}, "
-            f"this Folio reads {FORMAT_VERSION}"
-        )
-    _check_files(directory, state.get("files"))
-    values = _read_json(directory / CONFIG_FILE)
+    while True:
+        # Another process may publish while we read. Only what stays as it is can be at fault.
+        before = _glance(directory)
+        try:
+            return _read(directory, names)
+        except UserError:
+            if _glance(directory) == before:
+                raise
+
+
+def _glance(directory: Path) -> Any:
+    """What changes whenever a bundle is being published."""
+    found = []
+    for place in (directory, directory / ".next"):
+        for name in BUNDLE_FILES:
+            with contextlib.suppress(OSError):
+                stat = (place / name).stat()
+                found.append((str(place / name), stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return found
+
+
+def _read(directory: Path, names: tuple[str, ...]) -> Bundle:
+    state = read_state(directory)
+    for name in {**dict.fromkeys(MODEL_FILES), **dict.fromkeys(names)}:
+        if not _located(directory, name).is_file():
+            raise UserError(
+                f"{directory / name}: not there: the model is incomplete{_remedy(name)}"
+            )
+    contents = {name: _checked(directory, name, state) for name in names}
+    values = _parsed(directory / CONFIG_FILE, _checked(directory, CONFIG_FILE, state))
+    tokenizer = _parsed(directory / TOKENIZER_FILE, _checked(directory, TOKENIZER_FILE, state))
     vocab_size = values.pop("vocab_size", None)
     known = {*Architecture.model_fields, *_ALSO_RECORDED}
     if not isinstance(vocab_size, int) or values.keys() != known:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
-    del values["device"]  # recorded, never binding: a model loads on any
+    device = values.pop("device")  # recorded, never binding: a model loads on any
     try:
         config = ModelConfig(**values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{directory / CONFIG_FILE}: {where}: {problem['msg']}") from None
-    return Bundle(directory, config, vocab_size, _read_json(directory / TOKENIZER_FILE), state)
+        raise UserError(f"{directory / CONFIG_FILE}: {_first_problem(error)}") from None
+    return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
-def _check_files(directory: Path, recorded: Any) -> None:
-    """Compare each file with the SHA-256 that was recorded when all were written together."""
-    if not isinstance(recorded, dict):
-        raise UserError(f"{directory / STATE_FILE}: cannot be read: no record of the other files")
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-        if _sha256(directory / name) != recorded.get(name):
-            raise UserError(
-                f"{directory / name}: not the file that was saved with this model: it was changed, "
-                "damaged, or comes from another one"
-            )
-
-
-def newest_export(runs_dir: Path) -> Path:
-    """The export of the newest run in `runs_dir` that has one.
-
-    Raises `UserError` where there is none.
-    """
-    states = runs_dir.glob(f"*/artifacts/export/{STATE_FILE}")
-    newest = max(states, key=lambda path: path.stat().st_mtime_ns, default=None)
-    if newest is None:
-        raise UserError(
-            f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
-            "or name one with --run"
-        )
-    return newest.parent
-
-
-def find_bundle(path: Path) -> Path:
-    """The bundle that a user means by `path`: a bundle itself, or a run directory's export."""
-    export = path / "artifacts" / "export"
-    return export if export.is_dir() else path
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_state(directory: Path) -> TrainingState:
+    """Read `training_state.json` alone. Raises `UserError` where it is none that we know."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such model directory")
+    path = directory / STATE_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read: not a JSON object")
+        content = _located(directory, STATE_FILE).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    values = _parsed(path, content)
+    try:
+        state = TrainingState(format_version=FORMAT_VERSION, **values)
+    except ValidationError as error:
+        problem = _first_problem(error)
+        raise UserError(f"{path}: not the state of a Folio model: {problem}") from None
+    if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
+        raise UserError(f"{path}: does not record the files of a Folio model")
+    return state
+
+
+def _located(directory: Path, name: str) -> Path:
+    """Where a file of the bundle is: in `.next/` if it is committed and has not moved up yet."""
+    committed = directory / ".next"
+    is_there = (committed / STATE_FILE).is_file() and (committed / name).is_file()
+    return committed / name if is_there else directory / name
+
+
+def _checked(directory: Path, name: str, state: TrainingState) -> bytes:
+    """A file's content, compared with the SHA-256 that was recorded when all were written."""
+    try:
+        content = _located(directory, name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{directory / name}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != state.files.get(name):
+        raise UserError(
+            f"{directory / name}: not the file that was saved with this model: it was changed, "
+            f"damaged, or comes from another one{_remedy(name)}"
+        )
     return content
+
+
+def _remedy(name: str) -> str:
+    if name == OPTIMIZER_FILE:
+        return "; --reset-optimizer goes on with a new optimizer"
+    return "; take another checkpoint, or a copy"
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    """The object in a JSON file, without its `format_version`, which must be one that we read."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: damaged: not a JSON object")
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "update Folio" if newer else "not a file that Folio wrote"
+        raise UserError(
+            f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}: {remedy}"
+        )
+    return values
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------
+# Telling
+
+
+def get_model_info(
+    reference: str | Path, *, checkpoints_dir: str = "checkpoints", runs_dir: str = "runs"
+) -> dict[str, Any]:
+    """All that a bundle says of its model, without its weights: what `inspect_model.py` shows.
+
+    `reference` is a named model's name, a run's id, or a path. The dict has `path`, `config`,
+    `tokenizer`, `parameters` (`total`, and by part), `bytes`, and `training_state`, as in
+    `info["training_state"]["training_config"]["learning_rate"]`.
+
+    Raises `UserError` where there is no such model, or it is damaged.
+    """
+    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    bundle = read_bundle(usable_bundle(directory))
+    state = bundle.state
+    architecture = {name: getattr(bundle.config, name) for name in Architecture.model_fields}
+    recorded = {"batch_size": bundle.config.batch_size, "vocab_size": bundle.vocab_size}
+    return {
+        "path": str(bundle.path),
+        "config": {**architecture, **recorded, "device": bundle.device},
+        "tokenizer": bundle.tokenizer,
+        "parameters": _count_parameters(bundle.path),
+        "bytes": sum(_located(bundle.path, name).stat().st_size for name in state.files),
+        "saved": _located(bundle.path, STATE_FILE).stat().st_mtime,
+        "training_state": state.model_dump(),
+    }
+
+
+def _count_parameters(directory: Path) -> dict[str, int]:
+    """How many numbers are learned, in all and by part, from the safetensors header alone.
+
+    The file begins with the header's length in eight bytes, little-endian, and the header in JSON
+    (github.com/huggingface/safetensors#format).
+    """
+    path = _located(directory, WEIGHTS_FILE)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        shapes = {k: tensor["shape"] for k, tensor in header.items() if k != "__metadata__"}
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
+    parts = {"total": sum(sizes.values())}
+    for name, size in sizes.items():
+        # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
+        words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]
+        part = "norms" if words[0].endswith("norm") else words[0]
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------
+# Finding
+
+
+def is_bundle(directory: Path) -> bool:
+    """Whether a bundle stands in `directory`: one that was published, whole or since damaged."""
+    return _located(directory, STATE_FILE).is_file()
+
+
+def runs_in(runs_dir: Path) -> list[Path]:
+    """The run directories in `runs_dir`, the newest first."""
+
+    def began(run: Path) -> tuple[str, int]:
+        return run.name[:15], run.stat().st_mtime_ns  # runs of one second: as they were made
+
+    runs = [path for path in _listed(runs_dir) if (path / "artifacts").is_dir()]
+    return sorted(runs, key=began, reverse=True)
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """The checkpoints of a run, by their steps."""
+    found = _listed(run / "artifacts" / "checkpoints")
+    return sorted(path for path in found if path.name.startswith("step_") and is_bundle(path))
+
+
+def named_models_in(checkpoints_dir: Path) -> list[Path]:
+    """The named models in `checkpoints_dir`, by their names."""
+    return sorted(path for path in _listed(checkpoints_dir) if is_bundle(path))
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+
+
+def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
+    """What a user means: a path, a run's id or a named model's name. Raises `UserError`."""
+    places = [Path(reference), runs_dir / reference, checkpoints_dir / reference]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{reference}: no such model: neither {places[0]} nor {places[1]} nor {places[2]} is there"
+    )
+
+
+def usable_bundle(directory: Path) -> Path:
+    """The bundle to generate with: `directory` itself, or a run's best, or else its newest.
+
+    Raises `UserError` where there is none.
+    """
+    if is_bundle(directory):
+        return directory
+    export = directory / "artifacts" / "export"
+    if is_bundle(export):
+        return export
+    if checkpoints := checkpoints_in(directory):
+        return checkpoints[-1]
+    if (directory / "artifacts").is_dir():
+        raise UserError(f"{directory}: this run has saved no model yet")
+    raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
+
+
+def newest_usable_bundle(runs_dir: Path) -> Path:
+    """The model of the newest run that has one. Raises `UserError` where there is none."""
+    for run in runs_in(runs_dir):
+        with contextlib.suppress(UserError):
+            return usable_bundle(run)
+    raise UserError(
+        f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
+        "or name one with --run or --model-name"
+    )

@@ -1,57 +1,276 @@
-"""A live model into a bundle, and back."""
+"""A live training state into a bundle, and back to the same bits."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from bundle import read_bundle, write_bundle
+from bundle import (
+    FORMAT_VERSION,
+    OPTIMIZER_FILE,
+    WEIGHTS_FILE,
+    Bundle,
+    TrainingState,
+    checkpoints_in,
+    copy_bundle,
+    find_directory,
+    is_bundle,
+    read_bundle,
+    remove_bundle,
+    remove_leftovers,
+    usable_bundle,
+    write_bundle,
+)
 from model import LanguageModel
 from parameters import ModelConfig
-from tokenizer import CharTokenizer, from_state
-from utils.errors import UserError
+from tokenizer import Tokenizer, from_state
+from utils.errors import RunError, UserError
+from utils.run_manager import RunDirectory
+
+# ----------------------------------------------------------------------------------------------
+# Saving
 
 
-def save_export(
+def save_checkpoint(
     directory: Path,
     model: LanguageModel,
-    tokenizer: CharTokenizer,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
     config: ModelConfig,
-    state: dict[str, Any],
+    state: TrainingState,
 ) -> None:
-    """Write `model` as it is now into the bundle `directory`, in the place of what is there."""
-    device = next(model.parameters()).device.type
-    metadata = {"step": str(state["step"]), "run_id": str(state["run_id"])}
+    """Publish the training as it is now in the bundle `directory`.
+
+    Raises:
+        RunError: the weights are not finite. A model that is beyond help replaces no good one.
+        OSError: the disk is full, or refuses. What was saved before is untouched.
+    """
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RunError(
+            f"the weights are not finite after step {state.step}: the run cannot go on; "
+            "lower learning_rate"
+        )
+    metadata = {"step": str(state.step), "run_id": str(state.run_id)}
     write_bundle(
         directory,
         config=config,
         vocab_size=model.vocab_size,
-        device=device,
+        device=next(model.parameters()).device.type,
         tokenizer=tokenizer.state(),
         state=state,
         save_weights=lambda path: model.save_safetensors(path, metadata),
+        save_optimizer=lambda path: torch.save(_training_state(model, optimizer), path),
     )
 
 
+class Checkpoints:
+    """The bundles that one run writes: its checkpoints, its export, and its named model.
+
+    Args:
+        run: the run's directory.
+        named_model: the directory of the named model that the run trains, if it trains one.
+        config: `keep_checkpoints` and `keep_every` are read.
+        continued: the run that this one goes on with. What that one left half-written when it was
+            killed is removed at the first save: a run that only loads writes nothing.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        named_model: Path | None,
+        config: ModelConfig,
+        continued: Path | None = None,
+    ):
+        self.newest: Path | None = None
+        self._run = run
+        self._named_model = named_model
+        self._config = config
+        self._continued = continued
+
+    def save(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        state: TrainingState,
+    ) -> None:
+        """Save a checkpoint; the export too where this step is the best; advance the named model.
+
+        Raises what `save_checkpoint` raises.
+        """
+        directory = self._run.checkpoint(state.step)
+        save_checkpoint(directory, model, optimizer, tokenizer, self._config, state)
+        self.newest = directory
+        if state.fact("best_step") == state.step:
+            copy_bundle(directory, self._run.export, with_optimizer=False)
+        if self._named_model is not None:
+            copy_bundle(directory, self._named_model)
+        self._remove_old(best_step=state.fact("best_step"))
+
+    def save_named_model(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        state: TrainingState,
+    ) -> None:
+        """Begin the named model: publish it before its first step."""
+        assert self._named_model is not None
+        save_checkpoint(self._named_model, model, optimizer, tokenizer, self._config, state)
+
+    def _remove_old(self, best_step: int | None) -> None:
+        """Remove the checkpoints that need not be kept, and what killed processes left behind."""
+        checkpoints = checkpoints_in(self._run.path)
+        kept = set(checkpoints[-(self._config.keep_checkpoints or len(checkpoints)) :])
+        for path in checkpoints:
+            step = int(path.name.removeprefix("step_"))
+            every = self._config.keep_every
+            if path not in kept and step != best_step and not (every and step % every == 0):
+                remove_bundle(path)
+        if self._continued is not None:
+            for path in (self._continued / "artifacts").glob("checkpoints/step_*"):
+                if not is_bundle(path):
+                    remove_bundle(path)
+                remove_leftovers(path)
+            remove_leftovers(self._continued / "artifacts" / "export")
+            self._continued = None
+
+
+def _training_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What `optimizer.pt` holds: tensors and plain Python, keyed by the parameters' names."""
+    saved = optimizer.state_dict()["state"]
+    names = _parameter_names(model, optimizer)
+    return {
+        "format_version": FORMAT_VERSION,
+        "optimizer": type(optimizer).__name__,
+        "state": {names[index]: values for index, values in saved.items()},
+        "generators": _generators(next(model.parameters()).device),
+    }
+
+
+def _parameter_names(model: LanguageModel, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters' names in the order in which the optimizer counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer.param_groups
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that dropout draws from. Nothing else in a run draws at all:
+    batches and evaluations are functions of (seed, step), and samples have generators of their own.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading
+
+
 def load_model(
-    directory: Path, device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, CharTokenizer, dict[str, Any]]:
-    """The model in a bundle, its tokenizer and its training state; the model in eval mode.
+    reference: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    checkpoints_dir: str = "checkpoints",
+    runs_dir: str = "runs",
+) -> tuple[LanguageModel, Tokenizer, TrainingState]:
+    """The model that `reference` names, in eval mode, with its tokenizer and training state.
+
+    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
 
     Raises `UserError` that names the file that is missing or does not fit.
     """
-    bundle = read_bundle(directory)
+    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    bundle = read_bundle(usable_bundle(directory), WEIGHTS_FILE)
+    tokenizer = load_tokenizer(bundle)
+    model = LanguageModel(bundle.config, bundle.vocab_size)
+    load_weights(bundle, model)
+    return model.to(device).eval(), tokenizer, bundle.state
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer. Raises `UserError` where it is not that of the bundle's model."""
     tokenizer = from_state(bundle.tokenizer)
     if tokenizer.vocab_size != bundle.vocab_size:
         raise UserError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens and config.json says "
+            f"{bundle.path}: tokenizer.json has {tokenizer.vocab_size} tokens and config.json says "
             f"{bundle.vocab_size}: these files are not of one model"
         )
-    model = LanguageModel(bundle.config, bundle.vocab_size)
+    return tokenizer
+
+
+def load_weights(bundle: Bundle, model: LanguageModel) -> None:
+    """Put the bundle's weights into `model`, in place.
+
+    A model with a larger vocabulary keeps its own rows for the ids that the bundle's lacks.
+
+    Raises `UserError` where the weights are not those of such a model.
+    """
+    path = bundle.path / WEIGHTS_FILE
     try:
-        model.load_safetensors(bundle.weights)
+        model.load_safetensors(bundle.contents.pop(WEIGHTS_FILE))
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{bundle.weights}: not the weights of this model: {reason}") from None
-    return model.to(device).eval(), tokenizer, bundle.state
+        raise UserError(f"{path}: not the weights of this model: {reason}") from None
+
+
+def load_training_state(
+    bundle: Bundle, model: LanguageModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the bundle's optimizer state into `optimizer`, and that of the random generators back.
+
+    Learning rate, betas and weight decay stay those of `optimizer`: the configuration has them.
+    To be called last, as whatever draws a random number would move the generators on.
+
+    Raises `UserError`, which tells of `--reset-optimizer`, where the state cannot be used.
+    """
+    path = bundle.path / OPTIMIZER_FILE
+    remedy = "--reset-optimizer goes on with a new optimizer"
+    try:
+        # Tensors and plain values alone: a pickle could run any code (docs.pytorch.org, torch.load)
+        saved = torch.load(
+            io.BytesIO(bundle.contents.pop(OPTIMIZER_FILE)), map_location="cpu", weights_only=True
+        )
+        version, kind = saved["format_version"], saved["optimizer"]
+        state, generators = dict(saved["state"]), dict(saved["generators"])
+    except Exception as error:  # whatever a foreign file makes of a loader
+        reason = str(error).splitlines()[0] if isinstance(error, KeyError) else type(error).__name__
+        raise UserError(f"{path}: not the state of an optimizer ({reason}); {remedy}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}; {remedy}"
+        )
+    if kind != type(optimizer).__name__:
+        raise UserError(
+            f"{path}: the state of {kind}, and this run has {type(optimizer).__name__}; {remedy}"
+        )
+    names = _parameter_names(model, optimizer)
+    try:
+        if state and state.keys() != set(names):
+            raise ValueError("its parameters are not those of this model")
+        for name, parameter in model.named_parameters():
+            for value in state.get(name, {}).values():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape")
+        by_index = {index: state[name] for index, name in enumerate(names) if name in state}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+        _restore_generators(generators, next(model.parameters()).device)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: does not fit: {str(error).splitlines()[0]}; {remedy}") from None
+
+
+def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -1,9 +1,13 @@
 """Where a run's settings come from.
 
-`ConfigLoader` lays five layers over one another, the highest first, and remembers for each
-setting which one it came from:
+`ConfigLoader` lays layers over one another, the highest first, and remembers for each setting
+which one it came from:
 
     the command line  >  --config FILE  >  configs/  >  config.json (legacy)  >  the defaults
+
+The settings that a model was saved with, where a run goes on from one, stand between --config and
+configs/. Which model that is may itself be set in any of these layers: so they are read first, and
+merged when it is found.
 
 Every value is checked against the schema in `parameters.py`, in whichever layer it stands, and
 all problems are reported together. A command runs this before it imports torch, so that a typing
@@ -40,12 +44,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class SavedSettings:
+    """The settings that a model was saved with.
+
+    `origin` names the model. `binding` are the settings that can't be changed in it: what the
+    command line or `--config` says otherwise is an error. The files of configs/ are mere defaults.
+    """
+
+    origin: str
+    values: dict[str, Any]
+    binding: frozenset[str]
+
+
+@dataclass(frozen=True)
 class LoadedConfig:
     """A checked configuration, where each value came from, and what the user should be told."""
 
     config: ModelConfig
     sources: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    """What differs from the settings that the model was saved with: `name old → new (source)`."""
     rerun_of: dict[str, Any] | None = None
     """The `run` record of the full_config.json that `--config` named, if it named one."""
 
@@ -156,41 +175,34 @@ class ConfigLoader:
         config_file: str | None = None,
         problems: Sequence[str] = (),
     ) -> LoadedConfig:
-        """Merge all layers.
+        """Read all layers and merge them, for a run that begins with new weights.
+
+        The arguments are those of `read`, the errors those of `Layers.merged`.
+        """
+        return self.read(flags, config_file, problems).merged()
+
+    def read(
+        self,
+        flags: Mapping[str, Any] | None = None,
+        config_file: str | None = None,
+        problems: Sequence[str] = (),
+    ) -> "Layers":
+        """Read and check each layer by itself.
 
         Args:
             flags: the settings given on the command line, already of their types.
             config_file: what `--config` names.
             problems: what is already known to be wrong, to be reported with the rest.
-
-        Raises:
-            UserError: with a line for each problem in any layer.
         """
         problems = list(problems)
         rerun_of: dict[str, Any] | None = None
         flag_values = dict(flags or {})
-        layers = [Layer(flag_values, {name: flag_of(name) for name in flag_values})]
+        asked = [Layer(flag_values, {name: flag_of(name) for name in flag_values})]
         if config_file is not None:
             layer, rerun_of = self._config_file_layer(Path(config_file), problems)
-            layers.append(layer)
+            asked.append(layer)
         configs = self._configs_layer(problems)
-        legacy = self._legacy_layer(problems)
-        layers += [configs, legacy]
-
-        values, sources = self._merged(layers)
-        sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
-        defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
-        for names, problem in conflicts({**defaults, **values}):
-            origins = ", ".join(f"{name}: {sources[name]}" for name in names)
-            problems.append(f"{problem} ({origins})")
-        if values.get("data") is not None:
-            if problem := text_file_problem(Path(values["data"])):
-                problems.append(f"{printable(values['data'])} ({sources['data']}): {problem}")
-        if problems:
-            raise UserError(*problems)
-        return LoadedConfig(
-            ModelConfig(**values), sources, self._shadowed(legacy, configs), rerun_of
-        )
+        return Layers(asked, configs, self._legacy_layer(problems), problems, rerun_of)
 
     def _config_file_layer(
         self, path: Path, problems: list[str]
@@ -256,40 +268,114 @@ class ConfigLoader:
         problems += wrong
         return Layer(right, dict.fromkeys(right, origin))
 
-    @staticmethod
-    def _merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Lay the layers over one another, the first highest.
 
-        The length of a run is one thing under three names: where a layer sets any of them, the
-        lower layers' are dropped, so that `--epochs 2` is not in conflict with a default.
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a configuration, each checked by itself.
+
+    `asked` is what this one command asks for: its flags, and the file that `--config` names.
+    """
+
+    asked: list[Layer]
+    configs: Layer
+    legacy: Layer
+    problems: list[str]
+    rerun_of: dict[str, Any] | None
+
+    def setting(self, name: str) -> Any:
+        """What a setting is, if no saved model has a say in it."""
+        for layer in (*self.asked, self.configs, self.legacy):
+            if name in layer.values:
+                return layer.values[name]
+        return ModelConfig.model_fields[name].default
+
+    def merged(
+        self, saved: SavedSettings | None = None, problems: Sequence[str] = ()
+    ) -> LoadedConfig:
+        """Lay the layers over one another, those of a saved model among them.
+
+        Raises:
+            UserError: with a line for each problem in any layer, `problems` included.
         """
-        values: dict[str, Any] = {}
-        sources: dict[str, str] = {}
-        length_is_set = False
-        for layer in layers:
-            sets_length = any(layer.values.get(name) is not None for name in LENGTH_SETTINGS)
-            for name, value in layer.values.items():
-                if name in values or (name in LENGTH_SETTINGS and length_is_set):
-                    continue
-                values[name] = value
-                sources[name] = layer.origins[name]
-            if sets_length and not length_is_set:
-                length_is_set = True
-                decided = next(n for n in LENGTH_SETTINGS if layer.values.get(n) is not None)
-                for name in LENGTH_SETTINGS:
-                    values.setdefault(name, None)
-                    sources.setdefault(name, layer.origins[decided])
-        return values, sources
+        problems = [*self.problems, *problems]
+        layers = [*self.asked, self.configs, self.legacy]
+        if saved is not None:
+            problems += self._conflicts_with(saved)
+            layer = ConfigLoader._layer(saved.values, saved.origin, problems)
+            layers.insert(len(self.asked), layer)
+        values, sources = _laid_over_one_another(layers)
+        sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
+        defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
+        for names, problem in conflicts({**defaults, **values}):
+            origins = ", ".join(f"{name}: {sources[name]}" for name in names)
+            problems.append(f"{problem} ({origins})")
+        if values.get("data") is not None:
+            if problem := text_file_problem(Path(values["data"])):
+                is_recorded = saved is not None and sources["data"] == saved.origin
+                remedy = "; name the text with --data FILE" if is_recorded else ""
+                shown = printable(values["data"])
+                problems.append(f"{shown} ({sources['data']}): {problem}{remedy}")
+        if problems:
+            raise UserError(*problems)
+        config = ModelConfig(**values)
+        changes = _changes(config, saved, sources) if saved is not None else []
+        return LoadedConfig(config, sources, self._notes(), changes, self.rerun_of)
 
-    @staticmethod
-    def _shadowed(legacy: Layer, configs: Layer) -> list[str]:
-        keys = [key for key in legacy.values if key in configs.values]
+    def _conflicts_with(self, saved: SavedSettings) -> list[str]:
+        return [
+            f"{name} {as_written(layer.values[name])} ({layer.origins[name]}) is not the "
+            f"{as_written(saved.values[name])} of {saved.origin}, where it is fixed for good: "
+            "leave it out, or train another model"
+            for layer in self.asked
+            for name in layer.values
+            if name in saved.binding and layer.values[name] != saved.values[name]
+        ]
+
+    def _notes(self) -> list[str]:
+        keys = [key for key in self.legacy.values if key in self.configs.values]
         if not keys:
             return []
         return [
             f"{LEGACY_FILE}: {', '.join(keys)} also set in configs/, which counts; "
             f"to use {LEGACY_FILE} instead: --config {LEGACY_FILE}"
         ]
+
+
+def _laid_over_one_another(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the layers, the first of which is the highest, and where each came from.
+
+    The length of a run is one thing under three names: where a layer sets any of them, the
+    lower layers' are dropped, so that `--epochs 2` is not in conflict with a default.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    length_is_set = False
+    for layer in layers:
+        sets_length = any(layer.values.get(name) is not None for name in LENGTH_SETTINGS)
+        for name, value in layer.values.items():
+            if name in values or (name in LENGTH_SETTINGS and length_is_set):
+                continue
+            values[name] = value
+            sources[name] = layer.origins[name]
+        if sets_length and not length_is_set:
+            length_is_set = True
+            decided = next(n for n in LENGTH_SETTINGS if layer.values.get(n) is not None)
+            for name in LENGTH_SETTINGS:
+                values.setdefault(name, None)
+                sources.setdefault(name, layer.origins[decided])
+    return values, sources
+
+
+def _changes(config: ModelConfig, saved: SavedSettings, sources: Mapping[str, str]) -> list[str]:
+    changes = []
+    for name, old in saved.values.items():
+        new = getattr(config, name)
+        if name == "data" and old is not None and new is not None:
+            if Path(new).resolve() == Path(old).resolve():
+                continue
+        if new != old:
+            changes.append(f"{name} {as_written(old)} → {as_written(new)} ({sources[name]})")
+    return changes
 
 
 def describe(loaded: LoadedConfig) -> str:

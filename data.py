@@ -20,7 +20,7 @@ import torch
 from platformdirs import user_cache_path
 
 from parameters import ModelConfig
-from tokenizer import CharTokenizer, create_tokenizer
+from tokenizer import Tokenizer, create_tokenizer
 from utils.errors import UserError
 from utils.files import text_file_problem, write_atomic
 
@@ -40,15 +40,16 @@ class Dataset:
 
     `splits` maps train, val and test (where `test_split` is set) to `(N,)` arrays of ids of the
     tokenizer's `dtype`. `bytes_per_token` has the UTF-8 bytes in a token of each split, on
-    average. `sha256` is of the text's bytes.
+    average. `sha256` is of the text's bytes. `left_out` counts the characters that were dropped.
     """
 
     name: str
     path: str | None
     sha256: str
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     splits: dict[str, np.ndarray]
     bytes_per_token: dict[str, float]
+    left_out: dict[str, int]
 
     @property
     def num_tokens(self) -> int:
@@ -56,32 +57,78 @@ class Dataset:
         return sum(tokens.size for tokens in self.splits.values())
 
 
-def load_data(config: ModelConfig, *, cache: bool = True) -> Dataset:
+def load_data(
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    may_extend: bool = False,
+    sample: bool = False,
+    cache: bool = True,
+) -> Dataset:
     """Read the text that `config` names, make its tokenizer, and split it.
 
-    Without `config.data`, that is `input.txt` in the working directory, or else the sample
-    corpus. `cache=False` leaves the converted sample corpus out of the user's cache.
+    Without `config.data`, that is `input.txt` in the working directory, or else the sample corpus.
+
+    Args:
+        config: the settings.
+        tokenizer: that of the model to go on with; `config.on_new_chars` says what becomes of
+            characters that it does not know.
+        may_extend: whether the model can learn new characters.
+        sample: take the sample corpus without looking for `input.txt`.
+        cache: keep the converted sample corpus in the user's cache.
 
     Raises:
-        UserError: no such text, not UTF-8, or a split too short for `config.block_size`.
+        UserError: no such text, not UTF-8, a split too short for `config.block_size`, or characters
+            that the model does not know.
     """
-    if config.data is None and not Path(DEFAULT_FILE).exists():
+    if config.data is None and (sample or not Path(DEFAULT_FILE).exists()):
         name, path = "Shakespeare's plays", None
         raw = sample_corpus(cache=cache).encode("utf-8")
     else:
         name = path = config.data or DEFAULT_FILE
         raw = _read(Path(path))
     text = _decode(raw, name)
-    tokenizer = create_tokenizer(text)
-    splits = _split(tokenizer.encode(text), config)
+    left_out: dict[str, int] = {}
+    if tokenizer is None:
+        tokenizer = create_tokenizer(text, config.tokenizer)
+    elif unknown := tokenizer.unknown(text):
+        if config.on_new_chars == "drop":
+            text = text.translate(dict.fromkeys(map(ord, unknown)))
+            left_out = unknown
+        elif config.on_new_chars == "extend" and may_extend:
+            tokenizer = tokenizer.extended(list(unknown))
+        else:
+            raise _new_characters(name, unknown, may_extend)
+    splits = _split(tokenizer.encode(text), tokenizer.unit, config)
     return Dataset(
         name=name,
         path=path,
         sha256=hashlib.sha256(raw).hexdigest(),
         tokenizer=tokenizer,
         splits=splits,
-        bytes_per_token={s: _bytes_per_token(ids, tokenizer) for s, ids in splits.items()},
+        bytes_per_token=_bytes_per_token(splits, tokenizer),
+        left_out=left_out,
     )
+
+
+def _new_characters(name: str, unknown: dict[str, int], may_extend: bool) -> UserError:
+    remedy = "--on-new-chars extend adds them to its vocabulary, drop leaves them out"
+    if not may_extend:
+        remedy = (
+            "--on-new-chars drop leaves them out; to learn them, begin another model with "
+            "--init-from and --on-new-chars extend"
+        )
+    return UserError(f"{name}: the model has never seen {listed_characters(unknown)}: {remedy}")
+
+
+def listed_characters(counts: dict[str, int]) -> str:
+    """`'é' (12 times), 'ß' (once)`; the first twenty."""
+    shown = [
+        f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
+        for char, count in list(counts.items())[:20]
+    ]
+    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+    return ", ".join(shown) + more
 
 
 def _read(path: Path) -> bytes:
@@ -105,15 +152,19 @@ def _decode(raw: bytes, name: str) -> str:
     return text
 
 
-def _bytes_per_token(tokens: np.ndarray, tokenizer: CharTokenizer) -> float:
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for start in range(0, tokens.size, _COUNTED_AT_ONCE):
-        part = tokens[start : start + _COUNTED_AT_ONCE]
-        counts += np.bincount(part, minlength=counts.size)
-    return float(counts @ tokenizer.token_bytes) / tokens.size
+def _bytes_per_token(splits: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
+    token_bytes = tokenizer.token_bytes
+    averages = {}
+    for split, tokens in splits.items():
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for start in range(0, tokens.size, _COUNTED_AT_ONCE):
+            part = tokens[start : start + _COUNTED_AT_ONCE]
+            counts += np.bincount(part, minlength=counts.size)
+        averages[split] = float(counts @ token_bytes) / tokens.size
+    return averages
 
 
-def _split(tokens: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+def _split(tokens: np.ndarray, unit: str, config: ModelConfig) -> dict[str, np.ndarray]:
     """Cut the text, in its own order, into train, val and test."""
     train_end = int(tokens.size * config.train_split)
     val_end = tokens.size - int(tokens.size * config.test_split)
@@ -123,7 +174,7 @@ def _split(tokens: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
         if part.size < needed and (split != "test" or config.test_split > 0):
             raise UserError(
                 f"the text is too short: its {split} split has {part.size} of {tokens.size} "
-                f"characters, and block_size {config.block_size} needs {needed}: "
+                f"{unit}s, and block_size {config.block_size} needs {needed}: "
                 "lower block_size, change train_split, or take a longer text"
             )
     return {split: part for split, part in zip(SPLITS, parts, strict=True) if part.size}

@@ -2,8 +2,9 @@
 
     python inference.py --prompt "ROMEO:"
     python inference.py --run runs/20260131_235959_baseline --temperature 0.7 --num-samples 3
+    python inference.py --model-name dante
 
-All it needs is an export, wherever that was moved to.
+All it needs is a bundle, wherever that was moved to.
 """
 
 import sys
@@ -13,8 +14,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bundle import find_bundle, newest_export
-from parameters import Count, Device, Positive, Seed, Settings
+from bundle import find_directory, newest_usable_bundle, usable_bundle
+from parameters import Count, Device, ModelName, Positive, Seed, Settings
 from utils.command_line import CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
@@ -24,10 +25,16 @@ class InferenceConfig(Settings):
     """What to generate, and from which model."""
 
     run: str | None = None
-    """A run directory, or a model's directory anywhere. null: the newest run in runs_dir."""
+    """A run's id or directory, or a bundle anywhere. null: the newest run in runs_dir."""
+
+    model_name: ModelName | None = None
+    """A named model, instead of a run."""
 
     runs_dir: str = "runs"
-    """Where the newest run is looked for."""
+    """Where runs are looked for."""
+
+    checkpoints_dir: str = "checkpoints"
+    """Where named models are looked for."""
 
     prompt: str = ""
     """The text to continue. Empty: a new line."""
@@ -51,15 +58,25 @@ class InferenceConfig(Settings):
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
 
+def find_model(config: InferenceConfig) -> Path:
+    """The bundle that the settings name. Raises `UserError` where there is none."""
+    runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
+    if config.run is not None and config.model_name is not None:
+        raise UserError("--run and --model-name both name a model: choose one")
+    if config.model_name is not None:
+        return usable_bundle(checkpoints_dir / config.model_name)
+    if config.run is not None:
+        return usable_bundle(find_directory(config.run, runs_dir, checkpoints_dir))
+    return newest_usable_bundle(runs_dir)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command: settle the settings, load the model, print what it says."""
     flags, _, problems = CommandLine(__doc__, InferenceConfig).parse(argv)
     if problems:
         raise UserError(*problems)
     config = InferenceConfig(**flags)
-    directory = (
-        find_bundle(Path(config.run)) if config.run else newest_export(Path(config.runs_dir))
-    )
+    directory = find_model(config)
 
     # Only here is torch imported: help and mistakes are answered at once.
     import torch
@@ -73,13 +90,14 @@ def main(argv: Sequence[str]) -> int:
     prompt = torch.tensor([ids.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     output = Output()
-    output.remark(f"{directory}, step {state.get('step')}\n")
+    output.remark(f"{directory}, step {state.step}\n")
     for number in range(config.num_samples):
         ids = model.generate(
             prompt,
             config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
+            num_tokens=tokenizer.num_tokens,
             generator=generator,
         )
         if number > 0:

@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,6 +146,7 @@ class LanguageModel(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        num_tokens: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue each sequence by `max_new_tokens` tokens, one after another.
@@ -155,6 +156,7 @@ class LanguageModel(nn.Module):
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; 0 always takes the likeliest token.
             top_k: draw among the k likeliest tokens alone; more than V means all.
+            num_tokens: the tokenizer's; the ids from there on are padding, and never drawn.
             generator: where the draws come from; the default generator if None.
 
         Returns:
@@ -165,7 +167,8 @@ class LanguageModel(nn.Module):
         for _ in range(max_new_tokens):
             # forward() and not self(): a compiled call would compile anew for every length.
             logits, _ = self.forward(idx[:, -self.block_size :])
-            next_idx = sample_next(logits[:, -1], temperature, top_k, generator)  # (B, 1)
+            logits = logits[:, -1, :num_tokens]  # (B, V), without the padding
+            next_idx = sample_next(logits, temperature, top_k, generator)  # (B, 1)
             idx = torch.cat((idx, next_idx), dim=1)
         self.train(was_training)
         return idx
@@ -179,12 +182,24 @@ class LanguageModel(nn.Module):
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
 
-    def load_safetensors(self, path: Path) -> None:
-        """Read weights that `save_safetensors` wrote into this model, in place.
+    def load_safetensors(self, content: bytes) -> None:
+        """Put weights that `save_safetensors` wrote into this model, in place.
+
+        Where this vocabulary is larger, its further rows stay as they are.
 
         Raises RuntimeError where a name or a shape is not this model's.
         """
-        self.load_state_dict(load_file(path))
+        tensors = load(content)
+        for name, tensor in self.vocabulary_tensors().items():
+            rows = tensors.get(name)
+            if rows is not None and rows.size(0) < self.vocab_size:
+                tensors[name] = torch.cat((rows, tensor[rows.size(0) :].to(rows)))
+        self.load_state_dict(tensors)
+
+    def vocabulary_tensors(self) -> dict[str, Tensor]:
+        """The weights that have a row for each token, `(V, C)`."""
+        names = ("token_embedding.weight", "head.weight")
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
 
 def sample_next(

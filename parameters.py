@@ -17,7 +17,11 @@ Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$")]
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
+Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
+# A directory's name on every system; nothing that it may hold can lead out of its parent.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 
 
 class Settings(BaseModel):
@@ -75,6 +79,12 @@ class Data(Settings):
     test_split: Fraction = 0.0
     """Fraction of the text, at its end, held out of both training and validation."""
 
+    tokenizer: Literal["char", "gpt2"] = "char"
+    """char: a token for each character of the text. gpt2: GPT-2's byte pairs (extra gpt2)."""
+
+    on_new_chars: Literal["error", "drop", "extend"] = "error"
+    """Characters that the model begun from lacks: error, drop them, or extend its vocabulary."""
+
 
 class Training(Settings):
     """How the model learns."""
@@ -131,6 +141,19 @@ class Training(Settings):
     """Initial weights, batches, dropout and samples follow from it; evaluation never does."""
 
 
+class Saving(Settings):
+    """Which checkpoints are made, and which of them are kept."""
+
+    checkpoint_interval: Count = 250
+    """Steps between checkpoints. 0: only each new best, a run's last step, and on a signal."""
+
+    keep_checkpoints: Positive | None = 2
+    """How many checkpoints a run keeps beside its best; older ones are removed. null: all."""
+
+    keep_every: Count = 0
+    """Checkpoints at multiples of so many steps are made, and kept for good. 0: none."""
+
+
 class Runtime(Settings):
     """The machine. Changes rounding, and between kinds of device what dropout draws; no more."""
 
@@ -163,15 +186,28 @@ class Run(Settings):
     runs_dir: str = Field(default="runs", min_length=1)
     """Where run directories are made."""
 
+    model_name: ModelName | None = None
+    """Train this model in checkpoints_dir: go on where it stands, or begin it."""
+
+    checkpoints_dir: str = Field(default="checkpoints", min_length=1)
+    """Where named models are kept."""
+
+
+class Beginning(Settings):
+    """What a new model begins with. Resuming is a flag of its own: --resume."""
+
+    init_from: str | None = Field(default=None, min_length=1)
+    """Fine-tune: begin with the weights and tokenizer of this named model, run or bundle."""
+
 
 GROUPS: dict[str, type[Settings]] = {
     group.__name__.lower(): group
-    for group in (Architecture, Data, Training, Runtime, Tracking, Run)
+    for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Beginning, Run)
 }
 ALIASES = {"input_file": "data"}
 
 
-class ModelConfig(Run, Tracking, Runtime, Training, Data, Architecture):
+class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
 
     @model_validator(mode="before")

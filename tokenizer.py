@@ -1,7 +1,8 @@
 """Text to token ids and back.
 
 A character tokenizer's vocabulary is the sorted set of the characters in a text: one token each,
-nothing merged, nothing normalised. Its state is `tokenizer.json`, which travels with the model.
+nothing merged, nothing normalised. GPT-2's byte pairs are the other kind. A tokenizer's state is
+`tokenizer.json`, which travels with the model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+
+GPT2_TOKENS = 50_257
+GPT2_VOCAB_SIZE = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
 
 _LAST_CODE_POINT = 0x10FFFF
 _CHUNK = 1 << 16  # characters encoded at once: what they need in between stays in the cache
@@ -26,6 +30,7 @@ class CharTokenizer:
     """
 
     token_kind = "char"
+    unit = "character"
 
     def __init__(self, chars: Sequence[str]):
         is_list = isinstance(chars, (list, tuple))
@@ -44,6 +49,11 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         """V, the number of tokens."""
         return len(self.chars)
+
+    @property
+    def num_tokens(self) -> int:
+        """The ids below this one stand for text; those from here to `vocab_size` are padding."""
+        return self.vocab_size
 
     @property
     def dtype(self) -> np.dtype:
@@ -83,6 +93,14 @@ class CharTokenizer:
         """What `from_state` makes the same tokenizer from; plain JSON values."""
         return {"token_kind": self.token_kind, "chars": self.chars}
 
+    def unknown(self, text: str) -> dict[str, int]:
+        """The characters of `text` that the vocabulary lacks, sorted, and how often each stands."""
+        return {char: text.count(char) for char in sorted(set(text) - set(self.chars))}
+
+    def extended(self, chars: Sequence[str]) -> "CharTokenizer":
+        """A tokenizer that knows `chars` too; the ids of the others stay as they are."""
+        return CharTokenizer([*self.chars, *chars])
+
     def _unknown_characters(self, text: str) -> UserError:
         unknown = sorted(set(text) - set(self.chars))
         listed = " ".join(repr(char) for char in unknown[:20])
@@ -93,11 +111,71 @@ class CharTokenizer:
         )
 
 
-def create_tokenizer(text: str) -> CharTokenizer:
-    """The character tokenizer whose vocabulary is the characters of `text`, sorted.
+class GPT2Tokenizer:
+    """GPT-2's byte pairs (Radford et al. 2019), by tiktoken: any text, about 4 characters a token.
 
-    Raises `UserError` where `text` is empty.
+    Raises:
+        UserError: tiktoken is not installed, or GPT-2's vocabulary is neither in its cache nor to
+            be had.
     """
+
+    token_kind = "gpt2"
+    unit = "token"
+    vocab_size = GPT2_VOCAB_SIZE
+    num_tokens = GPT2_TOKENS
+    dtype = np.dtype(np.uint16)
+    default_prompt = "\n"
+
+    def __init__(self) -> None:
+        try:
+            import tiktoken  # here, as it is an extra
+        except ImportError:
+            raise UserError(
+                "--tokenizer gpt2 needs tiktoken: install it with `pip install '.[gpt2]'`"
+            ) from None
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # of the network, the disk or the file, as it happens
+            raise UserError(
+                f"GPT-2's vocabulary cannot be had ({type(error).__name__}): tiktoken downloads it "
+                "once; without a network, set TIKTOKEN_CACHE_DIR to a copy of its cache"
+            ) from None
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """The length of each token in UTF-8 bytes, `(V,)` int64; 0 for the padding."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token in range(self.num_tokens):
+            lengths[token] = len(self._encoding.decode_single_token_bytes(token))
+        return lengths
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, `(N,)` uint16."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode([int(token) for token in ids])
+
+    def unknown(self, text: str) -> dict[str, int]:
+        """Nothing: byte pairs can spell any text."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` makes the same tokenizer from."""
+        return {"token_kind": self.token_kind}
+
+
+Tokenizer = CharTokenizer | GPT2Tokenizer
+
+
+def create_tokenizer(text: str, kind: str = "char") -> Tokenizer:
+    """The tokenizer of that `token_kind`; a character tokenizer knows the characters of `text`.
+
+    Raises `UserError` where `text` is empty, or GPT-2's tokenizer is not to be had.
+    """
+    if kind == GPT2Tokenizer.token_kind:
+        return GPT2Tokenizer()
     if not text:
         raise UserError("there is no text to make a tokenizer from")
     seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
@@ -106,14 +184,16 @@ def create_tokenizer(text: str) -> CharTokenizer:
     return CharTokenizer([chr(code_point) for code_point in np.flatnonzero(seen)])
 
 
-def from_state(state: dict[str, Any]) -> CharTokenizer:
+def from_state(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `state()` described.
 
     Raises `UserError` for a `token_kind` this version does not know, or a state without `chars`.
     """
     kind = state.get("token_kind")
+    if kind == GPT2Tokenizer.token_kind:
+        return GPT2Tokenizer()
     if kind != CharTokenizer.token_kind:
-        raise UserError(f"tokenizer.json: token_kind {kind!r} is not known; char is")
+        raise UserError(f"tokenizer.json: token_kind {kind!r} is not known; char and gpt2 are")
     return CharTokenizer(state.get("chars", []))
 
 

@@ -1,10 +1,12 @@
 """Train a character-level GPT from one text file, and keep the whole record of the run.
 
     python train.py --run-tag baseline
-    python train.py --data dante.txt --max-iters 5000 --n-layer 6
+    python train.py --resume last
+    python train.py --model-name dante --data dante.txt --max-iters 5000 --n-layer 6
+    python train.py --model-name purgatorio --init-from dante --data purgatorio.txt
 
 The same from Python: `train(ModelConfig(data="dante.txt"))`, with the defaults of parameters.py;
-`ConfigLoader().load({"data": "dante.txt"}).config` reads configs/ too.
+`plan({"data": "dante.txt"}, resume="last")` in start.py reads configs/ too, and finds models.
 
 `main()` stands first and imports nothing heavy: `--help` and every mistake in the settings are
 answered at once. Below it is the run, to be read from top to bottom.
@@ -13,8 +15,9 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
-from config import CHECKOUT, ConfigLoader, LoadedConfig, describe
+from config import CHECKOUT, LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
+from start import Start, plan
 from utils.command_line import Action, CommandLine
 from utils.output import Output, run_command
 
@@ -22,6 +25,14 @@ ACTIONS = (
     Action(
         "config", "Take settings from a YAML or JSON file, or a run's full_config.json.", "FILE"
     ),
+    Action(
+        "resume",
+        "Go on with a run (its id or directory), a bundle or a named model; with the newest run "
+        "(last); or with the newest that there is, if there is one (auto).",
+        "RUN|BUNDLE|last|auto",
+    ),
+    Action("reset_optimizer", "Resume with a new optimizer."),
+    Action("overwrite", "Begin the named model anew, or put another in its place."),
     Action("show_config", "Print every setting with its source, and exit."),
     Action("dry_run", "Say what the run would be and take, from a few real steps, and exit."),
 )
@@ -31,7 +42,14 @@ def main(argv: Sequence[str]) -> int:
     """The command: settle the settings, then train, or tell what training would be."""
     command_line = CommandLine(__doc__, ModelConfig, ACTIONS, GROUPS, ALIASES)
     flags, actions, problems = command_line.parse(argv)
-    loaded = ConfigLoader().load(flags, actions.get("config"), problems)
+    loaded, start = plan(
+        flags,
+        actions.get("config"),
+        problems,
+        resume=actions.get("resume"),
+        overwrite="overwrite" in actions,
+        reset_optimizer="reset_optimizer" in actions,
+    )
     output = Output()
     for note in loaded.notes:
         output.line(note)
@@ -43,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
     from train import dry_run, train
 
     if "dry_run" in actions:
-        output.line(dry_run(loaded))
+        output.line(dry_run(loaded, start))
         return 0
-    return train(loaded.config, loaded=loaded, argv=argv, output=output).exit_status
+    return train(loaded.config, loaded=loaded, start=start, argv=argv, output=output).exit_status
 
 
 if __name__ == "__main__":
@@ -59,17 +77,34 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from checkpoint import save_export
-from data import SPLITS, Dataset, evaluation_batches, get_batch, load_data, micro_batches
+from bundle import (
+    TRAINING_SETTINGS,
+    WEIGHTS_FILE,
+    TrainingState,
+    copy_bundle,
+    is_bundle,
+    read_bundle,
+)
+from checkpoint import Checkpoints, load_tokenizer, load_training_state, load_weights
+from data import (
+    SPLITS,
+    Dataset,
+    evaluation_batches,
+    get_batch,
+    listed_characters,
+    load_data,
+    micro_batches,
+)
 from model import LanguageModel
 from optim import create_optimizer, learning_rate_at, update
+from start import check_steps_left, check_unchanged, name_locked, read_contents, start_of
 from utils.device import (
     choose_device,
     compile_model,
@@ -93,17 +128,30 @@ SAMPLE_TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What became of a run. Losses are means in nats per token; `seconds` is the loop's time."""
+    """What became of a run.
+
+    Losses are means in nats per token, and None where nothing was evaluated; `seconds` is the
+    loop's time. `checkpoint` is the bundle to go on with, `export_dir` that of the best model.
+    """
 
     run_dir: Path
     export_dir: Path
+    checkpoint: Path | None
     step: int
-    train_loss: float
-    val_loss: float
-    best_step: int
-    best_val_loss: float
+    train_loss: float | None
+    val_loss: float | None
+    best_step: int | None
+    best_val_loss: float | None
     seconds: float
     exit_status: int
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest val loss so far, in nats per token, and the step that had it."""
+
+    step: int | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +160,7 @@ class Setup:
 
     config: ModelConfig
     sources: dict[str, str]
+    start: Start
     device: torch.device
     data: Dataset
     model: LanguageModel
@@ -123,6 +172,7 @@ def train(
     config: ModelConfig,
     *,
     loaded: LoadedConfig | None = None,
+    start: Start | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
 ) -> TrainResult:
@@ -131,18 +181,22 @@ def train(
     Args:
         config: the settings.
         loaded: where they came from, for the record; `train()` itself if None.
+        start: what the run begins with, which `plan` in start.py settles together with `loaded`;
+            if None, new weights, or those that `config.init_from` names.
         argv: the command line, for the record.
         output: what prints; `Output(quiet=True)` prints nothing.
 
     Raises:
         UserError: the device, the text or `runs_dir` cannot be used. No directory was made.
+        NothingToDo: the model to resume has had `max_iters` steps. Nothing was changed.
         RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
     """
     output = output or Output()
     try:
         with explained_failures(config, output):
-            setup = set_up(config, loaded)
-            with StopRequest() as stop:
+            setup = set_up(config, loaded, start)
+            with name_locked(setup.start.named_model), StopRequest() as stop:
+                check_unchanged(setup.start)
                 run = open_run(setup, loaded, argv, output)
                 with contextlib.closing(open_log(setup, run, output)) as log:
                     result = run_steps(setup, run, log, output, stop)
@@ -155,33 +209,50 @@ def train(
 def run_steps(
     setup: Setup, run: RunDirectory, log: RunLog, output: Output, stop: StopRequest
 ) -> TrainResult:
-    """The loop: a step, a look at the losses now and then, the best model kept on disk."""
+    """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     config, model, data = setup.config, setup.model, setup.data
-    best_step, best_val_loss = 0, math.inf
-    last_sample = 0
+    checkpoints = Checkpoints(run, setup.start.named_model, config, setup.start.continued_run)
+    best = bring_best(setup, run, output)
+    losses: dict[str, float | None] = {"train": None, "val": None}
+    last_sample = setup.start.step
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
     began = time.monotonic()
+
+    def save(step: int) -> None:
+        state = training_state(setup, run, step, losses["val"], best)
+        checkpoints.save(model, setup.optimizer, data.tokenizer, state)
+
+    if setup.start.named_model is not None and not setup.start.is_resume:
+        state = training_state(setup, run, 0, None, best)
+        checkpoints.save_named_model(model, setup.optimizer, data.tokenizer, state)
     with output.progress(config.max_iters):
-        for step in range(config.max_iters):  # the updates done before this one
+        for step in range(setup.start.step, config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)
             done = step + 1
             log.step(done, loss, grad_norm, learning_rate_at(step, config))
 
             out_of_time = time.monotonic() - began > time_limit
-            is_last = done == config.max_iters or out_of_time or stop.requested
-            if not (is_last or is_due(done, config.eval_interval)):
+            is_last = done == config.max_iters or out_of_time
+            is_evaluated = is_last or is_due(done, config.eval_interval)
+            is_saved = is_due(done, config.checkpoint_interval) or is_due(done, config.keep_every)
+            if not (is_evaluated or is_saved or stop.requested):
                 continue
-            if stop.requested:
-                output.line(f"Stopping after step {done}: a last evaluation; Ctrl-C again aborts")
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
-            losses = estimate_loss(model, data, config)
-            is_best = losses["val"] < best_val_loss
-            log.evaluation(done, losses, bits_per_byte(losses, data), is_best=is_best)
-            if is_best:
-                best_step, best_val_loss = done, losses["val"]
-                export(setup, run, step=done, val_loss=best_val_loss)
-            is_last = is_last or stop.requested  # heard during the evaluation
-            if is_last or (config.sample_interval and done - last_sample >= config.sample_interval):
+            if stop.requested and is_evaluated:
+                save(done)  # at once: who asks to stop may not wait for an evaluation
+            if is_evaluated:
+                losses = estimate_loss(model, data, config)
+                is_best = best.loss is None or losses["val"] < best.loss
+                log.evaluation(done, losses, bits_per_byte(losses, data), is_best=is_best)
+                if is_best:
+                    best = Best(done, losses["val"])
+            if is_saved or is_last or stop.requested or best.step == done:
+                save(done)
+            if stop.requested:  # maybe during the evaluation
+                output.line(f"Stopping after step {done}")
+                break
+            due_again = last_sample + config.sample_interval
+            if is_last or (is_evaluated and config.sample_interval and done >= due_again):
                 last_sample = done
                 log.sample(done, sample(model, data, config))
             if is_last:
@@ -190,11 +261,12 @@ def run_steps(
     return TrainResult(
         run_dir=run.path,
         export_dir=run.export,
+        checkpoint=checkpoints.newest,
         step=done,
         train_loss=losses["train"],
         val_loss=losses["val"],
-        best_step=best_step,
-        best_val_loss=best_val_loss,
+        best_step=best.step,
+        best_val_loss=best.loss,
         seconds=time.monotonic() - began,
         exit_status=stop.exit_status,
     )
@@ -261,56 +333,104 @@ def sample(model: LanguageModel, data: Dataset, config: ModelConfig) -> str:
     prompt = data.tokenizer.encode(data.tokenizer.default_prompt)
     prompt = torch.tensor([prompt.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    ids = model.generate(prompt, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, generator=generator)
+    ids = model.generate(
+        prompt,
+        SAMPLE_TOKENS,
+        temperature=SAMPLE_TEMPERATURE,
+        num_tokens=data.tokenizer.num_tokens,
+        generator=generator,
+    )
     return data.tokenizer.decode(ids[0, 1:].cpu().numpy())
 
 
-def export(setup: Setup, run: RunDirectory, *, step: int, val_loss: float) -> None:
-    """Write the model as it is now to the run's export."""
-    training = setup.config.model_dump(include=set(GROUPS["training"].model_fields))
-    state = {
-        "step": step,
-        "optimizer_file": None,
-        "best_val_loss": val_loss,
-        "val_loss": val_loss,
-        "run_id": run.run_id,
-        "lineage": [],
-        "training_config": {**training, "start_step": 0},
+def training_state(
+    setup: Setup, run: RunDirectory, step: int, val_loss: float | None, best: Best
+) -> TrainingState:
+    """What a bundle says of the training so far."""
+    config, start = setup.config, setup.start
+    settings = {name: getattr(config, name) for name in TRAINING_SETTINGS}
+    facts = {
+        "start_step": start.step,
+        "best_step": best.step,
+        "data_sha256": setup.data.sha256,
+        "model_name": start.named_model.name if start.named_model else None,
     }
-    save_export(run.export, setup.model, setup.data.tokenizer, setup.config, state)
+    return TrainingState(
+        step=step,
+        optimizer_file=None,
+        best_val_loss=best.loss,
+        val_loss=val_loss,
+        run_id=run.run_id,
+        lineage=start.lineage,
+        training_config={**settings, "data": recorded_path(setup.data), **facts},
+    )
+
+
+def recorded_path(data: Dataset) -> str | None:
+    """The text's whole path, so that a record serves from any directory."""
+    return data.path and str(Path(data.path).resolve())
 
 
 # ----------------------------------------------------------------------------------------------
 # Before the first step
 
 
-def set_up(config: ModelConfig, loaded: LoadedConfig | None = None, *, cache: bool = True) -> Setup:
+def set_up(
+    config: ModelConfig,
+    loaded: LoadedConfig | None = None,
+    start: Start | None = None,
+    *,
+    cache: bool = True,
+) -> Setup:
     """Make what a run needs before its first step: device, text, model and optimizer.
 
-    Raises `UserError` for a device or a text that cannot be used.
+    Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
+    start = start or start_of(config)
+    check_steps_left(config, start)
     device = choose_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    data = load_data(config, cache=cache)
-    check_rerun(loaded, data)
-    settled, length = settle_length(config, data, device)
-    sources = dict(loaded.sources) if loaded else sources_in_code(config)
+    tokenizer, sources = None, dict(loaded.sources) if loaded else sources_in_code(config)
+    if start.bundle is not None:
+        start = replace(start, bundle=read_contents(start))
+        tokenizer = load_tokenizer(start.bundle)
+    data = load_data(
+        config,
+        tokenizer=tokenizer,
+        may_extend=not start.is_resume,
+        # A model that began with the sample corpus goes on with it, whatever else is there now.
+        sample=start.is_resume and sources["data"] == str(start.bundle.path),
+        cache=cache,
+    )
+    check_rerun(loaded, data, start)
+    settled, length = settle_length(config, data, device, start)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
-    return create_setup(settled, sources, data, device)
+        check_steps_left(settled, start)
+    return create_setup(settled, sources, data, device, start)
 
 
-def check_rerun(loaded: LoadedConfig | None, data: Dataset) -> None:
-    """Refuse to call it the same run where the recorded text is not the text that is there."""
-    if loaded is None or loaded.rerun_of is None or loaded.sources["data"].startswith("--"):
+def check_rerun(loaded: LoadedConfig | None, data: Dataset, start: Start) -> None:
+    """Refuse to call it the same run where the text or the parent is not the recorded one."""
+    if loaded is None or loaded.rerun_of is None or start.is_resume:
         return
-    recorded = loaded.rerun_of.get("data")
-    if isinstance(recorded, dict) and recorded.get("sha256") != data.sha256:
-        raise UserError(
-            f"{data.name} is not the text that {loaded.rerun_of.get('run_id')} was trained on "
-            f"({recorded.get('name')}, another SHA-256): name that with --data FILE, or any other"
-        )
+    run_id, recorded = loaded.rerun_of.get("run_id"), loaded.rerun_of.get("data")
+    if isinstance(recorded, dict) and not loaded.sources["data"].startswith("--"):
+        if recorded.get("sha256") != data.sha256:
+            raise UserError(
+                f"{data.name} is not the text that {run_id} was trained on "
+                f"({recorded.get('name')}, another SHA-256): name that with --data FILE, or any "
+                "other"
+            )
+    lineage = loaded.rerun_of.get("lineage")
+    if start.bundle and lineage and not loaded.sources["init_from"].startswith("--"):
+        if lineage[0].get("weights_sha256") != start.bundle.state.files[WEIGHTS_FILE]:
+            raise UserError(
+                f"{start.bundle.path} is not the model that {run_id} began with "
+                f"({lineage[0].get('name')}, step {lineage[0].get('step')}, another SHA-256): "
+                "name that with --init-from, or any other"
+            )
 
 
 def sources_in_code(config: ModelConfig) -> dict[str, str]:
@@ -320,24 +440,54 @@ def sources_in_code(config: ModelConfig) -> dict[str, str]:
 
 
 def create_setup(
-    config: ModelConfig, sources: dict[str, str], data: Dataset, device: torch.device
+    config: ModelConfig,
+    sources: dict[str, str],
+    data: Dataset,
+    device: torch.device,
+    start: Start,
 ) -> Setup:
-    """A new model and its optimizer; the same weights for the same seed, on every device."""
+    """A model and its optimizer as `start` says; new weights are those of the seed, anywhere."""
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
-    return Setup(
-        config=config,
-        sources=sources,
-        device=device,
-        data=data,
-        model=model,
-        optimizer=create_optimizer(model, config),
-        compile_mode=compile_model(model, config.torch_compile),
+    model = LanguageModel(config, data.tokenizer.vocab_size)
+    if start.bundle is not None:
+        load_weights(start.bundle, model)
+    model.to(device)
+    optimizer = create_optimizer(model, config)
+    compile_mode = compile_model(model, config.torch_compile)
+    if start.is_resume and not start.reset_optimizer:
+        load_training_state(start.bundle, model, optimizer)  # and with it dropout's generator
+    return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
+
+
+def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
+    """The best so far of a training that goes on; its model becomes this run's export.
+
+    Where that model is not at hand, or was measured in another way, the best counts anew.
+    """
+    start = setup.start
+    if not start.is_resume or start.bundle.state.best_val_loss is None:
+        return Best()
+    state, config = start.bundle.state, setup.config
+    best = Best(state.fact("best_step"), state.best_val_loss)
+    measure = ("eval_iters", "train_split", "test_split")
+    is_comparable = setup.data.sha256 == state.fact("data_sha256") and all(
+        state.settings.get(name) == getattr(config, name) for name in measure
     )
+    earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
+    for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
+        if is_comparable and is_bundle(place):
+            with contextlib.suppress(UserError):
+                found = read_bundle(place, WEIGHTS_FILE)  # checked, before it is passed on
+                if found.state.step == best.step:
+                    copy_bundle(place, run.export, with_optimizer=False)
+                    return best
+    why = "is not at hand" if is_comparable else "was measured in another way"
+    output.line(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
+    return Best()
 
 
 def settle_length(
-    config: ModelConfig, data: Dataset, device: torch.device
+    config: ModelConfig, data: Dataset, device: torch.device, start: Start
 ) -> tuple[ModelConfig, str]:
     """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
 
@@ -352,8 +502,8 @@ def settle_length(
         return config.model_copy(update=settled), "epochs"
     assert config.max_minutes is not None
     speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
-    max_iters = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
-    settled = {"max_iters": max_iters, "max_minutes": None}
+    more = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
+    settled = {"max_iters": start.step + more, "max_minutes": None}
     return config.model_copy(update=settled), "max_minutes"
 
 
@@ -365,19 +515,29 @@ def open_run(
     run_id = RunIDGenerator.generate(config.run_tag)
     run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
     output.record_to(run.console)
-    output.line(banner(setup))
+    output.line(banner(setup, loaded))
     output.line(f"Run    {run.path}\n")
+    if warning := other_text(setup):
+        output.warning(warning)
     if config.warmup_iters >= config.max_iters:
         reached = learning_rate_at(config.max_iters - 1, config)
         output.line(
             f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
             f"rate of {reached:g}; lower warmup_iters to learn faster\n"
         )
+    start = setup.start
+    resumed_from = start.bundle and {
+        "run_id": start.bundle.state.run_id,
+        "step": start.step,
+        "path": str(start.bundle.path.resolve()),
+    }
     record = {
         "run_id": run.run_id,
         "argv": list(argv),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "resumed_from": None,
+        "resumed_from": resumed_from if start.is_resume else None,
+        "model_name": start.named_model.name if start.named_model else None,
+        "lineage": [ancestor.model_dump() for ancestor in start.lineage],
         "data": {
             "name": data.name,
             "sha256": data.sha256,
@@ -388,8 +548,8 @@ def open_run(
         "device": str(setup.device),
         "torch_compile": setup.compile_mode,
     }
-    # The text's whole path, so that the record serves from any directory.
-    recorded = config.model_copy(update={"data": data.path and str(Path(data.path).resolve())})
+    parent = start.bundle and not start.is_resume and str(start.bundle.path.resolve())
+    recorded = config.model_copy(update={"data": recorded_path(data), "init_from": parent or None})
     capture = MetadataCapture(run.meta, CHECKOUT)
     capture.capture(recorded, setup.sources, record, machine_record(setup.device))
     return run
@@ -406,6 +566,7 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
         run.metrics,
         tracker,
         output,
+        first_step=setup.start.step,
         max_iters=config.max_iters,
         tokens_per_step=config.batch_size * config.block_size,
         interval=config.log_interval,
@@ -416,43 +577,94 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
 # What is said
 
 
-def banner(setup: Setup) -> str:
+def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
     """What is trained, on what, with what."""
-    config, data = setup.config, setup.data
+    config, data, start = setup.config, setup.data, setup.start
     sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
     compiled = "" if setup.compile_mode == "off" else f", torch.compile {setup.compile_mode}"
-    return (
+    unit = data.tokenizer.unit
+    lines = [
         f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
-        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}\n"
-        f"Text   {data.name}: {data.num_tokens:,} characters ({sizes}), "
-        f"{data.tokenizer.vocab_size} different\n"
-        f"Steps  {config.max_iters:,} of {config.batch_size} x {config.block_size} characters: "
-        f"{passes(config, data):.2g} passes over the text\n"
-        f"Device {describe_device(setup.device)}{compiled}"
+        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}",
+        f"Text   {data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
+        f"{data.tokenizer.num_tokens:,} different",
+    ]
+    if data.left_out:
+        lines.append(f"       left out: {listed_characters(data.left_out)}")
+    if start.is_resume:
+        lines.append(
+            f"Resume {start.bundle.path}, step {start.step:,}"
+            + (" with a new optimizer" if start.reset_optimizer else "")
+        )
+        lines += [f"       {change}" for change in (loaded.changes if loaded else [])]
+    elif start.bundle is not None:
+        lines.append(f"Parent {start.bundle.path}, step {start.bundle.state.step:,}")
+        added = data.tokenizer.num_tokens - start.bundle.vocab_size
+        if data.tokenizer.token_kind == "char" and added:
+            lines.append(f"       {plural(added, 'character')} added to its vocabulary")
+    if start.named_model is not None:
+        lines.append(f"Name   {start.named_model}")
+    since = f"{start.step:,} to " if start.step else ""
+    lines += [
+        f"Steps  {since}{config.max_iters:,} of {config.batch_size} x {config.block_size} {unit}s: "
+        f"{passes(config, data, start.step):.2g} passes over the text",
+        f"Device {describe_device(setup.device)}{compiled}",
+    ]
+    return "\n".join(lines)
+
+
+def other_text(setup: Setup) -> str | None:
+    """A warning, where a model goes on with another text than the one it was trained on."""
+    start, data = setup.start, setup.data
+    known = start.bundle.state.fact("data_sha256") if start.is_resume else None
+    if known is None or known == data.sha256:
+        return None
+    before = start.bundle.state.settings.get("data") or "the sample corpus"
+    return (
+        f"ANOTHER TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not what this model was "
+        f"trained on until now ({before}, SHA-256 {known[:12]}…)"
     )
 
 
-def passes(config: ModelConfig, data: Dataset) -> float:
+def passes(config: ModelConfig, data: Dataset, first_step: int = 0) -> float:
     """How often a run sees each token of the train split, on average."""
-    return config.max_iters * config.batch_size * config.block_size / data.splits["train"].size
+    steps = config.max_iters - first_step
+    return steps * config.batch_size * config.block_size / data.splits["train"].size
 
 
 def summary(result: TrainResult, setup: Setup) -> str:
     """How a run ended, and the commands that come next."""
     stopped = result.step < (setup.config.max_iters or 0)
     ended = f"Stopped after step {result.step:,}" if stopped else f"Done: {result.step:,} steps"
-    bits = bits_per_byte({"val": result.best_val_loss}, setup.data)["val"]
     run = shlex.quote(str(result.run_dir))
-    again = "the same settings from the start" if stopped else "the same run again"
-    return (
-        f"\n{ended} in {duration(result.seconds)}. Best val loss {result.best_val_loss:.4f} "
-        f"({bits:.3f} bits per byte), at step {result.best_step:,}.\n"
-        f"The best model is in {result.export_dir}\n\n"
-        "Next:\n"
-        f"  {command_for('inference.py')} --run {run}\n"
-        f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}\n"
-        f"  {command_for('train.py')} --config {run}/meta/full_config.json   # {again}"
-    )
+    lines = [f"\n{ended} in {duration(result.seconds)}."]
+    if result.best_val_loss is not None:
+        bits = bits_per_byte({"val": result.best_val_loss}, setup.data)["val"]
+        lines[0] += (
+            f" Best val loss {result.best_val_loss:.4f} ({bits:.3f} bits per byte), "
+            f"at step {result.best_step:,}."
+        )
+        lines.append(f"The best model is in {result.export_dir}")
+    lines.append(f"The last one, to go on with, is in {result.checkpoint}")
+    if setup.start.named_model is not None:
+        lines.append(f"{setup.start.named_model} is at step {result.step:,}")
+    lines += ["", "Next:", f"  {command_for('inference.py')} --run {run}"]
+    lines.append(f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
+    if stopped:
+        lines.append(f"  {resume_command(result, setup)}   # go on from here")
+    elif not setup.start.is_resume:
+        record = f"{run}/meta/full_config.json"
+        lines.append(f"  {command_for('train.py')} --config {record}   # the same run again")
+    return "\n".join(lines)
+
+
+def resume_command(result: TrainResult, setup: Setup) -> str:
+    """The command that goes on where this run has stopped."""
+    elsewhere = setup.config.checkpoints_dir
+    flag = f" --checkpoints-dir {shlex.quote(elsewhere)}" if setup.start.named_model else ""
+    if elsewhere == ModelConfig.model_fields["checkpoints_dir"].default:
+        flag = ""
+    return f"{command_for('train.py')} --resume {shlex.quote(str(result.run_dir))}{flag}"
 
 
 def machine_record(device: torch.device) -> dict[str, str]:
@@ -487,7 +699,7 @@ class Speed:
 
 def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
     """Time real steps, and a part of an evaluation, of a model that is thrown away."""
-    setup = create_setup(config, {}, data, device)
+    setup = create_setup(config, {}, data, device, Start())
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
@@ -505,20 +717,21 @@ def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> S
     return Speed(step, evaluation, config.eval_interval or math.inf, peak_memory(device))
 
 
-def dry_run(loaded: LoadedConfig) -> str:
+def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
     """Every setting, and what the run would take. Leaves nothing behind."""
     with explained_failures(loaded.config, Output(quiet=True)):
-        setup = set_up(loaded.config, loaded, cache=False)
+        setup = set_up(loaded.config, loaded, start, cache=False)
         config, data = setup.config, setup.data
         speed = measure_speed(config, data, setup.device)
-    evaluations = math.ceil(config.max_iters / (config.eval_interval or config.max_iters))
-    seconds = config.max_iters * speed.step + evaluations * speed.evaluation
+    steps = config.max_iters - setup.start.step
+    evaluations = math.ceil(steps / (config.eval_interval or steps))
+    seconds = steps * speed.step + evaluations * speed.evaluation
     # float32 weights, their gradients, and AdamW's two moments
     state = setup.model.num_parameters() * 4 * 4
     whose = "this whole process" if setup.device.type == "cpu" else "the device"
     peak = f"; {whose}: {byte_size(speed.peak_memory)} at its peak" if speed.peak_memory else ""
     return (
-        f"{describe(LoadedConfig(config, setup.sources))}\n\n{banner(setup)}\n"
+        f"{describe(LoadedConfig(config, setup.sources))}\n\n{banner(setup, loaded)}\n"
         f"Memory {byte_size(state)} for weights, gradients and optimizer{peak}\n"
         f"Time   about {duration(seconds)}: {speed.step * 1000:.1f} ms a step, "
         f"{plural(evaluations, 'evaluation')} of {speed.evaluation:.1f} s"

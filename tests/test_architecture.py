@@ -11,7 +11,17 @@ from conftest import CHECKOUT
 
 # The reading order. A module imports only from those before it.
 ORDER = [
-    *("parameters", "config", "tokenizer", "data", "model", "optim", "bundle", "checkpoint"),
+    *(
+        "parameters",
+        "config",
+        "tokenizer",
+        "data",
+        "model",
+        "optim",
+        "bundle",
+        "checkpoint",
+        "start",
+    ),
     *("train", "inference"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))

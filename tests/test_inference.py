@@ -84,8 +84,8 @@ def test_a_sample_is_never_read_as_markup(tiny, quiet, say, text_file):
     ("flags", "words"),
     [
         (["--prompt", "Zoë #"], "does not know '#' 'Z' 'ë'"),
-        (["--run", "nowhere"], "nowhere: no such model directory"),
-        (["--run", "."], "not a model: config.json"),
+        (["--run", "nowhere"], "nowhere: no such model: neither nowhere nor runs/nowhere nor"),
+        (["--run", "."], ".: not a Folio model: training_state.json is not there"),
         (["--runs-dir", "nowhere"], "no trained model in there yet"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-k", "0"], "--top-k must be at least 1"),

@@ -80,13 +80,14 @@ def test_tensorboard_gives_back_every_scalar_and_the_text(tmp_path):
 
 @pytest.fixture
 def make_log(tmp_path):
-    def make(interval: int = 3, max_iters: int = 100, stream=None):
+    def make(interval: int = 3, max_iters: int = 100, stream=None, first_step: int = 0):
         recorder = Recorder()
         output = Output(stream=stream or io.StringIO())
         log = RunLog(
             tmp_path / "metrics.jsonl",
             CompositeTracker({"Recorder": lambda: recorder}, output.warning),
             output,
+            first_step=first_step,
             max_iters=max_iters,
             tokens_per_step=64,
             interval=interval,

@@ -7,7 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from parameters import Settings
+from parameters import DEVICE_PATTERN, NAME_PATTERN, Settings
+
+PATTERNS_IN_WORDS = {
+    DEVICE_PATTERN: "must be auto, cpu, mps, cuda or cuda:N",
+    NAME_PATTERN: "must be letters, digits, '.', '_' and '-', a letter or digit first",
+}
 
 
 def as_written(value: Any) -> str:
@@ -39,7 +44,9 @@ def _problem(error: Mapping[str, Any]) -> str:
     elif kind == "literal_error":
         must = f"must be {limits['expected']}".replace("'", "")
     elif kind == "string_pattern_mismatch":
-        must = "must be auto, cpu, mps, cuda or cuda:N"
+        must = PATTERNS_IN_WORDS[limits["pattern"]]
+    elif kind == "string_too_long":
+        must = f"must have at most {limits['max_length']} characters"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         ((bound, limit),) = limits.items()
         words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

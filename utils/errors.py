@@ -1,4 +1,4 @@
-"""The two ways in which a command fails, and the exit status of each."""
+"""The ways in which a command ends early, and the exit status of each."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,9 @@ class RunError(RuntimeError):
     """A run that could not go on, as one line. The run is closed; a command exits with 1."""
 
     exit_status = 1
+
+
+class NothingToDo(Exception):
+    """What was asked for is there already, as one line. Nothing was changed; a command exits 0."""
+
+    exit_status = 0

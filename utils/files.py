@@ -1,10 +1,15 @@
-"""Files: the checks that a user's path deserves, and writes that are whole or not there at all."""
+"""Files: the checks that a user's path deserves, and writes that are whole or not there at all.
 
+Whatever must survive a crash is written by the functions below and by nothing else, a call of the
+operating system at a time: `tests/test_crash.py` stops a process at each one of them.
+"""
+
+import contextlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+_COPIED_AT_ONCE = 1 << 20  # bytes
 
 
 def text_file_problem(path: Path) -> str | None:
@@ -22,59 +27,100 @@ def text_file_problem(path: Path) -> str | None:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
+def write_durable(path: Path, data: bytes) -> None:
+    """Write a file, and return when it is on the disk. A crash may leave a part of it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one."""
     # Names of files may hold bytes that are no text; in JSON, the escape is read back as they were.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_durable(temporary, data)
+        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove_file(temporary)
         raise
 
 
-@contextmanager
-def directory_written_whole(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; when the block ends it takes the place of `directory`.
+def write_by_library(path: Path, write: Callable[[Path], None], like: Path) -> None:
+    """Have a library write a file; give it the permissions of `like`, and see it on the disk."""
+    write(path)
+    os.chmod(path, like.stat().st_mode)
+    sync(path)
 
-    Files that others put into `directory` stay in it. Where anything raises, `directory` is as it
-    was. (Killed between its two renames, it stands beside itself as `.<name>.<process>.old`.)
-    """
-    building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    retired = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+
+def copy_durable(source: Path, target: Path) -> None:
+    """Copy a file's content, and return when it is on the disk."""
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while part := reader.read(_COPIED_AT_ONCE):
+            writer.write(part)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a directory, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories, and keeps their names in order by itself
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
-        yield building
-        if directory.exists():
-            _copy_missing(directory, building)
-            directory.rename(retired)
-        building.rename(directory)
-    except BaseException:
-        if retired.exists() and not directory.exists():
-            retired.rename(directory)
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _copy_missing(source: Path, target: Path) -> None:
-    """Copy what is in `source` and not in `target`; links stay links."""
-    for path in source.iterdir():
-        if not (target / path.name).exists():
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, target / path.name, symlinks=True)
+def move(source: Path, target: Path) -> None:
+    """Rename a file or directory, in the place of the file that may be there."""
+    os.replace(source, target)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those it is in, if they are not there; their names are durable."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.mkdir(path)
+    sync(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there and can be."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a directory, if it is there and nothing is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it, as far as that can be done."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(Path(entry.path))
             else:
-                shutil.copy2(path, target / path.name, follow_symlinks=False)
+                remove_file(Path(entry.path))
+    remove_if_empty(path)
 
 
-def make_durable(path: Path, like: Path) -> None:
-    """Give a file that a library wrote the permissions of `like`, and see it on the disk."""
-    path.chmod(like.stat().st_mode)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    if os.name == "nt":  # where asking by signal 0 would end it
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -16,7 +16,7 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from utils.errors import RunError, UserError
+from utils.errors import NothingToDo, RunError, UserError
 
 
 class Output:
@@ -167,6 +167,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except RunError as error:
         output.error(str(error))
         return error.exit_status
+    except NothingToDo as reason:
+        output.line(str(reason))
+        return reason.exit_status
     except KeyboardInterrupt:
         output.error("interrupted")
         return 130

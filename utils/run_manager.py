@@ -1,7 +1,7 @@
 """A run's own directory, and the record in it of how the run was made.
 
 runs/YYYYMMDD_HHMMSS_<tag>/
-    artifacts/export/
+    artifacts/checkpoints/step_00001000/  artifacts/export/
     logs/tensorboard/  logs/metrics.jsonl  logs/console.txt
     meta/git.txt  meta/env.txt  meta/full_config.json
 """
@@ -66,6 +66,15 @@ class RunDirectory:
         return self.path.name
 
     @property
+    def checkpoints(self) -> Path:
+        """Where the bundles `step_00001000/` and so on are."""
+        return self.path / "artifacts" / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The bundle of that step."""
+        return self.checkpoints / f"step_{step:08}"
+
+    @property
     def export(self) -> Path:
         """The bundle of the best model."""
         return self.path / "artifacts" / "export"
@@ -105,7 +114,7 @@ class RunDirectoryCreator:
         try:
             self.runs_dir.mkdir(parents=True, exist_ok=True)
             run = RunDirectory(self._made_exclusively(run_id))
-            for directory in (run.tensorboard, run.export.parent, run.meta):
+            for directory in (run.tensorboard, run.checkpoints, run.meta):
                 directory.mkdir(parents=True)
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             reason = getattr(error, "strerror", None) or error

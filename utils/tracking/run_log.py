@@ -25,6 +25,7 @@ class RunLog:
             run without a record is not worth having.
         tracker: TensorBoard and the like.
         output: where lines and the live bar go.
+        first_step: the steps that were made before this run.
         max_iters: the number of the last step.
         tokens_per_step: B times T.
         interval: steps between two fetches, and so between two lines.
@@ -36,6 +37,7 @@ class RunLog:
         tracker: CompositeTracker,
         output: Output,
         *,
+        first_step: int,
         max_iters: int,
         tokens_per_step: int,
         interval: int,
@@ -43,6 +45,7 @@ class RunLog:
         self._metrics = open(metrics, "a", encoding="utf-8")
         self._tracker = tracker
         self._output = output
+        self._first_step = first_step
         self._max_iters = max_iters
         self._tokens_per_step = tokens_per_step
         self._interval = interval
@@ -86,11 +89,14 @@ class RunLog:
                 "tokens_per_second": speed,
             }
             self._write(step, scalars)
-            if not math.isfinite(loss):
-                self._metrics.flush()
-                raise RunError(
-                    f"the loss is {loss} at step {step}: the run cannot go on; lower learning_rate"
-                )
+            # A gradient that is not finite has just spoilt the weights, whatever the loss was.
+            for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
+                if not math.isfinite(value):
+                    self._metrics.flush()
+                    raise RunError(
+                        f"the {what} is {value} at step {step}: the run cannot go on; "
+                        "lower learning_rate"
+                    )
         self._metrics.flush()
         self._waiting, self._on_device = [], []
         self._print_step(step, loss, learning_rate, grad_norm, seconds)
@@ -138,7 +144,7 @@ class RunLog:
         self, step: int, loss: float, learning_rate: float, grad_norm: float, seconds: float
     ) -> None:
         elapsed = time.perf_counter() - self._began
-        left = duration(elapsed / step * (self._max_iters - step))
+        left = duration(elapsed / (step - self._first_step) * (self._max_iters - step))
         speed = f"{self._tokens_per_step / seconds:,.0f}"
         self._status = f"loss {loss:.4f}  {speed} tok/s  {left} left"
         width = len(f"{self._max_iters}")
