@@ -1,4 +1,4 @@
-"""The bundle: one directory that holds a model and all that is needed to use it or to go on with it.
+"""The bundle: one directory with a model and all that is needed to use it or to go on with it.
 
     config.json           the architecture, which never changes
     model.safetensors     the weights

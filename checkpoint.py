@@ -160,8 +160,10 @@ def _parameter_names(model: LanguageModel, optimizer: torch.optim.Optimizer) -> 
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The state of the generators that dropout draws from. Nothing else in a run draws at all:
-    batches and evaluations are functions of (seed, step), and samples have generators of their own.
+    """The state of the generators that dropout draws from.
+
+    Nothing else in a run draws from them: batches are functions of (seed, step), evaluations have
+    fixed ones, and samples a generator of their own.
     """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":

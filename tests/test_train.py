@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_module
+from bundle import BUNDLE_FILES
+from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
 from train import TrainResult, dry_run, estimate_loss, set_up, train, training_step
 from utils.errors import RunError, UserError
@@ -53,7 +55,10 @@ def test_a_run_leaves_exactly_the_documented_files(tiny, quiet):
     (events,) = [name for name in files if "tfevents" in name]
     assert events.startswith("logs/tensorboard/")
     files.remove(events)
-    assert files == [
+    last = [f"artifacts/checkpoints/step_00000006/{name}" for name in sorted(BUNDLE_FILES)]
+    assert files[:5] == [name.replace("06/", "03/") for name in last]
+    assert files[5:10] == last
+    assert files[10:] == [
         "artifacts/export/config.json",
         "artifacts/export/model.safetensors",
         "artifacts/export/tokenizer.json",
@@ -276,7 +281,7 @@ def test_max_minutes_beside_max_iters_are_a_time_limit(tiny, quiet):
     assert 1 <= result.step < 10**6
     assert result.exit_status == 0
     assert f"Stopped after step {result.step:,}" in console(result.run_dir)
-    assert "the same settings from the start" in console(result.run_dir)
+    assert f"--resume {result.run_dir}   # go on from here" in console(result.run_dir)
     assert (result.export_dir / "model.safetensors").exists()
 
 
@@ -379,8 +384,10 @@ def test_a_signal_finishes_the_step_saves_and_closes(tiny, quiet, monkeypatch, n
     assert (result.step, result.exit_status) == (2, status)
     assert len(losses(result)) == 2
     assert "Stopping after step 2" in console(result.run_dir)
-    state = json.loads((result.export_dir / "training_state.json").read_text(encoding="utf-8"))
-    assert state["step"] == 2
+    assert "eval" not in (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert result.checkpoint == result.run_dir / "artifacts" / "checkpoints" / "step_00000002"
+    assert load_model(result.checkpoint)[2].step == 2
+    assert load_model(result.run_dir)[2].step == 2
     assert signal.getsignal(number) is before
 
 
@@ -489,4 +496,4 @@ def test_ctrl_c_of_the_real_command_exits_with_130_and_leaves_a_model(text_file)
     assert (process.returncode, err) == (130, "")
     assert "Stopped after step" in out
     (run_dir,) = Path("runs").iterdir()
-    assert (run_dir / "artifacts" / "export" / "model.safetensors").exists()
+    assert load_model(run_dir)[2].step > 0
