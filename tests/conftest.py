@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bundle import TRAINING_SETTINGS, TrainingState
+from checkpoint import save_checkpoint
+from model import LanguageModel
+from optim import create_optimizer, update
 from parameters import ModelConfig
+from tokenizer import create_tokenizer
 from utils.output import Output
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -72,6 +77,32 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
         return ModelConfig(**{**settings, **changes})
 
     return make
+
+
+BUNDLE_CONFIG = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, batch_size=3)
+
+
+def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
+    """Save a small model that was trained a little; other steps have other weights."""
+    torch.manual_seed(step)
+    model = LanguageModel(BUNDLE_CONFIG, 3)
+    optimizer = create_optimizer(model, BUNDLE_CONFIG)
+    model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
+    update(model, optimizer, step, BUNDLE_CONFIG)
+    settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
+    facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
+    values = {
+        "step": step,
+        "optimizer_file": None,
+        "best_val_loss": 1.5,
+        "val_loss": 1.5,
+        "run_id": "r",
+        "lineage": [],
+        "training_config": {**settings, **facts},
+    }
+    state = TrainingState(**{**values, **changes})
+    save_checkpoint(directory, model, optimizer, create_tokenizer("abc"), BUNDLE_CONFIG, state)
+    return model
 
 
 @pytest.fixture
