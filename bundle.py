@@ -102,6 +102,10 @@ class TrainingState(_Strict):
         return self.training_config.get(name)
 
 
+class NoModel(UserError):
+    """A run that has saved no model yet."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle that was read and checked.
@@ -407,6 +411,18 @@ def get_model_info(
     }
 
 
+def check_files(directory: Path) -> None:
+    """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
+    read_bundle(directory)
+    for name, digest in read_state(directory).files.items():
+        path = _located(directory, name)
+        if not path.is_file() or _sha256(path) != digest:
+            raise UserError(
+                f"{directory / name}: missing, or not the file that was saved with this model"
+                f"{_remedy(name)}"
+            )
+
+
 def _count_parameters(directory: Path) -> dict[str, int]:
     """How many numbers are learned, in all and by part, from the safetensors header alone.
 
@@ -424,7 +440,8 @@ def _count_parameters(directory: Path) -> dict[str, int]:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
-    parts = {"total": sum(sizes.values())}
+    parts = {"total": sum(sizes.values()), "token_embedding": 0, "position_embedding": 0}
+    parts |= {"attention": 0, "mlp": 0, "norms": 0}  # in the order of model.py
     for name, size in sizes.items():
         # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
         words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]
@@ -450,6 +467,14 @@ def runs_in(runs_dir: Path) -> list[Path]:
 
     runs = [path for path in _listed(runs_dir) if (path / "artifacts").is_dir()]
     return sorted(runs, key=began, reverse=True)
+
+
+def run_of(bundle: Path) -> Path | None:
+    """The run directory that a checkpoint or an export is in, if it is in one."""
+    for parent in bundle.parents:
+        if parent.name == "artifacts":
+            return parent.parent
+    return None
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -494,7 +519,7 @@ def usable_bundle(directory: Path) -> Path:
     if checkpoints := checkpoints_in(directory):
         return checkpoints[-1]
     if (directory / "artifacts").is_dir():
-        raise UserError(f"{directory}: this run has saved no model yet")
+        raise NoModel(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
 
 

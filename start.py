@@ -24,6 +24,7 @@ from bundle import (
     is_bundle,
     read_bundle,
     read_state,
+    run_of,
     runs_in,
     usable_bundle,
 )
@@ -240,17 +241,10 @@ def read_contents(start: Start) -> Bundle:
 # Which bundle
 
 
-def run_of(bundle: Path) -> Path | None:
-    """The run directory that a checkpoint is in, if it is in one."""
-    is_checkpoint = bundle.parent.name == "checkpoints" and bundle.parent.parent.name == "artifacts"
-    return bundle.parent.parent.parent if is_checkpoint else None
-
-
 def model_name_of(bundle: Bundle) -> str:
     """What a model is called: its directory's name, the name it was trained under, or its run."""
-    in_run = "artifacts" in (bundle.path.parent.name, bundle.path.parent.parent.name)
     known = bundle.state.fact("model_name") or bundle.state.run_id
-    return str(known) if in_run and known else bundle.path.resolve().name
+    return str(known) if run_of(bundle.path) and known else bundle.path.resolve().name
 
 
 def _newest_checkpoint(runs_dir: Path, tag: str | None = None) -> Path | None:

@@ -22,7 +22,7 @@ ORDER = [
         "checkpoint",
         "start",
     ),
-    *("train", "inference"),
+    *("train", "inference", "inspect_model"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]

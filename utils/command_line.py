@@ -52,11 +52,15 @@ def _metavar(annotation: Any) -> str:
 
 @dataclass(frozen=True)
 class Action:
-    """A flag of one command that is not a setting, such as `--config FILE` or `--dry-run`."""
+    """A flag of one command that is not a setting, such as `--config FILE` or `--dry-run`.
+
+    One that `repeats` may be given again and again, and its value is a list.
+    """
 
     name: str
     meaning: str
     metavar: str | None = None
+    repeats: bool = False
 
 
 class CommandLine:
@@ -71,6 +75,7 @@ class CommandLine:
         actions: the command's other flags.
         groups: how `--help` groups the settings; all in one group by default.
         aliases: further names of settings.
+        operands: what may stand without a flag, any number of them; its value is a list.
     """
 
     def __init__(
@@ -80,22 +85,29 @@ class CommandLine:
         actions: Sequence[Action] = (),
         groups: Mapping[str, type[Settings]] | None = None,
         aliases: Mapping[str, str] | None = None,
+        operands: Action | None = None,
     ):
         self.schema = schema
-        self._actions = {action.name for action in actions}
+        self._actions = {action.name for action in (*actions, *([operands] if operands else []))}
         self._aliases = dict(aliases or {})
         self._metavars: dict[str, str | None] = {}
         self._parser = _Parser(
             description=description.strip().partition("\n\n")[0],
-            usage="python %(prog)s [--setting VALUE ...]",
+            usage="python %(prog)s [--setting VALUE ...]"
+            + (f" [{operands.metavar} ...]" if operands else ""),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
             add_help=False,
         )
         about = self._parser.add_argument_group("command")
         about.add_argument("-h", "--help", action="help", help="Show this page and exit.")
+        if operands is not None:
+            self._metavars[operands.name] = operands.metavar
+            about.add_argument(
+                operands.name, nargs="*", metavar=operands.metavar, help=operands.meaning
+            )
         for action in actions:
-            self._add(about, action.name, action.metavar, action.meaning)
+            self._add(about, action.name, action.metavar, action.meaning, action.repeats)
         titles = {f"{name} settings": group for name, group in (groups or {}).items()}
         for title, group in (titles or {"settings": schema}).items():
             section = self._parser.add_argument_group(title, group.__doc__)
@@ -104,7 +116,9 @@ class CommandLine:
                 meaning = f"{info.description} [{default}]"
                 self._add(section, name, _metavar(info.annotation), meaning)
 
-    def _add(self, group: Any, name: str, metavar: str | None, meaning: str) -> None:
+    def _add(
+        self, group: Any, name: str, metavar: str | None, meaning: str, repeats: bool = False
+    ) -> None:
         names = [name, *(alias for alias, target in self._aliases.items() if target == name)]
         flags = [flag_of(each) for each in names]
         shared = {"dest": name, "default": argparse.SUPPRESS}
@@ -114,8 +128,9 @@ class CommandLine:
             group.add_argument(*flags, action="store_true", help=meaning, **shared)
             return
         # A flag without its value is noticed after parsing, so that all problems come together.
+        how = "append" if repeats else "store"
         group.add_argument(
-            *flags, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning, **shared
+            *flags, action=how, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning, **shared
         )
         if metavar == _BOOL:
             group.add_argument(
@@ -140,7 +155,7 @@ class CommandLine:
             metavar = self._metavars[name]
             if value is _NO_VALUE and metavar == _BOOL:
                 texts[name] = "true"
-            elif value is _NO_VALUE or (value == "" and metavar != _TEXT):
+            elif self._lacks_value(value, metavar):
                 dash = f"; one that begins with a dash is written {flag_of(name)}=VALUE"
                 problems.append(f"{flag_of(name)} needs a value{dash if metavar == _TEXT else ''}")
             elif name in self._actions:
@@ -151,6 +166,11 @@ class CommandLine:
                 texts[name] = value
         values, wrong = checked(self.schema, texts, strings=True, label=flag_of)
         return {**values, **nulls}, actions, problems + wrong
+
+    @staticmethod
+    def _lacks_value(value: Any, metavar: str | None) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in values)
 
     def _nullable(self, name: str) -> bool:
         return NoneType in get_args(self.schema.model_fields[name].annotation)

@@ -212,6 +212,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells as lines, in columns as wide as need be; the columns in `right` end alike."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def ago(seconds: float) -> str:
+    """`12 seconds ago`, `3 hours ago`, `40 days ago`."""
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= size:
+            return f"{plural(int(seconds // size), unit)} ago"
+    return f"{plural(max(0, int(seconds)), 'second')} ago"
+
+
 def byte_size(count: float) -> str:
     """`512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, as disks are sold."""
     for unit in ("B", "KB", "MB", "GB"):

@@ -1,0 +1,248 @@
+"""Show what a model is, how it was trained, and which models it descends from.
+
+    python inspect_model.py                                    # all runs and named models
+    python inspect_model.py --model-name dante
+    python inspect_model.py --run 20260131_235959_baseline --json
+    python inspect_model.py dante_base dante_purgatorio        # side by side: what differs
+
+Weights are never loaded, and torch neither: the files' headers say enough.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bundle import (
+    NoModel,
+    check_files,
+    get_model_info,
+    named_models_in,
+    run_of,
+    runs_in,
+    usable_bundle,
+)
+from parameters import Settings
+from utils.checks import as_written
+from utils.command_line import Action, CommandLine
+from utils.errors import UserError
+from utils.output import Output, ago, aligned, byte_size, command_for, plural, run_command
+
+
+class InspectConfig(Settings):
+    """Where models are looked for."""
+
+    runs_dir: str = "runs"
+    """Where runs are."""
+
+    checkpoints_dir: str = "checkpoints"
+    """Where named models are."""
+
+
+ACTIONS = (
+    Action("model_name", "A named model; may be repeated.", "NAME", repeats=True),
+    Action("run", "A run's id or directory: its best model; may be repeated.", "RUN", repeats=True),
+    Action("json", "Print JSON."),
+)
+OPERANDS = Action("models", "Names, runs or paths of models; two or more are compared.", "MODEL")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: find the models, read what they say of themselves, and show it."""
+    command_line = CommandLine(__doc__, InspectConfig, ACTIONS, operands=OPERANDS)
+    flags, actions, problems = command_line.parse(argv)
+    if problems:
+        raise UserError(*problems)
+    config = InspectConfig(**flags)
+    output = Output()
+    references = [
+        *(str(Path(config.checkpoints_dir) / name) for name in actions.get("model_name", [])),
+        *actions.get("run", []),
+        *actions.get("models", []),
+    ]
+    models = [model_info(reference, config) for reference in references]
+    if not references:
+        models, empty, damaged = all_models(config)
+        for problem in damaged:
+            output.warning(problem)
+    if "json" in actions:
+        output.line(json.dumps(models[0] if len(references) == 1 else models, indent=2))
+    elif not references:
+        output.line(listed(models, empty))
+    elif len(models) == 1:
+        output.line(described(models[0]))
+    else:
+        output.line(compared(models))
+    return 0
+
+
+def model_info(reference: str, config: InspectConfig) -> dict[str, Any]:
+    """What a model says of itself, all of its files checked. Raises `UserError`."""
+    info = get_model_info(
+        reference, checkpoints_dir=config.checkpoints_dir, runs_dir=config.runs_dir
+    )
+    check_files(Path(info["path"]))
+    return info
+
+
+def all_models(
+    config: InspectConfig,
+) -> tuple[list[dict[str, Any]], list[Path], list[str]]:
+    """The models of all runs and names, the lowest val loss first; and what else there is.
+
+    That is the runs that have saved no model, and what is wrong with damaged ones.
+    """
+    models, empty, problems = [], [], []
+    places = [*named_models_in(Path(config.checkpoints_dir)), *runs_in(Path(config.runs_dir))]
+    for place in places:
+        try:
+            models.append(get_model_info(usable_bundle(place)))
+        except NoModel:
+            empty.append(place)
+        except UserError as error:
+            problems += error.problems
+    models.sort(key=lambda info: math.inf if _loss(info) is None else _loss(info))
+    return models, empty, problems
+
+
+def _loss(info: Mapping[str, Any]) -> float | None:
+    return info["training_state"]["val_loss"]
+
+
+# ----------------------------------------------------------------------------------------------
+# What is shown
+
+
+def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
+    """A line for each model, and for each run without one."""
+    if not models and not empty:
+        return f"No models yet: train one with `{command_for('train.py')}`"
+    rows = [("model", "val loss", "step", "parameters", "size", "saved", "text")]
+    for info in models:
+        state = info["training_state"]
+        text = state["training_config"].get("data")
+        row = (
+            str(run_of(Path(info["path"])) or info["path"]),
+            "–" if _loss(info) is None else f"{_loss(info):.4f}",
+            f"{state['step']:,}",
+            f"{info['parameters']['total']:,}",
+            byte_size(info["bytes"]),
+            ago(time.time() - info["saved"]),
+            Path(text).name if text else "Shakespeare's plays",
+        )
+        rows.append(row)
+    rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
+    return aligned(rows, right=(1, 2, 3, 4))
+
+
+def described(info: Mapping[str, Any]) -> str:
+    """One model in full."""
+    config, state = info["config"], info["training_state"]
+    training = state["training_config"]
+    parts = [f"{part} {n:,}" for part, n in info["parameters"].items() if part != "total"]
+    rows = [
+        ("model", info["path"]),
+        ("", f"{byte_size(info['bytes'])}, saved {ago(time.time() - info['saved'])}"),
+        (
+            "architecture",
+            f"{config['architecture']}: {plural(config['n_layer'], 'layer')}, "
+            f"{plural(config['n_head'], 'head')}, {config['n_embd']} channels, "
+            f"context {config['block_size']}, vocabulary {config['vocab_size']:,}",
+        ),
+        ("", _settings(config, "dropout", "bias", "tie_weights", "activation", "batch_size")),
+        ("parameters", f"{info['parameters']['total']:,}"),
+        ("", ", ".join(parts)),
+        ("tokenizer", _tokenizer(info)),
+        ("training", _training(state)),
+        ("", f"run {state['run_id']}, begun at step {training.get('start_step', 0):,}"),
+        ("text", training.get("data") or "Shakespeare's plays"),
+        ("", f"SHA-256 {training.get('data_sha256')}"),
+    ]
+    facts = ("start_step", "best_step", "data_sha256", "model_name", "data")
+    settings = [name for name in training if name not in facts]
+    for first in range(0, len(settings), 4):
+        title = "settings" if first == 0 else ""
+        rows.append((title, _settings(training, *settings[first : first + 4])))
+    rows += [("lineage" if index == 0 else "", line) for index, line in enumerate(_tree(info))]
+    return aligned(rows)
+
+
+def _settings(values: Mapping[str, Any], *names: str) -> str:
+    return ", ".join(f"{name} {as_written(values[name])}" for name in names)
+
+
+def _tokenizer(info: Mapping[str, Any]) -> str:
+    chars = info["tokenizer"].get("chars")
+    if chars is None:
+        return info["tokenizer"]["token_kind"]
+    shown = as_written("".join(chars))
+    return f"{info['tokenizer']['token_kind']}: {plural(len(chars), 'character')}: {shown}"
+
+
+def _training(state: Mapping[str, Any]) -> str:
+    training = state["training_config"]
+    words = [f"step {state['step']:,} of {training['max_iters']:,}"]
+    if state["val_loss"] is not None:
+        words.append(f"val loss {state['val_loss']:.4f}")
+    if state["best_val_loss"] is not None:
+        words.append(f"best {state['best_val_loss']:.4f} at step {training['best_step']:,}")
+    has = "with" if state["optimizer_file"] else "without"
+    return ", ".join(words) + f"; {has} optimizer state to go on with"
+
+
+def _tree(info: Mapping[str, Any]) -> list[str]:
+    """The model and its ancestors, each one a branch of the next."""
+    lines = [f"{Path(info['path']).name}, step {info['training_state']['step']:,}"]
+    for depth, ancestor in enumerate(info["training_state"]["lineage"]):
+        lines.append(
+            f"{'    ' * depth}└── {ancestor['name']}, step {ancestor['step']:,}: "
+            f"weights {ancestor['weights_sha256'][:12]}…, text "
+            f"{(ancestor['data_sha256'] or 'unknown')[:12]}…"
+        )
+    return lines
+
+
+def compared(models: Sequence[Mapping[str, Any]]) -> str:
+    """What differs between models, side by side."""
+    columns = [_flat(info) for info in models]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [["", *(info["path"] for info in models)]]
+    for name in names:
+        values = [column.get(name, "–") for column in columns]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    if len(rows) == 1:
+        return aligned(rows) + "\nno difference"
+    return aligned(rows)
+
+
+def _flat(info: Mapping[str, Any]) -> dict[str, str]:
+    """Everything that two models may differ in, in words."""
+    state = info["training_state"]
+    lineage = [f"{ancestor['name']} at {ancestor['step']:,}" for ancestor in state["lineage"]]
+    chars = info["tokenizer"].get("chars")
+    values = {
+        **info["config"],
+        "parameters": info["parameters"]["total"],
+        "token_kind": info["tokenizer"]["token_kind"],
+        "characters": "".join(chars) if chars else None,
+        "step": state["step"],
+        "val_loss": state["val_loss"],
+        "best_val_loss": state["best_val_loss"],
+        "run_id": state["run_id"],
+        **state["training_config"],
+        "lineage": " < ".join(lineage),
+        "weights SHA-256": state["files"]["model.safetensors"],
+    }
+    flat = {}
+    for name, value in values.items():
+        text = as_written(value).strip('"')
+        flat[name] = text if len(text) <= 40 else text[:39] + "…"
+    return flat
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
