@@ -8,10 +8,11 @@
 
 A run's checkpoints, its export and a named model are all bundles. Nothing here needs torch.
 
-A bundle is published as a whole. The new files are written into `.tmp-PID/` inside its directory;
+A bundle is published as a whole. The new files are written into `.tmp-PID-HOST/` in its directory;
 renaming that to `.next/` is the commit; then they move up, `training_state.json` last. Whoever
 reads takes the files that are still in `.next/` from there, so that a process may be killed at any
 instruction, and the directory is the old bundle or the new one. Other files in it are left alone.
+What killed processes leave behind is removed by the next save.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import hashlib
 import json
 import math
 import os
+import platform
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,8 +193,8 @@ def _publication(directory: Path) -> Iterator[Path]:
     is_new = not directory.exists()
     make_directory(directory)
     _finish(directory)
-    remove_leftovers(directory)
-    building = directory / f".tmp-{os.getpid()}"
+    clean_up(directory)
+    building = directory / _temporary_name()
     try:
         make_directory(building)
         yield building
@@ -227,25 +230,48 @@ def _finish(directory: Path) -> None:
     remove_if_empty(committed)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what processes that are no more have left half-written in a bundle's directory."""
-    for path in directory.glob(".tmp-*"):
-        number = path.name.removeprefix(".tmp-")
-        if number.isdecimal() and (int(number) == os.getpid() or not is_running(int(number))):
-            remove_tree(path)
-
-
 def remove_bundle(directory: Path) -> None:
-    """Remove a bundle and what is left of one; files of others stay, and so the directory then."""
-    committed = directory / ".next"
-    for place in (directory, committed):  # the state first: without it, this is no bundle
-        remove_file(place / STATE_FILE)
-    for place in (directory, committed):
+    """Remove a bundle; files of others stay, and so the directory then."""
+    committed, removed = directory / ".next", directory / ".removed"
+    for place in (committed, directory):
+        if (place / STATE_FILE).exists():
+            move(place / STATE_FILE, removed)  # from here on, this is no bundle
+    for place in (committed, directory):
         for name in BUNDLE_FILES:
             remove_file(place / name)
     remove_if_empty(committed)
-    remove_leftovers(directory)
+    remove_file(removed)
     remove_if_empty(directory)
+
+
+def clean_up(directory: Path) -> None:
+    """Remove what processes that are no more have half-written or half-removed where a bundle is.
+
+    What living processes are writing there is left alone, and so are files of others.
+    """
+    for path in directory.glob(".tmp-*"):
+        if _is_abandoned(path):
+            remove_tree(path)
+    if (directory / ".removed").exists() and not is_bundle(directory):
+        remove_bundle(directory)
+    remove_if_empty(directory)
+
+
+def _temporary_name() -> str:
+    return f".tmp-{os.getpid()}-{platform.node()}"
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the process that began to write `.tmp-PID-HOST/` is no more.
+
+    Of another machine's processes nobody can tell; a day without a sign is enough.
+    """
+    number, _, host = temporary.name.removeprefix(".tmp-").partition("-")
+    if host == platform.node() and number.isdecimal():
+        return int(number) == os.getpid() or not is_running(int(number))
+    with contextlib.suppress(OSError):
+        return time.time() - temporary.stat().st_mtime > 86_400
+    return False
 
 
 # ----------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from bundle import (
     Bundle,
     TrainingState,
     checkpoints_in,
+    clean_up,
     copy_bundle,
     find_directory,
-    is_bundle,
     read_bundle,
     remove_bundle,
-    remove_leftovers,
+    runs_in,
     usable_bundle,
     write_bundle,
 )
@@ -74,8 +74,6 @@ class Checkpoints:
         run: the run's directory.
         named_model: the directory of the named model that the run trains, if it trains one.
         config: `keep_checkpoints` and `keep_every` are read.
-        continued: the run that this one goes on with. What that one left half-written when it was
-            killed is removed at the first save: a run that only loads writes nothing.
     """
 
     def __init__(
@@ -83,13 +81,11 @@ class Checkpoints:
         run: RunDirectory,
         named_model: Path | None,
         config: ModelConfig,
-        continued: Path | None = None,
     ):
         self.newest: Path | None = None
         self._run = run
         self._named_model = named_model
         self._config = config
-        self._continued = continued
 
     def save(
         self,
@@ -102,6 +98,8 @@ class Checkpoints:
 
         Raises what `save_checkpoint` raises.
         """
+        if self.newest is None:  # here and not earlier: a run that only loads writes nothing
+            self._clean_up()
         directory = self._run.checkpoint(state.step)
         save_checkpoint(directory, model, optimizer, tokenizer, self._config, state)
         self.newest = directory
@@ -131,13 +129,13 @@ class Checkpoints:
             every = self._config.keep_every
             if path not in kept and step != best_step and not (every and step % every == 0):
                 remove_bundle(path)
-        if self._continued is not None:
-            for path in (self._continued / "artifacts").glob("checkpoints/step_*"):
-                if not is_bundle(path):
-                    remove_bundle(path)
-                remove_leftovers(path)
-            remove_leftovers(self._continued / "artifacts" / "export")
-            self._continued = None
+
+    def _clean_up(self) -> None:
+        """Remove what killed runs have left half-written, in whichever run of `runs_dir`."""
+        for run in runs_in(self._run.path.parent):
+            for directory in (run / "artifacts").glob("checkpoints/step_*"):
+                clean_up(directory)
+            clean_up(run / "artifacts" / "export")
 
 
 def _training_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def run_steps(
 ) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     config, model, data = setup.config, setup.model, setup.data
-    checkpoints = Checkpoints(run, setup.start.named_model, config, setup.start.continued_run)
+    checkpoints = Checkpoints(run, setup.start.named_model, config)
     best = bring_best(setup, run, output)
     losses: dict[str, float | None] = {"train": None, "val": None}
     last_sample = setup.start.step

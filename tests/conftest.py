@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from bundle import TRAINING_SETTINGS, TrainingState
+from bundle import BUNDLE_FILES, OPTIMIZER_FILE, TRAINING_SETTINGS, TrainingState
 from checkpoint import save_checkpoint
 from model import LanguageModel
 from optim import create_optimizer, update
@@ -79,6 +80,7 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
     return make
 
 
+BUNDLE_FILES_OF_EXPORT = [name for name in BUNDLE_FILES if name != OPTIMIZER_FILE]
 BUNDLE_CONFIG = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, batch_size=3)
 
 
@@ -103,6 +105,27 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     state = TrainingState(**{**values, **changes})
     save_checkpoint(directory, model, optimizer, create_tokenizer("abc"), BUNDLE_CONFIG, state)
     return model
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """The bundles hold the same weights and the same optimizer and generator state."""
+    weights = [load_file(bundle / "model.safetensors") for bundle in (one, other)]
+    assert_equal(*weights)
+    states = [torch.load(bundle / "optimizer.pt", weights_only=True) for bundle in (one, other)]
+    assert states[0]["state"], "there is something to compare"
+    assert_equal(*states)
+
+
+def assert_equal(one, other) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other
 
 
 @pytest.fixture

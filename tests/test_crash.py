@@ -10,8 +10,10 @@ python -m pytest tests/test_crash.py
 import builtins
 import errno
 import os
+import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
+    clean_up,
     copy_bundle,
     is_bundle,
     read_bundle,
@@ -295,7 +298,8 @@ def test_a_removal_killed_at_any_call_leaves_a_bundle_or_none(place, tmp_path):
         in_a_process_that_ends_at(at, killed, lambda: remove_bundle(directory))  # noqa: B023
         if is_bundle(directory):
             assert_whole(directory, OLD)
-        remove_bundle(directory)
+            remove_bundle(directory)
+        clean_up(directory)
         assert not directory.exists()
 
 
@@ -331,13 +335,17 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
     assert os.read(read, 10_000).decode() == "same"
 
 
-def test_leftovers_of_living_processes_are_left_alone(place):
+def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
     save(place, OLD)
-    for number in (os.getppid(), 2**30, os.getpid()):
-        (place / f".tmp-{number}").mkdir()
-        (place / f".tmp-{number}" / "half").touch()
+    host, day = platform.node(), 86_400
+    living, other_host = f".tmp-{os.getppid()}-{host}", ".tmp-1-elsewhere"
+    dead, old = f".tmp-{2**30}-{host}", ".tmp-2-elsewhere"
+    for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
+        (place / name).mkdir()
+        (place / name / "half").touch()
+    os.utime(place / old, (0, time.time() - 2 * day))
     save(place, NEW)
-    assert [path.name for path in place.glob(".tmp-*")] == [f".tmp-{os.getppid()}"]
+    assert {path.name for path in place.glob(".tmp-*")} == {living, other_host}
 
 
 def test_a_half_published_bundle_with_a_file_of_another_is_refused_by_name(place, tmp_path):

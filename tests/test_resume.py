@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS
+from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import train as train_module
@@ -84,27 +84,6 @@ def logged(*runs: Path) -> dict[tuple[int, str], float]:
                 if name not in ("step", "tokens_per_second"):
                     assert values.setdefault((row["step"], name), value) == value
     return values
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    """The bundles hold the same weights and the same optimizer and generator state."""
-    weights = [load_file(bundle / "model.safetensors") for bundle in (one, other)]
-    assert_equal(*weights)
-    states = [torch.load(bundle / "optimizer.pt", weights_only=True) for bundle in (one, other)]
-    assert states[0]["state"], "there is something to compare"
-    assert_equal(*states)
-
-
-def assert_equal(one, other) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
