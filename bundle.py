@@ -9,10 +9,10 @@
 A run's checkpoints, its export and a named model are all bundles. Nothing here needs torch.
 
 A bundle is published as a whole. The new files are written into `.tmp-PID-HOST/` in its directory;
-renaming that to `.next/` is the commit; then they move up, `training_state.json` last. Whoever
-reads takes the files that are still in `.next/` from there, so that a process may be killed at any
-instruction, and the directory is the old bundle or the new one. Other files in it are left alone.
-What killed processes leave behind is removed by the next save.
+renaming that to `.next-PID-HOST/` is the commit; then they move up, `training_state.json` last.
+Whoever reads takes the files that have not moved up yet from there, so that a process may be
+killed at any instruction, and the directory is the old bundle or the new one. Other files in it are
+left alone. What a killed process leaves behind is finished or removed by the next save.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from utils.files import (
     is_running,
     make_directory,
     move,
+    move_if_there,
     remove_file,
     remove_if_empty,
     remove_tree,
@@ -65,7 +66,7 @@ TRAINING_SETTINGS = tuple(
     if group not in _RUN_GROUPS and name not in (*_ALSO_RECORDED, "tokenizer")
 )
 # What else stands in `training_config`: facts about the training, and no settings.
-TRAINING_FACTS = ("start_step", "best_step", "data_sha256", "model_name")
+TRAINING_FACTS = ("start_step", "best_step", "data_sha256", "model_name", "state_sha256")
 
 
 class _Strict(BaseModel):
@@ -176,7 +177,16 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
 def _write_state(building: Path, state: TrainingState, files: dict[str, str]) -> None:
     optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in files else None
     update = {"files": files, "optimizer_file": optimizer_file}
-    _write_json(building / STATE_FILE, state.model_copy(update=update).model_dump())
+    content = state.model_copy(update=update).model_dump()
+    content["training_config"]["state_sha256"] = state_digest(content)
+    _write_json(building / STATE_FILE, content)
+
+
+def state_digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of `training_state.json` itself: of its values, but for this one."""
+    training = {k: v for k, v in content["training_config"].items() if k != "state_sha256"}
+    values = {**content, "training_config": training, "format_version": FORMAT_VERSION}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -192,27 +202,26 @@ def _publication(directory: Path) -> Iterator[Path]:
     """
     is_new = not directory.exists()
     make_directory(directory)
-    _finish(directory)
+    for committed in directory.glob(".next-*"):
+        _finish(directory, committed)
     clean_up(directory)
-    building = directory / _temporary_name()
+    building = directory / f".tmp-{_this_process()}"
+    committed = directory / f".next-{_this_process()}"
     try:
         make_directory(building)
         yield building
         sync(building)
-        move(building, directory / ".next")
+        move(building, committed)
     except BaseException:
         remove_tree(building)
         if is_new:
             remove_if_empty(directory)
         raise
-    _finish(directory)
+    _finish(directory, committed)
 
 
-def _finish(directory: Path) -> None:
-    """Move the files that are committed, and still in `.next/`, to where they belong."""
-    committed = directory / ".next"
-    if not committed.exists():
-        return
+def _finish(directory: Path, committed: Path) -> None:
+    """Move the files that are committed to where they belong."""
     if (committed / STATE_FILE).exists():
         sync(directory)  # the commit must be on the disk before the old bundle changes
         try:
@@ -221,52 +230,55 @@ def _finish(directory: Path) -> None:
             remove_tree(committed)
             return
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
-            if (committed / name).exists():
-                move(committed / name, directory / name)
-            elif name not in files:
+            if name in files:
+                move_if_there(committed / name, directory / name)
+            else:
                 remove_file(directory / name)
-        sync(directory)  # and all others before the state, without which `.next/` says nothing
-        move(committed / STATE_FILE, directory / STATE_FILE)
+        sync(directory)  # and all others before the state, without which the rest says nothing
+        move_if_there(committed / STATE_FILE, directory / STATE_FILE)
     remove_if_empty(committed)
 
 
 def remove_bundle(directory: Path) -> None:
     """Remove a bundle; files of others stay, and so the directory then."""
-    committed, removed = directory / ".next", directory / ".removed"
-    for place in (committed, directory):
-        if (place / STATE_FILE).exists():
-            move(place / STATE_FILE, removed)  # from here on, this is no bundle
-    for place in (committed, directory):
+    removed = directory / ".removed"
+    places = [*directory.glob(".next-*"), directory]
+    for place in places:
+        move_if_there(place / STATE_FILE, removed)  # from here on, this is no bundle
+    for place in places:
         for name in BUNDLE_FILES:
             remove_file(place / name)
-    remove_if_empty(committed)
+        remove_if_empty(place)
     remove_file(removed)
     remove_if_empty(directory)
 
 
 def clean_up(directory: Path) -> None:
-    """Remove what processes that are no more have half-written or half-removed where a bundle is.
+    """Finish or remove what processes that are no more have begun where a bundle is.
 
-    What living processes are writing there is left alone, and so are files of others.
+    What living processes are doing there is left alone, and so are files of others.
     """
     for path in directory.glob(".tmp-*"):
         if _is_abandoned(path):
             remove_tree(path)
+    for path in directory.glob(".next-*"):
+        if _is_abandoned(path):
+            _finish(directory, path)
     if (directory / ".removed").exists() and not is_bundle(directory):
         remove_bundle(directory)
     remove_if_empty(directory)
 
 
-def _temporary_name() -> str:
-    return f".tmp-{os.getpid()}-{platform.node()}"
+def _this_process() -> str:
+    return f"{os.getpid()}-{platform.node()}"
 
 
 def _is_abandoned(temporary: Path) -> bool:
-    """Whether the process that began to write `.tmp-PID-HOST/` is no more.
+    """Whether the process that made a `.tmp-PID-HOST/` or `.next-PID-HOST/` is no more.
 
     Of another machine's processes nobody can tell; a day without a sign is enough.
     """
-    number, _, host = temporary.name.removeprefix(".tmp-").partition("-")
+    number, _, host = temporary.name.partition("-")[2].partition("-")
     if host == platform.node() and number.isdecimal():
         return int(number) == os.getpid() or not is_running(int(number))
     with contextlib.suppress(OSError):
@@ -298,7 +310,7 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
 def _glance(directory: Path) -> Any:
     """What changes whenever a bundle is being published."""
     found = []
-    for place in (directory, directory / ".next"):
+    for place in (directory, *directory.glob(".next-*")):
         for name in BUNDLE_FILES:
             with contextlib.suppress(OSError):
                 stat = (place / name).stat()
@@ -345,16 +357,19 @@ def read_state(directory: Path) -> TrainingState:
     except ValidationError as error:
         problem = _first_problem(error)
         raise UserError(f"{path}: not the state of a Folio model: {problem}") from None
+    if state.fact("state_sha256") != state_digest(values):
+        raise UserError(f"{path}: damaged, or changed by hand: it is not as it was saved")
     if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
         raise UserError(f"{path}: does not record the files of a Folio model")
     return state
 
 
 def _located(directory: Path, name: str) -> Path:
-    """Where a file of the bundle is: in `.next/` if it is committed and has not moved up yet."""
-    committed = directory / ".next"
-    is_there = (committed / STATE_FILE).is_file() and (committed / name).is_file()
-    return committed / name if is_there else directory / name
+    """Where a file of the bundle is: among the committed ones, if it has not moved up yet."""
+    for committed in directory.glob(".next-*"):
+        if (committed / STATE_FILE).is_file() and (committed / name).is_file():
+            return committed / name
+    return directory / name
 
 
 def _checked(directory: Path, name: str, state: TrainingState) -> bytes:

@@ -1,6 +1,7 @@
 """A live training state into a bundle, and back to the same bits."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,9 @@ def load_training_state(
     remedy = "--reset-optimizer goes on with a new optimizer"
     try:
         # Tensors and plain values alone: a pickle could run any code (docs.pytorch.org, torch.load)
-        saved = torch.load(
-            io.BytesIO(bundle.contents.pop(OPTIMIZER_FILE)), map_location="cpu", weights_only=True
-        )
+        content = io.BytesIO(bundle.contents.pop(OPTIMIZER_FILE))
+        with warnings.catch_warnings(action="ignore"):  # of a foreign file; the error says enough
+            saved = torch.load(content, map_location="cpu", weights_only=True)
         version, kind = saved["format_version"], saved["optimizer"]
         state, generators = dict(saved["state"]), dict(saved["generators"])
     except Exception as error:  # whatever a foreign file makes of a loader

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle import (
+    TRAINING_FACTS,
     NoModel,
     check_files,
     get_model_info,
@@ -161,8 +162,7 @@ def described(info: Mapping[str, Any]) -> str:
         ("text", training.get("data") or "Shakespeare's plays"),
         ("", f"SHA-256 {training.get('data_sha256')}"),
     ]
-    facts = ("start_step", "best_step", "data_sha256", "model_name", "data")
-    settings = [name for name in training if name not in facts]
+    settings = [name for name in training if name not in (*TRAINING_FACTS, "data")]
     for first in range(0, len(settings), 4):
         title = "settings" if first == 0 else ""
         rows.append((title, _settings(training, *settings[first : first + 4])))
@@ -233,7 +233,7 @@ def _flat(info: Mapping[str, Any]) -> dict[str, str]:
         "val_loss": state["val_loss"],
         "best_val_loss": state["best_val_loss"],
         "run_id": state["run_id"],
-        **state["training_config"],
+        **{k: v for k, v in state["training_config"].items() if k != "state_sha256"},
         "lineage": " < ".join(lineage),
         "weights SHA-256": state["files"]["model.safetensors"],
     }

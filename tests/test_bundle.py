@@ -1,10 +1,15 @@
-"""bundle.py and checkpoint.py: a model on disk, whole or not at all.
+"""bundle.py and checkpoint.py: a model on disk, and every file of it that can be damaged.
+
+That a crash cannot tear it is the subject of test_crash.py.
 
 python -m pytest tests/test_bundle.py
 """
 
 import hashlib
+import io
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,153 +17,255 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT
+from conftest import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, save_bundle
 from safetensors import safe_open
 
-from bundle import BUNDLE_FILES, find_bundle, newest_export, read_bundle
-from checkpoint import load_model, save_export
+from bundle import (
+    BUNDLE_FILES,
+    OPTIMIZER_FILE,
+    check_files,
+    copy_bundle,
+    find_directory,
+    get_model_info,
+    newest_usable_bundle,
+    read_bundle,
+    remove_bundle,
+    state_digest,
+    usable_bundle,
+)
+from checkpoint import load_model, load_training_state
 from model import LanguageModel
-from parameters import ModelConfig
-from tokenizer import create_tokenizer
-from utils.errors import UserError
+from optim import create_optimizer
+from utils.errors import RunError, UserError
 
-CONFIG = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, batch_size=3)
-STATE = {"step": 7, "run_id": "r", "val_loss": 1.5}
+STATE_FILE = "training_state.json"
 
 
 @pytest.fixture
-def export(tmp_path):
-    """An export, with the model that is in it."""
-    torch.manual_seed(0)
-    model, tokenizer = LanguageModel(CONFIG, 3), create_tokenizer("abc")
-    save_export(tmp_path / "export", model, tokenizer, CONFIG, STATE)
-    return tmp_path / "export", model
+def bundle(tmp_path):
+    """A bundle, with the model that is in it."""
+    return tmp_path / "bundle", save_bundle(tmp_path / "bundle")
 
 
-def test_an_export_holds_exactly_its_four_files(export):
-    assert sorted(path.name for path in export[0].iterdir()) == sorted(BUNDLE_FILES)
-    assert not [path for path in export[0].parent.iterdir() if path.name.startswith(".")]
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
-def test_config_json_is_the_architecture_and_names_no_run(export):
-    config = json.loads((export[0] / "config.json").read_text(encoding="utf-8"))
+def contents(directory: Path, name: str) -> dict:
+    return json.loads((directory / name).read_text(encoding="utf-8"))
+
+
+def resume(directory: Path):
+    """Load the optimizer's state as a resume does."""
+    model = LanguageModel(BUNDLE_CONFIG, 3)
+    optimizer = create_optimizer(model, BUNDLE_CONFIG)
+    load_training_state(read_bundle(directory, OPTIMIZER_FILE), model, optimizer)
+    return model, optimizer
+
+
+# What is in it --------------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_exactly_its_five_files_and_an_export_four(bundle, tmp_path):
+    assert names_in(bundle[0]) == sorted(BUNDLE_FILES)
+    copy_bundle(bundle[0], tmp_path / "export", with_optimizer=False)
+    assert names_in(tmp_path / "export") == sorted(BUNDLE_FILES_OF_EXPORT)
+    assert contents(tmp_path / "export", STATE_FILE)["optimizer_file"] is None
+    check_files(tmp_path / "export")
+
+
+def test_config_json_is_the_architecture_and_names_no_run(bundle):
+    config = contents(bundle[0], "config.json")
     expected = "batch_size block_size vocab_size n_embd n_head n_layer dropout bias device"
-    assert set(expected.split()) <= config.keys()
-    assert config.keys() - set(expected.split()) == {"architecture", "tie_weights", "activation"}
+    more = {"architecture", "tie_weights", "activation", "format_version"}
+    assert config.keys() == {*expected.split(), *more}
     assert (config["vocab_size"], config["batch_size"], config["device"]) == (3, 3, "cpu")
 
 
-def test_the_state_has_the_hash_of_each_other_file(export):
-    state = json.loads((export[0] / "training_state.json").read_text(encoding="utf-8"))
-    assert state["step"] == 7
-    assert state["files"].keys() == set(BUNDLE_FILES) - {"training_state.json"}
+def test_every_json_file_carries_the_version_of_the_format(bundle):
+    for name in BUNDLE_FILES:
+        if name.endswith(".json"):
+            assert contents(bundle[0], name)["format_version"] == 1
+
+
+def test_the_state_has_the_documented_fields_and_the_hash_of_each_other_file(bundle):
+    state = contents(bundle[0], STATE_FILE)
+    expected = "format_version step optimizer_file best_val_loss val_loss run_id lineage files"
+    assert state.keys() == {*expected.split(), "training_config"}
+    assert (state["step"], state["optimizer_file"]) == (7, "optimizer.pt")
+    assert state["files"].keys() == set(BUNDLE_FILES) - {STATE_FILE}
     for name, digest in state["files"].items():
-        assert hashlib.sha256((export[0] / name).read_bytes()).hexdigest() == digest
+        assert hashlib.sha256((bundle[0] / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_weights_name_the_step_and_may_be_read_by_whoever_may_read_the_rest(export):
-    with safe_open(export[0] / "model.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "7"
-    modes = {path.stat().st_mode for path in export[0].iterdir()}
-    assert len(modes) == 1
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_file_modes_are_those_of_the_umask_whichever_library_wrote(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_bundle(tmp_path / "bundle")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").iterdir()}
+    assert modes == {0o666 & ~mask}
+    assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_a_model_is_loaded_from_its_export_alone_wherever_it_is_moved(export, tmp_path):
-    directory, model = export
+def test_the_weights_name_their_step_and_run(bundle):
+    with safe_open(bundle[0] / "model.safetensors", "pt") as file:
+        assert (file.metadata()["step"], file.metadata()["run_id"]) == ("7", "r")
+
+
+def test_the_optimizers_state_is_tensors_and_plain_values_under_the_parameters_names(bundle):
+    saved = torch.load(bundle[0] / "optimizer.pt", weights_only=True)
+    assert saved["optimizer"] == "AdamW"
+    assert saved["state"].keys() == dict(bundle[1].named_parameters()).keys()
+    assert saved["generators"]["cpu"].dtype == torch.uint8
+
+
+def test_a_new_bundle_replaces_the_old_one_and_a_failed_one_leaves_it(bundle, monkeypatch):
+    directory, _ = bundle
+    save_bundle(directory, step=8)
+    assert load_model(directory)[2].step == 8
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LanguageModel, "save_safetensors", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_bundle(directory, step=9)
+    assert load_model(directory)[2].step == 8
+    assert names_in(directory) == sorted(BUNDLE_FILES)
+
+
+def test_weights_that_are_not_finite_replace_no_good_ones(bundle, monkeypatch):
+    real = LanguageModel.parameters
+
+    def spoilt(self, *arguments):
+        for parameter in real(self, *arguments):
+            parameter.data[..., 0] = float("inf")
+            yield parameter
+
+    monkeypatch.setattr(LanguageModel, "parameters", spoilt)
+    with pytest.raises(RunError, match="weights are not finite after step 8"):
+        save_bundle(bundle[0], step=8)
+    assert load_model(bundle[0])[2].step == 7
+
+
+def test_files_that_a_user_put_beside_the_model_stay(bundle):
+    directory, _ = bundle
+    (directory / "notes.txt").write_text("mine", encoding="utf-8")
+    (directory / "plots").mkdir()
+    (directory / "link").symlink_to("nowhere")
+    (directory / "plots" / "a.svg").touch()
+    save_bundle(directory, step=8)
+    assert load_model(directory)[2].step == 8
+    remove_bundle(directory)
+    assert names_in(directory) == ["link", "notes.txt", "plots"]
+    assert (directory / "plots" / "a.svg").exists()
+
+
+# Loading --------------------------------------------------------------------------------------
+
+
+def test_a_model_is_loaded_from_its_bundle_alone_wherever_it_is_moved(bundle, tmp_path):
+    directory, model = bundle
     shutil.move(directory, tmp_path / "elsewhere")
     loaded, tokenizer, state = load_model(tmp_path / "elsewhere")
     idx = torch.tensor([[0, 1, 2]])
     assert torch.equal(loaded(idx)[0], model(idx)[0])
     assert not loaded.training
     assert tokenizer.decode([2, 0]) == "ca"
-    assert state["val_loss"] == 1.5
+    assert state.val_loss == 1.5
 
 
-def test_a_new_export_replaces_the_old_one_and_a_failed_one_leaves_it(export, monkeypatch):
-    directory, model = export
-    save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 8})
-    assert load_model(directory)[2]["step"] == 8
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model, "save_safetensors", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 9})
-    assert load_model(directory)[2]["step"] == 8
-    assert [path.name for path in directory.parent.iterdir() if path.name[0] == "."] == []
+def test_nothing_that_loads_writes(bundle, tmp_path):
+    directory, _ = bundle
+    (directory / f".tmp-{2**30}").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    load_model(directory)
+    resume(directory)
+    get_model_info(directory)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("which", [1, 2])
-def test_publishing_that_is_interrupted_leaves_the_old_export(export, monkeypatch, which):
-    directory, model = export
-    real, calls = Path.rename, []
-
-    def interrupted(self, target):
-        calls.append(target)
-        if len(calls) == which:
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 9})
-    assert load_model(directory)[2]["step"] == 7
-    assert not list(directory.parent.glob(".export*"))
+def test_a_bundle_without_its_optimizer_still_speaks(bundle):
+    (bundle[0] / "optimizer.pt").unlink()
+    assert load_model(bundle[0])[2].step == 7
+    with pytest.raises(UserError, match=r"optimizer\.pt: not there.*--reset-optimizer"):
+        resume(bundle[0])
 
 
-def test_files_that_a_user_put_beside_the_model_stay(export):
-    directory, model = export
-    (directory / "notes.txt").write_text("mine", encoding="utf-8")
-    (directory / "plots").mkdir()
-    (directory / "link").symlink_to("nowhere")
-    (directory / "plots" / "a.svg").touch()
-    save_export(directory, model, create_tokenizer("abc"), CONFIG, {**STATE, "step": 8})
-    assert (directory / "notes.txt").read_text(encoding="utf-8") == "mine"
-    assert (directory / "plots" / "a.svg").exists()
-    assert (directory / "link").is_symlink()
-    assert load_model(directory)[2]["step"] == 8
+def test_a_reader_waits_for_a_writer_that_is_in_the_middle_of_it(bundle, monkeypatch):
+    """Every file is another's by the time it is read: the reader begins again."""
+    directory, _ = bundle
+    real, published = Path.read_bytes, []
+
+    def overtaken(path):
+        content = real(path)
+        if path.name == STATE_FILE and not published:
+            published.append(True)
+            save_bundle(directory, step=8)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    assert load_model(directory)[2].step == 8
 
 
+# Damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUNDLE_FILES_OF_EXPORT)
+def test_a_missing_file_is_named(bundle, name):
+    (bundle[0] / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}.* not there"):
+        load_model(bundle[0])
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "a flipped bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "not what it should be": lambda content: b"\xff{",
+    "a list": lambda content: b"[]",
+    "an empty object": lambda content: b"{}",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 @pytest.mark.parametrize("name", BUNDLE_FILES)
-def test_a_missing_file_is_named(export, name):
-    (export[0] / name).unlink()
-    with pytest.raises(UserError, match=rf"not a model: {name} not there"):
-        load_model(export[0])
-
-
-@pytest.mark.parametrize("name", BUNDLE_FILES)
-@pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"{}"])
-def test_a_damaged_file_is_named(export, name, content):
-    (export[0] / name).write_bytes(content)
-    with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
-        load_model(export[0])
+def test_a_damaged_file_is_named_in_one_line(bundle, name, damage):
+    directory, _ = bundle
+    (directory / name).write_bytes(damage((directory / name).read_bytes()))
+    with pytest.raises(UserError) as caught:
+        if name == OPTIMIZER_FILE:
+            resume(directory)
+        else:
+            load_model(directory)
+    assert f"{directory / name}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ("--reset-optimizer" in str(caught.value)) == (name == OPTIMIZER_FILE)
 
 
-def test_a_newer_format_is_refused(export):
-    path = export[0] / "training_state.json"
-    path.write_text('{"format_version": 99}', encoding="utf-8")
-    with pytest.raises(UserError, match="format_version 99, this Folio reads 1"):
-        read_bundle(export[0])
-
-
-@pytest.mark.parametrize("name", sorted(set(BUNDLE_FILES) - {"training_state.json"}))
-def test_one_changed_byte_is_noticed(export, name):
-    content = bytearray((export[0] / name).read_bytes())
-    content[-2] ^= 1
-    (export[0] / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: not the file that was saved with this model"):
-        load_model(export[0])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", STATE_FILE])
+@pytest.mark.parametrize(("version", "remedy"), [(2, "update Folio"), ("x", "not a file that")])
+def test_another_version_of_the_format_is_refused(bundle, name, version, remedy):
+    rewrite(bundle[0], name, lambda content: {**content, "format_version": version})
+    with pytest.raises(UserError, match=rf"{name}: format_version .* reads 1: {remedy}"):
+        load_model(bundle[0])
 
 
 def rewrite(directory: Path, name: str, change) -> None:
     """Change a file, and the hash of it in the state too."""
-    content = json.loads((directory / name).read_text(encoding="utf-8"))
-    (directory / name).write_text(json.dumps(change(content)), encoding="utf-8")
-    state = json.loads((directory / "training_state.json").read_text(encoding="utf-8"))
-    state["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    (directory / "training_state.json").write_text(json.dumps(state), encoding="utf-8")
+    (directory / name).write_text(json.dumps(change(contents(directory, name))), encoding="utf-8")
+    rehash(directory, name)
+
+
+def rehash(directory: Path, name: str) -> None:
+    state = contents(directory, STATE_FILE)
+    if name != STATE_FILE:
+        state["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    state["training_config"]["state_sha256"] = state_digest(state)
+    (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -171,30 +278,151 @@ def rewrite(directory: Path, name: str, change) -> None:
         ("tokenizer.json", lambda c: {**c, "chars": ["a"]}, "not of one model"),
         ("tokenizer.json", lambda c: {**c, "chars": 3}, "list of single characters"),
         ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind 'bpe' is not known"),
+        (STATE_FILE, lambda c: {**c, "step": -1}, "not the state of a Folio model: step"),
+        (STATE_FILE, lambda c: {**c, "step": True}, "not the state of a Folio model: step"),
+        (STATE_FILE, lambda c: {**c, "val_loss": "low"}, "not the state of a Folio model: val"),
+        (STATE_FILE, lambda c: {**c, "files": {}}, "does not record the files"),
+        (STATE_FILE, lambda c: {**c, "files": {"../x": "0"}}, "does not record the files"),
+        (STATE_FILE, lambda c: {**c, "more": 1}, "not the state of a Folio model: more"),
     ],
 )
-def test_files_that_do_not_fit_one_another_are_refused(export, name, change, words):
-    rewrite(export[0], name, change)
+def test_files_that_do_not_fit_one_another_are_refused(bundle, name, change, words):
+    rewrite(bundle[0], name, change)
     with pytest.raises(UserError, match=words) as caught:
-        load_model(export[0])
+        load_model(bundle[0])
     assert "\n" not in str(caught.value)
 
 
-def test_the_newest_export_of_all_runs_is_found(export, tmp_path):
+def test_every_flipped_bit_of_a_bundle_is_noticed(bundle):
+    """One in every seven bytes of every file; safetensors and torch alone notice few of them."""
+    directory, _ = bundle
+    for name in BUNDLE_FILES:
+        content = (directory / name).read_bytes()
+        for position in range(0, len(content), 7 if len(content) < 10_000 else 997):
+            bit = 1 << position % 8
+            flipped = bytes([content[position] ^ bit])
+            (directory / name).write_bytes(content[:position] + flipped + content[position + 1 :])
+            with pytest.raises(UserError, match=name):
+                read_bundle(directory, name)
+        (directory / name).write_bytes(content)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch it_ran",))
+
+
+def test_a_malicious_pickle_is_refused_and_nothing_runs(bundle):
+    directory, _ = bundle
+    torch.save({"format_version": 1, "state": Malicious()}, directory / "optimizer.pt")
+    rehash(directory, OPTIMIZER_FILE)
+    with pytest.raises(UserError, match=r"not the state of an optimizer \(UnpicklingError\)"):
+        resume(directory)
+    (directory / "optimizer.pt").write_bytes(pickle.dumps(Malicious()))
+    rehash(directory, OPTIMIZER_FILE)
+    with pytest.raises(UserError, match="--reset-optimizer"):
+        resume(directory)
+    assert not Path("it_ran").exists()
+    pickle.loads(pickle.dumps(Malicious()))  # it would have
+    assert Path("it_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.update(optimizer="Muon"), "the state of Muon, and this run has AdamW"),
+        (lambda s: s.update(format_version=2), "format_version 2, and this Folio reads 1"),
+        (lambda s: s["state"].popitem(), "parameters are not those of this model"),
+        (lambda s: s["generators"].clear(), "does not fit"),
+        (lambda s: s["generators"].update(cpu=torch.zeros(3)), "does not fit"),
+        (
+            lambda s: s["state"]["final_norm.weight"].update(exp_avg=torch.zeros(5)),
+            "final_norm.weight has another shape",
+        ),
+        (lambda s: s.pop("generators"), "not the state of an optimizer"),
+    ],
+)
+def test_the_state_of_another_optimizer_asks_for_a_new_one(bundle, change, words):
+    directory, _ = bundle
+    saved = torch.load(directory / "optimizer.pt", weights_only=True)
+    change(saved)
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    (directory / "optimizer.pt").write_bytes(buffer.getvalue())
+    rehash(directory, OPTIMIZER_FILE)
+    with pytest.raises(UserError, match=words) as caught:
+        resume(directory)
+    assert "--reset-optimizer goes on with a new optimizer" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_type": "gpt2"}'])
+def test_a_directory_of_another_program_is_not_a_folio_model(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"not a Folio model: training_state\.json is not there"):
+        load_model(tmp_path)
+
+
+# Finding --------------------------------------------------------------------------------------
+
+
+def test_the_model_of_the_newest_run_that_has_one_is_found(tmp_path):
+    runs = tmp_path / "runs"
     with pytest.raises(UserError, match="no trained model"):
-        newest_export(tmp_path / "runs")
-    for run in ("b", "a"):
-        (tmp_path / "runs" / run / "artifacts").mkdir(parents=True)
-        shutil.copytree(export[0], tmp_path / "runs" / run / "artifacts" / "export")
-        (tmp_path / "runs" / run / "artifacts" / "export" / "training_state.json").touch()
-    assert newest_export(tmp_path / "runs") == tmp_path / "runs" / "a" / "artifacts" / "export"
-    assert find_bundle(tmp_path / "runs" / "b").name == "export"
-    assert find_bundle(export[0]) == export[0]
+        newest_usable_bundle(runs)
+    for name in ("20260101_000000_b", "20260102_000000_a", "20260103_000000"):
+        (runs / name / "artifacts" / "checkpoints").mkdir(parents=True)
+    save_bundle(runs / "20260101_000000_b" / "artifacts" / "export")
+    for step in (3, 4):
+        save_bundle(
+            runs / "20260102_000000_a" / "artifacts" / "checkpoints" / f"step_0000000{step}"
+        )
+    assert newest_usable_bundle(runs).name == "step_00000004"
+    save_bundle(runs / "20260102_000000_a" / "artifacts" / "export")
+    assert newest_usable_bundle(runs) == runs / "20260102_000000_a" / "artifacts" / "export"
+    with pytest.raises(UserError, match="this run has saved no model yet"):
+        usable_bundle(runs / "20260103_000000")
 
 
-def test_bundles_are_read_without_torch(export):
-    code = (
-        "import sys, bundle, pathlib; bundle.read_bundle(pathlib.Path(sys.argv[1])); "
-        "assert 'torch' not in sys.modules"
+def test_a_model_is_a_path_a_run_or_a_name(tmp_path):
+    runs, checkpoints = tmp_path / "runs", tmp_path / "checkpoints"
+    for place in (runs / "r", checkpoints / "dante", Path("here")):
+        place.mkdir(parents=True)
+    assert find_directory("r", runs, checkpoints) == runs / "r"
+    assert find_directory("dante", runs, checkpoints) == checkpoints / "dante"
+    assert find_directory("here", runs, checkpoints) == Path("here")
+    with pytest.raises(UserError, match=r"virgil: no such model: neither virgil nor .* is there"):
+        find_directory("virgil", runs, checkpoints)
+
+
+def test_model_info_is_the_whole_story_without_the_weights(bundle):
+    directory, model = bundle
+    info = get_model_info(directory)
+    assert info["training_state"]["training_config"]["learning_rate"] == 3e-3
+    assert info["config"]["n_embd"] == 8
+    assert info["tokenizer"] == {"token_kind": "char", "chars": ["a", "b", "c"]}
+    assert info["parameters"]["total"] == model.num_parameters()
+    assert sum(info["parameters"].values()) == 2 * model.num_parameters()
+    assert (
+        info["bytes"]
+        == sum(p.stat().st_size for p in directory.iterdir())
+        - (directory / STATE_FILE).stat().st_size
     )
-    subprocess.run([sys.executable, "-c", code, str(export[0])], check=True, cwd=CHECKOUT)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0[]", b"\4\0\0\0\0\0\0\0x"]
+)
+def test_a_header_that_is_none_is_one_clear_line(bundle, content):
+    (bundle[0] / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: no safetensors file") as caught:
+        get_model_info(bundle[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_bundles_are_read_without_torch(bundle):
+    code = (
+        "import sys, bundle, start, inspect_model; bundle.get_model_info(sys.argv[1]); "
+        "assert not {'torch', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(bundle[0])], check=True, cwd=CHECKOUT)

@@ -80,6 +80,12 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def move_if_there(source: Path, target: Path) -> None:
+    """Rename a file, in the place of the one that may be there; if it is gone, it has moved."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(source, target)
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and those it is in, if they are not there; their names are durable."""
     if path.is_dir():
