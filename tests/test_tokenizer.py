@@ -4,13 +4,15 @@ python -m pytest tests/test_tokenizer.py
 """
 
 import json
+import sys
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import CharTokenizer, create_tokenizer, from_state
+from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer, from_state
 from utils.errors import UserError
 
 TEXTS = {
@@ -113,3 +115,45 @@ def test_token_bytes_are_utf8_lengths():
 def test_no_text_makes_no_tokenizer():
     with pytest.raises(UserError):
         create_tokenizer("")
+
+
+def test_unknown_characters_are_counted_and_new_ones_come_after_the_old():
+    tokenizer = create_tokenizer("abc")
+    assert tokenizer.unknown("aéébß") == {"ß": 1, "é": 2}
+    assert tokenizer.unknown("abc") == {}
+    extended = tokenizer.extended(["ß", "é"])
+    assert extended.chars == ["a", "b", "c", "ß", "é"]
+    assert extended.encode("aé").tolist() == [0, 4]
+
+
+# GPT-2's byte pairs ---------------------------------------------------------------------------
+
+
+def test_gpt2_spells_any_text_and_its_ids_are_gpt2s(gpt2_vocabulary):
+    tokenizer = create_tokenizer("", "gpt2")
+    assert isinstance(tokenizer, GPT2Tokenizer)
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>").size > 1, "text is text, whatever it says"
+    for text in TEXTS.values():
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.unknown(text) == {}
+    assert tokenizer.encode("Hello").dtype == np.uint16
+
+
+def test_gpt2_is_padded_and_the_padding_has_no_bytes(gpt2_vocabulary):
+    tokenizer = from_state({"token_kind": "gpt2"})
+    assert (tokenizer.vocab_size, tokenizer.num_tokens) == (50304, 50257)
+    assert tokenizer.token_bytes.shape == (50304,)
+    assert tokenizer.token_bytes[15496] == 5
+    assert tokenizer.token_bytes[50257:].sum() == 0
+    assert tokenizer.state() == {"token_kind": "gpt2"}
+
+
+def test_gpt2_without_tiktoken_or_without_its_vocabulary_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(UserError, match=r"vocabulary cannot be had \(.*TIKTOKEN_CACHE_DIR"):
+        create_tokenizer("", "gpt2")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match=r"needs tiktoken: install it with `pip install"):
+        create_tokenizer("", "gpt2")

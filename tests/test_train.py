@@ -22,6 +22,8 @@ import train as train_module
 from bundle import BUNDLE_FILES
 from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
+from model import LanguageModel
+from parameters import ModelConfig
 from train import TrainResult, dry_run, estimate_loss, set_up, train, training_step
 from utils.errors import RunError, UserError
 from utils.run_manager import RunDirectory, RunDirectoryCreator
@@ -497,3 +499,29 @@ def test_ctrl_c_of_the_real_command_exits_with_130_and_leaves_a_model(text_file)
     assert "Stopped after step" in out
     (run_dir,) = Path("runs").iterdir()
     assert load_model(run_dir)[2].step > 0
+
+
+# GPT-2's tokens -------------------------------------------------------------------------------
+
+
+def test_a_model_of_gpt2s_tokens_trains_speaks_and_goes_on(tiny, quiet, gpt2_vocabulary, folio):
+    config = tiny(tokenizer="gpt2", n_embd=4, n_layer=1, max_iters=2, model_name="bpe")
+    result = train(config.model_copy(update={"eval_interval": 0}), output=quiet)
+    bundle = Path("checkpoints/bpe")
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer == {"format_version": 1, "token_kind": "gpt2"}
+    assert json.loads((bundle / "config.json").read_text("utf-8"))["vocab_size"] == 50304
+    assert "tokens (" in console(result.run_dir)
+    # From another process, and without the network: what it needs is in tiktoken's cache.
+    flags = ["--device=cpu", "--max-new-tokens=20", "--temperature=2", "--prompt=Zoë €"]
+    done = folio("inference.py", "--model-name", "bpe", *flags)
+    assert (done.returncode, done.stdout[:5]) == (0, "Zoë €"), done.stderr
+    done = folio("train.py", "--model-name", "bpe", "--max-iters", "3")
+    assert done.returncode == 0, done.stderr
+
+
+def test_padding_is_never_sampled():
+    model = LanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4), 64)
+    torch.nn.init.zeros_(model.token_embedding.weight)  # all ids are as likely
+    ids = model.generate(torch.zeros(50, 1, dtype=torch.long), 10, num_tokens=3)
+    assert set(ids.flatten().tolist()) == {0, 1, 2}
