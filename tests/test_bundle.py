@@ -36,6 +36,8 @@ from bundle import (
 from checkpoint import load_model, load_training_state
 from model import LanguageModel
 from optim import create_optimizer
+from start import plan
+from train import train
 from utils.errors import RunError, UserError
 
 STATE_FILE = "training_state.json"
@@ -162,6 +164,30 @@ def test_files_that_a_user_put_beside_the_model_stay(bundle):
     remove_bundle(directory)
     assert names_in(directory) == ["link", "notes.txt", "plots"]
     assert (directory / "plots" / "a.svg").exists()
+
+
+# The golden bundle ----------------------------------------------------------------------------
+
+GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must read it
+
+
+def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
+    model, tokenizer, state = load_model(GOLDEN)
+    prompt = torch.tensor([tokenizer.encode("To be").tolist()])
+    ids = model.generate(prompt, 40, temperature=0)
+    assert tokenizer.decode(ids[0].numpy()) == "To be, or not to be, that is the question:\nWh"
+    assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
+
+
+def test_the_golden_bundle_goes_on_as_it_would_have_then(text_file, quiet):
+    flags = {"max_iters": 603, "data": str(text_file), "eval_interval": 0}
+    loaded, start = plan(flags, resume=str(GOLDEN))
+    result = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    text = (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
+    losses = [json.loads(line).get("loss/train") for line in text.splitlines()[:3]]
+    # Other processors round otherwise; another batch or dropout mask would be far off.
+    assert losses == pytest.approx([0.6632, 0.8096, 0.8579], abs=2e-3)
+    assert "ANOTHER TEXT" not in (result.run_dir / "logs" / "console.txt").read_text("utf-8")
 
 
 # Loading --------------------------------------------------------------------------------------
