@@ -223,16 +223,16 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
         raise UserError(f"{path}: not the weights of this model: {reason}") from None
 
 
-def load_training_state(
-    bundle: Bundle, model: LanguageModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Put the bundle's optimizer state into `optimizer`, and that of the random generators back.
+def load_checkpoint(bundle: Bundle, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put the training that was saved back into `model`, `optimizer` and the random generators.
 
     Learning rate, betas and weight decay stay those of `optimizer`: the configuration has them.
     To be called last, as whatever draws a random number would move the generators on.
 
-    Raises `UserError`, which tells of `--reset-optimizer`, where the state cannot be used.
+    Raises `UserError` where the weights are not those of this model, or, telling then of
+    `--reset-optimizer`, where the optimizer's state cannot be used.
     """
+    load_weights(bundle, model)
     path = bundle.path / OPTIMIZER_FILE
     remedy = "--reset-optimizer goes on with a new optimizer"
     try:

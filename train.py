@@ -92,7 +92,7 @@ from bundle import (
     is_bundle,
     read_bundle,
 )
-from checkpoint import Checkpoints, load_tokenizer, load_training_state, load_weights
+from checkpoint import Checkpoints, load_checkpoint, load_tokenizer, load_weights
 from data import (
     SPLITS,
     Dataset,
@@ -448,14 +448,13 @@ def create_setup(
 ) -> Setup:
     """A model and its optimizer as `start` says; new weights are those of the seed, anywhere."""
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, data.tokenizer.vocab_size)
-    if start.bundle is not None:
-        load_weights(start.bundle, model)
-    model.to(device)
+    model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
     optimizer = create_optimizer(model, config)
     compile_mode = compile_model(model, config.torch_compile)
     if start.is_resume and not start.reset_optimizer:
-        load_training_state(start.bundle, model, optimizer)  # and with it dropout's generator
+        load_checkpoint(start.bundle, model, optimizer)  # and with it dropout's generator
+    elif start.bundle is not None:
+        load_weights(start.bundle, model)
     return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.device import processor_name
 
-BENCHMARKS = ("startup", "encoding", "logging_cost", "nanogpt_cpu")
+BENCHMARKS = ("startup", "encoding", "logging_cost", "saving", "nanogpt_cpu")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
+    WEIGHTS_FILE,
     check_files,
     copy_bundle,
     find_directory,
@@ -33,7 +34,7 @@ from bundle import (
     state_digest,
     usable_bundle,
 )
-from checkpoint import load_model, load_training_state
+from checkpoint import load_checkpoint, load_model
 from model import LanguageModel
 from optim import create_optimizer
 from start import plan
@@ -61,7 +62,7 @@ def resume(directory: Path):
     """Load the optimizer's state as a resume does."""
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
-    load_training_state(read_bundle(directory, OPTIMIZER_FILE), model, optimizer)
+    load_checkpoint(read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE), model, optimizer)
     return model, optimizer
 
 

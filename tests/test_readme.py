@@ -62,6 +62,9 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
         words = shlex.split(command)
         if words[0] != "python" or words[1] == "-m":
             continue
+        if "--max-iters" in words:  # a hundredth will do
+            index = words.index("--max-iters") + 1
+            words[index] = str(max(1, int(words[index]) // 100))
         if "--data" in words:
             text = clone / words[words.index("--data") + 1]
             text.write_text(LINES * 20, encoding="utf-8")

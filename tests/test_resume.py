@@ -171,6 +171,24 @@ def test_a_named_model_goes_on_to_the_same_bits(tiny, quiet, in_one_go, resume):
     assert_same_bits(whole.checkpoint, Path("checkpoints/dante"))
 
 
+def test_a_named_model_that_never_came_to_a_checkpoint_begins_at_step_0_again(
+    tiny, quiet, in_one_go, resume, monkeypatch
+):
+    whole = in_one_go(dropout=0.2)
+
+    def dies(setup, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return training_step(setup, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "training_step", dies)
+        changes = {"max_iters": 2 * N, "dropout": 0.2, "model_name": "dante"}
+        train(tiny(**{**SETTINGS, **changes}), output=quiet)
+    resume(None, model_name="dante")
+    assert_same_bits(whole.checkpoint, Path("checkpoints/dante"))
+
+
 def test_a_bundle_moved_away_on_its_own_goes_on_to_the_same_bits(
     tiny, quiet, in_one_go, resume, tmp_path, monkeypatch
 ):

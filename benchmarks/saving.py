@@ -1,0 +1,75 @@
+"""What saving costs: its share of the default run's time, and the memory of saving a larger model.
+
+The default run, shortened to three evaluations: each is a new best, and has a checkpoint and an
+export. The larger model is saved in a process of its own, whose peak memory is looked at before.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from bundle import TRAINING_SETTINGS, TrainingState
+from checkpoint import Checkpoints, save_checkpoint
+from data import load_data
+from parameters import ModelConfig
+from start import Start
+from train import create_setup, train, training_step
+from utils.device import peak_memory
+from utils.output import Output, byte_size
+
+
+def run(data: str | None) -> None:
+    seconds: list[float] = []
+    save = Checkpoints.save
+
+    def timed(*arguments) -> None:
+        start = time.perf_counter()
+        save(*arguments)
+        seconds.append(time.perf_counter() - start)
+
+    with (
+        tempfile.TemporaryDirectory(dir=".") as directory,
+        patch.object(Checkpoints, "save", timed),
+    ):
+        config = ModelConfig(data=data, max_iters=750, runs_dir=directory)
+        result = train(config, output=Output(quiet=True))
+    print(
+        f"  {len(seconds)} saves of {sum(seconds) / len(seconds) * 1e3:.0f} ms, every "
+        f"{config.checkpoint_interval} steps: {sum(seconds) / result.seconds * 100:.2f} % "
+        f"of a run of {result.seconds:.0f} s"
+    )
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        print(pool.apply(_memory_of_saving, (data,)))
+
+
+def _memory_of_saving(data: str | None) -> str:
+    config = ModelConfig(data=data, n_embd=768, n_head=12, n_layer=8, batch_size=1)
+    setup = create_setup(config, {}, load_data(config), torch.device("cpu"), Start())
+    for step in range(2):
+        training_step(setup, step)
+    before = peak_memory(setup.device)
+    state = TrainingState(
+        step=2,
+        optimizer_file=None,
+        best_val_loss=None,
+        val_loss=None,
+        run_id=None,
+        lineage=[],
+        training_config={name: getattr(config, name) for name in TRAINING_SETTINGS},
+    )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=".") as directory:
+        save_checkpoint(
+            Path(directory) / "b", setup.model, setup.optimizer, setup.data.tokenizer, config, state
+        )
+    seconds = time.perf_counter() - start
+    grown = (peak_memory(setup.device) or 0) - (before or 0)
+    return (
+        f"  {setup.model.num_parameters() / 1e6:.0f} M parameters: saved in {seconds:.1f} s; the "
+        f"peak of {byte_size(before or 0)} grew by {byte_size(grown)}"
+    )
