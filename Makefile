@@ -16,13 +16,13 @@ help: ## List the targets
 train: $(VENV)/.train ## Train; pass arguments on with ARGS="--run-tag baseline --max-iters 500"
 	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests: minutes, no network
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev ## Run the tests, as many at once as there are cores: minutes, no network
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-stress: $(VENV)/.dev ## Run the stress tests: many runs at once
+test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many runs at once
 	$(BIN)/python -m pytest -m stress $(ARGS)
 
 lint: $(VENV)/.dev ## Check format and style
