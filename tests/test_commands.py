@@ -215,18 +215,3 @@ def test_a_reader_that_leaves_early_is_no_error(text_file):
 
 def test_parameters_prints_the_schema(folio):
     assert json.loads(folio("parameters.py").stdout)["title"] == "Folio configuration"
-
-
-@pytest.mark.stress
-def test_twenty_runs_started_at_once_with_one_tag_are_twenty_runs(text_file):
-    """Twenty real processes."""
-    command = [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *TINY_FLAGS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([*command, "--run-tag=same"], env=environment, stdout=subprocess.DEVNULL)
-        for _ in range(20)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0] * 20
-    runs = list(Path("runs").iterdir())
-    assert len(runs) == 20
-    assert all((run / "artifacts" / "export" / "model.safetensors").exists() for run in runs)
