@@ -21,11 +21,12 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,13 +34,14 @@ from parameters import GROUPS, Architecture, Count, ModelConfig
 from utils.errors import UserError
 from utils.files import (
     copy_durable,
+    is_directory,
+    is_file,
     is_running,
     make_directory,
     move,
     move_if_there,
     remove_file,
     remove_if_empty,
-    remove_tree,
     sync,
     write_by_library,
     write_durable,
@@ -66,7 +68,20 @@ TRAINING_SETTINGS = tuple(
     if group not in _RUN_GROUPS and name not in (*_ALSO_RECORDED, "tokenizer")
 )
 # What else stands in `training_config`: facts about the training, and no settings.
-TRAINING_FACTS = ("start_step", "best_step", "data_sha256", "model_name", "state_sha256")
+TRAINING_FACTS = (
+    "start_step",  # of the run that saved this
+    "previous_runs",  # those that this one goes on with: run_id and step, the first one first
+    "best_step",
+    "data_sha256",
+    "model_name",
+    "run_tag",
+    "state_sha256",
+)
+
+
+_CHECKPOINT = re.compile(r"step_[0-9]{8,}")
+_OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
+_T = TypeVar("_T")
 
 
 class _Strict(BaseModel):
@@ -84,7 +99,10 @@ class Ancestor(_Strict):
 
 
 class TrainingState(_Strict):
-    """`training_state.json`. Losses are means in nats per token; None where none was measured."""
+    """`training_state.json`. Losses are means in nats per token.
+
+    `val_loss` is that of this very step, and None where it was not measured there.
+    """
 
     format_version: Literal[1] = FORMAT_VERSION
     step: Count
@@ -202,8 +220,10 @@ def _publication(directory: Path) -> Iterator[Path]:
     """
     is_new = not directory.exists()
     make_directory(directory)
-    for committed in directory.glob(".next-*"):
-        _finish(directory, committed)
+    for committed in _committed(directory):
+        with contextlib.suppress(UserError):  # damaged since: it goes the way of the old bundle
+            _finish(directory, committed)
+        _remove_files(committed)
     clean_up(directory)
     building = directory / f".tmp-{_this_process()}"
     committed = directory / f".next-{_this_process()}"
@@ -213,22 +233,26 @@ def _publication(directory: Path) -> Iterator[Path]:
         sync(building)
         move(building, committed)
     except BaseException:
-        remove_tree(building)
+        _remove_files(building)
         if is_new:
             remove_if_empty(directory)
         raise
     _finish(directory, committed)
 
 
+def _committed(directory: Path) -> list[Path]:
+    """The `.next-PID-HOST/` in a bundle's directory: one at most, unless somebody made another."""
+    return [path for path in directory.glob(".next-*") if _OURS.fullmatch(path.name)]
+
+
 def _finish(directory: Path, committed: Path) -> None:
-    """Move the files that are committed to where they belong."""
-    if (committed / STATE_FILE).exists():
+    """Move the files that are committed to where they belong.
+
+    Raises `UserError` where the committed state is damaged.
+    """
+    if is_file(committed / STATE_FILE):
+        files = _parsed_state(committed / STATE_FILE, (committed / STATE_FILE).read_bytes()).files
         sync(directory)  # the commit must be on the disk before the old bundle changes
-        try:
-            files = read_state(directory).files
-        except UserError:  # damaged since: nothing to finish, and it must not stand in the way
-            remove_tree(committed)
-            return
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
             if name in files:
                 move_if_there(committed / name, directory / name)
@@ -239,16 +263,21 @@ def _finish(directory: Path, committed: Path) -> None:
     remove_if_empty(committed)
 
 
+def _remove_files(directory: Path) -> None:
+    """Remove a bundle's files from one of our own directories, and the directory with them."""
+    for name in BUNDLE_FILES:
+        remove_file(directory / name)
+    remove_if_empty(directory)
+
+
 def remove_bundle(directory: Path) -> None:
     """Remove a bundle; files of others stay, and so the directory then."""
     removed = directory / ".removed"
-    places = [*directory.glob(".next-*"), directory]
+    places = [*_committed(directory), directory]
     for place in places:
         move_if_there(place / STATE_FILE, removed)  # from here on, this is no bundle
     for place in places:
-        for name in BUNDLE_FILES:
-            remove_file(place / name)
-        remove_if_empty(place)
+        _remove_files(place)
     remove_file(removed)
     remove_if_empty(directory)
 
@@ -260,17 +289,26 @@ def clean_up(directory: Path) -> None:
     """
     for path in directory.glob(".tmp-*"):
         if _is_abandoned(path):
-            remove_tree(path)
-    for path in directory.glob(".next-*"):
+            _remove_files(path)
+    for path in _committed(directory):
         if _is_abandoned(path):
-            _finish(directory, path)
-    if (directory / ".removed").exists() and not is_bundle(directory):
+            with contextlib.suppress(UserError):  # damaged since: for a person to look at
+                _finish(directory, path)
+    if is_file(directory / ".removed") and not is_bundle(directory):
         remove_bundle(directory)
     remove_if_empty(directory)
 
 
 def _this_process() -> str:
-    return f"{os.getpid()}-{platform.node()}"
+    return f"{os.getpid()}-{_host()}"
+
+
+def _host() -> str:
+    """What process numbers are told apart in: this machine, or the container on it."""
+    namespace = ""
+    with contextlib.suppress(OSError):  # Linux alone has it
+        namespace = re.sub(r"\D", "", str(Path("/proc/self/ns/pid").readlink()))
+    return f"{platform.node()}-{namespace}"
 
 
 def _is_abandoned(temporary: Path) -> bool:
@@ -278,9 +316,11 @@ def _is_abandoned(temporary: Path) -> bool:
 
     Of another machine's processes nobody can tell; a day without a sign is enough.
     """
-    number, _, host = temporary.name.partition("-")[2].partition("-")
-    if host == platform.node() and number.isdecimal():
-        return int(number) == os.getpid() or not is_running(int(number))
+    ours = _OURS.fullmatch(temporary.name)
+    if ours is None:
+        return False
+    if ours["host"] == _host():
+        return int(ours["process"]) == os.getpid() or not is_running(int(ours["process"]))
     with contextlib.suppress(OSError):
         return time.time() - temporary.stat().st_mtime > 86_400
     return False
@@ -297,12 +337,24 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
 
     Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
+    return _undisturbed(directory, lambda: _read(directory, names))
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Read `training_state.json` alone. Raises `UserError` where it is none that we know."""
+    return _undisturbed(directory, lambda: _read_state(directory))
+
+
+def _undisturbed(directory: Path, read: Callable[[], _T]) -> _T:
+    """Read, and once more where another process has published meanwhile.
+
+    Only what stays as it is can be at fault.
+    """
     while True:
-        # Another process may publish while we read. Only what stays as it is can be at fault.
         before = _glance(directory)
         try:
-            return _read(directory, names)
-        except UserError:
+            return read()
+        except (UserError, FileNotFoundError):
             if _glance(directory) == before:
                 raise
 
@@ -310,7 +362,7 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
 def _glance(directory: Path) -> Any:
     """What changes whenever a bundle is being published."""
     found = []
-    for place in (directory, *directory.glob(".next-*")):
+    for place in (directory, *_committed(directory)):
         for name in BUNDLE_FILES:
             with contextlib.suppress(OSError):
                 stat = (place / name).stat()
@@ -319,9 +371,9 @@ def _glance(directory: Path) -> Any:
 
 
 def _read(directory: Path, names: tuple[str, ...]) -> Bundle:
-    state = read_state(directory)
+    state = _read_state(directory)
     for name in {**dict.fromkeys(MODEL_FILES), **dict.fromkeys(names)}:
-        if not _located(directory, name).is_file():
+        if not is_file(_located(directory, name)):
             raise UserError(
                 f"{directory / name}: not there: the model is incomplete{_remedy(name)}"
             )
@@ -340,17 +392,21 @@ def _read(directory: Path, names: tuple[str, ...]) -> Bundle:
     return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
-def read_state(directory: Path) -> TrainingState:
-    """Read `training_state.json` alone. Raises `UserError` where it is none that we know."""
-    if not directory.is_dir():
+def _read_state(directory: Path) -> TrainingState:
+    if not is_directory(directory):
         raise UserError(f"{directory}: no such model directory")
-    path = directory / STATE_FILE
     try:
         content = _located(directory, STATE_FILE).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        reason = error.strerror
+        raise UserError(f"{directory / STATE_FILE}: cannot be read: {reason}") from None
+    return _parsed_state(directory / STATE_FILE, content)
+
+
+def _parsed_state(path: Path, content: bytes) -> TrainingState:
+    """What `training_state.json` says, checked. Raises `UserError` that names `path`."""
     values = _parsed(path, content)
     try:
         state = TrainingState(format_version=FORMAT_VERSION, **values)
@@ -366,8 +422,8 @@ def read_state(directory: Path) -> TrainingState:
 
 def _located(directory: Path, name: str) -> Path:
     """Where a file of the bundle is: among the committed ones, if it has not moved up yet."""
-    for committed in directory.glob(".next-*"):
-        if (committed / STATE_FILE).is_file() and (committed / name).is_file():
+    for committed in _committed(directory):
+        if is_file(committed / STATE_FILE) and is_file(committed / name):
             return committed / name
     return directory / name
 
@@ -401,7 +457,7 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: damaged: not a JSON object")
     version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update Folio" if newer else "not a file that Folio wrote"
         raise UserError(
@@ -436,28 +492,38 @@ def get_model_info(
 
     Raises `UserError` where there is no such model, or it is damaged.
     """
-    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    bundle = read_bundle(usable_bundle(directory))
+    found = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    directory = usable_bundle(found)
+    return _undisturbed(directory, lambda: _model_info(directory))
+
+
+def _model_info(directory: Path) -> dict[str, Any]:
+    bundle = _read(directory, ())
     state = bundle.state
     architecture = {name: getattr(bundle.config, name) for name in Architecture.model_fields}
     recorded = {"batch_size": bundle.config.batch_size, "vocab_size": bundle.vocab_size}
+    files = [_located(directory, name) for name in state.files]
     return {
-        "path": str(bundle.path),
+        "path": str(directory),
         "config": {**architecture, **recorded, "device": bundle.device},
         "tokenizer": bundle.tokenizer,
-        "parameters": _count_parameters(bundle.path),
-        "bytes": sum(_located(bundle.path, name).stat().st_size for name in state.files),
-        "saved": _located(bundle.path, STATE_FILE).stat().st_mtime,
+        "parameters": _count_parameters(directory),
+        "bytes": sum(path.stat().st_size for path in files if is_file(path)),
+        "saved": _located(directory, STATE_FILE).stat().st_mtime,
         "training_state": state.model_dump(),
     }
 
 
 def check_files(directory: Path) -> None:
     """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
-    read_bundle(directory)
-    for name, digest in read_state(directory).files.items():
+    _undisturbed(directory, lambda: _check_files(directory))
+
+
+def _check_files(directory: Path) -> None:
+    state = _read(directory, ()).state
+    for name, digest in state.files.items():
         path = _located(directory, name)
-        if not path.is_file() or _sha256(path) != digest:
+        if not is_file(path) or _sha256(path) != digest:
             raise UserError(
                 f"{directory / name}: missing, or not the file that was saved with this model"
                 f"{_remedy(name)}"
@@ -497,31 +563,55 @@ def _count_parameters(directory: Path) -> dict[str, int]:
 
 def is_bundle(directory: Path) -> bool:
     """Whether a bundle stands in `directory`: one that was published, whole or since damaged."""
-    return _located(directory, STATE_FILE).is_file()
+    # Looked for where it ends up both first and last: it may move up while we look.
+    places = (directory, *_committed(directory), directory)
+    return any(is_file(place / STATE_FILE) for place in places)
+
+
+def has_model_files(directory: Path) -> bool:
+    """Whether files of a bundle are in `directory`, though maybe not all of one."""
+    return any(is_file(directory / name) for name in BUNDLE_FILES)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is a run's."""
+    return is_directory(directory / "artifacts")
 
 
 def runs_in(runs_dir: Path) -> list[Path]:
     """The run directories in `runs_dir`, the newest first."""
 
     def began(run: Path) -> tuple[str, int]:
-        return run.name[:15], run.stat().st_mtime_ns  # runs of one second: as they were made
+        # A run's name begins with the time, unless somebody has renamed it.
+        made = run.stat().st_mtime_ns
+        if re.match(r"\d{8}_\d{6}", run.name):
+            return run.name[:15], made
+        return time.strftime("%Y%m%d_%H%M%S", time.localtime(made / 1e9)), made
 
-    runs = [path for path in _listed(runs_dir) if (path / "artifacts").is_dir()]
-    return sorted(runs, key=began, reverse=True)
+    return sorted(filter(is_run, _listed(runs_dir)), key=began, reverse=True)
 
 
 def run_of(bundle: Path) -> Path | None:
     """The run directory that a checkpoint or an export is in, if it is in one."""
-    for parent in bundle.parents:
-        if parent.name == "artifacts":
-            return parent.parent
+    for path in (bundle, bundle.resolve()):
+        if path.name == "export" and path.parent.name == "artifacts":
+            return path.parent.parent
+        if _CHECKPOINT.fullmatch(path.name) and path.parent.name == "checkpoints":
+            if path.parent.parent.name == "artifacts":
+                return path.parent.parent.parent
     return None
 
 
 def checkpoints_in(run: Path) -> list[Path]:
     """The checkpoints of a run, by their steps."""
-    found = _listed(run / "artifacts" / "checkpoints")
-    return sorted(path for path in found if path.name.startswith("step_") and is_bundle(path))
+    found = [path for path in _listed(run / "artifacts" / "checkpoints") if is_bundle(path)]
+    named = [path for path in found if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(named, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def named_models_in(checkpoints_dir: Path) -> list[Path]:
@@ -531,19 +621,27 @@ def named_models_in(checkpoints_dir: Path) -> list[Path]:
 
 def _listed(directory: Path) -> list[Path]:
     try:
-        return [path for path in directory.iterdir() if path.is_dir()]
+        return [path for path in directory.iterdir() if is_directory(path)]
     except OSError:
         return []
 
 
 def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
     """What a user means: a path, a run's id or a named model's name. Raises `UserError`."""
-    places = [Path(reference), runs_dir / reference, checkpoints_dir / reference]
-    for place in places:
-        if place.is_dir():
+    places = [Path(reference)]
+    if len(Path(reference).parts) == 1:  # a mere word
+        places += [runs_dir / reference, checkpoints_dir / reference]
+    there = [place for place in places if is_directory(place)]
+    # A directory that happens to have a model's name stands in nobody's way.
+    for place in there:
+        if is_bundle(place) or is_run(place):
             return place
+    if there:
+        return there[0]
+    looked = " nor ".join(map(str, places))
     raise UserError(
-        f"{reference}: no such model: neither {places[0]} nor {places[1]} nor {places[2]} is there"
+        f"{reference}: no such model: "
+        + (f"neither {looked} is there" if len(places) > 1 else "no such directory")
     )
 
 
@@ -559,7 +657,7 @@ def usable_bundle(directory: Path) -> Path:
         return export
     if checkpoints := checkpoints_in(directory):
         return checkpoints[-1]
-    if (directory / "artifacts").is_dir():
+    if is_run(directory):
         raise NoModel(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
 

@@ -23,6 +23,7 @@ from bundle import (
     read_bundle,
     remove_bundle,
     runs_in,
+    step_of,
     usable_bundle,
     write_bundle,
 )
@@ -64,7 +65,7 @@ def save_checkpoint(
         tokenizer=tokenizer.state(),
         state=state,
         save_weights=lambda path: model.save_safetensors(path, metadata),
-        save_optimizer=lambda path: torch.save(_training_state(model, optimizer), path),
+        save_optimizer=lambda path: _write_optimizer(path, model, optimizer),
     )
 
 
@@ -100,7 +101,7 @@ class Checkpoints:
         Raises what `save_checkpoint` raises.
         """
         if self.newest is None:  # here and not earlier: a run that only loads writes nothing
-            self._clean_up()
+            self._clean_up_after_others()
         directory = self._run.checkpoint(state.step)
         save_checkpoint(directory, model, optimizer, tokenizer, self._config, state)
         self.newest = directory
@@ -122,24 +123,38 @@ class Checkpoints:
         save_checkpoint(self._named_model, model, optimizer, tokenizer, self._config, state)
 
     def _remove_old(self, best_step: int | None) -> None:
-        """Remove the checkpoints that need not be kept, and what killed processes left behind."""
+        """Remove the checkpoints of this run that need not be kept."""
         checkpoints = checkpoints_in(self._run.path)
         kept = set(checkpoints[-(self._config.keep_checkpoints or len(checkpoints)) :])
         for path in checkpoints:
-            step = int(path.name.removeprefix("step_"))
+            step = step_of(path)
             every = self._config.keep_every
             if path not in kept and step != best_step and not (every and step % every == 0):
                 remove_bundle(path)
 
-    def _clean_up(self) -> None:
-        """Remove what killed runs have left half-written, in whichever run of `runs_dir`."""
+    def _clean_up_after_others(self) -> None:
+        """Finish or remove what killed processes have left in any run of `runs_dir`.
+
+        A run that was killed in its first save is continued by none that could see to it.
+        """
         for run in runs_in(self._run.path.parent):
             for directory in (run / "artifacts").glob("checkpoints/step_*"):
                 clean_up(directory)
             clean_up(run / "artifacts" / "export")
 
 
-def _training_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _write_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(_optimizer_state(model, optimizer), file)
+    except RuntimeError as error:
+        # A full disk makes torch complain of its own positions; the system's reason is behind it.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _optimizer_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `optimizer.pt` holds: tensors and plain Python, keyed by the parameters' names."""
     saved = optimizer.state_dict()["state"]
     names = _parameter_names(model, optimizer)
@@ -217,7 +232,7 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
     """
     path = bundle.path / WEIGHTS_FILE
     try:
-        model.load_safetensors(bundle.contents.pop(WEIGHTS_FILE))
+        model.load_safetensors(bundle.contents[WEIGHTS_FILE])
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: not the weights of this model: {reason}") from None
@@ -237,7 +252,7 @@ def load_checkpoint(bundle: Bundle, model: LanguageModel, optimizer: torch.optim
     remedy = "--reset-optimizer goes on with a new optimizer"
     try:
         # Tensors and plain values alone: a pickle could run any code (docs.pytorch.org, torch.load)
-        content = io.BytesIO(bundle.contents.pop(OPTIMIZER_FILE))
+        content = io.BytesIO(bundle.contents[OPTIMIZER_FILE])
         with warnings.catch_warnings(action="ignore"):  # of a foreign file; the error says enough
             saved = torch.load(content, map_location="cpu", weights_only=True)
         version, kind = saved["format_version"], saved["optimizer"]

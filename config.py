@@ -236,7 +236,10 @@ class ConfigLoader:
         path = self.working_dir / LEGACY_FILE
         if not path.exists():
             return Layer()
-        return self._layer(self._read(path, LEGACY_FILE, problems), LEGACY_FILE, problems)
+        values = self._read(path, LEGACY_FILE, problems)
+        if "format_version" in values:  # a model's config.json, and we are in its directory
+            return Layer()
+        return self._layer(values, LEGACY_FILE, problems)
 
     @staticmethod
     def _read(path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
@@ -289,6 +292,13 @@ class Layers:
                 return layer.values[name]
         return ModelConfig.model_fields[name].default
 
+    def origin(self, name: str) -> str:
+        """Where that setting comes from."""
+        for layer in (*self.asked, self.configs, self.legacy):
+            if name in layer.values:
+                return layer.origins[name]
+        return "default"
+
     def merged(
         self, saved: SavedSettings | None = None, problems: Sequence[str] = ()
     ) -> LoadedConfig:
@@ -301,7 +311,13 @@ class Layers:
         layers = [*self.asked, self.configs, self.legacy]
         if saved is not None:
             problems += self._conflicts_with(saved)
-            layer = ConfigLoader._layer(saved.values, saved.origin, problems)
+            newer = [name for name in saved.values if name not in ModelConfig.model_fields]
+            problems += [
+                f"{saved.origin}: has the setting {name}, of a newer Folio: update this one"
+                for name in newer
+            ]
+            known = {name: value for name, value in saved.values.items() if name not in newer}
+            layer = ConfigLoader._layer(known, saved.origin, problems)
             layers.insert(len(self.asked), layer)
         values, sources = _laid_over_one_another(layers)
         sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
@@ -369,7 +385,7 @@ def _laid_over_one_another(layers: Sequence[Layer]) -> tuple[dict[str, Any], dic
 def _changes(config: ModelConfig, saved: SavedSettings, sources: Mapping[str, str]) -> list[str]:
     changes = []
     for name, old in saved.values.items():
-        new = getattr(config, name)
+        new = getattr(config, name)  # all of them are settings, or we would not come here
         if name == "data" and old is not None and new is not None:
             if Path(new).resolve() == Path(old).resolve():
                 continue

@@ -27,7 +27,7 @@ from bundle import (
     usable_bundle,
 )
 from parameters import Settings
-from utils.checks import as_written
+from utils.checks import as_written, printable
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.output import Output, ago, aligned, byte_size, command_for, plural, run_command
@@ -105,12 +105,14 @@ def all_models(
             empty.append(place)
         except UserError as error:
             problems += error.problems
-    models.sort(key=lambda info: math.inf if _loss(info) is None else _loss(info))
+    models.sort(key=_loss)
     return models, empty, problems
 
 
-def _loss(info: Mapping[str, Any]) -> float | None:
-    return info["training_state"]["val_loss"]
+def _loss(info: Mapping[str, Any]) -> float:
+    """What models are sorted by: the val loss, or the best one where it was not measured."""
+    losses = [info["training_state"][name] for name in ("val_loss", "best_val_loss")]
+    return next((loss for loss in losses if loss is not None), math.inf)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -121,28 +123,30 @@ def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
     """A line for each model, and for each run without one."""
     if not models and not empty:
         return f"No models yet: train one with `{command_for('train.py')}`"
-    rows = [("model", "val loss", "step", "parameters", "size", "saved", "text")]
+    rows = [("model", "val loss", "best", "step", "parameters", "size", "saved", "text")]
     for info in models:
         state = info["training_state"]
         text = state["training_config"].get("data")
         row = (
             str(run_of(Path(info["path"])) or info["path"]),
-            "–" if _loss(info) is None else f"{_loss(info):.4f}",
+            _in_nats(state["val_loss"]),
+            _in_nats(state["best_val_loss"]),
             f"{state['step']:,}",
             f"{info['parameters']['total']:,}",
             byte_size(info["bytes"]),
             ago(time.time() - info["saved"]),
-            Path(text).name if text else "Shakespeare's plays",
+            printable(Path(text).name) if text else "Shakespeare's plays",
         )
         rows.append(row)
-    rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
-    return aligned(rows, right=(1, 2, 3, 4))
+    rows += [(str(run), "–", "–", "–", "–", "–", "no model yet", "") for run in empty]
+    return aligned(rows, right=(1, 2, 3, 4, 5))
 
 
 def described(info: Mapping[str, Any]) -> str:
     """One model in full."""
     config, state = info["config"], info["training_state"]
     training = state["training_config"]
+    previous = training.get("previous_runs") or []
     parts = [f"{part} {n:,}" for part, n in info["parameters"].items() if part != "total"]
     rows = [
         ("model", info["path"]),
@@ -158,8 +162,9 @@ def described(info: Mapping[str, Any]) -> str:
         ("", ", ".join(parts)),
         ("tokenizer", _tokenizer(info)),
         ("training", _training(state)),
-        ("", f"run {state['run_id']}, begun at step {training.get('start_step', 0):,}"),
-        ("text", training.get("data") or "Shakespeare's plays"),
+        ("", f"run {state['run_id']}, begun at step {training.get('start_step')}"),
+        *(("", f"after run {r['run_id']}, up to step {r['step']}") for r in reversed(previous)),
+        ("text", printable(training.get("data") or "Shakespeare's plays")),
         ("", f"SHA-256 {training.get('data_sha256')}"),
     ]
     settings = [name for name in training if name not in (*TRAINING_FACTS, "data")]
@@ -182,23 +187,27 @@ def _tokenizer(info: Mapping[str, Any]) -> str:
     return f"{info['tokenizer']['token_kind']}: {plural(len(chars), 'character')}: {shown}"
 
 
+def _in_nats(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
+
+
 def _training(state: Mapping[str, Any]) -> str:
     training = state["training_config"]
-    words = [f"step {state['step']:,} of {training['max_iters']:,}"]
-    if state["val_loss"] is not None:
-        words.append(f"val loss {state['val_loss']:.4f}")
+    words = [f"step {state['step']} of {training.get('max_iters')}"]
+    words.append(f"val loss {_in_nats(state['val_loss'])}")
     if state["best_val_loss"] is not None:
-        words.append(f"best {state['best_val_loss']:.4f} at step {training['best_step']:,}")
+        words.append(f"best {_in_nats(state['best_val_loss'])} at step {training.get('best_step')}")
     has = "with" if state["optimizer_file"] else "without"
     return ", ".join(words) + f"; {has} optimizer state to go on with"
 
 
 def _tree(info: Mapping[str, Any]) -> list[str]:
     """The model and its ancestors, each one a branch of the next."""
-    lines = [f"{Path(info['path']).name}, step {info['training_state']['step']:,}"]
+    path = Path(info["path"])
+    lines = [f"{(run_of(path) or path.resolve()).name}, step {info['training_state']['step']}"]
     for depth, ancestor in enumerate(info["training_state"]["lineage"]):
         lines.append(
-            f"{'    ' * depth}└── {ancestor['name']}, step {ancestor['step']:,}: "
+            f"{'    ' * depth}└── {ancestor['name']}, step {ancestor['step']}: "
             f"weights {ancestor['weights_sha256'][:12]}…, text "
             f"{(ancestor['data_sha256'] or 'unknown')[:12]}…"
         )
@@ -222,7 +231,7 @@ def compared(models: Sequence[Mapping[str, Any]]) -> str:
 def _flat(info: Mapping[str, Any]) -> dict[str, str]:
     """Everything that two models may differ in, in words."""
     state = info["training_state"]
-    lineage = [f"{ancestor['name']} at {ancestor['step']:,}" for ancestor in state["lineage"]]
+    lineage = [f"{ancestor['name']} at {ancestor['step']}" for ancestor in state["lineage"]]
     chars = info["tokenizer"].get("chars")
     values = {
         **info["config"],

@@ -5,9 +5,11 @@ nothing and needs no torch, so that a mistake is answered at once.
 """
 
 import contextlib
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from bundle import (
     TrainingState,
     checkpoints_in,
     find_directory,
+    has_model_files,
     is_bundle,
+    is_run,
     read_bundle,
     read_state,
     run_of,
@@ -31,7 +35,7 @@ from bundle import (
 from config import ConfigLoader, LoadedConfig, SavedSettings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
-from utils.files import make_directory
+from utils.files import make_directory, remove_if_empty
 from utils.run_manager import RunIDGenerator
 
 
@@ -41,7 +45,7 @@ class Start:
 
     `bundle` is what it goes on with (`is_resume`) or is fine-tuned from; without one, the weights
     are new. `named_model` is the directory of the model that the run trains, if it has a name, and
-    `replaced` the state of the bundle that is there now.
+    `replaced` the state of the bundle that is there now. `run_tag` outlives a resume.
     """
 
     bundle: Bundle | None = None
@@ -49,11 +53,21 @@ class Start:
     reset_optimizer: bool = False
     named_model: Path | None = None
     replaced: TrainingState | None = None
+    run_tag: str | None = None
 
     @property
     def step(self) -> int:
         """The updates that were made before this run."""
         return self.bundle.state.step if self.bundle and self.is_resume else 0
+
+    @property
+    def previous_runs(self) -> list[dict[str, Any]]:
+        """The runs that this one goes on with, and the step at which each was left."""
+        if self.bundle is None or not self.is_resume:
+            return []
+        state = self.bundle.state
+        last = {"run_id": state.run_id, "step": state.step}
+        return [*(state.fact("previous_runs") or []), last]
 
     @property
     def lineage(self) -> list[Ancestor]:
@@ -124,7 +138,11 @@ def plan(
     else:
         try:
             start = choose_start(
-                layers.setting, resume=resume, overwrite=overwrite, reset_optimizer=reset_optimizer
+                layers.setting,
+                layers.origin,
+                resume=resume,
+                overwrite=overwrite,
+                reset_optimizer=reset_optimizer,
             )
         except UserError as error:
             more_problems += error.problems
@@ -133,6 +151,7 @@ def plan(
 
 def choose_start(
     setting: Callable[[str], Any],
+    origin: Callable[[str], str],
     *,
     resume: str | None = None,
     overwrite: bool = False,
@@ -140,20 +159,30 @@ def choose_start(
 ) -> Start:
     """What a run with these settings begins with.
 
-    `setting(name)` gives the settings that say where to look: `model_name`, `init_from` and so on.
+    `setting(name)` gives the settings that say where to look, `model_name`, `init_from` and so on,
+    and `origin(name)` where they come from.
 
     Raises:
         UserError: there is no such model, it is damaged, or its name is taken.
     """
     runs_dir, checkpoints_dir = Path(setting("runs_dir")), Path(setting("checkpoints_dir"))
-    name, init_from = setting("model_name"), setting("init_from")
-    named_model = checkpoints_dir / name if name is not None else None
+    name, init_from, tag = setting("model_name"), setting("init_from"), setting("run_tag")
+    named_model = _resolved(checkpoints_dir / name, checkpoints_dir) if name is not None else None
     exists = named_model is not None and is_bundle(named_model)
+    if named_model and not exists and not overwrite and has_model_files(named_model):
+        raise UserError(
+            f"{named_model}: holds files of a model, but no training_state.json: put that back, "
+            "or begin the model anew with --overwrite"
+        )
+    parent = None
+    if init_from is not None and (resume is None or resume == "auto"):
+        found = find_directory(init_from, runs_dir, checkpoints_dir)
+        parent = read_bundle(usable_bundle(found))
 
     directory = None
     if resume == "auto":
         if named_model is None:
-            directory = _newest_checkpoint(runs_dir, setting("run_tag"))
+            directory = _newest_checkpoint(runs_dir, tag, parent)
         elif exists and not overwrite:
             directory = named_model
     elif resume is not None:
@@ -162,49 +191,55 @@ def choose_start(
         directory = named_model
         if init_from is not None:
             raise UserError(
-                f"{named_model} exists already: go on with it without --init-from, begin it anew "
-                "with --overwrite, or choose another --model-name"
+                f"{named_model} exists already, and init_from {init_from} ({origin('init_from')}) "
+                "would begin it: go on with it without that, or with --resume auto; begin it anew "
+                "with --overwrite; or choose another --model-name"
             )
     if directory is not None:
-        bundle = read_bundle(directory)
-        if bundle.state.optimizer_file is None and not reset_optimizer:
-            raise UserError(
-                f"{directory}: an export, without optimizer state to go on with: resume a "
-                "checkpoint, or add --reset-optimizer"
-            )
-        named_model = _named_model_of(bundle, named_model, checkpoints_dir, overwrite)
-        return Start(bundle, True, reset_optimizer, named_model, _state_at(named_model))
-
-    if resume is None and reset_optimizer:
-        raise UserError("--reset-optimizer: there is nothing to resume, and so nothing to reset")
+        start = _resumed(read_bundle(directory), reset_optimizer)
+        named_model = _named_model_of(start.bundle, named_model, checkpoints_dir, overwrite)
+        start = replace(start, run_tag=tag or start.run_tag)
+    else:
+        if resume is None and reset_optimizer:
+            raise UserError("--reset-optimizer: there is nothing to resume, and so to reset")
+        start = Start(parent, run_tag=tag)
     if overwrite and named_model is None:
         raise UserError("--overwrite needs --model-name, the model to begin anew")
-    bundle = None
-    if init_from is not None:
-        parent = find_directory(init_from, runs_dir, checkpoints_dir)
-        bundle = read_bundle(usable_bundle(parent))
-    return Start(bundle, named_model=named_model, replaced=_state_at(named_model))
+    return replace(start, named_model=named_model, replaced=_state_at(named_model))
 
 
-def _state_at(directory: Path | None) -> TrainingState | None:
-    """The state of the bundle in `directory`; None where there is none, or a damaged one."""
-    with contextlib.suppress(UserError):
-        return read_state(directory) if directory is not None else None
-    return None
+def _resumed(bundle: Bundle, reset_optimizer: bool) -> Start:
+    state = bundle.state
+    if state.optimizer_file is None and not reset_optimizer:
+        raise UserError(
+            f"{bundle.path}: an export, without optimizer state to go on with: resume a "
+            "checkpoint, or add --reset-optimizer"
+        )
+    return Start(bundle, True, reset_optimizer, run_tag=state.fact("run_tag"))
 
 
 def start_of(config: ModelConfig) -> Start:
     """What a run begins with whose settings were made in Python and are complete.
 
-    Raises `UserError` where the settings of a model that is there have a say, and it differs.
+    Raises `UserError` where a model that is there has settings of its own.
     """
-    start = choose_start(lambda name: getattr(config, name))
+    start = choose_start(lambda name: getattr(config, name), lambda name: "train()")
+    if start.is_resume:
+        raise UserError(
+            f"{start.named_model} exists already, with settings of its own: "
+            "plan() in start.py settles what to go on with"
+        )
     if saved := start.saved_settings:
-        if any(getattr(config, name) != saved.values[name] for name in saved.binding):
-            raise UserError(
-                f"not the architecture of {saved.origin}: plan() in start.py settles it"
-            )
+        for name in saved.binding:
+            if getattr(config, name) != saved.values[name]:
+                raise UserError(
+                    f"{name} is not that of {saved.origin}: plan() in start.py sees to it"
+                )
     return start
+
+
+# ----------------------------------------------------------------------------------------------
+# What is checked later, when all is known
 
 
 def check_steps_left(config: ModelConfig, start: Start) -> None:
@@ -216,18 +251,52 @@ def check_steps_left(config: ModelConfig, start: Start) -> None:
         )
 
 
+def check_rerun(loaded: LoadedConfig, start: Start, data_name: str, data_sha256: str) -> None:
+    """Refuse to call it the same run again where something is not what the record says.
+
+    Raises `UserError` for another text, another parent, or a run that went on from a checkpoint.
+    """
+    record = loaded.rerun_of
+    if record is None or start.is_resume:
+        return
+    run_id = record.get("run_id")
+    if isinstance(resumed_from := record.get("resumed_from"), dict):
+        raise UserError(
+            f"{run_id} went on from step {resumed_from.get('step')} of another run: to do that "
+            f"again, add --resume {resumed_from.get('path')}"
+        )
+    data = record.get("data")
+    if isinstance(data, dict) and not loaded.sources["data"].startswith("--"):
+        if data.get("sha256") != data_sha256:
+            raise UserError(
+                f"{data_name} is not the text that {run_id} was trained on ({data.get('name')}, "
+                "another SHA-256): name that with --data FILE, or any other"
+            )
+    lineage = record.get("lineage")
+    if start.bundle and isinstance(lineage, list) and lineage and isinstance(lineage[0], dict):
+        parent = lineage[0]
+        if not loaded.sources["init_from"].startswith("--"):
+            if parent.get("weights_sha256") != start.bundle.state.files[WEIGHTS_FILE]:
+                raise UserError(
+                    f"{start.bundle.path} is not the model that {run_id} began with "
+                    f"({parent.get('name')}, step {parent.get('step')}, another SHA-256): "
+                    "name that with --init-from, or any other"
+                )
+
+
 def check_unchanged(start: Start) -> None:
     """Raise `UserError` where another process has trained the named model since we looked."""
     if _state_at(start.named_model) != start.replaced:
         raise UserError(f"{start.named_model} was changed by another process just now: try again")
 
 
-def read_contents(start: Start) -> Bundle:
+def read_contents(start: Start) -> Bundle | None:
     """The bundle with the bytes of its weights, and of its optimizer where that is needed.
 
     Raises `UserError` where a file is missing or damaged, or the bundle is another one by now.
     """
-    assert start.bundle is not None
+    if start.bundle is None:
+        return None
     names = [WEIGHTS_FILE]
     if start.is_resume and not start.reset_optimizer:
         names.append(OPTIMIZER_FILE)
@@ -235,6 +304,40 @@ def read_contents(start: Start) -> Bundle:
     if bundle.state != start.bundle.state:
         raise UserError(f"{bundle.path} was changed by another process just now: try again")
     return bundle
+
+
+@contextlib.contextmanager
+def name_locked(named_model: Path | None) -> Iterator[None]:
+    """Hold the lock of a named model. It is the operating system's, and dies with the process.
+
+    Raises `UserError` where another process holds it, or the model's directory cannot be written.
+    """
+    if named_model is None:
+        yield
+        return
+    real = named_model.resolve()  # whatever links lead there, the lock is one
+    path = real.parent / f".{real.name}.lock"
+    try:
+        make_directory(real)
+        if not os.access(real, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        lock = FileLock(path)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"{named_model} is being trained by another process (which holds {path}): wait for "
+            "it, or choose another --model-name"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{named_model} cannot be written: {error.strerror}; name another place with "
+            "--checkpoints-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        remove_if_empty(real)  # if nothing was saved
+        lock.release()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -247,13 +350,38 @@ def model_name_of(bundle: Bundle) -> str:
     return str(known) if run_of(bundle.path) and known else bundle.path.resolve().name
 
 
-def _newest_checkpoint(runs_dir: Path, tag: str | None = None) -> Path | None:
-    """The last checkpoint of the newest run that has one; of those with this tag, if one is set."""
+def _resolved(named_model: Path, checkpoints_dir: Path) -> Path:
+    """The directory itself, where a name in `checkpoints_dir` is a link to another name in it."""
+    real = named_model.resolve()
+    return checkpoints_dir / real.name if real.parent == checkpoints_dir.resolve() else named_model
+
+
+def _state_at(directory: Path | None) -> TrainingState | None:
+    """The state of the bundle in `directory`; None where there is none, or a damaged one."""
+    with contextlib.suppress(UserError):
+        return read_state(directory) if directory is not None else None
+    return None
+
+
+def _newest_checkpoint(
+    runs_dir: Path, tag: str | None = None, parent: Bundle | None = None
+) -> Path | None:
+    """The last checkpoint of the newest run that has one.
+
+    Of those with this tag, or of the children of this parent, if there is one.
+    """
     word = RunIDGenerator.sanitised(tag or "")
     for run in runs_in(runs_dir):
-        fits = not word or re.fullmatch(rf"{re.escape(word)}(_\d+)?", run.name[16:])
-        checkpoints = checkpoints_in(run) if fits else []
-        if checkpoints:
+        if not (checkpoints := checkpoints_in(run)):
+            continue
+        if not word and parent is None:
+            return checkpoints[-1]
+        state = _state_at(checkpoints[-1])
+        if state is None:
+            continue
+        has_tag = not word or RunIDGenerator.sanitised(state.fact("run_tag") or "") == word
+        hashes = [ancestor.weights_sha256 for ancestor in state.lineage[:1]]
+        if has_tag and (parent is None or hashes == [parent.state.files[WEIGHTS_FILE]]):
             return checkpoints[-1]
     return None
 
@@ -271,10 +399,12 @@ def _checkpoint_meant(reference: str, runs_dir: Path, checkpoints_dir: Path) -> 
         return directory
     if checkpoints := checkpoints_in(directory):
         return checkpoints[-1]
-    if not (directory / "artifacts").is_dir():
+    if not is_run(directory):
         raise UserError(f"--resume {reference}: {directory} is neither a run nor a bundle")
     other = _newest_checkpoint(runs_dir)
-    newest = f"the newest that has one is {run_of(other)}" if other else "no other run has one"
+    newest = "no other run has one"
+    if other is not None:
+        newest = f"the newest that has one is {run_of(other)} (--resume auto finds it by itself)"
     raise UserError(f"--resume {reference}: the run {directory} has no checkpoint; {newest}")
 
 
@@ -284,48 +414,30 @@ def _named_model_of(
     """The named model that a resumed run advances.
 
     That is the one asked for, or the one that the bundle is or its run trained.
+
+    Raises `UserError` where that would take the model back, or put another in its place.
     """
+    real = bundle.path.resolve()
     if named_model is None:
         name = bundle.state.fact("model_name")
-        if bundle.path.resolve().parent == checkpoints_dir.resolve():
-            named_model = bundle.path
+        if real.parent == checkpoints_dir.resolve():
+            named_model = checkpoints_dir / real.name
         elif run_of(bundle.path) and isinstance(name, str) and re.fullmatch(NAME_PATTERN, name):
-            named_model = checkpoints_dir / name
+            named_model = _resolved(checkpoints_dir / name, checkpoints_dir)
     if named_model is None or not is_bundle(named_model) or overwrite:
         return named_model
-    if named_model.resolve() != bundle.path.resolve():
+    if named_model.resolve() == real:
+        return named_model
+    try:
         there, here = read_state(named_model), bundle.state
-        if there.run_id != here.run_id or there.step > here.step:
-            raise UserError(
-                f"{named_model} is at step {there.step} of run {there.run_id}, and {bundle.path} "
-                f"at step {here.step} of run {here.run_id}: go on with the former by --model-name "
-                f"{named_model.name}, choose another --model-name, or add --overwrite"
-            )
-    return named_model
-
-
-@contextlib.contextmanager
-def name_locked(named_model: Path | None) -> Iterator[None]:
-    """Hold the lock of a named model. It is the operating system's, and dies with the process.
-
-    Raises `UserError` where another process holds it, or the directory cannot be written.
-    """
-    if named_model is None:
-        yield
-        return
-    path = named_model.parent / f".{named_model.name}.lock"
-    try:
-        make_directory(named_model.parent)
-        lock = FileLock(path)
-        lock.acquire(blocking=False)
-    except Timeout:
+    except UserError as error:
+        raise UserError(f"{error}; --overwrite puts {bundle.path} in its place") from None
+    previous = [(run["run_id"], run["step"]) for run in here.fact("previous_runs") or []]
+    passed = [*previous, (here.run_id, here.step)]
+    if not any(there.run_id == run_id and there.step <= step for run_id, step in passed):
         raise UserError(
-            f"{named_model} is being trained by another process (which holds {path}): wait for "
-            "it, or choose another --model-name"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot lock {named_model}: {path}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
+            f"{named_model} is at step {there.step} of run {there.run_id}, and {bundle.path} "
+            f"at step {here.step} of run {here.run_id}: go on with the former by --model-name "
+            f"{named_model.name}, choose another --model-name, or add --overwrite"
+        )
+    return named_model

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from config import CHECKOUT, LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
 from start import Start, plan
-from utils.command_line import Action, CommandLine
+from utils.command_line import Action, CommandLine, flag_of
 from utils.output import Output, run_command
 
 ACTIONS = (
@@ -77,7 +77,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -87,6 +87,7 @@ from safetensors import SafetensorError
 from bundle import (
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
+    Bundle,
     TrainingState,
     copy_bundle,
     is_bundle,
@@ -104,7 +105,14 @@ from data import (
 )
 from model import LanguageModel
 from optim import create_optimizer, learning_rate_at, update
-from start import check_steps_left, check_unchanged, name_locked, read_contents, start_of
+from start import (
+    check_rerun,
+    check_steps_left,
+    check_unchanged,
+    name_locked,
+    read_contents,
+    start_of,
+)
 from utils.device import (
     choose_device,
     compile_model,
@@ -214,15 +222,18 @@ def run_steps(
     checkpoints = Checkpoints(run, setup.start.named_model, config)
     best = bring_best(setup, run, output)
     losses: dict[str, float | None] = {"train": None, "val": None}
-    last_sample = setup.start.step
+    evaluated = last_sample = setup.start.step
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
     began = time.monotonic()
 
     def save(step: int) -> None:
-        state = training_state(setup, run, step, losses["val"], best)
+        val_loss = losses["val"] if step == evaluated else None
+        state = training_state(setup, run, step, val_loss, best)
         checkpoints.save(model, setup.optimizer, data.tokenizer, state)
 
-    if setup.start.named_model is not None and not setup.start.is_resume:
+    # A model that is begun anew stays until there is something in its place: the next checkpoint.
+    is_new = setup.start.named_model is not None and setup.start.replaced is None
+    if is_new and not setup.start.is_resume:
         state = training_state(setup, run, 0, None, best)
         checkpoints.save_named_model(model, setup.optimizer, data.tokenizer, state)
     with output.progress(config.max_iters):
@@ -241,7 +252,7 @@ def run_steps(
             if stop.requested and is_evaluated:
                 save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
-                losses = estimate_loss(model, data, config)
+                losses, evaluated = estimate_loss(model, data, config), done
                 is_best = best.loss is None or losses["val"] < best.loss
                 log.evaluation(done, losses, bits_per_byte(losses, data), is_best=is_best)
                 if is_best:
@@ -351,9 +362,11 @@ def training_state(
     settings = {name: getattr(config, name) for name in TRAINING_SETTINGS}
     facts = {
         "start_step": start.step,
+        "previous_runs": start.previous_runs,
         "best_step": best.step,
         "data_sha256": setup.data.sha256,
         "model_name": start.named_model.name if start.named_model else None,
+        "run_tag": start.run_tag,
     }
     return TrainingState(
         step=step,
@@ -391,46 +404,23 @@ def set_up(
     device = choose_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    tokenizer, sources = None, dict(loaded.sources) if loaded else sources_in_code(config)
-    if start.bundle is not None:
-        start = replace(start, bundle=read_contents(start))
-        tokenizer = load_tokenizer(start.bundle)
+    sources = dict(loaded.sources) if loaded else sources_in_code(config)
+    bundle = read_contents(start)
     data = load_data(
         config,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(bundle) if bundle else None,
         may_extend=not start.is_resume,
         # A model that began with the sample corpus goes on with it, whatever else is there now.
         sample=start.is_resume and sources["data"] == str(start.bundle.path),
         cache=cache,
     )
-    check_rerun(loaded, data, start)
+    if loaded is not None:
+        check_rerun(loaded, start, data.name, data.sha256)
     settled, length = settle_length(config, data, device, start)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
         check_steps_left(settled, start)
-    return create_setup(settled, sources, data, device, start)
-
-
-def check_rerun(loaded: LoadedConfig | None, data: Dataset, start: Start) -> None:
-    """Refuse to call it the same run where the text or the parent is not the recorded one."""
-    if loaded is None or loaded.rerun_of is None or start.is_resume:
-        return
-    run_id, recorded = loaded.rerun_of.get("run_id"), loaded.rerun_of.get("data")
-    if isinstance(recorded, dict) and not loaded.sources["data"].startswith("--"):
-        if recorded.get("sha256") != data.sha256:
-            raise UserError(
-                f"{data.name} is not the text that {run_id} was trained on "
-                f"({recorded.get('name')}, another SHA-256): name that with --data FILE, or any "
-                "other"
-            )
-    lineage = loaded.rerun_of.get("lineage")
-    if start.bundle and lineage and not loaded.sources["init_from"].startswith("--"):
-        if lineage[0].get("weights_sha256") != start.bundle.state.files[WEIGHTS_FILE]:
-            raise UserError(
-                f"{start.bundle.path} is not the model that {run_id} began with "
-                f"({lineage[0].get('name')}, step {lineage[0].get('step')}, another SHA-256): "
-                "name that with --init-from, or any other"
-            )
+    return create_setup(settled, sources, data, device, start, bundle)
 
 
 def sources_in_code(config: ModelConfig) -> dict[str, str]:
@@ -445,16 +435,20 @@ def create_setup(
     data: Dataset,
     device: torch.device,
     start: Start,
+    bundle: Bundle | None = None,
 ) -> Setup:
-    """A model and its optimizer as `start` says; new weights are those of the seed, anywhere."""
+    """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
+
+    `bundle` is that of `start`, with its contents, which are needed for no longer than this.
+    """
     torch.manual_seed(config.seed)
     model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
     optimizer = create_optimizer(model, config)
     compile_mode = compile_model(model, config.torch_compile)
-    if start.is_resume and not start.reset_optimizer:
-        load_checkpoint(start.bundle, model, optimizer)  # and with it dropout's generator
-    elif start.bundle is not None:
-        load_weights(start.bundle, model)
+    if bundle is not None and start.is_resume and not start.reset_optimizer:
+        load_checkpoint(bundle, model, optimizer)  # and with it dropout's generator
+    elif bundle is not None:
+        load_weights(bundle, model)
     return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
 
 
@@ -511,7 +505,7 @@ def open_run(
 ) -> RunDirectory:
     """Make the run directory, start its `console.txt`, write its `meta/`, and say what begins."""
     config, data = setup.config, setup.data
-    run_id = RunIDGenerator.generate(config.run_tag)
+    run_id = RunIDGenerator.generate(setup.start.run_tag)
     run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
     output.record_to(run.console)
     output.line(banner(setup, loaded))
@@ -659,11 +653,13 @@ def summary(result: TrainResult, setup: Setup) -> str:
 
 def resume_command(result: TrainResult, setup: Setup) -> str:
     """The command that goes on where this run has stopped."""
-    elsewhere = setup.config.checkpoints_dir
-    flag = f" --checkpoints-dir {shlex.quote(elsewhere)}" if setup.start.named_model else ""
-    if elsewhere == ModelConfig.model_fields["checkpoints_dir"].default:
-        flag = ""
-    return f"{command_for('train.py')} --resume {shlex.quote(str(result.run_dir))}{flag}"
+    command = f"{command_for('train.py')} --resume {shlex.quote(str(result.run_dir))}"
+    places = ["runs_dir", *(["checkpoints_dir"] if setup.start.named_model else [])]
+    for name in places:
+        value = getattr(setup.config, name)
+        if value != ModelConfig.model_fields[name].default:
+            command += f" {flag_of(name)} {shlex.quote(value)}"
+    return command
 
 
 def machine_record(device: torch.device) -> dict[str, str]:
@@ -759,8 +755,10 @@ def explained_failures(config: ModelConfig, output: Output) -> Iterator[None]:
         except (OSError, SafetensorError) as error:
             # safetensors writes through Rust, and tells the system's reason last.
             reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
+            where = getattr(error, "filename", None)
             raise RunError(
-                f"the run's files cannot be written: {reason}; what was saved before is untouched"
+                f"the run's files cannot be written: {f'{where}: ' if where else ''}{reason}; "
+                "what was saved before is untouched"
             ) from error
     except (RunError, KeyboardInterrupt, SystemExit) as error:
         with contextlib.suppress(OSError):  # where the disk is full, so is the record

@@ -5,14 +5,17 @@ That a crash cannot tear it is the subject of test_crash.py.
 python -m pytest tests/test_bundle.py
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,12 +27,15 @@ from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
+    _host,
     check_files,
     copy_bundle,
     find_directory,
     get_model_info,
+    is_bundle,
     newest_usable_bundle,
     read_bundle,
+    read_state,
     remove_bundle,
     state_digest,
     usable_bundle,
@@ -205,14 +211,59 @@ def test_a_model_is_loaded_from_its_bundle_alone_wherever_it_is_moved(bundle, tm
     assert state.val_loss == 1.5
 
 
+def killed_half_way(directory: Path) -> None:
+    """Leave what a process of this machine leaves that is killed in a publication, and more."""
+    dead = f"{2**30}-{_host()}"
+    (directory / f".tmp-{dead}").mkdir()
+    (directory / f".tmp-{dead}" / "config.json").write_text("{", encoding="utf-8")
+    (directory / f".next-{dead}").mkdir()
+    for name in ("optimizer.pt", STATE_FILE):
+        (directory / name).rename(directory / f".next-{dead}" / name)
+
+
 def test_nothing_that_loads_writes(bundle, tmp_path):
     directory, _ = bundle
-    (directory / f".tmp-{2**30}").mkdir()
+    save_bundle(directory.with_name("other"))
+    killed_half_way(directory.with_name("other"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     load_model(directory)
     resume(directory)
-    get_model_info(directory)
+    for place in (directory, directory.with_name("other")):
+        get_model_info(place)
+        check_files(place)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_directories_of_a_user_are_left_alone_whatever_they_are_called(bundle):
+    for name in (".tmp-notes", ".next-steps", ".tmp-1-notes"):
+        (bundle[0] / name).mkdir()
+        (bundle[0] / name / "mine.txt").write_text("mine", encoding="utf-8")
+        os.utime(bundle[0] / name, (0, 0))
+    save_bundle(bundle[0], step=8)
+    assert len(list(bundle[0].glob(".*/mine.txt"))) == 3
+
+
+def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other(bundle, tmp_path):
+    directory, _ = bundle
+    save_bundle(tmp_path / "other", step=8)
+    process = os.fork()
+    if process == 0:
+        with contextlib.suppress(BaseException):
+            while True:
+                copy_bundle(tmp_path / "other", directory)
+                copy_bundle(tmp_path / "other", directory, with_optimizer=False)
+        os._exit(1)
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            assert is_bundle(directory)
+            assert read_state(directory).step in (7, 8)
+            assert get_model_info(directory)["parameters"]["total"] == 848
+            check_files(directory)
+            assert load_model(directory)[2].step in (7, 8)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def test_a_bundle_without_its_optimizer_still_speaks(bundle):
@@ -274,7 +325,9 @@ def test_a_damaged_file_is_named_in_one_line(bundle, name, damage):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", STATE_FILE])
-@pytest.mark.parametrize(("version", "remedy"), [(2, "update Folio"), ("x", "not a file that")])
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(2, "update Folio"), ("x", "not a file that"), (True, "not a file")]
+)
 def test_another_version_of_the_format_is_refused(bundle, name, version, remedy):
     rewrite(bundle[0], name, lambda content: {**content, "format_version": version})
     with pytest.raises(UserError, match=rf"{name}: format_version .* reads 1: {remedy}"):

@@ -10,7 +10,6 @@ python -m pytest tests/test_crash.py
 import builtins
 import errno
 import os
-import platform
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
+    _host,
     clean_up,
     copy_bundle,
     is_bundle,
@@ -327,7 +327,8 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
             counted = faults.names
         events = {"mkdir": "os.mkdir", "replace": "os.rename", "unlink": "os.remove"}
         events |= {"rmdir": "os.rmdir", "chmod": "os.chmod", "write": "open"}
-        expected = sorted(events[name] for name in counted if name in events)
+        # torch.save's writer, which is struck as a library's, opens its file through Python too.
+        expected = sorted([*(events[name] for name in counted if name in events), "open"])
         os.write(write, b"same" if expected == sorted(seen) else f"{expected} {seen}".encode())
         os._exit(0)
     os.close(write)
@@ -337,12 +338,12 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
 
 def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
     save(place, OLD)
-    host, day = platform.node(), 86_400
+    host, day = _host(), 86_400
     living, other_host = f".tmp-{os.getppid()}-{host}", ".tmp-1-elsewhere"
     dead, old = f".tmp-{2**30}-{host}", ".tmp-2-elsewhere"
     for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
         (place / name).mkdir()
-        (place / name / "half").touch()
+        (place / name / WEIGHTS_FILE).touch()
     os.utime(place / old, (0, time.time() - 2 * day))
     save(place, NEW)
     assert {path.name for path in place.glob(".tmp-*")} == {living, other_host}

@@ -86,6 +86,16 @@ def logged(*runs: Path) -> dict[tuple[int, str], float]:
     return values
 
 
+def assert_same_story(one: Path, other: Path) -> None:
+    """All that the states say is the same, but for the runs and the times that it took."""
+    states = [json.loads((b / "training_state.json").read_bytes()) for b in (one, other)]
+    for state in states:
+        del state["run_id"], state["files"]  # the weights' metadata names the run
+        for name in ("start_step", "previous_runs", "run_tag", "state_sha256"):
+            del state["training_config"][name]
+    assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_twice_n_steps_are_n_steps_and_n_more(tiny, quiet, in_one_go, resume, changes):
     whole = in_one_go(**changes)
@@ -106,6 +116,7 @@ def test_twice_n_steps_are_some_steps_ctrl_c_and_the_rest(
         first = train(tiny(**{**SETTINGS, "max_iters": 2 * N, **changes}), output=quiet)
     assert (first.step, first.exit_status) == (N + 1, 130)
     second = resume("last")
+    assert_same_story(whole.checkpoint, second.checkpoint)
     assert_same_bits(whole.checkpoint, second.checkpoint)
     assert logged(first.run_dir, second.run_dir) == logged(whole.run_dir)
 
@@ -126,6 +137,7 @@ def test_a_run_stopped_after_every_single_step_is_the_same_run(
         runs.append(result.run_dir)
         assert result.step == step
     assert_same_bits(whole.checkpoint, result.checkpoint)
+    assert_same_story(whole.checkpoint, result.checkpoint)
     assert logged(*runs) == logged(whole.run_dir)
 
 

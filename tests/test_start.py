@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,15 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, LINES, TINY_FLAGS
+from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
+import checkpoint as checkpoint_module
 import train as train_module
 from bundle import BUNDLE_FILES, get_model_info
 from checkpoint import load_model
 from start import name_locked, plan
 from train import TrainResult, dry_run, train, training_step
-from utils.errors import NothingToDo, UserError
+from utils.errors import NothingToDo, RunError, UserError
 
 DANTE = Path("checkpoints/dante")
 
@@ -174,7 +176,9 @@ def test_a_name_that_another_process_has_advanced_meanwhile_is_not_overwritten(g
 
 def test_a_lock_that_cannot_be_made_is_one_line():
     Path("checkpoints").touch()
-    with pytest.raises(UserError, match="cannot lock checkpoints/dante"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/dante cannot be written: .*--checkpoints-dir"
+    ):
         with name_locked(DANTE):
             pass
 
@@ -186,6 +190,40 @@ def test_starting_a_name_over_needs_overwrite(go):
     result = go(fresh=True, model_name="dante", max_iters=2, n_embd=32, overwrite=True)
     assert load_model(DANTE)[0].token_embedding.weight.shape[1] == 32
     assert state(DANTE)["run_id"] == result.run_dir.name
+
+
+def test_a_model_begun_anew_that_diverges_has_destroyed_nothing(go):
+    go(fresh=True, model_name="dante", max_iters=4)
+    before = fingerprint(DANTE)
+    with pytest.raises(RunError):
+        go(fresh=True, model_name="dante", overwrite=True, learning_rate=1e30, warmup_iters=0,
+           grad_clip=0.0)  # fmt: skip
+    assert fingerprint(DANTE) == before
+
+
+def test_a_model_without_its_state_is_not_begun_anew_unasked(go):
+    go(fresh=True, model_name="dante", max_iters=2)
+    (DANTE / "training_state.json").unlink()
+    before = fingerprint(DANTE)
+    with pytest.raises(UserError, match=r"holds files of a model, but no training_state\.json"):
+        go(fresh=True, model_name="dante")
+    assert fingerprint(DANTE) == before
+    assert go(fresh=True, model_name="dante", overwrite=True).step == 6
+
+
+@pytest.mark.parametrize("link", ["latest", "checkpoints/alias"])
+def test_a_link_to_a_named_model_is_that_model_with_its_one_lock(go, link):
+    go(fresh=True, model_name="dante", max_iters=2)
+    Path(link).symlink_to(DANTE.resolve())
+    with name_locked(DANTE), pytest.raises(UserError, match="dante is being trained by another"):
+        go(link, max_iters=4)
+    if link != "latest":
+        with name_locked(DANTE), pytest.raises(UserError, match="dante is being trained by ano"):
+            go(model_name="alias", max_iters=4)
+    go(link, max_iters=4)
+    assert state(DANTE)["training_config"]["model_name"] == "dante"
+    assert state(DANTE)["step"] == 4
+    assert [path.name for path in Path("checkpoints").glob(".*")] == [".dante.lock"]
 
 
 def test_overwriting_leaves_the_old_model_until_the_new_one_is_there(go):
@@ -339,6 +377,29 @@ def test_auto_with_a_tag_looks_at_runs_of_that_tag_alone(go):
     assert start.bundle.config.n_layer == 2
 
 
+def test_a_tag_is_the_whole_tag_and_outlives_a_resume(go):
+    go(fresh=True, max_iters=2, run_tag="lr_1")
+    assert go("auto", fresh=True, max_iters=3, run_tag="lr").step == 3
+    resumed = go("last", max_iters=5)
+    assert "_lr" in resumed.run_dir.name
+    assert state(resumed.checkpoint)["training_config"]["run_tag"] == "lr"
+    _, start = plan({"max_iters": 9, "run_tag": "lr"}, resume="auto")
+    assert start.step == 5
+
+
+def test_auto_with_a_parent_goes_on_with_a_child_of_it_alone(go, purgatorio):
+    go(fresh=True, model_name="base", max_iters=2)
+    go(fresh=True, max_iters=3)
+    settings = {"data": purgatorio, "max_iters": 4, "warmup_iters": 1, "device": "cpu"}
+    child = go("auto", init_from="base", **settings)
+    assert state(child.checkpoint)["lineage"][0]["name"] == "base"
+    settings["max_iters"] = 6
+    assert (
+        state(go("auto", init_from="base", **settings).checkpoint)["training_config"]["start_step"]
+        == 4
+    )
+
+
 def test_auto_with_a_name_resumes_the_name_and_fine_tunes_only_once(go):
     go(fresh=True, model_name="dante", max_iters=2)
     child = {"model_name": "child", "init_from": "dante", "max_iters": 4}
@@ -356,7 +417,7 @@ def test_auto_with_a_name_resumes_the_name_and_fine_tunes_only_once(go):
         ({"resume": "nowhere"}, "nowhere: no such model: neither nowhere nor runs/nowhere nor"),
         ({"resume": "."}, "--resume .: . is neither a run nor a bundle"),
         ({"resume": "last", "init_from": "x"}, "--resume goes on with a model, --init-from begins"),
-        ({"reset_optimizer": True}, "there is nothing to resume, and so nothing to reset"),
+        ({"reset_optimizer": True}, "there is nothing to resume, and so to reset"),
         ({"overwrite": True}, "--overwrite needs --model-name"),
         ({"init_from": "nobody", "model_name": "x"}, "nobody: no such model: neither nobody nor"),
     ],
@@ -411,6 +472,24 @@ def test_a_name_is_not_taken_back_to_an_older_step_or_another_run_without_overwr
     assert other.step == 8
     go(str(older), max_iters=5, overwrite=True)
     assert state(DANTE)["step"] == 5
+
+
+def test_a_kill_between_a_checkpoint_and_its_copy_to_the_name_loses_nothing(go, monkeypatch):
+    go(fresh=True, model_name="dante", max_iters=2)
+    real = checkpoint_module.copy_bundle
+
+    def killed(source, target, **options):
+        if target == DANTE:
+            raise KeyboardInterrupt
+        real(source, target, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint_module, "copy_bundle", killed)
+        go(model_name="dante", max_iters=4)
+    assert state(DANTE)["step"] == 2
+    assert go("last", max_iters=6).step == 6
+    assert state(DANTE)["step"] == 6
+    assert state(DANTE)["training_config"]["start_step"] == 3
 
 
 def test_a_bundle_moved_away_trains_no_model_of_that_name_here(go, tmp_path):
@@ -556,7 +635,9 @@ def test_a_shape_of_its_own_is_refused_for_a_child(go, purgatorio):
 
 def test_fine_tuning_onto_a_name_that_is_there_is_refused(go, purgatorio):
     go(fresh=True, model_name="dante", max_iters=2)
-    with pytest.raises(UserError, match="checkpoints/dante exists already: go on with it without"):
+    with pytest.raises(
+        UserError, match=r"dante exists already, and init_from dante \(--init-from\)"
+    ):
         go(init_from="dante", model_name="dante", data=purgatorio)
 
 
@@ -605,16 +686,102 @@ def test_the_record_of_a_fine_tuning_trains_the_same_child_again(go, purgatorio,
         train(loaded.config, loaded=loaded, start=start, output=quiet)
 
 
+def test_the_record_of_a_resumed_run_asks_for_what_it_went_on_from(go, quiet):
+    first = go(fresh=True, max_iters=2)
+    second = go("last", max_iters=4)
+    record = str(second.run_dir / "meta" / "full_config.json")
+    loaded, start = plan({}, record)
+    with pytest.raises(UserError, match=rf"went on from step 2 .* --resume .*{first.run_dir}"):
+        train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, start = plan({}, record, resume=str(first.checkpoint))
+    again = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    assert_same_bits(second.checkpoint, again.checkpoint)
+
+
+@pytest.mark.parametrize("lineage", ["x", ["x"], {"a": 1}, 5, []])
+def test_a_record_that_was_edited_by_hand_breaks_nothing(go, quiet, lineage, purgatorio):
+    go(fresh=True, model_name="dante", max_iters=2)
+    settings = {"data": purgatorio, "max_iters": 2, "warmup_iters": 1, "device": "cpu"}
+    child = go(init_from="dante", **settings)
+    path = child.run_dir / "meta" / "full_config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["run"]["lineage"] = lineage
+    path.write_text(json.dumps(record), encoding="utf-8")
+    loaded, start = plan({}, str(path))
+    assert train(loaded.config, loaded=loaded, start=start, output=quiet).step == 2
+
+
+# Odd places -----------------------------------------------------------------------------------
+
+
+def test_copies_of_checkpoints_and_renamed_runs_are_in_nobodys_way(go):
+    first = go(fresh=True, max_iters=2)
+    copy = first.run_dir / "artifacts" / "checkpoints" / "step_00000002_good"
+    shutil.copytree(first.checkpoint, copy)
+    first.run_dir.rename("runs/a_good_one")
+    second = go(fresh=True, max_iters=3)
+    os.utime("runs/a_good_one", (0, 0))
+    _, start = plan({"max_iters": 9}, resume="last")
+    assert start.bundle.path == second.checkpoint
+    assert go("a_good_one", max_iters=4).step == 4
+    assert copy.exists() is False
+    assert Path("runs/a_good_one/artifacts/checkpoints/step_00000002_good").exists()
+
+
+def test_a_run_goes_on_from_within_its_checkpoints_or_the_model_itself(go, monkeypatch, text_file):
+    first = go(fresh=True, model_name="dante", max_iters=2)
+    here = Path.cwd()
+    places = {"runs_dir": str(here / "runs"), "checkpoints_dir": str(here / "checkpoints")}
+    monkeypatch.chdir(first.run_dir / "artifacts" / "checkpoints")
+    assert go(first.checkpoint.name, max_iters=4, **places).step == 4
+    assert state(here / DANTE)["step"] == 4
+    monkeypatch.chdir(here / DANTE)  # where the model's config.json is none of settings
+    assert go(".", max_iters=6, **places).step == 6
+    assert state(here / DANTE)["step"] == 6
+
+
+def test_a_directory_of_a_models_name_is_in_nobodys_way(go):
+    go(fresh=True, model_name="dante", max_iters=2)
+    Path("dante").mkdir()
+    assert go("dante", max_iters=4).step == 4
+
+
+@pytest.mark.parametrize("reference", ["a" * 300, "a\0b", "x/" * 3000, "nowhere/at/all"])
+def test_paths_that_cannot_be_are_no_models(go, reference):
+    for flags in ({"resume": reference}, {"init_from": reference}):
+        with pytest.raises(UserError, match="no such model") as caught:
+            go(**flags)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_while_the_optimizer_is_written_is_one_line_and_loses_nothing(folio, text_file):
+    folio("train.py", "--data", text_file, *TINY_FLAGS, "--model-name=dante", check=True)
+    before = fingerprint(DANTE)
+    limit = (DANTE / "optimizer.pt").stat().st_size - 2000
+    done = folio(
+        "train.py", "--model-name=dante", "--max-iters=6",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the run's files cannot be written: File too large; what was saved before is "
+        "untouched\n"
+    )
+    assert fingerprint(DANTE) == before
+
+
 # From Python, and the rest --------------------------------------------------------------------
 
 
 def test_a_config_made_in_python_names_a_model_too(tiny, quiet):
     train(tiny(model_name="dante"), output=quiet)
     assert state(DANTE)["step"] == 6
-    with pytest.raises(NothingToDo):
+    with pytest.raises(UserError, match=r"dante exists already, with settings of its own: plan"):
         train(tiny(model_name="dante"), output=quiet)
-    with pytest.raises(UserError, match="not the architecture of checkpoints/dante"):
-        train(tiny(model_name="dante", n_layer=1), output=quiet)
+    with pytest.raises(UserError, match="n_layer is not that of checkpoints/dante"):
+        train(tiny(init_from="dante", n_layer=1), output=quiet)
+    child = train(tiny(init_from="dante", model_name="child"), output=quiet)
+    assert state(child.checkpoint)["lineage"][0]["name"] == "dante"
 
 
 def test_a_dry_run_of_a_resume_tells_what_is_left_and_writes_nothing(go):

@@ -89,6 +89,7 @@ class CommandLine:
     ):
         self.schema = schema
         self._actions = {action.name for action in (*actions, *([operands] if operands else []))}
+        self._operands = {operands.name} if operands else set()
         self._aliases = dict(aliases or {})
         self._metavars: dict[str, str | None] = {}
         self._parser = _Parser(
@@ -157,7 +158,8 @@ class CommandLine:
                 texts[name] = "true"
             elif self._lacks_value(value, metavar):
                 dash = f"; one that begins with a dash is written {flag_of(name)}=VALUE"
-                problems.append(f"{flag_of(name)} needs a value{dash if metavar == _TEXT else ''}")
+                shown = metavar if name in self._operands else flag_of(name)
+                problems.append(f"{shown} needs a value{dash if metavar == _TEXT else ''}")
             elif name in self._actions:
                 actions[name] = value
             elif value == "null" and self._nullable(name):

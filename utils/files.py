@@ -27,6 +27,16 @@ def text_file_problem(path: Path) -> str | None:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
+def is_directory(path: Path) -> bool:
+    """Whether a directory is there that we may look into; False for whatever a path may be."""
+    return os.path.isdir(path)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False for whatever a path may be."""
+    return os.path.isfile(path)
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Write a file, and return when it is on the disk. A crash may leave a part of it."""
     with open(path, "wb") as file:
@@ -88,12 +98,16 @@ def move_if_there(source: Path, target: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """Make a directory and those it is in, if they are not there; their names are durable."""
-    if path.is_dir():
-        return
-    make_directory(path.parent)
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        os.mkdir(path)
-    sync(path.parent)
+    while not path.is_dir():
+        make_directory(path.parent)
+        try:
+            os.mkdir(path)
+        except FileExistsError:  # another process was faster
+            if not path.is_dir():
+                raise
+        except FileNotFoundError:  # it has just removed the empty directory above: once more
+            continue
+        sync(path.parent)
 
 
 def remove_file(path: Path) -> None:
@@ -106,17 +120,6 @@ def remove_if_empty(path: Path) -> None:
     """Remove a directory, if it is there and nothing is in it."""
     with contextlib.suppress(OSError):
         os.rmdir(path)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it, as far as that can be done."""
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(path)):
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(Path(entry.path))
-            else:
-                remove_file(Path(entry.path))
-    remove_if_empty(path)
 
 
 def is_running(process: int) -> bool:
