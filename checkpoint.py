@@ -20,6 +20,7 @@ from bundle import (
     clean_up,
     copy_bundle,
     find_directory,
+    is_bundle,
     read_bundle,
     remove_bundle,
     runs_in,
@@ -75,27 +76,34 @@ class Checkpoints:
     Args:
         run: the run's directory.
         named_model: the directory of the named model that the run trains, if it trains one.
-        config: `keep_checkpoints` and `keep_every` are read.
+        model, optimizer, tokenizer: what is saved.
+        config: its settings; `keep_checkpoints` and `keep_every` say what is kept.
     """
 
     def __init__(
         self,
         run: RunDirectory,
         named_model: Path | None,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
         config: ModelConfig,
     ):
         self.newest: Path | None = None
         self._run = run
         self._named_model = named_model
+        self._saved = (model, optimizer, tokenizer, config)
         self._config = config
 
-    def save(
-        self,
-        model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
-        state: TrainingState,
-    ) -> None:
+    def begin_named_model(self, state: TrainingState) -> None:
+        """Publish the named model before its first step, unless there is one to be replaced.
+
+        That one stays until there is something better than new weights in its place.
+        """
+        if self._named_model is not None and not is_bundle(self._named_model):
+            save_checkpoint(self._named_model, *self._saved, state)
+
+    def save(self, state: TrainingState) -> None:
         """Save a checkpoint; the export too where this step is the best; advance the named model.
 
         Raises what `save_checkpoint` raises.
@@ -103,24 +111,14 @@ class Checkpoints:
         if self.newest is None:  # here and not earlier: a run that only loads writes nothing
             self._clean_up_after_others()
         directory = self._run.checkpoint(state.step)
-        save_checkpoint(directory, model, optimizer, tokenizer, self._config, state)
+        save_checkpoint(directory, *self._saved, state)
         self.newest = directory
-        if state.fact("best_step") == state.step:
+        best_step = state.fact("best_step")
+        if best_step == state.step:
             copy_bundle(directory, self._run.export, with_optimizer=False)
         if self._named_model is not None:
             copy_bundle(directory, self._named_model)
-        self._remove_old(best_step=state.fact("best_step"))
-
-    def save_named_model(
-        self,
-        model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
-        state: TrainingState,
-    ) -> None:
-        """Begin the named model: publish it before its first step."""
-        assert self._named_model is not None
-        save_checkpoint(self._named_model, model, optimizer, tokenizer, self._config, state)
+        self._remove_old(best_step)
 
     def _remove_old(self, best_step: int | None) -> None:
         """Remove the checkpoints of this run that need not be kept."""

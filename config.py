@@ -28,6 +28,7 @@ from utils.checks import as_written, checked, nearest, printable
 from utils.command_line import flag_of
 from utils.errors import UserError
 from utils.files import text_file_problem
+from utils.run_manager import RECORD_VERSION
 
 CHECKOUT = Path(__file__).resolve().parent
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")
@@ -210,8 +211,16 @@ class ConfigLoader:
         """The file that `--config` names: flat settings, or the full_config.json of a run."""
         values = self._read(path, str(path), problems)
         rerun_of = None
-        if values.keys() == {"config", "sources", "run"}:
-            if not all(isinstance(part, dict) for part in values.values()):
+        parts = {name: values.get(name) for name in ("config", "sources", "run")}
+        if values.keys() - {"format_version"} == parts.keys():
+            version = values.get("format_version", RECORD_VERSION)
+            if version != RECORD_VERSION:
+                problems.append(
+                    f"{path}: format_version {as_written(version)}, and this Folio reads "
+                    f"{RECORD_VERSION}: update Folio"
+                )
+                return Layer(), None
+            if not all(isinstance(part, dict) for part in parts.values()):
                 problems.append(f"{path}: not the record of a run: its parts must be objects")
                 return Layer(), None
             rerun_of, values = values["run"], values["config"]

@@ -219,7 +219,9 @@ def run_steps(
 ) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     config, model, data = setup.config, setup.model, setup.data
-    checkpoints = Checkpoints(run, setup.start.named_model, config)
+    checkpoints = Checkpoints(
+        run, setup.start.named_model, model, setup.optimizer, data.tokenizer, config
+    )
     best = bring_best(setup, run, output)
     losses: dict[str, float | None] = {"train": None, "val": None}
     evaluated = last_sample = setup.start.step
@@ -228,14 +230,9 @@ def run_steps(
 
     def save(step: int) -> None:
         val_loss = losses["val"] if step == evaluated else None
-        state = training_state(setup, run, step, val_loss, best)
-        checkpoints.save(model, setup.optimizer, data.tokenizer, state)
+        checkpoints.save(training_state(setup, run, step, val_loss, best))
 
-    # A model that is begun anew stays until there is something in its place: the next checkpoint.
-    is_new = setup.start.named_model is not None and setup.start.replaced is None
-    if is_new and not setup.start.is_resume:
-        state = training_state(setup, run, 0, None, best)
-        checkpoints.save_named_model(model, setup.optimizer, data.tokenizer, state)
+    checkpoints.begin_named_model(training_state(setup, run, setup.start.step, None, best))
     with output.progress(config.max_iters):
         for step in range(setup.start.step, config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)

@@ -174,6 +174,9 @@ def test_a_run_record_is_read_as_a_config_file(world):
     loaded = world.load(config_file=world.write("full_config.json", json.dumps(record)))
     assert loaded.config.n_layer == 7
     assert loaded.rerun_of == {"run_id": "x"}
+    newer = world.write("newer.json", json.dumps({**record, "format_version": 2}))
+    (problem,) = world.problems(config_file=newer)
+    assert problem.endswith("newer.json: format_version 2, and this Folio reads 1: update Folio")
 
 
 def test_show_config_names_every_setting_and_its_source(world):

@@ -244,7 +244,7 @@ def test_the_record_names_text_command_and_sources(tiny, quiet, text_file):
     argv = ["--n-layer", "2"]
     result = train(config, loaded=LoadedConfig(config, sources), argv=argv, output=quiet)
     record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
-    assert record.keys() == {"config", "sources", "run"}
+    assert record.keys() == {"format_version", "config", "sources", "run"}
     assert record["sources"]["n_layer"] == "--n-layer"
     assert record["run"]["argv"] == argv
     assert record["config"]["data"] == str(text_file.resolve())

@@ -26,6 +26,7 @@ from parameters import GROUPS, ModelConfig
 from utils.errors import UserError
 from utils.files import write_atomic
 
+RECORD_VERSION = 1  # of full_config.json
 GIT_SECONDS = 10
 DIFF_LIMIT = 1_000_000  # bytes of the diff that are kept
 UNTRACKED_LIMIT = 1_000  # names of untracked files that are listed
@@ -158,13 +159,14 @@ class MetadataCapture:
 def write_full_config(
     path: Path, config: ModelConfig, sources: Mapping[str, str], run: Mapping[str, Any]
 ) -> None:
-    """Write `{"config": …, "sources": …, "run": …}`.
+    """Write `{"format_version": 1, "config": …, "sources": …, "run": …}`.
 
     `config` holds what makes the model and nothing of what the run is called, so that
     `--config full_config.json` trains the same model again, as another run.
     """
     names = GROUPS["run"].model_fields
     content = {
+        "format_version": RECORD_VERSION,
         "config": config.model_dump(exclude=set(names)),
         "sources": {name: source for name, source in sources.items() if name not in names},
         "run": run,
