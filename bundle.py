@@ -60,12 +60,12 @@ BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
 _ALSO_RECORDED = ("batch_size", "device")
 # `training_config` has the settings that may change from one resume to the next. config.json and
 # tokenizer.json have the others; a run's name and place are its own, and so is its device.
-_RUN_GROUPS = ("architecture", "beginning", "run")
+_RECORDED_ELSEWHERE = ("architecture", "beginning", "run")
 TRAINING_SETTINGS = tuple(
     name
     for group, settings in GROUPS.items()
     for name in settings.model_fields
-    if group not in _RUN_GROUPS and name not in (*_ALSO_RECORDED, "tokenizer")
+    if group not in _RECORDED_ELSEWHERE and name not in (*_ALSO_RECORDED, "tokenizer")
 )
 # What else stands in `training_config`: facts about the training, and no settings.
 TRAINING_FACTS = (
@@ -165,6 +165,8 @@ def write_bundle(
 
     `save_weights(path)` and `save_optimizer(path)` write those files; without the second, the
     bundle is an export. `state.files` and `state.optimizer_file` are filled in here.
+
+    Raises what the writers and the system raise; what stood in `directory` is untouched then.
     """
     architecture = {name: getattr(config, name) for name in Architecture.model_fields}
     recorded = {"batch_size": config.batch_size, "vocab_size": vocab_size, "device": device}
@@ -182,13 +184,21 @@ def write_bundle(
 
 
 def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> None:
-    """Publish in `target` what stands in `source`; without the optimizer's state, as an export."""
+    """Publish in `target` what stands in `source`; without the optimizer's state, as an export.
+
+    Raises `UserError` where a file of `source` is missing, damaged, or replaced meanwhile.
+    """
     state = read_state(source)
     dropped = () if with_optimizer else (OPTIMIZER_FILE,)
     files = {name: digest for name, digest in state.files.items() if name not in dropped}
     with _publication(target) as building:
-        for name in files:
-            copy_durable(_located(source, name), building / name)
+        for name, digest in files.items():
+            try:
+                copied = copy_durable(_located(source, name), building / name)
+            except FileNotFoundError:
+                copied = None
+            if copied != digest:
+                raise UserError(f"{source / name}: missing, or not the file that was saved there")
         _write_state(building, state, files)
 
 
@@ -487,7 +497,8 @@ def get_model_info(
     """All that a bundle says of its model, without its weights: what `inspect_model.py` shows.
 
     `reference` is a named model's name, a run's id, or a path. The dict has `path`, `config`,
-    `tokenizer`, `parameters` (`total`, and by part), `bytes`, and `training_state`, as in
+    `tokenizer`, `parameters` (`total`, and by part), `bytes`, `saved` (seconds since 1970), and
+    `training_state`, as in
     `info["training_state"]["training_config"]["learning_rate"]`.
 
     Raises `UserError` where there is no such model, or it is damaged.
@@ -643,6 +654,18 @@ def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Pat
         f"{reference}: no such model: "
         + (f"neither {looked} is there" if len(places) > 1 else "no such directory")
     )
+
+
+def find_named_model(name: str, checkpoints_dir: Path) -> Path:
+    """The named model of that name. Raises `UserError`, which lists those that there are."""
+    directory = checkpoints_dir / name
+    if not is_directory(directory):
+        others = ", ".join(path.name for path in named_models_in(checkpoints_dir))
+        raise UserError(
+            f"{directory}: no such named model; "
+            + (f"there are: {others}" if others else "none yet")
+        )
+    return directory
 
 
 def usable_bundle(directory: Path) -> Path:

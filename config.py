@@ -224,7 +224,7 @@ class ConfigLoader:
                 problems.append(f"{path}: not the record of a run: its parts must be objects")
                 return Layer(), None
             rerun_of, values = values["run"], values["config"]
-        return self._layer(values, str(path), problems), rerun_of
+        return _checked_layer(values, str(path), problems), rerun_of
 
     def _configs_layer(self, problems: list[str]) -> Layer:
         """The files of configs/, which are one layer: a key may stand in one of them only."""
@@ -234,7 +234,7 @@ class ConfigLoader:
             if not path.exists():
                 continue
             shown = f"configs/{name}"
-            layer = self._layer(self._read(path, shown, problems), shown, problems)
+            layer = _checked_layer(self._read(path, shown, problems), shown, problems)
             for key in layer.values.keys() & merged.values.keys():
                 problems.append(f"{key} stands in both {merged.origins[key]} and {shown}")
             merged.values.update(layer.values)
@@ -248,7 +248,7 @@ class ConfigLoader:
         values = self._read(path, LEGACY_FILE, problems)
         if "format_version" in values:  # a model's config.json, and we are in its directory
             return Layer()
-        return self._layer(values, LEGACY_FILE, problems)
+        return _checked_layer(values, LEGACY_FILE, problems)
 
     @staticmethod
     def _read(path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
@@ -257,28 +257,6 @@ class ConfigLoader:
         except UserError as error:
             problems += error.problems
             return {}
-
-    @staticmethod
-    def _layer(values: Mapping[str, Any], origin: str, problems: list[str]) -> Layer:
-        """Check the keys and values of one file, and resolve other names of a setting."""
-        known: dict[str, Any] = {}
-        for key, value in values.items():
-            name = ALIASES.get(key, key)
-            if key == "$schema":
-                continue
-            if name not in ModelConfig.model_fields:
-                hint = nearest(str(key), ModelConfig.model_fields)
-                problems.append(f"{origin}: unknown key {printable(key)}{hint}")
-            elif name in known:
-                alias = next(alias for alias, target in ALIASES.items() if target == name)
-                problems.append(f"{origin}: {alias} is another name of {name}: remove one")
-            else:
-                known[name] = value
-        right, wrong = checked(
-            ModelConfig, known, strings=False, label=lambda name: f"{origin}: {name}"
-        )
-        problems += wrong
-        return Layer(right, dict.fromkeys(right, origin))
 
 
 @dataclass(frozen=True)
@@ -326,7 +304,7 @@ class Layers:
                 for name in newer
             ]
             known = {name: value for name, value in saved.values.items() if name not in newer}
-            layer = ConfigLoader._layer(known, saved.origin, problems)
+            layer = _checked_layer(known, saved.origin, problems)
             layers.insert(len(self.asked), layer)
         values, sources = _laid_over_one_another(layers)
         sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
@@ -347,13 +325,13 @@ class Layers:
         return LoadedConfig(config, sources, self._notes(), changes, self.rerun_of)
 
     def _conflicts_with(self, saved: SavedSettings) -> list[str]:
+        asked, origins = _laid_over_one_another(self.asked)
         return [
-            f"{name} {as_written(layer.values[name])} ({layer.origins[name]}) is not the "
+            f"{name} {as_written(value)} ({origins[name]}) is not the "
             f"{as_written(saved.values[name])} of {saved.origin}, where it is fixed for good: "
             "leave it out, or train another model"
-            for layer in self.asked
-            for name in layer.values
-            if name in saved.binding and layer.values[name] != saved.values[name]
+            for name, value in asked.items()
+            if name in saved.binding and value != saved.values[name]
         ]
 
     def _notes(self) -> list[str]:
@@ -364,6 +342,28 @@ class Layers:
             f"{LEGACY_FILE}: {', '.join(keys)} also set in configs/, which counts; "
             f"to use {LEGACY_FILE} instead: --config {LEGACY_FILE}"
         ]
+
+
+def _checked_layer(values: Mapping[str, Any], origin: str, problems: list[str]) -> Layer:
+    """Check the keys and values of one file, and resolve other names of a setting."""
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if key == "$schema":
+            continue
+        if name not in ModelConfig.model_fields:
+            hint = nearest(str(key), ModelConfig.model_fields)
+            problems.append(f"{origin}: unknown key {printable(key)}{hint}")
+        elif name in known:
+            alias = next(alias for alias, target in ALIASES.items() if target == name)
+            problems.append(f"{origin}: {alias} is another name of {name}: remove one")
+        else:
+            known[name] = value
+    right, wrong = checked(
+        ModelConfig, known, strings=False, label=lambda name: f"{origin}: {name}"
+    )
+    problems += wrong
+    return Layer(right, dict.fromkeys(right, origin))
 
 
 def _laid_over_one_another(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -419,5 +419,5 @@ def describe(loaded: LoadedConfig) -> str:
             shown = as_written(value)
             if value is None and name in followed:
                 shown = f"null: {followed[name]}"
-            lines.append(f"  {name:<18} {shown:<36} {loaded.sources[name]}")
+            lines.append(f"  {name:<20} {shown:<36} {loaded.sources[name]}")
     return "\n".join(lines)

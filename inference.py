@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bundle import find_directory, newest_usable_bundle, usable_bundle
+from bundle import find_directory, find_named_model, newest_usable_bundle, usable_bundle
 from parameters import Count, Device, ModelName, Positive, Seed, Settings
 from utils.command_line import CommandLine
 from utils.errors import UserError
@@ -64,7 +64,7 @@ def find_model(config: InferenceConfig) -> Path:
     if config.run is not None and config.model_name is not None:
         raise UserError("--run and --model-name both name a model: choose one")
     if config.model_name is not None:
-        return usable_bundle(checkpoints_dir / config.model_name)
+        return usable_bundle(find_named_model(config.model_name, checkpoints_dir))
     if config.run is not None:
         return usable_bundle(find_directory(config.run, runs_dir, checkpoints_dir))
     return newest_usable_bundle(runs_dir)

@@ -20,6 +20,7 @@ from bundle import (
     TRAINING_FACTS,
     NoModel,
     check_files,
+    find_named_model,
     get_model_info,
     named_models_in,
     run_of,
@@ -59,8 +60,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(*problems)
     config = InspectConfig(**flags)
     output = Output()
+    checkpoints_dir = Path(config.checkpoints_dir)
     references = [
-        *(str(Path(config.checkpoints_dir) / name) for name in actions.get("model_name", [])),
+        *(str(find_named_model(name, checkpoints_dir)) for name in actions.get("model_name", [])),
         *actions.get("run", []),
         *actions.get("models", []),
     ]
@@ -123,14 +125,13 @@ def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
     """A line for each model, and for each run without one."""
     if not models and not empty:
         return f"No models yet: train one with `{command_for('train.py')}`"
-    rows = [("model", "val loss", "best", "step", "parameters", "size", "saved", "text")]
+    rows = [("model", "val loss", "step", "parameters", "size", "saved", "text")]
     for info in models:
         state = info["training_state"]
         text = state["training_config"].get("data")
         row = (
-            str(run_of(Path(info["path"])) or info["path"]),
-            _in_nats(state["val_loss"]),
-            _in_nats(state["best_val_loss"]),
+            _place(info),
+            _shown_loss(state),
             f"{state['step']:,}",
             f"{info['parameters']['total']:,}",
             byte_size(info["bytes"]),
@@ -138,8 +139,8 @@ def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
             printable(Path(text).name) if text else "Shakespeare's plays",
         )
         rows.append(row)
-    rows += [(str(run), "–", "–", "–", "–", "–", "no model yet", "") for run in empty]
-    return aligned(rows, right=(1, 2, 3, 4, 5))
+    rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
+    return aligned(rows, right=(1, 2, 3, 4))
 
 
 def described(info: Mapping[str, Any]) -> str:
@@ -176,7 +177,7 @@ def described(info: Mapping[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any], *names: str) -> str:
-    return ", ".join(f"{name} {as_written(values[name])}" for name in names)
+    return ", ".join(f"{name} {as_written(values[name])}".replace('"', "") for name in names)
 
 
 def _tokenizer(info: Mapping[str, Any]) -> str:
@@ -185,6 +186,18 @@ def _tokenizer(info: Mapping[str, Any]) -> str:
         return info["tokenizer"]["token_kind"]
     shown = as_written("".join(chars))
     return f"{info['tokenizer']['token_kind']}: {plural(len(chars), 'character')}: {shown}"
+
+
+def _place(info: Mapping[str, Any]) -> str:
+    """The run or the named model that a bundle is of."""
+    return str(run_of(Path(info["path"])) or info["path"])
+
+
+def _shown_loss(state: Mapping[str, Any]) -> str:
+    """The val loss; in brackets the best until then, where this step was not evaluated."""
+    if state["val_loss"] is None and state["best_val_loss"] is not None:
+        return f"({_in_nats(state['best_val_loss'])})"
+    return _in_nats(state["val_loss"])
 
 
 def _in_nats(loss: float | None) -> str:
@@ -218,22 +231,36 @@ def compared(models: Sequence[Mapping[str, Any]]) -> str:
     """What differs between models, side by side."""
     columns = [_flat(info) for info in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [["", *(info["path"] for info in models)]]
+    rows = [["", *(_place(info) for info in models)]]
     for name in names:
-        values = [column.get(name, "–") for column in columns]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
+        values = [column.get(name) for column in columns]
+        if any(value != values[0] for value in values):
+            rows.append([name, *map(_cell, values)])
     if len(rows) == 1:
         return aligned(rows) + "\nno difference"
     return aligned(rows)
 
 
-def _flat(info: Mapping[str, Any]) -> dict[str, str]:
-    """Everything that two models may differ in, in words."""
+def _cell(value: Any) -> str:
+    """A value in a column: short, as most are looked at for their beginning."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = as_written(value).strip('"')
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _flat(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that two models may differ in."""
     state = info["training_state"]
     lineage = [f"{ancestor['name']} at {ancestor['step']}" for ancestor in state["lineage"]]
     chars = info["tokenizer"].get("chars")
-    values = {
+    not_compared = ("state_sha256", "previous_runs")
+    training = state["training_config"]
+    return {
         **info["config"],
         "parameters": info["parameters"]["total"],
         "token_kind": info["tokenizer"]["token_kind"],
@@ -242,15 +269,10 @@ def _flat(info: Mapping[str, Any]) -> dict[str, str]:
         "val_loss": state["val_loss"],
         "best_val_loss": state["best_val_loss"],
         "run_id": state["run_id"],
-        **{k: v for k, v in state["training_config"].items() if k != "state_sha256"},
-        "lineage": " < ".join(lineage),
-        "weights SHA-256": state["files"]["model.safetensors"],
+        **{name: value for name, value in training.items() if name not in not_compared},
+        "lineage": " < ".join(lineage) or None,
+        "weights_sha256": state["files"]["model.safetensors"],
     }
-    flat = {}
-    for name, value in values.items():
-        text = as_written(value).strip('"')
-        flat[name] = text if len(text) <= 40 else text[:39] + "…"
-    return flat
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Training(Settings):
     """Instead of max_iters: passes over the training text."""
 
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: train for about this long. In one place with it: a time limit."""
+    """Instead of max_iters: train for about this long. Set beside it: stop at what comes first."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """The highest learning rate, reached at the end of the warm-up."""

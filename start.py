@@ -36,7 +36,7 @@ from config import ConfigLoader, LoadedConfig, SavedSettings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import make_directory, remove_if_empty
-from utils.run_manager import RunIDGenerator
+from utils.run_manager import RunDirectory, RunIDGenerator
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,9 @@ def choose_start(
         start = Start(parent, run_tag=tag)
     if overwrite and named_model is None:
         raise UserError("--overwrite needs --model-name, the model to begin anew")
+    if parent is not None and named_model is not None and directory is None:
+        if parent.path.resolve() == named_model.resolve():
+            raise UserError(f"{named_model}: a child cannot take its parent's place: choose a name")
     return replace(start, named_model=named_model, replaced=_state_at(named_model))
 
 
@@ -262,8 +265,9 @@ def check_rerun(loaded: LoadedConfig, start: Start, data_name: str, data_sha256:
     run_id = record.get("run_id")
     if isinstance(resumed_from := record.get("resumed_from"), dict):
         raise UserError(
-            f"{run_id} went on from step {resumed_from.get('step')} of another run: to do that "
-            f"again, add --resume {resumed_from.get('path')}"
+            f"{run_id} went on from step {resumed_from.get('step')} of run "
+            f"{resumed_from.get('run_id')}: to do that again, add --resume "
+            f"{resumed_from.get('path')}"
         )
     data = record.get("data")
     if isinstance(data, dict) and not loaded.sources["data"].startswith("--"):
@@ -372,18 +376,24 @@ def _newest_checkpoint(
     """
     word = RunIDGenerator.sanitised(tag or "")
     for run in runs_in(runs_dir):
-        if not (checkpoints := checkpoints_in(run)):
-            continue
-        if not word and parent is None:
-            return checkpoints[-1]
-        state = _state_at(checkpoints[-1])
-        if state is None:
-            continue
-        has_tag = not word or RunIDGenerator.sanitised(state.fact("run_tag") or "") == word
-        hashes = [ancestor.weights_sha256 for ancestor in state.lineage[:1]]
-        if has_tag and (parent is None or hashes == [parent.state.files[WEIGHTS_FILE]]):
-            return checkpoints[-1]
+        for checkpoint in reversed(checkpoints_in(run)):
+            state = _state_at(checkpoint)
+            if state is None:  # damaged: the one before it will do
+                continue
+            has_tag = not word or RunIDGenerator.sanitised(state.fact("run_tag") or "") == word
+            hashes = [ancestor.weights_sha256 for ancestor in state.lineage[:1]]
+            if has_tag and (parent is None or hashes == [parent.state.files[WEIGHTS_FILE]]):
+                return checkpoint
+            break
     return None
+
+
+def kept_checkpoint(start: Start, runs_dir: Path) -> Path:
+    """Where what is resumed stays as it is: for a named model, in its run's checkpoint."""
+    assert start.bundle is not None
+    state = start.bundle.state
+    checkpoint = RunDirectory(runs_dir / str(state.run_id)).checkpoint(state.step)
+    return checkpoint if is_bundle(checkpoint) else start.bundle.path
 
 
 def _checkpoint_meant(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:

@@ -89,9 +89,11 @@ from bundle import (
     WEIGHTS_FILE,
     Bundle,
     TrainingState,
+    checkpoints_in,
     copy_bundle,
     is_bundle,
-    read_bundle,
+    read_state,
+    step_of,
 )
 from checkpoint import Checkpoints, load_checkpoint, load_tokenizer, load_weights
 from data import (
@@ -109,6 +111,7 @@ from start import (
     check_rerun,
     check_steps_left,
     check_unchanged,
+    kept_checkpoint,
     name_locked,
     read_contents,
     start_of,
@@ -195,9 +198,11 @@ def train(
         output: what prints; `Output(quiet=True)` prints nothing.
 
     Raises:
-        UserError: the device, the text or `runs_dir` cannot be used. No directory was made.
+        UserError: the device, the text, `runs_dir` or the model to begin with cannot be used, or
+            another process trains the model of that name. No run directory was made.
         NothingToDo: the model to resume has had `max_iters` steps. Nothing was changed.
         RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
+        KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
     output = output or Output()
     try:
@@ -206,8 +211,9 @@ def train(
             with name_locked(setup.start.named_model), StopRequest() as stop:
                 check_unchanged(setup.start)
                 run = open_run(setup, loaded, argv, output)
-                with contextlib.closing(open_log(setup, run, output)) as log:
-                    result = run_steps(setup, run, log, output, stop)
+                with told_how_to_go_on(setup, run, output):
+                    with contextlib.closing(open_log(setup, run, output)) as log:
+                        result = run_steps(setup, run, log, output, stop)
                 output.line(summary(result, setup))
             return result
     finally:
@@ -243,21 +249,24 @@ def run_steps(
             is_last = done == config.max_iters or out_of_time
             is_evaluated = is_last or is_due(done, config.eval_interval)
             is_saved = is_due(done, config.checkpoint_interval) or is_due(done, config.keep_every)
-            if not (is_evaluated or is_saved or stop.requested):
+            stopping = stop.requested
+            if not (is_evaluated or is_saved or stopping):
                 continue
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
-            if stop.requested and is_evaluated:
-                save(done)  # at once: who asks to stop may not wait for an evaluation
+            if stopping:
+                output.line(f"Stopping after step {done}: saving (Ctrl-C again aborts)")
+                if is_evaluated:
+                    save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
                 losses, evaluated = estimate_loss(model, data, config), done
                 is_best = best.loss is None or losses["val"] < best.loss
                 log.evaluation(done, losses, bits_per_byte(losses, data), is_best=is_best)
                 if is_best:
                     best = Best(done, losses["val"])
-            if is_saved or is_last or stop.requested or best.step == done:
+                stopping = stopping or stop.requested
+            if is_saved or is_last or stopping or best.step == done:
                 save(done)
-            if stop.requested:  # maybe during the evaluation
-                output.line(f"Stopping after step {done}")
+            if stopping:
                 break
             due_again = last_sample + config.sample_interval
             if is_last or (is_evaluated and config.sample_interval and done >= due_again):
@@ -466,9 +475,8 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
     for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
         if is_comparable and is_bundle(place):
-            with contextlib.suppress(UserError):
-                found = read_bundle(place, WEIGHTS_FILE)  # checked, before it is passed on
-                if found.state.step == best.step:
+            with contextlib.suppress(UserError):  # damaged, or removed by its own run meanwhile
+                if read_state(place).step == best.step:
                     copy_bundle(place, run.export, with_optimizer=False)
                     return best
     why = "is not at hand" if is_comparable else "was measured in another way"
@@ -509,7 +517,7 @@ def open_run(
     output.line(f"Run    {run.path}\n")
     if warning := other_text(setup):
         output.warning(warning)
-    if config.warmup_iters >= config.max_iters:
+    if config.warmup_iters > config.max_iters:
         reached = learning_rate_at(config.max_iters - 1, config)
         output.line(
             f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
@@ -519,7 +527,8 @@ def open_run(
     resumed_from = start.bundle and {
         "run_id": start.bundle.state.run_id,
         "step": start.step,
-        "path": str(start.bundle.path.resolve()),
+        "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
+        "path": str(kept_checkpoint(start, Path(config.runs_dir)).resolve()),
     }
     record = {
         "run_id": run.run_id,
@@ -626,8 +635,10 @@ def summary(result: TrainResult, setup: Setup) -> str:
     """How a run ended, and the commands that come next."""
     stopped = result.step < (setup.config.max_iters or 0)
     ended = f"Stopped after step {result.step:,}" if stopped else f"Done: {result.step:,} steps"
+    over = f": max_minutes {setup.config.max_minutes} is over"
+    why = over if stopped and result.exit_status == 0 else ""
     run = shlex.quote(str(result.run_dir))
-    lines = [f"\n{ended} in {duration(result.seconds)}."]
+    lines = [f"\n{ended} in {duration(result.seconds)}{why}."]
     if result.best_val_loss is not None:
         bits = bits_per_byte({"val": result.best_val_loss}, setup.data)["val"]
         lines[0] += (
@@ -635,24 +646,24 @@ def summary(result: TrainResult, setup: Setup) -> str:
             f"at step {result.best_step:,}."
         )
         lines.append(f"The best model is in {result.export_dir}")
-    lines.append(f"The last one, to go on with, is in {result.checkpoint}")
+    lines.append(f"The last checkpoint, to go on with, is in {result.checkpoint}")
     if setup.start.named_model is not None:
         lines.append(f"{setup.start.named_model} is at step {result.step:,}")
     lines += ["", "Next:", f"  {command_for('inference.py')} --run {run}"]
     lines.append(f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
     if stopped:
-        lines.append(f"  {resume_command(result, setup)}   # go on from here")
+        lines.append(f"  {resume_command(result.run_dir, setup)}   # go on from here")
     elif not setup.start.is_resume:
         record = f"{run}/meta/full_config.json"
         lines.append(f"  {command_for('train.py')} --config {record}   # the same run again")
     return "\n".join(lines)
 
 
-def resume_command(result: TrainResult, setup: Setup) -> str:
+def resume_command(run_dir: Path, setup: Setup) -> str:
     """The command that goes on where this run has stopped."""
-    command = f"{command_for('train.py')} --resume {shlex.quote(str(result.run_dir))}"
-    places = ["runs_dir", *(["checkpoints_dir"] if setup.start.named_model else [])]
-    for name in places:
+    command = f"{command_for('train.py')} --resume {shlex.quote(str(run_dir))}"
+    # What no checkpoint says, as it is the machine's or the user's.
+    for name in ("device", "runs_dir", *(["checkpoints_dir"] if setup.start.named_model else [])):
         value = getattr(setup.config, name)
         if value != ModelConfig.model_fields[name].default:
             command += f" {flag_of(name)} {shlex.quote(value)}"
@@ -732,6 +743,26 @@ def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
 
 # ----------------------------------------------------------------------------------------------
 # When the machine refuses
+
+
+@contextlib.contextmanager
+def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterator[None]:
+    """Where the run fails or is aborted, say what it has saved. A failure is the run's from here.
+
+    Raises `RunError` in the place of a `UserError`: the files that are at fault are its own.
+    """
+    try:
+        yield
+    except (UserError, RunError, OSError, KeyboardInterrupt, SystemExit) as error:
+        with contextlib.suppress(OSError):
+            if checkpoints := checkpoints_in(run.path):
+                output.line(
+                    f"\nThe last checkpoint is that of step {step_of(checkpoints[-1])}; go on from "
+                    f"it with\n  {resume_command(run.path, setup)}"
+                )
+        if isinstance(error, UserError):
+            raise RunError(str(error)) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """A bundle survives whatever stops its writer: at every call of the operating system, one by one.
 
-A process is forked and killed before each call that a publication makes, or loses its power there,
-or is told that the disk is full; what then stands in the directory must be the old bundle or the
-new one, and the next save must leave nothing behind.
+A process is forked and killed before each call that a publication makes, or killed and what it had
+not synced of its files lost, or told that the disk is full; what then stands in the directory must
+be the old bundle or the new one, and the next save must leave nothing behind.
 
 python -m pytest tests/test_crash.py
 """

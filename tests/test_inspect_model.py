@@ -42,7 +42,7 @@ def show(capsys):
 
 def test_with_no_model_named_all_are_listed_the_lowest_val_loss_first(models, show):
     lines = show().splitlines()
-    assert lines[0].split() == "model val loss best step parameters size saved text".split()
+    assert lines[0].split() == "model val loss step parameters size saved text".split()
     assert [line.split()[0] for line in lines[1:]] == [
         "runs/20260101_000000",
         "checkpoints/dante",
@@ -104,7 +104,7 @@ def test_two_models_are_shown_side_by_side_by_what_differs(models, show):
     lines = show("dante", "--run", "20260101_000000", "--model-name", "virgil").splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["step"] == ["8", "4", "7"]
-    assert rows["val_loss"] == ["null", "1.25", "1.5"]
+    assert rows["val_loss"] == ["–", "1.25", "1.5"]
     assert "n_embd" not in rows
     assert "mother at 3 < grandmother at 9" in "\n".join(lines)
     assert show("dante", "dante").splitlines()[-1] == "no difference"
@@ -126,7 +126,10 @@ def test_a_damaged_model_is_named_and_the_others_are_still_listed(models, show, 
     ("flags", "words"),
     [
         (["nobody"], "nobody: no such model"),
-        (["--model-name", "nobody"], "checkpoints/nobody: no such model: no such directory"),
+        (
+            ["--model-name", "nobody"],
+            "nobody: no such named model; there are: dante, virgil",
+        ),
         (["--run", "20260103_000000"], "this run has saved no model yet"),
         (["--model-name"], "--model-name needs a value"),
         ([""], "MODEL needs a value"),

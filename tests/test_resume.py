@@ -8,6 +8,7 @@ mode of torch.compile.
 python -m pytest tests/test_resume.py
 """
 
+import hashlib
 import json
 import os
 import random
@@ -218,8 +219,8 @@ def test_a_bundle_moved_away_on_its_own_goes_on_to_the_same_bits(
 
 def test_a_process_killed_again_and_again_ends_with_the_same_bits(text_file):
     """Real processes, killed at moments that nobody chose, and `--resume auto` until it is done."""
-    flags = [*TINY_FLAGS, "--data", str(text_file), "--dropout=0.2", "--max-iters=400"]
-    flags += ["--eval-interval=20", "--checkpoint-interval=5", "--run-tag=x"]
+    flags = [*TINY_FLAGS, "--data", str(text_file), "--dropout=0.2", "--max-iters=1000"]
+    flags += ["--eval-interval=50", "--checkpoint-interval=10", "--run-tag=x"]
     command = [sys.executable, str(CHECKOUT / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -228,7 +229,7 @@ def test_a_process_killed_again_and_again_ends_with_the_same_bits(text_file):
         return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
     with begin("whole") as process:
-        assert "Done: 400 steps" in process.stdout.read()
+        assert "Done: 1,000 steps" in process.stdout.read()
     chance = random.Random(1)
     kills = 0
     while True:
@@ -241,7 +242,7 @@ def test_a_process_killed_again_and_again_ends_with_the_same_bits(text_file):
                 process.kill()
                 kills += process.wait() == -signal.SIGKILL
             rest = process.stdout.read()
-        if "Done: 400 steps" in rest:
+        if "Done: 1,000 steps" in rest:
             break
         assert kills < 10
     assert kills == 3
@@ -286,9 +287,11 @@ def test_a_resume_is_a_new_run_linked_to_the_old_one_and_the_old_one_stays_as_it
     second = resume(first.run_dir, max_iters=2 * N)
     assert second.run_dir != first.run_dir
     record = json.loads((second.run_dir / "meta" / "full_config.json").read_text("utf-8"))
+    weights = first.checkpoint / "model.safetensors"
     assert record["run"]["resumed_from"] == {
         "run_id": first.run_dir.name,
         "step": N,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "path": str(first.checkpoint.resolve()),
     }
     assert record["sources"]["n_embd"] == str(first.checkpoint)

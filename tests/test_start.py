@@ -5,7 +5,6 @@ That what goes on is exactly the same is the subject of test_resume.py.
 python -m pytest tests/test_start.py
 """
 
-import contextlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from checkpoint import load_model
 from start import name_locked, plan
 from train import TrainResult, dry_run, train, training_step
 from utils.errors import NothingToDo, RunError, UserError
+from utils.stop import StopRequest
 
 DANTE = Path("checkpoints/dante")
 
@@ -115,7 +115,7 @@ def test_a_signal_publishes_the_named_model(go, monkeypatch, number):
         stop(patch, 2, number)
         result = go(fresh=True, model_name="dante", max_iters=100, checkpoint_interval=0)
     assert (state(DANTE)["step"], result.exit_status) == (3, 128 + number)
-    assert f"--resume {result.run_dir}   # go on from here" in console(result)
+    assert f"--resume {result.run_dir} --device cpu   # go on from here" in console(result)
 
 
 def test_the_named_model_holds_the_last_step_and_the_export_the_best(go, monkeypatch):
@@ -275,6 +275,20 @@ def test_a_config_file_conflicts_as_a_flag_does_and_all_conflicts_are_told_toget
     ]
 
 
+def test_a_flag_counts_for_more_than_the_file_also_where_they_could_conflict(go):
+    first = go(fresh=True, max_iters=2)
+    Path("my.yaml").write_text("n_layer: 3\n", encoding="utf-8")
+    loaded, _ = plan({"n_layer": 2, "max_iters": 4}, "my.yaml", resume=str(first.run_dir))
+    assert loaded.config.n_layer == 2
+
+
+def test_auto_takes_the_checkpoint_before_a_damaged_one(go):
+    first = go(fresh=True, max_iters=4, checkpoint_interval=2)
+    (first.checkpoint / "training_state.json").write_text("", encoding="utf-8")
+    _, start = plan({"max_iters": 6}, resume="auto")
+    assert start.step == 3
+
+
 def test_the_same_value_and_the_device_are_no_conflict(go):
     first = go(fresh=True, max_iters=2)
     assert go(str(first.run_dir), max_iters=4, n_layer=2, device="cpu").step == 4
@@ -403,10 +417,10 @@ def test_auto_with_a_parent_goes_on_with_a_child_of_it_alone(go, purgatorio):
 def test_auto_with_a_name_resumes_the_name_and_fine_tunes_only_once(go):
     go(fresh=True, model_name="dante", max_iters=2)
     child = {"model_name": "child", "init_from": "dante", "max_iters": 4}
-    with contextlib.suppress(NothingToDo):
-        for _ in range(2):
-            go("auto", data=get_model_info("dante")["training_state"]["training_config"]["data"],
-               **child)  # fmt: skip
+    child["data"] = get_model_info("dante")["training_state"]["training_config"]["data"]
+    go("auto", **child)
+    with pytest.raises(NothingToDo):
+        go("auto", **child)
     assert state(Path("checkpoints/child"))["step"] == 4
     assert len(state(Path("checkpoints/child"))["lineage"]) == 1
 
@@ -498,6 +512,39 @@ def test_a_bundle_moved_away_trains_no_model_of_that_name_here(go, tmp_path):
     result = go(str(tmp_path / "gift"), max_iters=4)
     assert result.step == 4
     assert not DANTE.exists()
+
+
+def test_a_signal_at_the_worst_moment_saves_the_step(go, monkeypatch):
+    """Between the look that decides on saving and the one that decides on leaving."""
+    looks = []
+
+    def late(self):
+        looks.append(None)
+        return len(looks) > 5
+
+    monkeypatch.setattr(StopRequest, "requested", property(late))
+    scripted = iter([1.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(
+        train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
+    )
+    result = go(fresh=True, max_iters=100, eval_interval=1, checkpoint_interval=0)
+    assert state(result.checkpoint)["step"] == result.step
+
+
+def test_a_run_that_fails_or_is_aborted_says_what_it_has_saved(go, monkeypatch, capsys, tiny):
+    def aborted(setup, index):
+        if index == 5:
+            raise KeyboardInterrupt
+        return training_step(setup, index)
+
+    monkeypatch.setattr(train_module, "training_step", aborted)
+    loaded, start = plan(tiny(checkpoint_interval=2).model_dump(exclude_unset=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(loaded.config, loaded=loaded, start=start)
+    shown = capsys.readouterr().out
+    (run,) = Path("runs").iterdir()
+    assert "The last checkpoint is that of step 4; go on from it with\n" in shown
+    assert shown.splitlines()[-1].endswith(f"train.py --resume {run} --device cpu")
 
 
 # The best, and which checkpoints are kept -----------------------------------------------------
@@ -631,6 +678,12 @@ def test_a_shape_of_its_own_is_refused_for_a_child(go, purgatorio):
     with pytest.raises(UserError, match=r"n_layer 3 \(--n-layer\) is not the 2 of checkpoints/dan"):
         go(init_from="dante", model_name="child", data=purgatorio, n_layer=3)
     assert not Path("checkpoints/child").exists()
+
+
+def test_a_child_does_not_take_its_parents_place(go, purgatorio):
+    go(fresh=True, model_name="dante", max_iters=2)
+    with pytest.raises(UserError, match="a child cannot take its parent's place"):
+        go(init_from="dante", model_name="dante", overwrite=True, data=purgatorio)
 
 
 def test_fine_tuning_onto_a_name_that_is_there_is_refused(go, purgatorio):

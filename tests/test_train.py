@@ -283,7 +283,8 @@ def test_max_minutes_beside_max_iters_are_a_time_limit(tiny, quiet):
     assert 1 <= result.step < 10**6
     assert result.exit_status == 0
     assert f"Stopped after step {result.step:,}" in console(result.run_dir)
-    assert f"--resume {result.run_dir}   # go on from here" in console(result.run_dir)
+    assert f"--resume {result.run_dir} --device cpu   # go on from here" in console(result.run_dir)
+    assert ": max_minutes 0.01 is over." in console(result.run_dir)
     assert (result.export_dir / "model.safetensors").exists()
 
 

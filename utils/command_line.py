@@ -32,7 +32,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         if action.metavar == _BOOL:
             return ", ".join("--[no-]" + flag[2:] for flag in action.option_strings)
         value = f" {action.metavar}" if action.metavar else ""
-        return ", ".join(action.option_strings) + value
+        return (", ".join(action.option_strings) + value).strip()
 
 
 def flag_of(name: str) -> str:

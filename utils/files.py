@@ -5,6 +5,7 @@ operating system at a time: `tests/test_crash.py` stops a process at each one of
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,12 @@ def text_file_problem(path: Path) -> str | None:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory is there that we may look into; False for whatever a path may be."""
+    """Whether a directory is there; False too for a path that no system takes."""
     return os.path.isdir(path)
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; False for whatever a path may be."""
+    """Whether a file is there; False too for a path that no system takes."""
     return os.path.isfile(path)
 
 
@@ -59,19 +60,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_by_library(path: Path, write: Callable[[Path], None], like: Path) -> None:
-    """Have a library write a file; give it the permissions of `like`, and see it on the disk."""
+    """Have a library write a file; give it the permissions of `like`, and see it on the disk.
+
+    A library may keep a file to its owner alone; those that Python opens follow the umask.
+    """
     write(path)
     os.chmod(path, like.stat().st_mode)
     sync(path)
 
 
-def copy_durable(source: Path, target: Path) -> None:
-    """Copy a file's content, and return when it is on the disk."""
+def copy_durable(source: Path, target: Path) -> str:
+    """Copy a file's content, and return its SHA-256 when it is on the disk."""
+    digest = hashlib.sha256()
     with open(source, "rb") as reader, open(target, "wb") as writer:
         while part := reader.read(_COPIED_AT_ONCE):
+            digest.update(part)
             writer.write(part)
         writer.flush()
         os.fsync(writer.fileno())
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -123,9 +130,9 @@ def remove_if_empty(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether a process of this number runs on this machine, as far as can be told."""
     if os.name == "nt":  # where asking by signal 0 would end it
-        return process == os.getpid()
+        return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -24,7 +24,7 @@ from typing import Any
 
 from parameters import GROUPS, ModelConfig
 from utils.errors import UserError
-from utils.files import write_atomic
+from utils.files import make_directory, sync, write_atomic
 
 RECORD_VERSION = 1  # of full_config.json
 GIT_SECONDS = 10
@@ -113,10 +113,10 @@ class RunDirectoryCreator:
         Raises `UserError` where `runs_dir` cannot be written to.
         """
         try:
-            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            make_directory(self.runs_dir)
             run = RunDirectory(self._made_exclusively(run_id))
             for directory in (run.tensorboard, run.checkpoints, run.meta):
-                directory.mkdir(parents=True)
+                make_directory(directory)  # durable, as the checkpoints in it will be
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -131,6 +131,7 @@ class RunDirectoryCreator:
             path = self.runs_dir / (run_id if number == 1 else f"{run_id}_{number}")
             try:
                 path.mkdir()  # atomic: of two that try the same name, one fails
+                sync(self.runs_dir)
                 return path
             except FileExistsError:
                 number += 1
