@@ -304,9 +304,9 @@ def test_samples_are_printed_at_evaluations_when_asked_for(tiny, quiet):
 
 
 def test_a_run_within_its_warm_up_says_so(tiny, quiet):
-    short = train(tiny(warmup_iters=6), output=quiet)
-    assert "Note: the run ends within its warm-up of 6 steps" in console(short.run_dir)
-    assert "Note:" not in console(train(tiny(), output=quiet).run_dir)
+    short = train(tiny(warmup_iters=7), output=quiet)
+    assert "Note: the run ends within its warm-up of 7 steps" in console(short.run_dir)
+    assert "Note:" not in console(train(tiny(warmup_iters=6), output=quiet).run_dir)
 
 
 def test_num_threads_is_obeyed(tiny, quiet):

@@ -105,14 +105,18 @@ def move_if_there(source: Path, target: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """Make a directory and those it is in, if they are not there; their names are durable."""
+    tries = 10
     while not path.is_dir():
         make_directory(path.parent)
+        tries -= 1
         try:
             os.mkdir(path)
         except FileExistsError:  # another process was faster
             if not path.is_dir():
                 raise
         except FileNotFoundError:  # it has just removed the empty directory above: once more
+            if tries == 0:
+                raise
             continue
         sync(path.parent)
 
