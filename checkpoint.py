@@ -247,42 +247,57 @@ def load_checkpoint(bundle: Bundle, model: LanguageModel, optimizer: torch.optim
     """
     load_weights(bundle, model)
     path = bundle.path / OPTIMIZER_FILE
-    remedy = "--reset-optimizer goes on with a new optimizer"
     try:
-        # Tensors and plain values alone: a pickle could run any code (docs.pytorch.org, torch.load)
-        content = io.BytesIO(bundle.contents[OPTIMIZER_FILE])
-        with warnings.catch_warnings(action="ignore"):  # of a foreign file; the error says enough
-            saved = torch.load(content, map_location="cpu", weights_only=True)
-        version, kind = saved["format_version"], saved["optimizer"]
-        state, generators = dict(saved["state"]), dict(saved["generators"])
-    except Exception as error:  # whatever a foreign file makes of a loader
-        reason = str(error).splitlines()[0] if isinstance(error, KeyError) else type(error).__name__
-        raise UserError(f"{path}: not the state of an optimizer ({reason}); {remedy}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}; {remedy}"
-        )
-    if kind != type(optimizer).__name__:
-        raise UserError(
-            f"{path}: the state of {kind}, and this run has {type(optimizer).__name__}; {remedy}"
-        )
-    names = _parameter_names(model, optimizer)
-    try:
-        if state and state.keys() != set(names):
-            raise ValueError("its parameters are not those of this model")
-        for name, parameter in model.named_parameters():
-            for value in state.get(name, {}).values():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape")
-        by_index = {index: state[name] for index, name in enumerate(names) if name in state}
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": by_index, "param_groups": groups})
-        _restore_generators(generators, next(model.parameters()).device)
+        saved = _read_optimizer_state(bundle.contents[OPTIMIZER_FILE], type(optimizer).__name__)
+        optimizer.load_state_dict(_fitted(saved["state"], model, optimizer))
+        _restore_generators(saved["generators"], next(model.parameters()).device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: does not fit: {str(error).splitlines()[0]}; {remedy}") from None
+        reason = str(error).splitlines()[0]
+        remedy = "--reset-optimizer goes on with a new optimizer"
+        raise UserError(f"{path}: {reason}; {remedy}") from None
+
+
+def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
+    """What is in `optimizer.pt`. Raises ValueError where that is no state of such an optimizer."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a foreign file; the error says enough
+            # Tensors and plain values alone: a pickle could run any code (see torch.load's manual).
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        missing = {"format_version", "optimizer", "state", "generators"} - saved.keys()
+    except Exception as error:  # whatever a foreign file makes of a loader
+        name = type(error).__name__
+        raise ValueError(f"not the state of an optimizer ({name})") from None
+    if missing:
+        raise ValueError(f"not the state of an optimizer (no {', '.join(sorted(missing))})")
+    if saved["format_version"] != FORMAT_VERSION:
+        version = saved["format_version"]
+        raise ValueError(f"format_version {version!r}, and this Folio reads {FORMAT_VERSION}")
+    if saved["optimizer"] != kind:
+        raise ValueError(f"the state of {saved['optimizer']}, and this run has {kind}")
+    return saved
+
+
+def _fitted(
+    state: dict[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """A state that is keyed by the parameters' names as the optimizer's own, in its own order.
+
+    Raises ValueError where it is another model's.
+    """
+    names = _parameter_names(model, optimizer)
+    if state and state.keys() != set(names):  # before the first step there is none
+        raise ValueError("does not fit: its parameters are not those of this model")
+    for name, parameter in model.named_parameters():
+        for value in state.get(name, {}).values():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"does not fit: {name} has another shape")
+    by_index = {index: state[name] for index, name in enumerate(names) if name in state}
+    return {"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    if "cpu" not in states:
+        raise ValueError("does not fit: it has no state of the random generators")
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -179,22 +179,19 @@ def choose_start(
         found = find_directory(init_from, runs_dir, checkpoints_dir)
         parent = read_bundle(usable_bundle(found))
 
-    directory = None
-    if resume == "auto":
-        if named_model is None:
-            directory = _newest_checkpoint(runs_dir, tag, parent)
-        elif exists and not overwrite:
-            directory = named_model
-    elif resume is not None:
+    there = named_model if exists and not overwrite else None
+    if there is not None and init_from is not None and resume is None:
+        raise UserError(
+            f"{there} exists already, and init_from {init_from} ({origin('init_from')}) would "
+            "begin it: go on with it without that, or with --resume auto; begin it anew with "
+            "--overwrite; or choose another --model-name"
+        )
+    if resume is None or (resume == "auto" and named_model is not None):
+        directory = there
+    elif resume == "auto":
+        directory = _newest_checkpoint(runs_dir, tag, parent)
+    else:
         directory = _checkpoint_meant(resume, runs_dir, checkpoints_dir)
-    elif exists and not overwrite:
-        directory = named_model
-        if init_from is not None:
-            raise UserError(
-                f"{named_model} exists already, and init_from {init_from} ({origin('init_from')}) "
-                "would begin it: go on with it without that, or with --resume auto; begin it anew "
-                "with --overwrite; or choose another --model-name"
-            )
     if directory is not None:
         start = _resumed(read_bundle(directory), reset_optimizer)
         named_model = _named_model_of(start.bundle, named_model, checkpoints_dir, overwrite)
