@@ -43,6 +43,18 @@ def console(run_dir: Path) -> str:
     return (run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
 
 
+def closings(monkeypatch) -> list[bool]:
+    """A list that grows when TensorBoard is closed, as it then really is."""
+    closed, real = [], TensorBoardTracker.close
+
+    def close(self):
+        closed.append(True)
+        real(self)
+
+    monkeypatch.setattr(TensorBoardTracker, "close", close)
+    return closed
+
+
 # A whole run ----------------------------------------------------------------------------------
 
 
@@ -445,8 +457,7 @@ def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
         return run
 
     monkeypatch.setattr(RunDirectoryCreator, "create", on_a_full_disk)
-    closed = []
-    monkeypatch.setattr(TensorBoardTracker, "close", lambda self: closed.append(True))
+    closed = closings(monkeypatch)
     with pytest.raises(RunError, match="cannot be written: No space left on device"):
         train(tiny(), output=quiet)
     assert closed == [True]
@@ -468,8 +479,7 @@ def test_a_tensorboard_that_fails_costs_a_warning_and_not_the_run(tiny, quiet, m
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, RunError])
 def test_trackers_are_closed_whatever_happens(tiny, quiet, monkeypatch, error):
-    closed = []
-    monkeypatch.setattr(TensorBoardTracker, "close", lambda self: closed.append(True))
+    closed = closings(monkeypatch)
 
     def fail(*_):
         raise error("x")
