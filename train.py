@@ -225,9 +225,7 @@ def run_steps(
 ) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     config, model, data = setup.config, setup.model, setup.data
-    checkpoints = Checkpoints(
-        run, setup.start.named_model, model, setup.optimizer, data.tokenizer, config
-    )
+    checkpoints = open_checkpoints(setup, run)
     best = bring_best(setup, run, output)
     losses: dict[str, float | None] = {"train": None, "val": None}
     evaluated = last_sample = setup.start.step
@@ -258,11 +256,8 @@ def run_steps(
                 if is_evaluated:
                     save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
-                losses, evaluated = estimate_loss(model, data, config), done
-                is_best = best.loss is None or losses["val"] < best.loss
-                log.evaluation(done, losses, bits_per_byte(losses, data), is_best=is_best)
-                if is_best:
-                    best = Best(done, losses["val"])
+                evaluated = done
+                losses, best = evaluate(setup, log, done, best)
                 stopping = stopping or stop.requested
             if is_saved or is_last or stopping or best.step == done:
                 save(done)
@@ -313,6 +308,16 @@ def training_step(setup: Setup, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         total += loss.detach()
     grad_norm = update(setup.model, setup.optimizer, step, config)
     return total, grad_norm
+
+
+def evaluate(
+    setup: Setup, log: RunLog, step: int, best: Best
+) -> tuple[dict[str, float | None], Best]:
+    """Measure and log the losses after `step`; return them, and the best until now."""
+    losses = estimate_loss(setup.model, setup.data, setup.config)
+    is_best = best.loss is None or losses["val"] < best.loss
+    log.evaluation(step, losses, bits_per_byte(losses, setup.data), is_best=is_best)
+    return losses, Best(step, losses["val"]) if is_best else best
 
 
 @torch.no_grad()
@@ -552,6 +557,18 @@ def open_run(
     capture = MetadataCapture(run.meta, CHECKOUT)
     capture.capture(recorded, setup.sources, record, machine_record(setup.device))
     return run
+
+
+def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
+    """Where the run saves: its own checkpoints and export, and the named model."""
+    return Checkpoints(
+        run,
+        setup.start.named_model,
+        setup.model,
+        setup.optimizer,
+        setup.data.tokenizer,
+        setup.config,
+    )
 
 
 def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
