@@ -159,12 +159,12 @@ def write_bundle(
     tokenizer: Mapping[str, Any],
     state: TrainingState,
     save_weights: Callable[[Path], None],
-    save_optimizer: Callable[[Path], None] | None = None,
+    save_optimizer: Callable[[Path], None],
 ) -> None:
     """Publish a bundle in `directory`, in the place of the one that may be there.
 
-    `save_weights(path)` and `save_optimizer(path)` write those files; without the second, the
-    bundle is an export. `state.files` and `state.optimizer_file` are filled in here.
+    `save_weights(path)` and `save_optimizer(path)` write those files. `state.files` and
+    `state.optimizer_file` are filled in here.
 
     Raises what the writers and the system raise; what stood in `directory` is untouched then.
     """
@@ -173,13 +173,9 @@ def write_bundle(
     with _publication(directory) as building:
         _write_json(building / CONFIG_FILE, {**architecture, **recorded})
         _write_json(building / TOKENIZER_FILE, tokenizer)
-        write_by_library(building / WEIGHTS_FILE, save_weights, like=building / CONFIG_FILE)
-        names = list(MODEL_FILES)
-        if save_optimizer is not None:
-            names.append(OPTIMIZER_FILE)
-            optimizer = building / OPTIMIZER_FILE
-            write_by_library(optimizer, save_optimizer, like=building / CONFIG_FILE)
-        files = {name: _sha256(building / name) for name in names}
+        for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
+            write_by_library(building / name, save, like=building / CONFIG_FILE)
+        files = {name: _sha256(building / name) for name in (*MODEL_FILES, OPTIMIZER_FILE)}
         _write_state(building, state, files)
 
 

@@ -473,7 +473,7 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
         return Best()
     state, config = start.bundle.state, setup.config
     best = Best(state.fact("best_step"), state.best_val_loss)
-    measure = ("eval_iters", "train_split", "test_split")
+    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
     is_comparable = setup.data.sha256 == state.fact("data_sha256") and all(
         state.settings.get(name) == getattr(config, name) for name in measure
     )
@@ -764,13 +764,13 @@ def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
 
 @contextlib.contextmanager
 def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterator[None]:
-    """Where the run fails or is aborted, say what it has saved. A failure is the run's from here.
+    """Where the run ends early, say what it has saved. Whatever fails is the run's from here on.
 
     Raises `RunError` in the place of a `UserError`: the files that are at fault are its own.
     """
     try:
         yield
-    except (UserError, RunError, OSError, KeyboardInterrupt, SystemExit) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             if checkpoints := checkpoints_in(run.path):
                 output.line(
