@@ -72,6 +72,7 @@ TRAINING_FACTS = (
     "start_step",  # of the run that saved this
     "previous_runs",  # those that this one goes on with: run_id and step, the first one first
     "best_step",
+    "evaluations_since_best",
     "data_sha256",
     "model_name",
     "run_tag",

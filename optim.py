@@ -49,16 +49,20 @@ def learning_rate_at(step: int, config: ModelConfig) -> float:
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: ModelConfig
-) -> Tensor:
-    """Apply the gradients that are there, and clear them. Returns their norm, on the device."""
+def clip_gradients(model: nn.Module, longest: float) -> Tensor:
+    """Scale the gradient down to the norm `longest`, where it is longer; 0 leaves it as it is.
+
+    Returns its norm before, a scalar on the device.
+    """
     parameters = list(model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.grad_clip > 0:
-        nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
+    if longest > 0:
+        nn.utils.clip_grads_with_norm_(parameters, longest, grad_norm)
+    return grad_norm
+
+
+def update(optimizer: torch.optim.Optimizer, step: int, config: ModelConfig) -> None:
+    """Apply the gradients that are there, at the learning rate of `step`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm

@@ -137,6 +137,9 @@ class Training(Settings):
     eval_iters: Count = 20
     """Batches in one evaluation of a split, the same ones every time. 0: the whole split."""
 
+    early_stopping_patience: Count = 0
+    """Stop when val loss has not fallen for so many evaluations. 0: train to the end."""
+
     seed: Seed = 1337
     """Initial weights, batches, dropout and samples follow from it; evaluation never does."""
 
@@ -173,8 +176,14 @@ class Tracking(Settings):
     log_interval: Positive = 50
     """Steps from one printed line to the next, at most; every step is logged."""
 
-    sample_interval: Count = 0
-    """Print generated text at the first evaluation after so many steps. 0: at the end only."""
+    sample_interval: Count = 500
+    """Show generated text at the first evaluation after so many steps. 0: at the end only."""
+
+    histogram_interval: Count = 250
+    """Steps between histograms of all weights and gradients. 0: none."""
+
+    aim_logging: bool = False
+    """Whether to log to Aim as well (extra aim)."""
 
 
 class Run(Settings):
@@ -185,6 +194,9 @@ class Run(Settings):
 
     runs_dir: str = Field(default="runs", min_length=1)
     """Where run directories are made."""
+
+    aim_repo: str | None = Field(default=None, min_length=1)
+    """Where Aim keeps runs: a directory, or aim://host:port. null: .aim beside runs_dir."""
 
     model_name: ModelName | None = None
     """Train this model in checkpoints_dir: go on where it stands, or begin it."""

@@ -243,11 +243,17 @@ def start_of(config: ModelConfig) -> Start:
 
 
 def check_steps_left(config: ModelConfig, start: Start) -> None:
-    """Raise `NothingToDo` where a resumed model has had all its steps."""
+    """Raise `NothingToDo` where a resumed model has had all its steps, or was stopped early."""
     if start.is_resume and config.max_iters is not None and config.max_iters <= start.step:
         raise NothingToDo(
             f"{start.bundle.path} is at step {start.step} already, and max_iters is "
             f"{config.max_iters}: nothing to do; --max-iters N goes on to step N"
+        )
+    since = start.bundle.state.fact("evaluations_since_best") if start.is_resume else None
+    if config.early_stopping_patience and (since or 0) >= config.early_stopping_patience:
+        raise NothingToDo(
+            f"{start.bundle.path} was stopped early: its val loss did not fall in {since} "
+            "evaluations; --early-stopping-patience N waits for more of them (0: for ever)"
         )
 
 

@@ -15,7 +15,7 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
-from config import CHECKOUT, LoadedConfig, describe
+from config import LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
 from start import Start, plan
 from utils.command_line import Action, CommandLine, flag_of
@@ -32,6 +32,13 @@ ACTIONS = (
         "RUN|BUNDLE|last|auto",
     ),
     Action("reset_optimizer", "Resume with a new optimizer."),
+    Action(
+        "callback",
+        "Call an object of your own after steps and evaluations and at the end, which make(config) "
+        "in a module of yours returns; may be repeated. See docs/callbacks.md.",
+        "MODULE:MAKE",
+        repeats=True,
+    ),
     Action("overwrite", "Begin the named model anew, or put another in its place."),
     Action("show_config", "Print every setting with its source, and exit."),
     Action("dry_run", "Say what the run would be and take, from a few real steps, and exit."),
@@ -58,12 +65,22 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     # Only here is torch imported: the rest of this file, as a module.
+    from callbacks import load_callbacks
     from train import dry_run, train
 
+    callbacks = load_callbacks(actions.get("callback", []), loaded.config)
     if "dry_run" in actions:
         output.line(dry_run(loaded, start))
         return 0
-    return train(loaded.config, loaded=loaded, start=start, argv=argv, output=output).exit_status
+    result = train(
+        loaded.config,
+        loaded=loaded,
+        start=start,
+        argv=argv,
+        output=output,
+        callbacks=callbacks,
+    )
+    return result.exit_status
 
 
 if __name__ == "__main__":
@@ -74,109 +91,39 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+import platform
 import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from bundle import (
-    TRAINING_SETTINGS,
-    WEIGHTS_FILE,
-    Bundle,
-    TrainingState,
-    checkpoints_in,
-    copy_bundle,
-    is_bundle,
-    read_state,
-    step_of,
-)
-from checkpoint import Checkpoints, load_checkpoint, load_tokenizer, load_weights
-from data import (
-    SPLITS,
-    Dataset,
-    evaluation_batches,
-    get_batch,
-    listed_characters,
-    load_data,
-    micro_batches,
-)
+from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, step_of
+from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainResult
+from checkpoint import Checkpoints
+from data import Dataset
 from model import LanguageModel
-from optim import create_optimizer, learning_rate_at, update
-from start import (
-    check_rerun,
-    check_steps_left,
-    check_unchanged,
-    kept_checkpoint,
-    name_locked,
-    read_contents,
-    start_of,
-)
-from utils.device import (
-    choose_device,
-    compile_model,
-    describe_device,
-    is_out_of_memory,
-    peak_memory,
-    processor_name,
-    synchronize,
-)
+from optim import learning_rate_at
+from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
+from report import write_report
+from start import check_unchanged, name_locked
+from step import Setup, bits_per_byte, estimate_loss, training_step
+from utils.device import is_out_of_memory
 from utils.errors import RunError, UserError
 from utils.output import byte_size, command_for, duration, plural
-from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
+from utils.run_manager import RunDirectory, read_record
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
+from utils.tracking.aim import AimTracker, aim_repository
 from utils.tracking.run_log import RunLog
 from utils.tracking.tensorboard import TensorBoardTracker
 
-SAMPLE_TOKENS = 400
+SAMPLE_TOKENS = 200  # while the model learns
+LAST_SAMPLE_TOKENS = 400
 SAMPLE_TEMPERATURE = 0.8
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What became of a run.
-
-    Losses are means in nats per token, and None where nothing was evaluated; `seconds` is the
-    loop's time. `checkpoint` is the bundle to go on with, `export_dir` that of the best model.
-    """
-
-    run_dir: Path
-    export_dir: Path
-    checkpoint: Path | None
-    step: int
-    train_loss: float | None
-    val_loss: float | None
-    best_step: int | None
-    best_val_loss: float | None
-    seconds: float
-    exit_status: int
-
-
-@dataclass(frozen=True)
-class Best:
-    """The lowest val loss so far, in nats per token, and the step that had it."""
-
-    step: int | None = None
-    loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a run needs before its first step. `config.max_iters` is settled."""
-
-    config: ModelConfig
-    sources: dict[str, str]
-    start: Start
-    device: torch.device
-    data: Dataset
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
-    compile_mode: str
 
 
 def train(
@@ -186,6 +133,7 @@ def train(
     start: Start | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
+    callbacks: Mapping[str, object] | None = None,
 ) -> TrainResult:
     """Train a model as `config` says, in a run directory of its own.
 
@@ -196,10 +144,12 @@ def train(
             if None, new weights, or those that `config.init_from` names.
         argv: the command line, for the record.
         output: what prints; `Output(quiet=True)` prints nothing.
+        callbacks: objects as callbacks.py describes them, under the names to call them by.
 
     Raises:
-        UserError: the device, the text, `runs_dir` or the model to begin with cannot be used, or
-            another process trains the model of that name. No run directory was made.
+        UserError: the device, the text, `runs_dir` or the model to begin with cannot be used,
+            Aim is asked for and not there, or another process trains the model of that name. No
+            run directory was made.
         NothingToDo: the model to resume has had `max_iters` steps. Nothing was changed.
         RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
@@ -210,10 +160,12 @@ def train(
             setup = set_up(config, loaded, start)
             with name_locked(setup.start.named_model), StopRequest() as stop:
                 check_unchanged(setup.start)
-                run = open_run(setup, loaded, argv, output)
-                with told_how_to_go_on(setup, run, output):
+                run = open_run(setup, loaded, argv, list(callbacks or {}), output)
+                with told_how_to_go_on(setup, run, output), report_at_the_end(run, output):
                     with contextlib.closing(open_log(setup, run, output)) as log:
-                        result = run_steps(setup, run, log, output, stop)
+                        with open_callbacks(config, callbacks or {}, output) as opened:
+                            result = run_steps(setup, run, log, opened, output, stop)
+                            opened.at_end(result)
                 output.line(summary(result, setup))
             return result
     finally:
@@ -221,10 +173,15 @@ def train(
 
 
 def run_steps(
-    setup: Setup, run: RunDirectory, log: RunLog, output: Output, stop: StopRequest
+    setup: Setup,
+    run: RunDirectory,
+    log: RunLog,
+    callbacks: Callbacks,
+    output: Output,
+    stop: StopRequest,
 ) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
-    config, model, data = setup.config, setup.model, setup.data
+    config = setup.config
     checkpoints = open_checkpoints(setup, run)
     best = bring_best(setup, run, output)
     losses: dict[str, float | None] = {"train": None, "val": None}
@@ -241,10 +198,11 @@ def run_steps(
         for step in range(setup.start.step, config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)
             done = step + 1
-            log.step(done, loss, grad_norm, learning_rate_at(step, config))
+            why_stop = after_step(setup, run, log, callbacks, done, loss, grad_norm)
+            if time.monotonic() - began > time_limit:
+                why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
 
-            out_of_time = time.monotonic() - began > time_limit
-            is_last = done == config.max_iters or out_of_time
+            is_last = done == config.max_iters or why_stop is not None
             is_evaluated = is_last or is_due(done, config.eval_interval)
             is_saved = is_due(done, config.checkpoint_interval) or is_due(done, config.keep_every)
             stopping = stop.requested
@@ -258,6 +216,8 @@ def run_steps(
             if is_evaluated:
                 evaluated = done
                 losses, best = evaluate(setup, log, done, best)
+                why_stop = after_evaluation(setup, run, callbacks, done, losses, best) or why_stop
+                is_last = is_last or why_stop is not None
                 stopping = stopping or stop.requested
             if is_saved or is_last or stopping or best.step == done:
                 save(done)
@@ -266,7 +226,8 @@ def run_steps(
             due_again = last_sample + config.sample_interval
             if is_last or (is_evaluated and config.sample_interval and done >= due_again):
                 last_sample = done
-                log.sample(done, sample(model, data, config))
+                length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
+                log.sample(done, sample(setup.model, setup.data, config, length))
             if is_last:
                 break
             log.resume_clock()
@@ -281,33 +242,34 @@ def run_steps(
         best_val_loss=best.loss,
         seconds=time.monotonic() - began,
         exit_status=stop.exit_status,
+        stopped_by=why_stop if done < config.max_iters else None,
     )
 
 
-def training_step(setup: Setup, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Learn from the batch of `step`, a micro-batch at a time.
+def after_step(
+    setup: Setup,
+    run: RunDirectory,
+    log: RunLog,
+    callbacks: Callbacks,
+    step: int,
+    loss: Tensor,
+    grad_norm: Tensor,
+) -> str | None:
+    """Log a step, and tell the callbacks; return a callback's reason to stop, if it has one."""
+    config = setup.config
+    learning_rate = learning_rate_at(step - 1, config)
+    # First, as the log stops a run whose numbers are not finite, and these may tell why.
+    if is_due(step, config.histogram_interval):
+        log.histograms(step, weights_and_gradients(setup.model))
+    log.step(step, loss, grad_norm, learning_rate)
+    return callbacks.after_step(Step(step, loss, grad_norm, learning_rate, run.path, config))
 
-    Returns the mean loss over the whole batch and the norm of its gradient before clipping, both
-    scalars that are still on the device.
-    """
-    config, tokens = setup.config, setup.data.splits["train"]
-    total = torch.zeros((), device=setup.device)
-    for rows in micro_batches(config):
-        inputs, targets = get_batch(
-            tokens,
-            step,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            block_size=config.block_size,
-            rows=rows,
-        )
-        _, loss = setup.model(inputs.to(setup.device), targets.to(setup.device))
-        # Each micro-batch counts by its rows, so that their number changes nothing but memory.
-        loss = loss * (inputs.size(0) / config.batch_size)
-        loss.backward()
-        total += loss.detach()
-    grad_norm = update(setup.model, setup.optimizer, step, config)
-    return total, grad_norm
+
+def weights_and_gradients(model: LanguageModel) -> dict[str, Tensor]:
+    """Every parameter, and its gradient as it was clipped for the last step."""
+    parameters = dict(model.named_parameters())
+    gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
+    return {f"parameters/{name}": p for name, p in parameters.items()} | gradients
 
 
 def evaluate(
@@ -317,31 +279,30 @@ def evaluate(
     losses = estimate_loss(setup.model, setup.data, setup.config)
     is_best = best.loss is None or losses["val"] < best.loss
     log.evaluation(step, losses, bits_per_byte(losses, setup.data), is_best=is_best)
-    return losses, Best(step, losses["val"]) if is_best else best
+    if is_best:
+        return losses, Best(step, losses["val"])
+    return losses, Best(best.step, best.loss, best.evaluations_since + 1)
 
 
-@torch.no_grad()
-def estimate_loss(model: LanguageModel, data: Dataset, config: ModelConfig) -> dict[str, float]:
-    """The mean loss of the train and val splits, in nats per token, on their fixed batches."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    losses = {}
-    for split in ("train", "val"):
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        count = 0
-        for inputs, targets in evaluation_batches(data.splits[split], config):
-            _, loss = model(inputs.to(device), targets.to(device))
-            total += loss * targets.numel()
-            count += targets.numel()
-        losses[split] = total.item() / count
-    model.train(was_training)
-    return losses
-
-
-def bits_per_byte(losses: dict[str, float], data: Dataset) -> dict[str, float]:
-    """Losses as bits for each byte of the text: comparable between models of any tokenizer."""
-    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
+def after_evaluation(
+    setup: Setup,
+    run: RunDirectory,
+    callbacks: Callbacks,
+    step: int,
+    losses: dict[str, float],
+    best: Best,
+) -> str | None:
+    """Tell the callbacks; return a callback's reason to stop, if it has one."""
+    evaluation = Evaluation(
+        step=step,
+        train_loss=losses["train"],
+        val_loss=losses["val"],
+        val_bits_per_byte=bits_per_byte(losses, setup.data)["val"],
+        best=best,
+        run_dir=run.path,
+        config=setup.config,
+    )
+    return callbacks.after_evaluation(evaluation)
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -349,15 +310,15 @@ def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def sample(model: LanguageModel, data: Dataset, config: ModelConfig) -> str:
-    """Text in the model's own words, from a line's beginning; the same for the same weights."""
+def sample(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
+    """`length` tokens in the model's own words, from a line's beginning; its weights decide."""
     device = next(model.parameters()).device
     prompt = data.tokenizer.encode(data.tokenizer.default_prompt)
     prompt = torch.tensor([prompt.tolist()], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     ids = model.generate(
         prompt,
-        SAMPLE_TOKENS,
+        length,
         temperature=SAMPLE_TEMPERATURE,
         num_tokens=data.tokenizer.num_tokens,
         generator=generator,
@@ -375,6 +336,7 @@ def training_state(
         "start_step": start.step,
         "previous_runs": start.previous_runs,
         "best_step": best.step,
+        "evaluations_since_best": best.evaluations_since,
         "data_sha256": setup.data.sha256,
         "model_name": start.named_model.name if start.named_model else None,
         "run_tag": start.run_tag,
@@ -390,175 +352,6 @@ def training_state(
     )
 
 
-def recorded_path(data: Dataset) -> str | None:
-    """The text's whole path, so that a record serves from any directory."""
-    return data.path and str(Path(data.path).resolve())
-
-
-# ----------------------------------------------------------------------------------------------
-# Before the first step
-
-
-def set_up(
-    config: ModelConfig,
-    loaded: LoadedConfig | None = None,
-    start: Start | None = None,
-    *,
-    cache: bool = True,
-) -> Setup:
-    """Make what a run needs before its first step: device, text, model and optimizer.
-
-    Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
-    """
-    start = start or start_of(config)
-    check_steps_left(config, start)
-    device = choose_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    sources = dict(loaded.sources) if loaded else sources_in_code(config)
-    bundle = read_contents(start)
-    data = load_data(
-        config,
-        tokenizer=load_tokenizer(bundle) if bundle else None,
-        may_extend=not start.is_resume,
-        # A model that began with the sample corpus goes on with it, whatever else is there now.
-        sample=start.is_resume and sources["data"] == str(start.bundle.path),
-        cache=cache,
-    )
-    if loaded is not None:
-        check_rerun(loaded, start, data.name, data.sha256)
-    settled, length = settle_length(config, data, device, start)
-    if length != "max_iters":
-        sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
-        check_steps_left(settled, start)
-    return create_setup(settled, sources, data, device, start, bundle)
-
-
-def sources_in_code(config: ModelConfig) -> dict[str, str]:
-    """Where the settings of a config made in Python came from."""
-    given = config.model_fields_set
-    return {name: "train()" if name in given else "default" for name in ModelConfig.model_fields}
-
-
-def create_setup(
-    config: ModelConfig,
-    sources: dict[str, str],
-    data: Dataset,
-    device: torch.device,
-    start: Start,
-    bundle: Bundle | None = None,
-) -> Setup:
-    """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
-
-    `bundle` is that of `start`, with its contents, which are needed for no longer than this.
-    """
-    torch.manual_seed(config.seed)
-    model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
-    optimizer = create_optimizer(model, config)
-    compile_mode = compile_model(model, config.torch_compile)
-    if bundle is not None and start.is_resume and not start.reset_optimizer:
-        load_checkpoint(bundle, model, optimizer)  # and with it dropout's generator
-    elif bundle is not None:
-        load_weights(bundle, model)
-    return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
-
-
-def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
-    """The best so far of a training that goes on; its model becomes this run's export.
-
-    Where that model is not at hand, or was measured in another way, the best counts anew.
-    """
-    start = setup.start
-    if not start.is_resume or start.bundle.state.best_val_loss is None:
-        return Best()
-    state, config = start.bundle.state, setup.config
-    best = Best(state.fact("best_step"), state.best_val_loss)
-    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
-    is_comparable = setup.data.sha256 == state.fact("data_sha256") and all(
-        state.settings.get(name) == getattr(config, name) for name in measure
-    )
-    earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
-    for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
-        if is_comparable and is_bundle(place):
-            with contextlib.suppress(UserError):  # damaged, or removed by its own run meanwhile
-                if read_state(place).step == best.step:
-                    copy_bundle(place, run.export, with_optimizer=False)
-                    return best
-    why = "is not at hand" if is_comparable else "was measured in another way"
-    output.line(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
-    return Best()
-
-
-def settle_length(
-    config: ModelConfig, data: Dataset, device: torch.device, start: Start
-) -> tuple[ModelConfig, str]:
-    """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
-
-    A config with a number of steps alone trains the same model on any machine.
-    """
-    if config.max_iters is not None:
-        return config, "max_iters"
-    if config.epochs is not None:
-        tokens_per_step = config.batch_size * config.block_size
-        max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
-        settled = {"max_iters": max_iters, "epochs": None}
-        return config.model_copy(update=settled), "epochs"
-    assert config.max_minutes is not None
-    speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
-    more = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
-    settled = {"max_iters": start.step + more, "max_minutes": None}
-    return config.model_copy(update=settled), "max_minutes"
-
-
-def open_run(
-    setup: Setup, loaded: LoadedConfig | None, argv: Sequence[str], output: Output
-) -> RunDirectory:
-    """Make the run directory, start its `console.txt`, write its `meta/`, and say what begins."""
-    config, data = setup.config, setup.data
-    run_id = RunIDGenerator.generate(setup.start.run_tag)
-    run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
-    output.record_to(run.console)
-    output.line(banner(setup, loaded))
-    output.line(f"Run    {run.path}\n")
-    if warning := other_text(setup):
-        output.warning(warning)
-    if config.warmup_iters > config.max_iters:
-        reached = learning_rate_at(config.max_iters - 1, config)
-        output.line(
-            f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
-            f"rate of {reached:g}; lower warmup_iters to learn faster\n"
-        )
-    start = setup.start
-    resumed_from = start.bundle and {
-        "run_id": start.bundle.state.run_id,
-        "step": start.step,
-        "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
-        "path": str(kept_checkpoint(start, Path(config.runs_dir)).resolve()),
-    }
-    record = {
-        "run_id": run.run_id,
-        "argv": list(argv),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "resumed_from": resumed_from if start.is_resume else None,
-        "model_name": start.named_model.name if start.named_model else None,
-        "lineage": [ancestor.model_dump() for ancestor in start.lineage],
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "tokens": data.num_tokens,
-            "vocab_size": data.tokenizer.vocab_size,
-        },
-        "parameters": setup.model.num_parameters(),
-        "device": str(setup.device),
-        "torch_compile": setup.compile_mode,
-    }
-    parent = start.bundle and not start.is_resume and str(start.bundle.path.resolve())
-    recorded = config.model_copy(update={"data": recorded_path(data), "init_from": parent or None})
-    capture = MetadataCapture(run.meta, CHECKOUT)
-    capture.capture(recorded, setup.sources, record, machine_record(setup.device))
-    return run
-
-
 def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
     """Where the run saves: its own checkpoints and export, and the named model."""
     return Checkpoints(
@@ -572,14 +365,20 @@ def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
 
 
 def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
-    """The run's log: metrics.jsonl and TensorBoard."""
+    """The run's log: metrics.jsonl, TensorBoard and, if asked for, Aim. They know its settings."""
     config = setup.config
     assert config.max_iters is not None
-    tracker = CompositeTracker(
-        {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}, output.warning
-    )
+    makers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
+    if config.aim_logging:
+        makers["Aim"] = lambda: AimTracker(aim_repository(config), run.run_id)
+    tracker = CompositeTracker(makers, output.warning)
+    record = read_record(run.path)
+    about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
+    about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
+    tracker.log_config(record["config"], about)
     return RunLog(
         run.metrics,
+        run.samples,
         tracker,
         output,
         first_step=setup.start.step,
@@ -589,71 +388,30 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
     )
 
 
+@contextlib.contextmanager
+def open_callbacks(
+    config: ModelConfig, given: Mapping[str, object], output: Output
+) -> Iterator[Callbacks]:
+    """Early stopping, if it is asked for, and the user's own; all hear of a run that failed."""
+    patience = config.early_stopping_patience
+    own = {"early stopping": EarlyStopping(patience)} if patience else {}
+    callbacks = Callbacks({**own, **given}, output.warning)
+    try:
+        yield callbacks
+    except BaseException:
+        callbacks.at_end(None)
+        raise
+
+
 # ----------------------------------------------------------------------------------------------
 # What is said
-
-
-def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
-    """What is trained, on what, with what."""
-    config, data, start = setup.config, setup.data, setup.start
-    sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
-    compiled = "" if setup.compile_mode == "off" else f", torch.compile {setup.compile_mode}"
-    unit = data.tokenizer.unit
-    lines = [
-        f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
-        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}",
-        f"Text   {data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
-        f"{data.tokenizer.num_tokens:,} different",
-    ]
-    if data.left_out:
-        lines.append(f"       left out: {listed_characters(data.left_out)}")
-    if start.is_resume:
-        lines.append(
-            f"Resume {start.bundle.path}, step {start.step:,}"
-            + (" with a new optimizer" if start.reset_optimizer else "")
-        )
-        lines += [f"       {change}" for change in (loaded.changes if loaded else [])]
-    elif start.bundle is not None:
-        lines.append(f"Parent {start.bundle.path}, step {start.bundle.state.step:,}")
-        added = data.tokenizer.num_tokens - start.bundle.vocab_size
-        if data.tokenizer.token_kind == "char" and added:
-            lines.append(f"       {plural(added, 'character')} added to its vocabulary")
-    if start.named_model is not None:
-        lines.append(f"Name   {start.named_model}")
-    since = f"{start.step:,} to " if start.step else ""
-    lines += [
-        f"Steps  {since}{config.max_iters:,} of {config.batch_size} x {config.block_size} {unit}s: "
-        f"{passes(config, data, start.step):.2g} passes over the text",
-        f"Device {describe_device(setup.device)}{compiled}",
-    ]
-    return "\n".join(lines)
-
-
-def other_text(setup: Setup) -> str | None:
-    """A warning, where a model goes on with another text than the one it was trained on."""
-    start, data = setup.start, setup.data
-    known = start.bundle.state.fact("data_sha256") if start.is_resume else None
-    if known is None or known == data.sha256:
-        return None
-    before = start.bundle.state.settings.get("data") or "the sample corpus"
-    return (
-        f"ANOTHER TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not what this model was "
-        f"trained on until now ({before}, SHA-256 {known[:12]}…)"
-    )
-
-
-def passes(config: ModelConfig, data: Dataset, first_step: int = 0) -> float:
-    """How often a run sees each token of the train split, on average."""
-    steps = config.max_iters - first_step
-    return steps * config.batch_size * config.block_size / data.splits["train"].size
 
 
 def summary(result: TrainResult, setup: Setup) -> str:
     """How a run ended, and the commands that come next."""
     stopped = result.step < (setup.config.max_iters or 0)
     ended = f"Stopped after step {result.step:,}" if stopped else f"Done: {result.step:,} steps"
-    over = f": max_minutes {setup.config.max_minutes} is over"
-    why = over if stopped and result.exit_status == 0 else ""
+    why = f": {result.stopped_by}" if result.stopped_by else ""
     run = shlex.quote(str(result.run_dir))
     lines = [f"\n{ended} in {duration(result.seconds)}{why}."]
     if result.best_val_loss is not None:
@@ -668,6 +426,9 @@ def summary(result: TrainResult, setup: Setup) -> str:
         lines.append(f"{setup.start.named_model} is at step {result.step:,}")
     lines += ["", "Next:", f"  {command_for('inference.py')} --run {run}"]
     lines.append(f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
+    if setup.config.aim_logging:
+        repository = aim_repository(setup.config)
+        lines.append(f"  {command_for('aim')} up --repo {shlex.quote(repository)}")
     if stopped:
         lines.append(f"  {resume_command(result.run_dir, setup)}   # go on from here")
     elif not setup.start.is_resume:
@@ -687,54 +448,8 @@ def resume_command(run_dir: Path, setup: Setup) -> str:
     return command
 
 
-def machine_record(device: torch.device) -> dict[str, str]:
-    """What torch knows of the machine, for env.txt."""
-    return {
-        "device": describe_device(device),
-        "processor": processor_name(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
-    }
-
-
 # ----------------------------------------------------------------------------------------------
 # What a run would take
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds for one step and for one whole evaluation, and the most bytes held so far."""
-
-    step: float
-    evaluation: float
-    steps_between_evaluations: float
-    peak_memory: int | None
-
-    @property
-    def seconds_per_step_with_evaluation(self) -> float:
-        """What a long run takes for each of its steps."""
-        return self.step + self.evaluation / self.steps_between_evaluations
-
-
-def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
-    """Time real steps, and a part of an evaluation, of a model that is thrown away."""
-    setup = create_setup(config, {}, data, device, Start())
-    seconds: list[float] = []
-    began = time.perf_counter()
-    while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
-        start = time.perf_counter()
-        training_step(setup, len(seconds))
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    step = sorted(seconds[1:])[len(seconds[1:]) // 2]  # the first one warms up
-    start = time.perf_counter()
-    estimate_loss(setup.model, data, config.model_copy(update={"eval_iters": 1}))
-    part = time.perf_counter() - start
-    # `part` was one batch of each split; a whole evaluation has as many as there are on average.
-    tokens = (data.splits["train"].size + data.splits["val"].size) / 2
-    evaluation = part * (config.eval_iters or tokens / (config.batch_size * config.block_size))
-    return Speed(step, evaluation, config.eval_interval or math.inf, peak_memory(device))
 
 
 def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
@@ -780,6 +495,24 @@ def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterat
         if isinstance(error, UserError):
             raise RunError(str(error)) from error
         raise
+
+
+@contextlib.contextmanager
+def report_at_the_end(run: RunDirectory, output: Output) -> Iterator[None]:
+    """Draw report.html of a run that is over, also of one that failed; not of one cut short."""
+    try:
+        yield
+    except Exception:
+        _draw(run, output)
+        raise
+    _draw(run, output)
+
+
+def _draw(run: RunDirectory, output: Output) -> None:
+    try:
+        write_report(run.report, [run.path])
+    except Exception as error:  # a picture is worth no run
+        output.warning(f"{run.report} cannot be drawn: {error}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from train import open_log, set_up, training_step
+from prepare import set_up
+from step import training_step
+from train import open_log
 from utils.output import Output
 from utils.run_manager import RunDirectoryCreator
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from checkpoint import load_model
 from config import ConfigLoader
 from data import load_data
-from train import estimate_loss, train
+from step import estimate_loss
+from train import train
 from utils.output import Output
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "presets" / "nanogpt_cpu.yaml"

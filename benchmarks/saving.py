@@ -16,8 +16,10 @@ from bundle import TRAINING_SETTINGS, TrainingState
 from checkpoint import Checkpoints, save_checkpoint
 from data import load_data
 from parameters import ModelConfig
+from prepare import create_setup
 from start import Start
-from train import create_setup, train, training_step
+from step import training_step
+from train import train
 from utils.device import peak_memory
 from utils.output import Output, byte_size
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from bundle import BUNDLE_FILES, OPTIMIZER_FILE, TRAINING_SETTINGS, TrainingState
 from checkpoint import save_checkpoint
 from model import LanguageModel
-from optim import create_optimizer, update
+from optim import clip_gradients, create_optimizer, update
 from parameters import ModelConfig
 from tokenizer import create_tokenizer
 from utils.output import Output
@@ -93,7 +93,8 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
-    update(model, optimizer, step, BUNDLE_CONFIG)
+    clip_gradients(model, BUNDLE_CONFIG.grad_clip)
+    update(optimizer, step, BUNDLE_CONFIG)
     settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
     facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
     values = {

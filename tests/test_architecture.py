@@ -21,8 +21,12 @@ ORDER = [
         "bundle",
         "checkpoint",
         "start",
+        "callbacks",
+        "step",
+        "prepare",
+        "report",
     ),
-    *("train", "inference", "inspect_model"),
+    *("train", "inference", "inspect_model", "profile_model"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]
@@ -55,7 +59,9 @@ def test_utils_are_leaves(path):
     assert imported(path) & set(ORDER) <= {"parameters"}
 
 
-@pytest.mark.parametrize("name", ["parameters", "config", "bundle", "start", "inspect_model"])
+@pytest.mark.parametrize(
+    "name", ["parameters", "config", "bundle", "start", "inspect_model", "report"]
+)
 def test_what_runs_before_training_never_imports_torch(name):
     assert "torch" not in imported(CHECKOUT / f"{name}.py")
 

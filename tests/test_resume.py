@@ -25,8 +25,10 @@ from safetensors.torch import load_file
 
 import train as train_module
 from bundle import checkpoints_in, runs_in
+from callbacks import TrainResult
 from start import plan
-from train import TrainResult, train, training_step
+from step import training_step
+from train import train
 
 N = 6
 # Both halves follow the schedule of the whole: it ends at 2N, wherever one of them does.
@@ -82,7 +84,7 @@ def logged(*runs: Path) -> dict[tuple[int, str], float]:
             except ValueError:  # the last line of a process that was killed while it wrote
                 continue
             for name, value in row.items():
-                if name not in ("step", "tokens_per_second"):
+                if name not in ("step", "seconds", "tokens_per_second"):
                     assert values.setdefault((row["step"], name), value) == value
     return values
 

@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 import checkpoint as checkpoint_module
 import train as train_module
 from bundle import BUNDLE_FILES, get_model_info
+from callbacks import TrainResult
 from checkpoint import load_model
 from start import name_locked, plan
-from train import TrainResult, dry_run, train, training_step
+from step import training_step
+from train import dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
 from utils.stop import StopRequest
 

@@ -5,19 +5,27 @@ python -m pytest tests/test_tracking.py
 
 import io
 import json
+import math
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils.errors import RunError
+from utils.metrics import METRICS, tag_of
 from utils.output import Output
 from utils.tracking import CompositeTracker
+from utils.tracking.histograms import Histogram
 from utils.tracking.run_log import RunLog
 from utils.tracking.tensorboard import TensorBoardTracker
 
-CALLS = ("make", "log", "log_text", "flush", "close")
+CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
+HISTOGRAM = Histogram.of(torch.tensor([0.0, 1.0, 1.0]), bins=2)
 
 
 class Recorder:
@@ -32,11 +40,17 @@ class Recorder:
             raise RuntimeError(f"{call} is broken\nsecond line")
         self.calls.append((call, *arguments))
 
-    def log(self, step, scalars):
-        self._note("log", step, dict(scalars))
+    def log_config(self, config, metadata):
+        self._note("log_config", dict(config), dict(metadata))
 
-    def log_text(self, step, name, text):
-        self._note("log_text", step, name, text)
+    def log_metrics(self, metrics, step, subset):
+        self._note("log_metrics", dict(metrics), step, subset)
+
+    def log_histograms(self, histograms, step):
+        self._note("log_histograms", dict(histograms), step)
+
+    def log_text(self, name, text, step):
+        self._note("log_text", name, text, step)
 
     def flush(self):
         self._note("flush")
@@ -49,33 +63,147 @@ class Recorder:
 def test_a_tracker_that_raises_costs_one_warning_and_nothing_else(broken):
     healthy, warnings = Recorder(), []
     makers = {"Broken": lambda: Recorder(broken), "Healthy": lambda: healthy}
-    tracker = CompositeTracker(makers, warnings.append)
+    tracker = CompositeTracker(makers, lambda *words: warnings.append(words))
+    tracker.log_config({}, {})
     for step in (1, 2):
-        tracker.log(step, {"loss": 1.0})
-        tracker.log_text(step, "sample", "text")
+        tracker.log_metrics({"loss": 1.0}, step, "train")
+        tracker.log_histograms({"w": HISTOGRAM}, step)
+        tracker.log_text("sample", "text", step)
         tracker.flush()
     tracker.close()
-    assert warnings == [f"Broken failed and is left out from here on: {broken} is broken"]
-    assert [call[0] for call in healthy.calls] == [
-        "make",
-        *["log", "log_text", "flush"] * 2,
-        "close",
-    ]
+    ((warning, details),) = warnings
+    assert warning == f"Broken failed and is left out from here on: {broken} is broken"
+    assert "Traceback" in details
+    assert "RuntimeError" in details
+    each = ["log_metrics", "log_histograms", "log_text", "flush"]
+    assert [call[0] for call in healthy.calls] == ["make", "log_config", *each * 2, "close"]
 
 
-def test_tensorboard_gives_back_every_scalar_and_the_text(tmp_path):
+# TensorBoard, read back ------------------------------------------------------------------------
+
+
+def events_of(directory: Path) -> EventAccumulator:
+    (events,) = directory.iterdir()  # one file, and so one run
+    guidance = {"scalars": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(events), size_guidance=guidance).Reload()
+
+
+def text_of(event) -> str:
+    return event.tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_gives_back_every_number_and_text_once(tmp_path):
     tracker = TensorBoardTracker(tmp_path / "tb")
     for step in range(1, 31):
-        tracker.log(step, {"loss/train": 1 / step, "learning_rate": 0.1})
-    tracker.log_text(30, "sample", "# no *markup*\nsecond line")
+        tracker.log_metrics({"loss": 1 / step, "learning_rate": 0.1}, step, "train")
+    tracker.log_metrics({"eval_loss": 2.0, "bits_per_byte": 3.0}, 30, "val")
+    tracker.log_text("sample", "# no *markup*\nsecond line", 30)
     tracker.close()
-    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0}).Reload()
-    assert events.Tags()["scalars"] == ["loss/train", "learning_rate"]
+    events = events_of(tmp_path / "tb")
+    tags = ["loss/train", "learning_rate", "eval/val_loss", "eval/val_bits_per_byte"]
+    assert events.Tags()["scalars"] == tags
     losses = [(event.step, event.value) for event in events.Scalars("loss/train")]
     assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 31)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/val_loss")] == [(30, 2.0)]
     (text,) = events.Tensors("sample/text_summary")
-    assert text.tensor_proto.string_val[0].decode() == "    # no *markup*\n    second line"
-    assert len(list((tmp_path / "tb").iterdir())) == 1
+    assert text_of(text) == "    # no *markup*\n    second line"
+
+
+def test_tensorboard_gives_back_the_histograms_as_they_were_counted(tmp_path):
+    values = torch.randn(1000)
+    tracker = TensorBoardTracker(tmp_path / "tb")
+    for step in (5, 10):
+        tracker.log_histograms({"parameters/w": Histogram.of(values * step)}, step)
+    tracker.close()
+    events = events_of(tmp_path / "tb").Histograms("parameters/w")
+    assert [event.step for event in events] == [5, 10]
+    histogram = events[0].histogram_value
+    assert (histogram.num, sum(histogram.bucket)) == (1000, 1000)
+    assert histogram.min == pytest.approx(values.min().item() * 5)
+    assert histogram.max == pytest.approx(values.max().item() * 5)
+    assert histogram.sum == pytest.approx(values.sum().item() * 5, rel=1e-3)
+    assert len(histogram.bucket_limit) == len(histogram.bucket)
+    buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
+    below = sum(count for limit, count in buckets if limit <= 0)
+    assert below == pytest.approx((values < 0).sum().item(), abs=40)  # a bin's worth
+
+
+def test_tensorboard_shows_the_config_as_text_and_as_hparams_in_the_same_run(tmp_path):
+    tracker = TensorBoardTracker(tmp_path / "tb")
+    config = {"learning_rate": 1e-3, "data": "a|b.txt", "epochs": None, "bias": False}
+    tracker.log_config(config, {"run_id": "r", "sources": {"data": "--data"}})
+    tracker.close()
+    events = events_of(tmp_path / "tb")
+    table = text_of(events.Tensors("config/text_summary")[0])
+    assert "| learning_rate | 0.001 |  |" in table
+    assert "| data | a\\|b.txt | --data |" in table
+    assert '"run_id": "r"' in text_of(events.Tensors("run/text_summary")[0])
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["learning_rate"].number_value == 1e-3
+    assert hparams["data"].string_value == "a|b.txt"
+    assert hparams["bias"].bool_value is False
+    assert "epochs" not in hparams
+
+
+def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
+    TensorBoardTracker(tmp_path / "tb").close()
+    content = events_of(tmp_path / "tb").Tensors("custom_scalars__config__")[0]
+    layout = Layout.FromString(content.tensor_proto.string_val[0])
+    (category,) = layout.category
+    tags = [list(chart.multiline.tag) for chart in category.chart]
+    assert ["eval/train_loss", "eval/val_loss"] in tags
+
+
+# What is counted -------------------------------------------------------------------------------
+
+
+def test_a_histogram_counts_what_numpy_counts():
+    values = torch.randn(5000)
+    histogram = Histogram.of(values, bins=20)
+    counts, edges = np.histogram(values.numpy(), bins=20)
+    assert (histogram.low, histogram.high) == pytest.approx((edges[0], edges[-1]))
+    assert np.abs(np.array(histogram.counts) - counts).sum() <= 4  # those on a bin's edge
+    assert histogram.num == 5000
+    assert histogram.sum == pytest.approx(values.double().sum().item())
+    assert histogram.sum_squares == pytest.approx(values.double().square().sum().item())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_counted_and_skipped(poison):
+    values = torch.tensor([1.0, 2.0, poison, 3.0, poison])
+    histogram = Histogram.of(values, bins=2)
+    assert histogram == Histogram(1.0, 3.0, [1, 2], 6.0, 14.0, nonfinite=2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0, 0.0], [1.0], [-7.5] * 3, [float("nan")] * 2, [1e-45, 0.0], [3e38, -3e38, 1.0]],
+)
+def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
+    tensor = torch.tensor(values)
+    histogram = Histogram.of(tensor)
+    assert histogram.low < histogram.high
+    assert histogram.num == tensor.isfinite().sum()
+    assert histogram.nonfinite == tensor.numel() - histogram.num
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_histogram_takes_every_floating_type(dtype):
+    assert Histogram.of(torch.linspace(0, 1, 9, dtype=dtype).view(3, 3), bins=3).num == 9
+
+
+# The declaration -------------------------------------------------------------------------------
+
+
+def test_tags_are_declared_once_and_differ():
+    tags = [tag_of(metric.name, subset) for metric in METRICS for subset in metric.subsets]
+    assert len(tags) == len(set(tags))
+    with pytest.raises(KeyError):
+        tag_of("undeclared", "train")
+
+
+# The log ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -85,6 +213,7 @@ def make_log(tmp_path):
         output = Output(stream=stream or io.StringIO())
         log = RunLog(
             tmp_path / "metrics.jsonl",
+            tmp_path / "samples.jsonl",
             CompositeTracker({"Recorder": lambda: recorder}, output.warning),
             output,
             first_step=first_step,
@@ -132,9 +261,12 @@ def test_every_step_is_logged_in_batches(make_log, tmp_path):
     step(log, 4)
     log.fetch()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-    assert [call[1] for call in recorder.calls if call[0] == "log"] == [1, 2, 3, 4]
-    expected = {"step", "loss/train", "learning_rate", "grad_norm", "tokens_per_second"}
-    assert all(line.keys() == expected for line in lines(tmp_path))
+    logged = [call[1:] for call in recorder.calls if call[0] == "log_metrics"]
+    assert [(step, subset) for _, step, subset in logged] == [(n, "train") for n in (1, 2, 3, 4)]
+    names = {"learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(set(metrics) == {"loss", *names} for metrics, _, _ in logged)
+    keys = {"step", "seconds", "loss/train", *names}
+    assert all(line.keys() == keys for line in lines(tmp_path))
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -152,6 +284,7 @@ def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
     log, recorder, output = make_log()
     log.evaluation(5, {"train": 1.0, "val": 2.0}, {"train": 1.5, "val": 3.0}, is_best=True)
     (line,) = lines(tmp_path)
+    assert line.pop("seconds") >= 0
     assert line == {
         "step": 5,
         "eval/train_loss": 1.0,
@@ -159,7 +292,11 @@ def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
         "eval/train_bits_per_byte": 1.5,
         "eval/val_bits_per_byte": 3.0,
     }
-    assert ("flush",) in recorder.calls
+    assert recorder.calls[1:] == [
+        ("log_metrics", {"eval_loss": 1.0, "bits_per_byte": 1.5}, 5, "train"),
+        ("log_metrics", {"eval_loss": 2.0, "bits_per_byte": 3.0}, 5, "val"),
+        ("flush",),
+    ]
     printed = output.console.file.getvalue()
     assert printed == "eval   5/100  train 1.0000  val 2.0000  (3.000 bits per byte)  best\n"
 
@@ -180,6 +317,30 @@ def test_step_lines_have_a_fixed_width(make_log):
     assert len(printed) == 2
     assert len({len(line) for line in printed}) == 1
     assert re.match(r"step    1/1000  loss  1\.0000  lr 1\.00e-01  grad  2\.000 ", printed[0])
+
+
+def test_a_sample_is_recorded_printed_and_tracked(make_log, tmp_path):
+    log, recorder, output = make_log()
+    log.sample(5, "Nel mezzo\ndel \u2026 [bold]cammin[/]")
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"step": 5, "text": "Nel mezzo\ndel \u2026 [bold]cammin[/]"}
+    assert recorder.calls[-1] == ("log_text", "sample", "Nel mezzo\ndel \u2026 [bold]cammin[/]", 5)
+    assert "del \u2026 [bold]cammin[/]" in output.console.file.getvalue()
+
+
+def test_histograms_reach_the_trackers_and_what_is_not_finite_the_record(make_log, tmp_path):
+    log, recorder, _ = make_log()
+    log.histograms(3, {"parameters/w": torch.ones(4), "gradients/w": torch.ones(4)})
+    assert lines(tmp_path) == []
+    log.histograms(6, {"parameters/w": torch.ones(4), "gradients/w": torch.tensor([1, math.nan])})
+    log.close()
+    logged = [call for call in recorder.calls if call[0] == "log_histograms"]
+    assert [(set(call[1]), call[2]) for call in logged] == [
+        ({"parameters/w", "gradients/w"}, 3),
+        ({"parameters/w", "gradients/w"}, 6),
+    ]
+    (line,) = lines(tmp_path)
+    assert (line["step"], line["nonfinite"]) == (6, 1)
 
 
 def test_the_log_closes_its_trackers_and_its_file(make_log):

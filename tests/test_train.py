@@ -5,6 +5,7 @@ python -m pytest tests/test_train.py
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,17 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS
+from conftest import CHECKOUT, TINY_FLAGS, assert_equal, assert_same_bits
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_module
 from bundle import BUNDLE_FILES
+from callbacks import TrainResult
 from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
 from model import LanguageModel
 from parameters import ModelConfig
-from train import TrainResult, dry_run, estimate_loss, set_up, train, training_step
+from prepare import set_up
+from step import estimate_loss, training_step
+from train import dry_run, train
 from utils.errors import RunError, UserError
 from utils.run_manager import RunDirectory, RunDirectoryCreator
 from utils.tracking.tensorboard import TensorBoardTracker
@@ -79,9 +83,11 @@ def test_a_run_leaves_exactly_the_documented_files(tiny, quiet):
         "artifacts/export/training_state.json",
         "logs/console.txt",
         "logs/metrics.jsonl",
+        "logs/samples.jsonl",
         "meta/env.txt",
         "meta/full_config.json",
         "meta/git.txt",
+        "report.html",
     ]
     assert list(Path("runs").iterdir()) == [result.run_dir]
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["runs"]
@@ -235,16 +241,6 @@ def test_losses_are_also_told_as_bits_per_byte(tiny, quiet, text_file):
     last = [line for line in metrics(result) if "eval/val_loss" in line][-1]
     nats = last["eval/val_loss"]
     assert last["eval/val_bits_per_byte"] == pytest.approx(nats / 0.693147 / 2, rel=1e-4)
-
-
-def test_every_step_reaches_tensorboard(tiny, quiet):
-    result = train(tiny(), output=quiet)
-    directory = RunDirectory(result.run_dir).tensorboard
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(losses(result))
-    wanted = {"learning_rate", "grad_norm", "tokens_per_second", "eval/train_loss", "eval/val_loss"}
-    assert wanted <= set(events.Tags()["scalars"])
 
 
 # The record -----------------------------------------------------------------------------------
@@ -465,16 +461,90 @@ def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
     assert "error: the run's files cannot be written" in console(run_dir)
 
 
-@pytest.mark.parametrize("call", ["__init__", "log", "log_text", "flush", "close"])
-def test_a_tensorboard_that_fails_costs_a_warning_and_not_the_run(tiny, quiet, monkeypatch, call):
+CALLS = [*("__init__", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_tracker_that_fails_costs_a_warning_and_no_bit_of_the_run(tiny, quiet, monkeypatch, call):
     def broken(*args, **kwargs):
         raise OSError("disk gone")
 
+    config = tiny(dropout=0.2, histogram_interval=2, sample_interval=3)
+    plain = train(config, output=quiet)
     monkeypatch.setattr(TensorBoardTracker, call, broken)
-    result = train(tiny(), output=quiet)
+    result = train(config, output=quiet)
     assert result.step == 6
+    assert_same_bits(plain.checkpoint, result.checkpoint)
+    assert losses(plain) == losses(result)
     text = console(result.run_dir)
     assert text.count("warning: TensorBoard failed and is left out from here on: disk gone") == 1
+    assert text.count("warning:") == 1
+
+
+def test_histograms_and_samples_change_no_number(tiny, quiet):
+    without = train(tiny(dropout=0.2, histogram_interval=0), output=quiet)
+    with_all = train(tiny(dropout=0.2, histogram_interval=1, sample_interval=1), output=quiet)
+    assert losses(without) == losses(with_all)
+    weights = [load_file(r.checkpoint / "model.safetensors") for r in (without, with_all)]
+    assert_equal(*weights)
+
+
+def test_everything_a_run_logs_is_in_tensorboard_once(tiny, quiet):
+    result = train(tiny(histogram_interval=2, sample_interval=3), output=quiet)
+    (events,) = RunDirectory(result.run_dir).tensorboard.iterdir()
+    guidance = {"scalars": 0, "histograms": 0, "tensors": 0}
+    events = EventAccumulator(str(events), size_guidance=guidance).Reload()
+    logged: dict[str, list] = {}
+    for line in metrics(result):
+        for name, value in line.items():
+            if name not in ("step", "seconds"):
+                logged.setdefault(name, []).append((line["step"], value))
+    assert set(events.Tags()["scalars"]) == logged.keys()
+    for tag, values in logged.items():
+        read = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert read == [(step, pytest.approx(value)) for step, value in values], tag
+    names = [name for name, _ in load_model(result.export_dir)[0].named_parameters()]
+    expected = {f"{kind}/{name}" for kind in ("parameters", "gradients") for name in names}
+    assert set(events.Tags()["histograms"]) == expected
+    for tag in expected:
+        assert [event.step for event in events.Histograms(tag)] == [2, 4, 6]
+    samples = events.Tensors("sample/text_summary")
+    assert [event.step for event in samples] == [3, 6]
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert all(f"| {name} |" in config for name in ("n_layer", "learning_rate", "seed"))
+    about = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    for word in ('"commit"', '"branch"', '"dirty"', '"python"', result.run_dir.name, '"lineage"'):
+        assert word in about
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_leaves_histograms_and_stops_the_run(
+    tiny, quiet, monkeypatch, poison
+):
+    """The histogram skips and counts; then the norm stops the run, and the last bundle is good."""
+    real = train_module.training_step
+
+    def poisoned(setup, step, *phases):
+        loss, grad_norm = real(setup, step, *phases)
+        if step == 4:
+            next(setup.model.parameters()).grad.view(-1)[:3] = poison
+            grad_norm = grad_norm * poison
+        return loss, grad_norm
+
+    monkeypatch.setattr(train_module, "training_step", poisoned)
+    with pytest.raises(RunError, match=r"gradient's norm is (nan|inf) at step 5"):
+        train(tiny(histogram_interval=5), output=quiet)
+    (run_dir,) = Path("runs").iterdir()
+    text = RunDirectory(run_dir).metrics.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["nonfinite"] for line in lines if "nonfinite" in line] == [3]
+    (events,) = RunDirectory(run_dir).tensorboard.iterdir()
+    events = EventAccumulator(str(events)).Reload()
+    (histogram,) = events.Histograms("gradients/token_embedding.weight")
+    assert histogram.step == 5
+    assert "warning" not in console(run_dir)
+    model, _ = load_model(run_dir)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, RunError])

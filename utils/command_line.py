@@ -135,7 +135,7 @@ class CommandLine:
         )
         if metavar == _BOOL:
             group.add_argument(
-                flag_of("no_" + name),
+                *(flag_of("no_" + each) for each in names),
                 action="store_const",
                 const="false",
                 help=argparse.SUPPRESS,

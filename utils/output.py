@@ -55,9 +55,11 @@ class Output:
         """Print to standard error what is not part of a command's result."""
         self._complain(text)
 
-    def warning(self, text: str) -> None:
-        """Print one line to standard error, and keep it in the record."""
+    def warning(self, text: str, details: str = "") -> None:
+        """Print one line to standard error, and keep it in the record, with its details."""
         self._complain(f"warning: {text}")
+        if details:
+            self.record(details)
 
     def error(self, text: str) -> None:
         """Print one line to standard error, and keep it in the record if that can be done."""

@@ -2,8 +2,9 @@
 
 runs/YYYYMMDD_HHMMSS_<tag>/
     artifacts/checkpoints/step_00001000/  artifacts/export/
-    logs/tensorboard/  logs/metrics.jsonl  logs/console.txt
+    logs/tensorboard/  logs/metrics.jsonl  logs/samples.jsonl  logs/console.txt
     meta/git.txt  meta/env.txt  meta/full_config.json
+    report.html
 """
 
 import json
@@ -91,6 +92,16 @@ class RunDirectory:
         return self.path / "logs" / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """One line of JSON for each text that the model wrote on the way."""
+        return self.path / "logs" / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page."""
+        return self.path / "report.html"
+
+    @property
     def console(self) -> Path:
         """What was printed."""
         return self.path / "logs" / "console.txt"
@@ -173,6 +184,32 @@ def write_full_config(
         "run": run,
     }
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """What `meta/` tells of a run: `config`, `sources`, `run` and, from git.txt, `git`.
+
+    Raises `UserError` where there is no such record, or a damaged one.
+    """
+    path = run_dir / "meta" / "full_config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts = {name: dict(record[name]) for name in ("config", "sources", "run")}
+    except OSError as error:
+        raise UserError(f"{run_dir} is not a run: {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return {**parts, "git": read_git_record(run_dir / "meta" / "git.txt")[0]}
+
+
+def read_git_record(path: Path) -> tuple[dict[str, str], str]:
+    """The heading of a git.txt (`commit`, `branch`, `dirty`, … or `git`), and its diff."""
+    try:
+        heading, _, diff = path.read_bytes().decode("utf-8", "replace").partition("\n\n")
+    except OSError as error:
+        return {"git": f"unavailable: {error.strerror}"}, ""
+    rows = [line.partition(": ") for line in heading.splitlines()]
+    return {key: value for key, colon, value in rows if colon and not key.startswith(" ")}, diff
 
 
 def environment_record(machine: Mapping[str, str]) -> str:

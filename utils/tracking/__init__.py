@@ -1,17 +1,26 @@
 """Where a run's numbers go: one small interface, and trackers behind it."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
+
+from utils.isolation import Isolated
+from utils.tracking.histograms import Histogram
 
 
 class Tracker(Protocol):
-    """Takes the scalars of a run, step after step, and text now and then."""
+    """Takes what a run has to show. `metrics.py` declares the names."""
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record named scalars at `step`."""
+    def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Record the settings, and how the run came about: git, lineage, sources. Called once."""
 
-    def log_text(self, step: int, name: str, text: str) -> None:
-        """Record a text, such as a sample, at `step`."""
+    def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
+        """Record numbers of `subset`, train or val, after `step`. They may be NaN or infinite."""
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Record how the values of named tensors are distributed after `step`."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Record a text, such as a sample, after `step`."""
 
     def flush(self) -> None:
         """Make what was recorded readable by others."""
@@ -27,43 +36,37 @@ class CompositeTracker:
 
     Args:
         makers: what makes each tracker, under the name that warnings give it.
-        warn: what a warning is handed to.
+        warn: what a warning and its traceback are handed to.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tracker]], warn: Callable[[str], None]):
-        self._warn = warn
-        self._trackers: dict[str, Tracker] = {}
+    def __init__(
+        self, makers: Mapping[str, Callable[[], Tracker]], warn: Callable[[str, str], None]
+    ):
+        self._trackers: Isolated[Tracker] = Isolated(warn)
         for name, make in makers.items():
-            try:
-                self._trackers[name] = make()
-            except Exception as error:
-                self._leave_out(name, error)
+            self._trackers.add(name, make)
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record named scalars at `step` in every tracker."""
-        self._each(lambda tracker: tracker.log(step, scalars))
+    def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Record the settings and the run's origin in every tracker."""
+        self._trackers.each(lambda tracker: tracker.log_config(config, metadata))
 
-    def log_text(self, step: int, name: str, text: str) -> None:
-        """Record a text at `step` in every tracker."""
-        self._each(lambda tracker: tracker.log_text(step, name, text))
+    def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
+        """Record numbers after `step` in every tracker."""
+        self._trackers.each(lambda tracker: tracker.log_metrics(metrics, step, subset))
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Record distributions after `step` in every tracker."""
+        self._trackers.each(lambda tracker: tracker.log_histograms(histograms, step))
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Record a text after `step` in every tracker."""
+        self._trackers.each(lambda tracker: tracker.log_text(name, text, step))
 
     def flush(self) -> None:
         """Flush every tracker."""
-        self._each(lambda tracker: tracker.flush())
+        self._trackers.each(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Close every tracker."""
-        self._each(lambda tracker: tracker.close())
+        self._trackers.each(lambda tracker: tracker.close())
         self._trackers.clear()
-
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            try:
-                call(tracker)
-            except Exception as error:
-                del self._trackers[name]
-                self._leave_out(name, error)
-
-    def _leave_out(self, name: str, error: Exception) -> None:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self._warn(f"{name} failed and is left out from here on: {reason}")

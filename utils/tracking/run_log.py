@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from utils.errors import RunError
+from utils.metrics import tag_of
 from utils.output import Output, duration
 from utils.tracking import CompositeTracker
+from utils.tracking.histograms import Histogram
 
 
 class RunLog:
@@ -23,6 +25,7 @@ class RunLog:
     Args:
         metrics: the `metrics.jsonl` to append to. Unlike a tracker's, its failure is the run's: a
             run without a record is not worth having.
+        samples: the `samples.jsonl` to append generated text to.
         tracker: TensorBoard and the like.
         output: where lines and the live bar go.
         first_step: the steps that were made before this run.
@@ -34,6 +37,7 @@ class RunLog:
     def __init__(
         self,
         metrics: Path,
+        samples: Path,
         tracker: CompositeTracker,
         output: Output,
         *,
@@ -43,13 +47,15 @@ class RunLog:
         interval: int,
     ):
         self._metrics = open(metrics, "a", encoding="utf-8")
+        # A lone surrogate is escaped, which JSON understands.
+        self._samples = open(samples, "a", encoding="utf-8", errors="backslashreplace")
         self._tracker = tracker
         self._output = output
         self._first_step = first_step
         self._max_iters = max_iters
         self._tokens_per_step = tokens_per_step
         self._interval = interval
-        self._waiting: list[tuple[int, float]] = []  # (step, learning rate)
+        self._waiting: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
         self._began = self._resumed = time.perf_counter()
@@ -62,7 +68,7 @@ class RunLog:
         Asking a device for one number makes it finish all its work first; asking once for fifty
         steps costs a fiftieth of that.
         """
-        self._waiting.append((step, learning_rate))
+        self._waiting.append((step, self._elapsed(), learning_rate))
         self._on_device += [loss, grad_norm]
         if len(self._waiting) >= self._interval:
             self.fetch()
@@ -79,16 +85,16 @@ class RunLog:
         values = torch.stack(self._on_device).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._resumed) / len(self._waiting)
         speed = self._tokens_per_step / seconds
-        for (step, learning_rate), loss, grad_norm in zip(
+        for (step, elapsed, learning_rate), loss, grad_norm in zip(
             self._waiting, values[::2], values[1::2], strict=True
         ):
-            scalars = {
-                "loss/train": loss,
+            metrics = {
+                "loss": loss,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": speed,
             }
-            self._write(step, scalars)
+            self._record(step, elapsed, {"train": metrics})
             # A gradient that is not finite has just spoilt the weights, whatever the loss was.
             for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
                 if not math.isfinite(value):
@@ -106,9 +112,10 @@ class RunLog:
         self, step: int, losses: Mapping[str, float], bits: Mapping[str, float], *, is_best: bool
     ) -> None:
         """Record and print an evaluation: each split's mean loss, and its bits per byte."""
-        scalars = {f"eval/{split}_loss": loss for split, loss in losses.items()}
-        scalars |= {f"eval/{split}_bits_per_byte": value for split, value in bits.items()}
-        self._write(step, scalars)
+        metrics = {
+            split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in losses
+        }
+        self._record(step, self._elapsed(), metrics)
         self._metrics.flush()
         self._tracker.flush()
         if not all(map(math.isfinite, losses.values())):
@@ -120,9 +127,18 @@ class RunLog:
             f"{'  best' if is_best else ''}"
         )
 
+    def histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Record how the values of each tensor are distributed; those not finite are counted."""
+        histograms = {name: Histogram.of(tensor) for name, tensor in tensors.items()}
+        self._tracker.log_histograms(histograms, step)
+        if nonfinite := sum(histogram.nonfinite for histogram in histograms.values()):
+            self._record(step, self._elapsed(), {"train": {"nonfinite": nonfinite}})
+
     def sample(self, step: int, text: str) -> None:
         """Record and print generated text."""
-        self._tracker.log_text(step, "sample", text)
+        self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+        self._samples.flush()
+        self._tracker.log_text("sample", text, step)
         self._output.line(f"\n--- sample at step {step} ---\n{text.strip()}\n---")
 
     def resume_clock(self) -> None:
@@ -132,19 +148,29 @@ class RunLog:
     def close(self) -> None:
         """Close the trackers and the record."""
         self._tracker.close()
+        self._samples.close()
         self._metrics.close()
 
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        # JSON has no infinity and no NaN: they become null.
-        finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        self._tracker.log(step, scalars)
+    def _elapsed(self) -> float:
+        """Seconds since the log was opened."""
+        return time.perf_counter() - self._began
+
+    def _record(
+        self, step: int, elapsed: float, metrics: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Write the numbers of each subset: one line of JSON, and to the trackers."""
+        line: dict[str, float | None] = {"step": step, "seconds": round(elapsed, 3)}
+        for subset, values in metrics.items():
+            for name, value in values.items():
+                # JSON has no infinity and no NaN: they become null.
+                line[tag_of(name, subset)] = value if math.isfinite(value) else None
+            self._tracker.log_metrics(values, step, subset)
+        self._metrics.write(json.dumps(line) + "\n")
 
     def _print_step(
         self, step: int, loss: float, learning_rate: float, grad_norm: float, seconds: float
     ) -> None:
-        elapsed = time.perf_counter() - self._began
-        left = duration(elapsed / (step - self._first_step) * (self._max_iters - step))
+        left = duration(self._elapsed() / (step - self._first_step) * (self._max_iters - step))
         speed = f"{self._tokens_per_step / seconds:,.0f}"
         self._status = f"loss {loss:.4f}  {speed} tok/s  {left} left"
         width = len(f"{self._max_iters}")

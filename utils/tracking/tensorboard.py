@@ -1,7 +1,23 @@
 """TensorBoard: `tensorboard --logdir runs/` shows the runs side by side."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from utils.metrics import tag_of
+from utils.tracking.histograms import Histogram
+
+# One chart with the losses together, on the page "Custom Scalars".
+LAYOUT = {
+    "loss": {
+        "train and val, evaluated": [
+            "Multiline",
+            [tag_of("eval_loss", "train"), tag_of("eval_loss", "val")],
+        ],
+        "every step, and val": ["Multiline", [tag_of("loss", "train"), tag_of("eval_loss", "val")]],
+    }
+}
 
 
 class TensorBoardTracker:
@@ -12,13 +28,55 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory))
+        self._writer.add_custom_scalars(LAYOUT)
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add each scalar under its own tag."""
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
+    def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Add the settings as hyperparameters and as a table, and the rest as text.
 
-    def log_text(self, step: int, name: str, text: str) -> None:
+        `add_hparams` would make a second run in a directory of its own. What it writes there
+        belongs here: the page "HParams" needs no more than the session's settings.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        known = {name: value for name, value in config.items() if value is not None}
+        _, session, _ = hparams(known, {})
+        self._writer.file_writer.add_summary(session)
+        sources = metadata.get("sources", {})
+        rows = ["| setting | value | from |", "|---|---|---|"]
+        rows += [
+            f"| {name} | {_cell(value)} | {_cell(sources.get(name, ''))} |"
+            for name, value in config.items()
+        ]
+        self._writer.add_text("config", "\n".join(rows), 0)
+        about = {name: value for name, value in metadata.items() if name != "sources"}
+        self.log_text("run", json.dumps(about, indent=2, ensure_ascii=False), 0)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
+        """Add each number under its tag."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(tag_of(name, subset), value, step)
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Add each histogram as it was counted.
+
+        `add_histogram` would count again, in NumPy, and fail where a value is NaN.
+        """
+        for name, histogram in histograms.items():
+            width = (histogram.high - histogram.low) / len(histogram.counts)
+            limits = [histogram.low + width * (i + 1) for i in range(len(histogram.counts))]
+            self._writer.add_histogram_raw(
+                name,
+                min=histogram.low,
+                max=histogram.high,
+                num=histogram.num,
+                sum=histogram.sum,
+                sum_squares=histogram.sum_squares,
+                bucket_limits=limits,
+                bucket_counts=histogram.counts,
+                global_step=step,
+            )
+
+    def log_text(self, name: str, text: str, step: int) -> None:
         """Add a text, as it is: indented, so that Markdown leaves it alone."""
         self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 
@@ -29,3 +87,9 @@ class TensorBoardTracker:
     def close(self) -> None:
         """Write the rest and close the event file."""
         self._writer.close()
+
+
+def _cell(value: Any) -> str:
+    """A value in a Markdown table."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("\\", "\\\\").replace("|", "\\|")

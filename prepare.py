@@ -1,0 +1,329 @@
+"""Before the first step: what a run needs, what it says, and the record of how it began.
+
+`set_up` makes the device, the text, the model and the optimizer that the settings ask for;
+`open_run` makes the run directory and tells what begins.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from bundle import WEIGHTS_FILE, Bundle, copy_bundle, is_bundle, read_state
+from callbacks import Best
+from checkpoint import load_checkpoint, load_tokenizer, load_weights
+from config import CHECKOUT, LoadedConfig
+from data import SPLITS, Dataset, listed_characters, load_data
+from model import LanguageModel
+from optim import create_optimizer, learning_rate_at
+from parameters import ModelConfig
+from start import (
+    Start,
+    check_rerun,
+    check_steps_left,
+    kept_checkpoint,
+    read_contents,
+    start_of,
+)
+from step import Setup, estimate_loss, training_step
+from utils.device import (
+    choose_device,
+    compile_model,
+    describe_device,
+    peak_memory,
+    processor_name,
+    synchronize,
+)
+from utils.errors import UserError
+from utils.output import Output, plural
+from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
+from utils.tracking.aim import require_aim
+
+
+def set_up(
+    config: ModelConfig,
+    loaded: LoadedConfig | None = None,
+    start: Start | None = None,
+    *,
+    cache: bool = True,
+) -> Setup:
+    """Make what a run needs before its first step: device, text, model and optimizer.
+
+    Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
+    """
+    start = start or start_of(config)
+    check_steps_left(config, start)
+    if config.aim_logging:
+        require_aim()
+    device = choose_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    sources = dict(loaded.sources) if loaded else sources_in_code(config)
+    bundle = read_contents(start)
+    data = load_data(
+        config,
+        tokenizer=load_tokenizer(bundle) if bundle else None,
+        may_extend=not start.is_resume,
+        # A model that began with the sample corpus goes on with it, whatever else is there now.
+        sample=start.is_resume and sources["data"] == str(start.bundle.path),
+        cache=cache,
+    )
+    if loaded is not None:
+        check_rerun(loaded, start, data.name, data.sha256)
+    settled, length = settle_length(config, data, device, start)
+    if length != "max_iters":
+        sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
+        check_steps_left(settled, start)
+    return create_setup(settled, sources, data, device, start, bundle)
+
+
+def sources_in_code(config: ModelConfig) -> dict[str, str]:
+    """Where the settings of a config made in Python came from."""
+    given = config.model_fields_set
+    return {name: "train()" if name in given else "default" for name in ModelConfig.model_fields}
+
+
+def create_setup(
+    config: ModelConfig,
+    sources: dict[str, str],
+    data: Dataset,
+    device: torch.device,
+    start: Start,
+    bundle: Bundle | None = None,
+) -> Setup:
+    """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
+
+    `bundle` is that of `start`, with its contents, which are needed for no longer than this.
+    """
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
+    optimizer = create_optimizer(model, config)
+    compile_mode = compile_model(model, config.torch_compile)
+    if bundle is not None and start.is_resume and not start.reset_optimizer:
+        load_checkpoint(bundle, model, optimizer)  # and with it dropout's generator
+    elif bundle is not None:
+        load_weights(bundle, model)
+    return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
+
+
+def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
+    """The best so far of a training that goes on; its model becomes this run's export.
+
+    Where that model is not at hand, or was measured in another way, the best counts anew.
+    """
+    start = setup.start
+    if not start.is_resume or start.bundle.state.best_val_loss is None:
+        return Best()
+    state, config = start.bundle.state, setup.config
+    since = state.fact("evaluations_since_best") or 0
+    best = Best(state.fact("best_step"), state.best_val_loss, since)
+    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
+    is_comparable = setup.data.sha256 == state.fact("data_sha256") and all(
+        state.settings.get(name) == getattr(config, name) for name in measure
+    )
+    earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
+    for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
+        if is_comparable and is_bundle(place):
+            with contextlib.suppress(UserError):  # damaged, or removed by its own run meanwhile
+                if read_state(place).step == best.step:
+                    copy_bundle(place, run.export, with_optimizer=False)
+                    return best
+    why = "is not at hand" if is_comparable else "was measured in another way"
+    output.line(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
+    return Best()
+
+
+def settle_length(
+    config: ModelConfig, data: Dataset, device: torch.device, start: Start
+) -> tuple[ModelConfig, str]:
+    """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
+
+    A config with a number of steps alone trains the same model on any machine.
+    """
+    if config.max_iters is not None:
+        return config, "max_iters"
+    if config.epochs is not None:
+        tokens_per_step = config.batch_size * config.block_size
+        max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
+        settled = {"max_iters": max_iters, "epochs": None}
+        return config.model_copy(update=settled), "epochs"
+    assert config.max_minutes is not None
+    speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
+    more = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
+    settled = {"max_iters": start.step + more, "max_minutes": None}
+    return config.model_copy(update=settled), "max_minutes"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for one step and for one whole evaluation, and the most bytes held so far."""
+
+    step: float
+    evaluation: float
+    steps_between_evaluations: float
+    peak_memory: int | None
+
+    @property
+    def seconds_per_step_with_evaluation(self) -> float:
+        """What a long run takes for each of its steps."""
+        return self.step + self.evaluation / self.steps_between_evaluations
+
+
+def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
+    """Time real steps, and a part of an evaluation, of a model that is thrown away."""
+    setup = create_setup(config, {}, data, device, Start())
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
+        start = time.perf_counter()
+        training_step(setup, len(seconds))
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    step = sorted(seconds[1:])[len(seconds[1:]) // 2]  # the first one warms up
+    evaluation = time_evaluation(setup)
+    return Speed(step, evaluation, config.eval_interval or math.inf, peak_memory(device))
+
+
+def time_evaluation(setup: Setup) -> float:
+    """The seconds of a whole evaluation, by one batch of each split."""
+    config, splits = setup.config, setup.data.splits
+    start = time.perf_counter()
+    estimate_loss(setup.model, setup.data, config.model_copy(update={"eval_iters": 1}))
+    part = time.perf_counter() - start
+    # A whole evaluation has as many batches of both splits as there are on average.
+    tokens = (splits["train"].size + splits["val"].size) / 2
+    return part * (config.eval_iters or tokens / (config.batch_size * config.block_size))
+
+
+# ----------------------------------------------------------------------------------------------
+# The record, and what is said
+
+
+def open_run(
+    setup: Setup,
+    loaded: LoadedConfig | None,
+    argv: Sequence[str],
+    callbacks: Sequence[str],
+    output: Output,
+) -> RunDirectory:
+    """Make the run directory, start its `console.txt`, write its `meta/`, and say what begins."""
+    config, data = setup.config, setup.data
+    run_id = RunIDGenerator.generate(setup.start.run_tag)
+    run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+    output.record_to(run.console)
+    output.line(banner(setup, loaded))
+    output.line(f"Run    {run.path}\n")
+    if warning := other_text(setup):
+        output.warning(warning)
+    if config.warmup_iters > config.max_iters:
+        reached = learning_rate_at(config.max_iters - 1, config)
+        output.line(
+            f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
+            f"rate of {reached:g}; lower warmup_iters to learn faster\n"
+        )
+    start = setup.start
+    resumed_from = start.bundle and {
+        "run_id": start.bundle.state.run_id,
+        "step": start.step,
+        "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
+        "path": str(kept_checkpoint(start, Path(config.runs_dir)).resolve()),
+    }
+    record = {
+        "run_id": run.run_id,
+        "argv": list(argv),
+        "callbacks": list(callbacks),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resumed_from": resumed_from if start.is_resume else None,
+        "model_name": start.named_model.name if start.named_model else None,
+        "lineage": [ancestor.model_dump() for ancestor in start.lineage],
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "tokens": data.num_tokens,
+            "vocab_size": data.tokenizer.vocab_size,
+        },
+        "parameters": setup.model.num_parameters(),
+        "device": str(setup.device),
+        "torch_compile": setup.compile_mode,
+    }
+    parent = start.bundle and not start.is_resume and str(start.bundle.path.resolve())
+    recorded = config.model_copy(update={"data": recorded_path(data), "init_from": parent or None})
+    capture = MetadataCapture(run.meta, CHECKOUT)
+    capture.capture(recorded, setup.sources, record, machine_record(setup.device))
+    return run
+
+
+def recorded_path(data: Dataset) -> str | None:
+    """The text's whole path, so that a record serves from any directory."""
+    return data.path and str(Path(data.path).resolve())
+
+
+def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
+    """What is trained, on what, with what."""
+    config, data, start = setup.config, setup.data, setup.start
+    sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
+    compiled = "" if setup.compile_mode == "off" else f", torch.compile {setup.compile_mode}"
+    unit = data.tokenizer.unit
+    lines = [
+        f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
+        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}",
+        f"Text   {data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
+        f"{data.tokenizer.num_tokens:,} different",
+    ]
+    if data.left_out:
+        lines.append(f"       left out: {listed_characters(data.left_out)}")
+    if start.is_resume:
+        lines.append(
+            f"Resume {start.bundle.path}, step {start.step:,}"
+            + (" with a new optimizer" if start.reset_optimizer else "")
+        )
+        lines += [f"       {change}" for change in (loaded.changes if loaded else [])]
+    elif start.bundle is not None:
+        lines.append(f"Parent {start.bundle.path}, step {start.bundle.state.step:,}")
+        added = data.tokenizer.num_tokens - start.bundle.vocab_size
+        if data.tokenizer.token_kind == "char" and added:
+            lines.append(f"       {plural(added, 'character')} added to its vocabulary")
+    if start.named_model is not None:
+        lines.append(f"Name   {start.named_model}")
+    since = f"{start.step:,} to " if start.step else ""
+    lines += [
+        f"Steps  {since}{config.max_iters:,} of {config.batch_size} x {config.block_size} {unit}s: "
+        f"{passes(config, data, start.step):.2g} passes over the text",
+        f"Device {describe_device(setup.device)}{compiled}",
+    ]
+    return "\n".join(lines)
+
+
+def other_text(setup: Setup) -> str | None:
+    """A warning, where a model goes on with another text than the one it was trained on."""
+    start, data = setup.start, setup.data
+    known = start.bundle.state.fact("data_sha256") if start.is_resume else None
+    if known is None or known == data.sha256:
+        return None
+    before = start.bundle.state.settings.get("data") or "the sample corpus"
+    return (
+        f"ANOTHER TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not what this model was "
+        f"trained on until now ({before}, SHA-256 {known[:12]}…)"
+    )
+
+
+def passes(config: ModelConfig, data: Dataset, first_step: int = 0) -> float:
+    """How often a run sees each token of the train split, on average."""
+    steps = config.max_iters - first_step
+    return steps * config.batch_size * config.block_size / data.splits["train"].size
+
+
+def machine_record(device: torch.device) -> dict[str, str]:
+    """What torch knows of the machine, for env.txt."""
+    return {
+        "device": describe_device(device),
+        "processor": processor_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
+    }

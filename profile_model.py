@@ -1,0 +1,519 @@
+"""Say where the time of a training step goes, and how near it comes to what this machine can do.
+
+    python profile_model.py
+    python profile_model.py --n-layer 6 --compile
+    python profile_model.py --inference
+    python profile_model.py --json --chrome-trace trace.json
+
+Takes all settings of train.py, and runs its very step, on a new model that is thrown away. Every
+part waits for the device before the clock is read.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from parameters import ALIASES, GROUPS, ModelConfig
+from start import plan
+from utils.command_line import Action, CommandLine
+from utils.errors import UserError
+from utils.output import Output, run_command
+
+ACTIONS = (
+    Action("config", "Take settings from a YAML or JSON file.", "FILE"),
+    Action("steps", "How many steps are measured [50].", "N"),
+    Action("inference", "Measure generating text instead: prefill and decode."),
+    Action("json", "Print JSON."),
+    Action("chrome_trace", "Write a trace for chrome://tracing or ui.perfetto.dev.", "FILE"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: settle the settings as train.py does, measure, and print."""
+    aliases = {**ALIASES, "compile": "torch_compile"}
+    command_line = CommandLine(__doc__, ModelConfig, ACTIONS, GROUPS, aliases)
+    flags, actions, problems = command_line.parse(argv)
+    steps = actions.get("steps", "50")
+    if not steps.isdecimal() or not 2 <= int(steps) <= 100_000:
+        problems.append(f"--steps must be a whole number from 2 to 100000, got {steps}")
+    trace = Path(actions["chrome_trace"]) if "chrome_trace" in actions else None
+    if trace is not None and (trace.is_dir() or not trace.resolve().parent.is_dir()):
+        problems.append(f"--chrome-trace {trace} is not a file in a directory that exists")
+    if problems:
+        raise UserError(*problems)
+    loaded, _ = plan(flags, actions.get("config"), problems)
+
+    # Only here is torch imported: the rest of this file, as a module.
+    from profile_model import as_json, described, profile_inference, profile_training
+
+    profile = profile_inference if "inference" in actions else profile_training
+    report = profile(loaded.config, int(steps), trace)
+    Output().line(as_json(report) if "json" in actions else described(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
+
+# ----------------------------------------------------------------------------------------------
+# The measuring. The command above does not come this far: it imports what follows.
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from callbacks import Best
+from data import load_data
+from optim import learning_rate_at
+from prepare import create_setup, time_evaluation
+from start import Start
+from step import PHASES, Setup, training_step
+from train import (
+    SAMPLE_TOKENS,
+    explained_failures,
+    open_checkpoints,
+    open_log,
+    sample,
+    training_state,
+    weights_and_gradients,
+)
+from utils.device import choose_device, describe_device, peak_memory, synchronize
+from utils.output import aligned, byte_size
+from utils.run_manager import RunDirectory, RunDirectoryCreator, write_full_config
+from utils.tracking.run_log import RunLog
+
+WARM_UP = 5  # steps
+TRACED = 5  # steps, or tokens, under PyTorch's profiler
+TOP = 12  # operators that are listed
+PEAK_SIZES = (512, 1024, 2048)  # of the square matrices whose product is timed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One part's seconds: the median of a step's, their quartiles, and its share of all."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    share: float
+
+    @classmethod
+    def of(cls, name: str, seconds: Sequence[float], total: float) -> "Timing":
+        """Of the seconds that a part took in each step, and what all steps took together."""
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(name, median, low, high, sum(seconds) / total)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, or a class of them: seconds and calls a step, and its share of all."""
+
+    name: str
+    seconds: float
+    calls: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What happens every `interval` steps (0: at the end alone), and its share of such a run."""
+
+    name: str
+    seconds: float
+    interval: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Section:
+    """What was measured of one kind of work: a training step, a prefill, or a decoded token."""
+
+    title: str
+    timing: Timing  # of the whole, undisturbed
+    tokens: int
+    flops: int
+    parts: list[Timing]
+    operator_classes: list[Operator]
+    operators: list[Operator]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At the median."""
+        return self.tokens / self.timing.median
+
+    @property
+    def flops_per_second(self) -> float:
+        """At the median."""
+        return self.flops / self.timing.median
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is printed. Times are in seconds, memory in bytes."""
+
+    device: str
+    compile: str
+    parameters: int
+    first_call: float
+    peak_memory: int | None
+    peak_flops_per_second: float
+    sections: list[Section]
+    between: list[Interruption]
+
+
+class Stopwatch:
+    """Adds up what each part of a step took, having waited for the device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._current: Counter[str] = Counter()
+        self.steps: list[float] = []
+        self.parts: list[Counter[str]] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Surround a whole step."""
+        self._current = Counter()
+        began = self._now()
+        yield
+        self.steps.append(self._now() - began)
+        self.parts.append(self._current)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Surround a part of a step; one that comes again in the step is added."""
+        began = self._now()
+        yield
+        self._current[name] += self._now() - began
+
+    def timings(self) -> list[Timing]:
+        """Each part's, in the order of a step."""
+        names = [name for name in (*PHASES, "logging") if any(name in part for part in self.parts)]
+        total = sum(self.steps)
+        return [Timing.of(name, [part[name] for part in self.parts], total) for name in names]
+
+    def _now(self) -> float:
+        synchronize(self._device)
+        return time.perf_counter()
+
+
+Phase = Callable[[str], AbstractContextManager]
+Work = Callable[[Setup, Phase], None]
+
+
+def profile_training(config: ModelConfig, steps: int, trace: Path | None = None) -> Report:
+    """Measure `steps` steps of training, and what stands between them in a run."""
+    with (
+        explained_failures(config, Output(quiet=True)),
+        tempfile.TemporaryDirectory(prefix="folio-profile-") as directory,
+    ):
+        # The numbers are fetched within the steps that are measured, however few these are.
+        interval = min(config.log_interval, steps)
+        setup = _set_up(config.model_copy(update={"log_interval": interval}))
+        first_call = _seconds(setup, lambda: training_step(setup, 0))
+        run = RunDirectoryCreator(Path(directory)).create("profile")
+        write_full_config(run.meta / "full_config.json", setup.config, {}, {})
+        numbers = itertools.count(1)
+        with contextlib.closing(open_log(setup, run, Output(quiet=True))) as log:
+
+            def step(setup: Setup, phase: Phase) -> None:
+                number = next(numbers)
+                loss, grad_norm = training_step(setup, number, phase)
+                with phase("logging"):
+                    log.step(number, loss, grad_norm, learning_rate_at(number, setup.config))
+
+            tokens = config.batch_size * config.block_size
+            title = f"Training: {config.batch_size} x {config.block_size} tokens a step"
+            section = _section(title, tokens, setup, step, steps, trace)
+            between = _between_steps(setup, run, log, section.timing.median)
+        return _report(setup, first_call, [section], between)
+
+
+def profile_inference(config: ModelConfig, steps: int, trace: Path | None = None) -> Report:
+    """Measure reading a prompt of `block_size` tokens, and each token written after it."""
+    with explained_failures(config, Output(quiet=True)):
+        setup = _set_up(config)
+        prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
+
+        @torch.no_grad()
+        def prefill(setup: Setup, phase: Phase) -> None:
+            setup.model.eval()
+            setup.model.forward(prompt)
+
+        def decode(setup: Setup, phase: Phase) -> None:
+            setup.model.generate(prompt, 1)
+
+        first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
+        length = config.block_size
+        sections = []
+        for name, title, tokens, work in (
+            ("prefill", f"Prefill: a prompt of {length} tokens at once", length, prefill),
+            ("decode", f"Decode: one token, after reading the last {length} again", 1, decode),
+        ):
+            beside = trace and trace.with_stem(f"{trace.stem}_{name}")
+            sections.append(_section(title, tokens, setup, work, steps, beside))
+        return _report(setup, first_call, sections, [])
+
+
+def _set_up(config: ModelConfig) -> Setup:
+    """A new model of these settings, and all that trains it."""
+    device = choose_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    settled = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
+    config = config.model_copy(update=settled)
+    return create_setup(config, {}, load_data(config), device, Start())
+
+
+def _section(
+    title: str, tokens: int, setup: Setup, work: Work, steps: int, trace: Path | None
+) -> Section:
+    """Time `work` as it is, then part by part, then under PyTorch's profiler."""
+    for _ in range(WARM_UP):
+        work(setup, contextlib.nullcontext)
+    seconds = [_seconds(setup, lambda: work(setup, contextlib.nullcontext)) for _ in range(steps)]
+    stopwatch = Stopwatch(setup.device)
+    for _ in range(steps):
+        with stopwatch.step():
+            work(setup, stopwatch.phase)
+    classes, operators = _operators(setup, work, trace)
+    return Section(
+        title=title,
+        timing=Timing.of("step", seconds, sum(seconds)),
+        tokens=tokens,
+        flops=_flops(setup, work),
+        parts=stopwatch.timings(),
+        operator_classes=classes,
+        operators=operators,
+    )
+
+
+def _seconds(setup: Setup, call: Callable[[], object]) -> float:
+    synchronize(setup.device)
+    began = time.perf_counter()
+    call()
+    synchronize(setup.device)
+    return time.perf_counter() - began
+
+
+def _between_steps(setup: Setup, run: RunDirectory, log: RunLog, step: float) -> list[Interruption]:
+    """Time once what a run does between its steps of `step` seconds, and its share of the run."""
+    config, model = setup.config, setup.model
+    checkpoints = open_checkpoints(setup, run)
+    state = training_state(setup, run, 1, None, Best())
+    evaluation = time_evaluation(setup)
+    checkpoint = _seconds(setup, lambda: checkpoints.save(state))
+    histograms = _seconds(setup, lambda: log.histograms(1, weights_and_gradients(model)))
+    text = _seconds(setup, lambda: sample(model, setup.data, config, SAMPLE_TOKENS))
+    rows = (
+        ("evaluation", evaluation, config.eval_interval),
+        ("checkpoint", checkpoint, config.checkpoint_interval),
+        ("histograms", histograms, config.histogram_interval),
+        ("sample", text, config.sample_interval),
+    )
+    per_step = {name: seconds / every if every else 0.0 for name, seconds, every in rows}
+    whole = step + sum(per_step.values())
+    return [Interruption(name, s, every, per_step[name] / whole) for name, s, every in rows]
+
+
+def matrix_product_peak(device: torch.device) -> float:
+    """The most floating-point operations a second that a product of float32 matrices reached."""
+    best = 0.0
+    for size in PEAK_SIZES:
+        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        for _ in range(6):
+            synchronize(device)
+            began = time.perf_counter()
+            torch.mm(a, b)
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def _flops(setup: Setup, work: Work) -> int:
+    """The floating-point operations of `work`'s matrix products, counted by PyTorch.
+
+    On a model of its own that is not compiled, with attention as plain products: the counter does
+    not know the CPU's fused attention, nor what a compiler makes of it.
+    """
+    plain = _set_up(setup.config.model_copy(update={"torch_compile": False}))
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        work(plain, contextlib.nullcontext)
+    return counter.get_total_flops()
+
+
+def _report(
+    setup: Setup, first_call: float, sections: list[Section], between: list[Interruption]
+) -> Report:
+    return Report(
+        device=describe_device(setup.device),
+        compile=setup.compile_mode,
+        parameters=setup.model.num_parameters(),
+        first_call=first_call,
+        peak_memory=peak_memory(setup.device),
+        peak_flops_per_second=matrix_product_peak(setup.device),
+        sections=sections,
+        between=between,
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# Operators
+
+
+def _operators(
+    setup: Setup, work: Work, trace: Path | None
+) -> tuple[list[Operator], list[Operator]]:
+    """Classes of operators, and the operators that take most, by PyTorch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells that it starts and stops
+    on_gpu = setup.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(TRACED):
+            work(setup, record_function)
+        synchronize(setup.device)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    events = [
+        (class_of(event), event.name, event.self_device_time_total if on_gpu else cpu)
+        for event in profiler.events()
+        if (cpu := event.self_cpu_time_total) or on_gpu
+    ]
+    return _summed((c, s) for c, _, s in events), _summed((n, s) for _, n, s in events)[:TOP]
+
+
+def _summed(events: Iterable[tuple[str, float]]) -> list[Operator]:
+    """Microseconds by name, as seconds and calls a step, the longest first."""
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for name, microseconds in events:
+        spent[name] += microseconds
+        calls[name] += 1
+    total = sum(spent.values()) or 1
+    return [
+        Operator(name, micro / 1e6 / TRACED, calls[name] / TRACED, micro / total)
+        for name, micro in spent.most_common()
+    ]
+
+
+# What people look for, by what stands in an operator's name.
+CLASSES = (
+    ("attention", ("attention", "sdpa")),
+    ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
+    ("norm", ("_norm",)),
+    ("activation", ("gelu", "silu", "relu")),
+    ("loss", ("softmax", "nll_loss", "cross_entropy")),
+    ("embedding", ("embedding", "index_select")),
+)
+
+
+def class_of(event: FunctionEvent) -> str:
+    """The class of an operator, by its name and by the part of the step that called it."""
+    callers = [event.name]
+    parent = event.cpu_parent
+    while parent is not None:
+        callers.append(parent.name)
+        parent = parent.cpu_parent
+    for part in ("optimizer", "gradient clipping", "data", "logging"):
+        if part in callers:
+            return part
+    # On CUDA autograd has a thread of its own, which no phase surrounds.
+    is_backward = "backward" in callers or any("autograd::engine" in name for name in callers)
+    for name, words in CLASSES:
+        if any(word in event.name for word in words):
+            return f"{name} {'backward' if is_backward else 'forward'}"
+    return "copies, sums and calls"
+
+
+# ----------------------------------------------------------------------------------------------
+# What is shown
+
+
+def as_json(report: Report) -> str:
+    """The report for programs."""
+    content = asdict(report)
+    for section, values in zip(report.sections, content["sections"], strict=True):
+        values["tokens_per_second"] = section.tokens_per_second
+        values["flops_per_second"] = section.flops_per_second
+        values["share_of_peak"] = section.flops_per_second / report.peak_flops_per_second
+    return json.dumps(content, indent=2)
+
+
+def described(report: Report) -> str:
+    """The report for people."""
+    memory = byte_size(report.peak_memory) if report.peak_memory else "unknown"
+    whose = "the process's" if report.device.startswith("CPU") else "the device's"
+    lines = [
+        f"Device  {report.device}, torch.compile {report.compile}; the first call took "
+        f"{report.first_call * 1000:,.0f} ms",
+        f"Model   {report.parameters:,} parameters; {memory} is {whose} peak memory",
+        f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s: the best product of float32 "
+        "matrices just now",
+    ]
+    for section in report.sections:
+        lines += ["", *_described_section(section, report.peak_flops_per_second)]
+    if report.between:
+        rows = [("between steps", "ms", "every", "% of a run")]
+        rows += [
+            (
+                each.name,
+                f"{each.seconds * 1000:,.1f}",
+                f"{each.interval:,} steps" if each.interval else "end",
+                f"{each.share * 100:.1f}",
+            )
+            for each in report.between
+        ]
+        lines += ["", aligned(rows, right=(1, 2, 3))]
+    return "\n".join(lines)
+
+
+def _described_section(section: Section, peak: float) -> Iterator[str]:
+    timing = section.timing
+    yield section.title
+    yield (
+        f"{timing.median * 1000:,.2f} ms (half of them {timing.low * 1000:,.2f} to "
+        f"{timing.high * 1000:,.2f}), {section.tokens_per_second:,.0f} tokens/s"
+    )
+    yield (
+        f"{section.flops / 1e9:,.3g} GFLOP in matrix products: "
+        f"{section.flops_per_second / 1e9:,.1f} GFLOP/s, "
+        f"{section.flops_per_second / peak * 100:.0f} % of the peak"
+    )
+    if section.parts:
+        rows = [("part", "median ms", "half of them", "%")]
+        rows += [
+            (
+                part.name,
+                f"{part.median * 1000:.2f}",
+                f"{part.low * 1000:.2f} to {part.high * 1000:.2f}",
+                f"{part.share * 100:.1f}",
+            )
+            for part in section.parts
+        ]
+        yield "\n" + aligned(rows, right=(1, 2, 3))
+    for title, operators in (
+        ("kind of operator", section.operator_classes),
+        ("operator", section.operators),
+    ):
+        rows = [(title, "ms", "calls", "%")]
+        rows += [
+            (each.name, f"{each.seconds * 1000:.2f}", f"{each.calls:g}", f"{each.share * 100:.1f}")
+            for each in operators
+        ]
+        yield "\n" + aligned(rows, right=(1, 2, 3))

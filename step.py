@@ -1,0 +1,105 @@
+"""One training step, and one evaluation.
+
+What stands here is what a run does again and again: `train.py` calls it in its loop, and
+`profile_model.py` measures the very same.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Dataset, evaluation_batches, get_batch, micro_batches
+from model import LanguageModel
+from optim import clip_gradients, update
+from parameters import ModelConfig
+from start import Start
+
+# The parts of a step, in their order.
+PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs before its first step. `config.max_iters` is settled."""
+
+    config: ModelConfig
+    sources: dict[str, str]
+    start: Start
+    device: torch.device
+    data: Dataset
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    compile_mode: str
+
+
+def training_step(
+    setup: Setup,
+    step: int,
+    phase: Callable[[str], AbstractContextManager] = nullcontext,
+) -> tuple[Tensor, Tensor]:
+    """Learn from the batch of `step`, a micro-batch at a time.
+
+    Returns the mean loss over the whole batch and the norm of its gradient before clipping, both
+    scalars that are still on the device. The gradient itself, as clipped, stays with the
+    parameters until the next step.
+
+    Args:
+        setup: the model and all that trains it.
+        step: the number of the update, counted from 0.
+        phase: surrounds each of `PHASES`, for those who measure.
+    """
+    config, tokens, model = setup.config, setup.data.splits["train"], setup.model
+    total = torch.zeros((), device=setup.device)
+    with phase("optimizer"):
+        setup.optimizer.zero_grad(set_to_none=True)
+    for rows in micro_batches(config):
+        with phase("data"):
+            inputs, targets = get_batch(
+                tokens,
+                step,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                block_size=config.block_size,
+                rows=rows,
+            )
+            inputs, targets = inputs.to(setup.device), targets.to(setup.device)
+        with phase("forward"):
+            _, loss = model(inputs, targets)
+            # Each micro-batch counts by its rows, so that their number changes nothing but memory.
+            loss = loss * (inputs.size(0) / config.batch_size)
+        with phase("backward"):
+            loss.backward()
+        total += loss.detach()
+    with phase("gradient clipping"):
+        grad_norm = clip_gradients(model, config.grad_clip)
+    with phase("optimizer"):
+        update(setup.optimizer, step, config)
+    return total, grad_norm
+
+
+@torch.no_grad()
+def estimate_loss(model: LanguageModel, data: Dataset, config: ModelConfig) -> dict[str, float]:
+    """The mean loss of the train and val splits, in nats per token, on their fixed batches."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses = {}
+    for split in ("train", "val"):
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        count = 0
+        for inputs, targets in evaluation_batches(data.splits[split], config):
+            _, loss = model(inputs.to(device), targets.to(device))
+            total += loss * targets.numel()
+            count += targets.numel()
+        losses[split] = total.item() / count
+    model.train(was_training)
+    return losses
+
+
+def bits_per_byte(losses: dict[str, float], data: Dataset) -> dict[str, float]:
+    """Losses as bits for each byte of the text: comparable between models of any tokenizer."""
+    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
