@@ -1,0 +1,180 @@
+"""profile_model.py: where the time goes, told truthfully.
+
+python -m pytest tests/test_profile_model.py
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+import profile_model
+import step as step_module
+from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
+from step import PHASES
+
+
+@pytest.fixture
+def small(tiny):
+    """Large enough that Python's own time between the parts is small."""
+    return tiny(n_embd=64, block_size=64, batch_size=8, micro_batch_size=4)
+
+
+def test_the_parts_of_a_step_sum_to_the_step(small):
+    report = profile_training(small, steps=20)
+    (section,) = report.sections
+    assert [part.name for part in section.parts] == [*PHASES, "logging"]
+    assert sum(part.share for part in section.parts) == pytest.approx(1, abs=0.05)
+    for part in section.parts:
+        assert part.low <= part.median <= part.high
+
+
+def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
+    """The function of step.py itself; the gradient it leaves is that of a training step."""
+    assert profile_model.training_step is step_module.training_step
+    calls = []
+    real = step_module.training_step
+
+    def counted(setup, number, *phase):
+        calls.append(number)
+        return real(setup, number, *phase)
+
+    monkeypatch.setattr(profile_model, "training_step", counted)
+    profile_training(small, steps=3)
+    # The first call, warm-up, as it is, part by part, under the profiler, for the count.
+    assert len(calls) == 1 + profile_model.WARM_UP + 3 + 3 + profile_model.TRACED + 1
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_operations_are_those_of_the_textbook(tiny, batches):
+    """2 for each weight and token forward and 4 backward; and the two products of attention."""
+    config = tiny(batch_size=4, micro_batch_size=4 // batches)
+    (section,) = profile_training(config, steps=2).sections
+    B, T, C, L, V = 4, config.block_size, config.n_embd, config.n_layer, 31
+    weights = L * 12 * C * C + V * C
+    vocabulary = profile_model.load_data(config).tokenizer.vocab_size
+    weights += (vocabulary - V) * C
+    assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
+
+
+def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
+    (section,) = profile_training(small, steps=2).sections
+    kinds = {operator.name: operator.share for operator in section.operator_classes}
+    wanted = {
+        f"{what} {way}" for what in ("linear", "attention") for way in ("forward", "backward")
+    }
+    assert wanted | {"optimizer", "gradient clipping", "data"} <= kinds.keys()
+    assert sum(kinds.values()) == pytest.approx(1)
+    assert kinds["linear backward"] > kinds["optimizer"]
+    names = [operator.name for operator in section.operators]
+    assert "aten::mm" in names
+    assert len(names) == profile_model.TOP
+
+
+def test_what_stands_between_steps_is_shown_with_its_share_of_a_run(small):
+    config = small.model_copy(update={"sample_interval": 0})
+    between = {each.name: each for each in profile_training(config, steps=2).between}
+    assert between.keys() == {"evaluation", "checkpoint", "histograms", "sample"}
+    assert between["evaluation"].interval == config.eval_interval
+    assert all(each.seconds > 0 for each in between.values())
+    assert 0 < between["evaluation"].share < 1
+    assert between["sample"].share == 0
+
+
+def test_prefill_and_decode_are_measured_apart(small):
+    prefill, decode = profile_inference(small, steps=3).sections
+    assert (prefill.tokens, decode.tokens) == (small.block_size, 1)
+    assert prefill.tokens_per_second > decode.tokens_per_second
+    assert prefill.flops > 0
+    assert any("attention" in operator.name for operator in prefill.operator_classes)
+    assert not any("backward" in operator.name for operator in prefill.operator_classes)
+
+
+def test_profiling_leaves_nothing_behind(small, tmp_path):
+    profile_training(small, steps=2)
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_the_stopwatch_adds_up_a_part_that_comes_again(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("profile_model.time.perf_counter", lambda: now[0])
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.step():
+            for _ in range(2):
+                with watch.phase("data"):
+                    now[0] += 1
+                with watch.phase("forward"):
+                    now[0] += 3
+            now[0] += 2
+    data, forward = watch.timings()
+    assert (data.name, data.median, data.share) == ("data", 2, 0.2)
+    assert (forward.name, forward.median, forward.share) == ("forward", 6, 0.6)
+
+
+def test_the_report_for_people_and_for_programs_says_the_same(small):
+    report = profile_training(small, steps=3)
+    values = json.loads(as_json(report))
+    text = described(report)
+    (section,) = values["sections"]
+    assert values["parameters"] == report.parameters
+    assert f"{report.parameters:,} parameters" in text
+    assert f"{section['tokens_per_second']:,.0f} tokens/s" in text
+    assert f"{section['share_of_peak'] * 100:.0f} % of the peak" in text
+    assert section["flops_per_second"] == pytest.approx(
+        section["flops"] / section["timing"]["median"]
+    )
+    assert values["peak_flops_per_second"] > 0
+    assert values["peak_memory"] > 1_000_000
+
+
+def test_the_command_prints_a_table_and_takes_all_settings(folio, text_file):
+    done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--steps", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in (
+        "forward",
+        "backward",
+        "optimizer",
+        "gradient clipping",
+        "% of the peak",
+        "aten::",
+    ):
+        assert word in done.stdout
+
+
+def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
+    flags = ["--steps=3", "--json", "--chrome-trace", tmp_path / "trace.json", "--compile"]
+    done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    values = json.loads(done.stdout)
+    assert values["compile"] == "aot_eager"
+    assert values["sections"][0]["flops"] > 0
+    names = {
+        event.get("name")
+        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    }
+    assert {"forward", "backward", "optimizer", "aten::mm"} <= names
+    done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--no-compile", "--json",
+                 "--steps=2", "--inference")  # fmt: skip
+    assert json.loads(done.stdout)["compile"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps", "1"], "--steps must be a whole number from 2 to 100000, got 1"),
+        (["--steps", "many"], "got many"),
+        (
+            ["--chrome-trace", "no/such/place.json"],
+            "--chrome-trace no/such/place.json is not a file",
+        ),
+        (["--n-head", "3"], "not divisible"),
+        (["--device", "cuda:9"], "CUDA"),
+    ],
+)
+def test_a_mistake_is_one_line(folio, text_file, flags, words):
+    done = folio("profile_model.py", "--data", text_file, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

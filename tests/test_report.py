@@ -1,0 +1,310 @@
+"""report.py and utils/charts.py: a run as a page.
+
+python -m pytest tests/test_report.py
+"""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import train as train_module
+from callbacks import TrainResult
+from parameters import ModelConfig
+from report import read_run, write_report
+from start import plan
+from train import train
+from utils.charts import Line, line_chart
+from utils.errors import RunError
+from utils.run_manager import RunDirectory
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """A page's text, the addresses it refers to, and whether its elements are closed in order."""
+
+    def __init__(self, path: Path):
+        super().__init__(convert_charrefs=True)
+        self.words, self.addresses, self.open, self.tags = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "action", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+
+def page_of(result: TrainResult) -> Page:
+    return Page(RunDirectory(result.run_dir).report)
+
+
+# The page of a run -----------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_page_that_tells_it_whole(tiny, quiet, text_file):
+    config = tiny(run_tag="shown", sample_interval=3, learning_rate=2e-3)
+    argv = ["--run-tag", "shown", "--learning-rate", "2e-3"]
+    result = train(config, argv=argv, output=quiet)
+    page = page_of(result)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    for words in (
+        result.run_dir.name,
+        f"{result.best_val_loss:.4f}",
+        "6 steps",
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "python train.py --run-tag shown --learning-rate 2e-3",
+        record["run"]["data"]["sha256"],
+        "commit:",
+        "branch:",
+    ):
+        assert words in page.text, words
+    for name in ModelConfig.model_fields:
+        if name in record["config"]:
+            assert f" {name} " in page.text
+    samples = RunDirectory(result.run_dir).samples.read_text(encoding="utf-8").splitlines()
+    assert len(samples) == 2
+    for line in samples:
+        sample = json.loads(line)
+        assert f"Step {sample['step']}" in page.text
+        assert " ".join(sample["text"].split()) in page.text
+
+
+def test_the_page_needs_nothing_but_itself(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    source = RunDirectory(result.run_dir).report.read_text(encoding="utf-8")
+    assert page_of(result).addresses == []
+    assert "url(" not in source
+    assert "@import" not in source
+    assert set(re.findall(r"https?://[^\s\"'<)]+", source)) == set()
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_what_a_model_or_a_user_wrote_is_never_markup(tiny, quiet, text_file):
+    text_file.write_text("<script>alert(1)</script>&amp; \n" * 200, encoding="utf-8")
+    hostile = '"><img src=x onerror=alert(1)>'
+    result = train(tiny(run_tag="x"), argv=["--run-tag", hostile], output=quiet)
+    page = page_of(result)
+    assert page.tags.count("script") == 1  # the page's own
+    assert "img" not in page.tags
+    assert hostile in page.text.replace("'\"'\"'", "'")
+
+
+def test_the_page_of_a_resumed_run_shows_the_training_from_its_beginning(tiny, quiet):
+    part = train(tiny(max_iters=3), output=quiet)
+    loaded, start = plan({"max_iters": 6}, resume=str(part.run_dir))
+    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    run = read_run(rest.run_dir)
+    assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
+    seconds = [line["seconds"] for line in run.steps]
+    assert seconds == sorted(seconds)
+    assert f"begin with those of {part.run_dir.name}" in page_of(rest).text
+    assert f"run {part.run_dir.name}, step 3" in page_of(rest).text
+
+
+def test_the_page_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_file):
+    train(tiny(model_name="dante"), output=quiet)
+    flags = {"init_from": "dante", "data": str(text_file), "max_iters": 2, "device": "cpu"}
+    loaded, start = plan(flags)
+    child = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    assert "Lineage dante, step 6" in page_of(child).text
+
+
+def test_a_run_that_failed_has_a_page_too(tiny, quiet, monkeypatch):
+    real = train_module.training_step
+
+    def diverging(setup, step):
+        loss, grad_norm = real(setup, step)
+        return (loss * float("nan") if step == 4 else loss), grad_norm
+
+    monkeypatch.setattr(train_module, "training_step", diverging)
+    with pytest.raises(RunError):
+        train(tiny(), output=quiet)
+    (run_dir,) = Path("runs").iterdir()
+    assert "5 steps of 6" in Page(run_dir / "report.html").text
+
+
+def test_a_page_that_cannot_be_drawn_costs_a_warning(tiny, quiet, monkeypatch):
+    def broken(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(train_module, "write_report", broken)
+    result = train(tiny(), output=quiet)
+    console = RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
+    assert console.count("warning:") == 1
+    assert "report.html cannot be drawn: no room" in console
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    metrics = RunDirectory(result.run_dir).metrics
+    metrics.write_bytes(metrics.read_bytes()[:-9])
+    write_report(Path("page.html"), [result.run_dir])
+    assert len(read_run(result.run_dir).evaluations) == 1
+
+
+def test_a_run_with_no_step_has_a_page(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    for name in ("metrics", "samples", "console"):
+        getattr(RunDirectory(result.run_dir), name).unlink()
+    write_report(Path("page.html"), [result.run_dir])
+    assert "No loss yet." in Page(Path("page.html")).text
+
+
+def test_a_run_from_before_there_were_pages_has_one(tiny, quiet):
+    """Its metrics know no seconds, its record fewer facts."""
+    result = train(tiny(), output=quiet)
+    run = RunDirectory(result.run_dir)
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        del line["seconds"]
+    run.metrics.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    path = run.meta / "full_config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["run"] = {"run_id": "r"}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    write_report(Path("page.html"), [result.run_dir])
+    assert f"{result.best_val_loss:.4f}" in Page(Path("page.html")).text
+
+
+# Several runs ----------------------------------------------------------------------------------
+
+
+def test_a_comparison_shows_each_run_and_only_what_differs(tiny, quiet):
+    one = train(tiny(run_tag="narrow"), output=quiet)
+    other = train(tiny(run_tag="wide", n_embd=32), output=quiet)
+    write_report(Path("both.html"), [one.run_dir, other.run_dir])
+    page = Page(Path("both.html"))
+    for result in (one, other):
+        assert result.run_dir.name in page.text
+        assert f"{result.best_val_loss:.4f}" in page.text
+    differing = page.text.partition("What differs")[2]
+    assert "n_embd 16 32" in differing
+    assert "n_layer" not in differing
+    assert "Val loss by time" in page.text
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+def test_the_command_draws_a_run_again_and_several_together(tiny, quiet, folio):
+    runs = [train(tiny(run_tag=tag), output=quiet).run_dir for tag in ("a", "b")]
+    RunDirectory(runs[1]).report.unlink()
+    done = folio("report.py", "last")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == str(RunDirectory(runs[1]).report)
+    assert RunDirectory(runs[1]).report.exists()
+    done = folio("report.py", runs[0].name, runs[1])
+    assert done.stdout.strip() == "comparison.html"
+    assert Path("comparison.html").exists()
+    done = folio("report.py", runs[0].name, "--output", "mine.html")
+    assert Path(done.stdout.strip()).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere"),
+        (["last"], "no run in runs yet"),
+        ([], "no run in runs yet"),
+        (["--output"], "--output needs a value"),
+    ],
+)
+def test_a_run_that_is_not_there_is_one_line(folio, arguments, words):
+    done = folio("report.py", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tiny, quiet, folio):
+    train(tiny(), output=quiet)
+    done = folio("report.py", "--output", "no/such/directory/page.html")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written" in done.stderr
+
+
+# Charts ----------------------------------------------------------------------------------------
+
+
+def chart(points, **options) -> ElementTree.Element:
+    noisy = options.pop("noisy", False)
+    options = {"title": "Loss", "x_label": "step", **options}
+    return ElementTree.fromstring(line_chart([Line("a", points, 1, noisy)], **options))
+
+
+def drawn(svg: ElementTree.Element) -> list[tuple[float, float]]:
+    points = svg.find("polyline").get("points").split()
+    return [tuple(map(float, point.split(","))) for point in points]
+
+
+def test_a_line_goes_through_its_points_from_left_to_right_and_up():
+    (x1, y1), (x2, y2), (x3, y3) = drawn(chart([(0, 1.0), (5, 2.0), (10, 3.0)]))
+    assert x1 < x2 < x3
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
+    assert y1 > y2 > y3  # SVG counts downwards
+
+
+def test_a_logarithmic_axis_makes_equal_ratios_equal_distances():
+    (_, y1), (_, y2), (_, y3) = drawn(chart([(0, 1.0), (1, 2.0), (2, 4.0)], logarithmic=True))
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2)
+
+
+def test_a_long_line_is_thinned_to_means_in_a_band():
+    svg = chart([(n, n % 2) for n in range(100_000)], noisy=True)
+    points = drawn(svg)
+    assert 100 < len(points) < 1000
+    assert svg.find("polygon") is not None
+    middle = {round(y) for _, y in points[5:-5]}
+    assert len(middle) == 1  # the mean of zeros and ones
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1, 2.0)],
+        [(1, 2.0), (2, 2.0)],
+        [(0, 0.0), (1, 0.0)],
+        [(1, float("nan")), (2, 1.0), (3, float("inf"))],
+        [(1, 1e-9), (2, 1e9)],
+        [(1, -3.0), (2, 5.0)],
+    ],
+)
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_any_numbers_can_be_drawn(points, logarithmic):
+    svg = line_chart([Line("a", points, 1)], title="Loss", x_label="step", logarithmic=logarithmic)
+    assert "nan" not in svg.lower()
+    assert "inf" not in svg.lower()
+    if "<svg" in svg:
+        root = ElementTree.fromstring(svg)
+        for x, y in drawn(root):
+            assert 0 <= x <= 1040
+            assert 0 <= y <= 320
+
+
+def test_ticks_are_round_numbers_within_the_axis():
+    svg = chart([(0, 1.43), (2250, 4.31)], logarithmic=True)
+    labels = [text.text for text in svg.findall("text")]
+    assert "1.5" in labels
+    assert "4" in labels
+    assert "2000" in labels
+    assert len(labels) < 25
