@@ -148,6 +148,11 @@ class Run:
         return self.best and self.best.get(VAL_BITS)
 
     @property
+    def text(self) -> str:
+        """The name of the text that it learned from."""
+        return Path((self.record["data"] or {}).get("name", "unknown")).name
+
+    @property
     def last_step(self) -> int:
         """The last step that was logged."""
         return self.steps[-1]["step"] if self.steps else 0
@@ -318,17 +323,15 @@ def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
         ]
         return line_chart(lines, title=title, x_label=x_label, logarithmic=True)
 
-    minutes = 1 / 60
+    longest = max((run.seconds or 0 for run in runs), default=0)
+    unit, scale = ("minutes", 1 / 60) if longest > 300 else ("seconds", 1)
     return {
         "runs": runs,
         "differences": differences(runs),
         "colors": {run.name: index % COLORS + 1 for index, run in enumerate(runs)},
         "charts": [
             ("Val loss by step", chart("Val loss", "step", "step", "evaluations", VAL)),
-            (
-                "Val loss by time",
-                chart("Val loss", "seconds", "minutes", "evaluations", VAL, minutes),
-            ),
+            ("Val loss by time", chart("Val loss", "seconds", unit, "evaluations", VAL, scale)),
             ("Train loss of every step", chart("Loss", "step", "step", "steps", STEP_LOSS)),
         ],
     }

@@ -1,5 +1,6 @@
 """Helpers of a run that may fail without hurting it."""
 
+import contextlib
 import traceback
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -13,10 +14,16 @@ class Isolated(Generic[_Helper]):
 
     Args:
         warn: takes the warning, one line, and the traceback, for the record.
+        discard: is tried on a helper that is dropped.
     """
 
-    def __init__(self, warn: Callable[[str, str], None]):
+    def __init__(
+        self,
+        warn: Callable[[str, str], None],
+        discard: Callable[[_Helper], object] = lambda helper: None,
+    ):
         self._warn = warn
+        self._discard = discard
         self._helpers: dict[str, _Helper] = {}
 
     def add(self, name: str, make: Callable[[], _Helper]) -> None:
@@ -35,6 +42,8 @@ class Isolated(Generic[_Helper]):
             except Exception as error:
                 del self._helpers[name]
                 self._leave_out(name, error)
+                with contextlib.suppress(Exception):
+                    self._discard(helper)
         return answers
 
     def clear(self) -> None:

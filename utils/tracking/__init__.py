@@ -42,7 +42,7 @@ class CompositeTracker:
     def __init__(
         self, makers: Mapping[str, Callable[[], Tracker]], warn: Callable[[str, str], None]
     ):
-        self._trackers: Isolated[Tracker] = Isolated(warn)
+        self._trackers: Isolated[Tracker] = Isolated(warn, discard=lambda tracker: tracker.close())
         for name, make in makers.items():
             self._trackers.add(name, make)
 

@@ -1,0 +1,207 @@
+"""What people look at, in a real browser: TensorBoard, Aim and the report.
+
+python -m pytest -m browser tests/browser
+FOLIO_SCREENSHOTS=/tmp/shots python -m pytest -m browser tests/browser    # and keep pictures
+
+Needs the extra `browser` and a Chromium (`apt-get install chromium`, or FOLIO_CHROMIUM=path).
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from parameters import ModelConfig
+from report import write_report
+from train import TrainResult, train
+from utils.output import Output
+from utils.run_manager import RunDirectory
+
+pytestmark = pytest.mark.browser
+playwright = pytest.importorskip("playwright.sync_api")
+
+# Without these it asks for the network at every start.
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
+    *("--disable-component-update", "--no-first-run", "--disable-quic"),
+)
+SECONDS = 60_000  # milliseconds: how long a page may take to show something
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("FOLIO_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    assert path, "no Chromium: apt-get install chromium, or set FOLIO_CHROMIUM"
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def picture(request) -> Callable[["playwright.Page", str], None]:
+    """Keep a picture of a page, where pictures are asked for."""
+
+    def take(page: "playwright.Page", name: str) -> None:
+        if directory := os.environ.get("FOLIO_SCREENSHOTS"):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
+
+    return take
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable[..., "playwright.Page"]]:
+    """Open an address. What the page's scripts complain of, and whom it calls, is on it."""
+    contexts = []
+
+    def open_it(address: str, **options) -> "playwright.Page":
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.errors, page.calls = [], []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("request", lambda request: page.calls.append(request.url))
+        page.goto(address, timeout=SECONDS)
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def run(text_file) -> TrainResult:
+    """A run with a curve to look at, logged to Aim too."""
+    config = ModelConfig(
+        data=str(text_file),
+        run_tag="seen",
+        n_embd=32,
+        n_head=2,
+        n_layer=2,
+        block_size=32,
+        batch_size=8,
+        max_iters=120,
+        warmup_iters=10,
+        eval_interval=20,
+        eval_iters=2,
+        sample_interval=40,
+        histogram_interval=40,
+        aim_logging=True,
+        device="cpu",
+    )
+    return train(config, output=Output(quiet=True))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Start a server of this Python's environment on loopback; its address."""
+    servers = []
+
+    def start(program: str, *words: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(Path(sys.executable).parent / program), *words]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        log = open(f"{program}.log", "w+", encoding="utf-8")
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        servers.append((server, log))
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for server, log in servers:
+        os.killpg(server.pid, 9)  # with the workers that it has started
+        server.wait()
+        log.close()
+
+
+def visit(open_page, address: str) -> "playwright.Page":
+    """Open a page of a server that may still be starting."""
+    for _ in range(120):
+        try:
+            return open_page(address)
+        except playwright.Error as error:
+            if "ERR_CONNECTION_REFUSED" not in str(error):
+                raise
+            subprocess.run([sys.executable, "-c", "import time; time.sleep(0.5)"], check=True)
+    raise AssertionError(f"{address} never answered")
+
+
+def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
+    address = RunDirectory(run.run_dir).report.resolve().as_uri()
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        page = open_page(address, color_scheme=scheme)
+        charts = page.locator("svg.chart")
+        assert charts.count() == 4
+        length = page.evaluate("document.querySelector('polyline').getTotalLength()")
+        assert length > 300  # pixels of a curve
+        assert page.get_by_role("heading", name=run.run_dir.name).is_visible()
+        assert page.get_by_text(f"{run.best_val_loss:.4f}").first.is_visible()
+        backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        wide = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert wide, "nothing sticks out"
+        picture(page, f"report_{scheme}")
+        charts.first.hover()
+        tip = page.locator(".tip:visible")
+        assert re.search(r"step \d+.*every step [\d.]+.*val [\d.]+", tip.inner_text(), re.DOTALL)
+        assert page.errors == []
+        assert page.calls == [address]
+    assert backgrounds[0] != backgrounds[1]
+
+
+def test_the_report_fits_a_telephone(run, open_page, picture):
+    address = RunDirectory(run.run_dir).report.resolve().as_uri()
+    page = open_page(address, screen={"width": 390, "height": 800})
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    picture(page, "report_telephone")
+
+
+def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, picture):
+    other = ModelConfig(**{**read_config(run), "n_embd": 16, "run_tag": "narrow"})
+    other = train(other, output=Output(quiet=True))
+    target = Path("comparison.html")
+    write_report(target, [run.run_dir, other.run_dir])
+    page = open_page(target.resolve().as_uri())
+    first = page.locator("svg.chart").first
+    assert first.locator("polyline").count() == 2
+    colors = {
+        first.locator("polyline").nth(index).evaluate("line => getComputedStyle(line).stroke")
+        for index in (0, 1)
+    }
+    assert len(colors) == 2
+    assert page.errors == []
+    picture(page, "comparison")
+
+
+def read_config(result: TrainResult) -> dict:
+    import json
+
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_bytes())
+    return {**record["config"], "aim_logging": False}
+
+
+def test_tensorboard_shows_the_loss_curves_of_the_run(run, open_page, serve, picture):
+    page = visit(open_page, serve("tensorboard", "--logdir", "runs"))
+    page.get_by_text("loss/train").first.wait_for(timeout=SECONDS)
+    page.get_by_text("eval/val_loss").first.wait_for(timeout=SECONDS)
+    page.locator("line-chart svg path, line-chart canvas").first.wait_for(timeout=SECONDS)
+    runs = page.locator("tb-data-table-content-row, runs-table tbody tr, .run-table-row").count()
+    assert runs <= 1, "one run of Folio is one of TensorBoard's"
+    picture(page, "tensorboard")
+
+
+def test_aim_lists_the_run_with_its_parameters(run, open_page, serve, picture):
+    address = serve("aim", "up", "--repo", ".")
+    page = visit(open_page, f"{address}/runs")
+    page.get_by_text(run.run_dir.name).first.wait_for(timeout=SECONDS)
+    picture(page, "aim_runs")

@@ -1,0 +1,493 @@
+"""utils/tracking/aim.py: what goes to Aim comes back, and Aim cannot hurt the run.
+
+python -m pytest tests/test_aim.py
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CHECKOUT, TINY_FLAGS, assert_equal
+from safetensors.torch import load_file
+
+import train as train_module
+import utils.tracking.aim as module
+from checkpoint import load_model
+from train import train
+from utils.errors import RunError, UserError
+from utils.metrics import METRICS, tag_of
+from utils.run_manager import RunDirectory
+from utils.tracking.aim import AimTracker, require_aim
+from utils.tracking.histograms import Histogram
+
+# In a process of its own: logs ten losses, then does as it is told.
+RUN = """
+import os, signal, sys, time
+import utils.tracking.aim as module
+repo, name, what = sys.argv[1:]
+module.PATIENCE = 3
+start = time.monotonic()
+try:
+    tracker = module.AimTracker(repo, name)
+except Exception as error:
+    sys.exit(f"{time.monotonic() - start:.1f} {type(error).__name__} {error}")
+tracker.log_config({"seed": 1}, {"run_id": name})
+for step in range(1, 11):
+    tracker.log_metrics({"loss": 1 / step}, step, "train")
+if what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    print("ready", flush=True)
+    sys.stdin.readline()
+try:
+    tracker.close()
+except Exception as error:
+    sys.exit(f"{type(error).__name__} {error}")
+"""
+
+
+def start(repo, name: str, what: str = "close") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(repo), name, what],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def repo(tmp_path) -> str:
+    pytest.importorskip("aim")
+    return str(tmp_path / "repo")
+
+
+@pytest.fixture
+def tracker(repo) -> AimTracker:
+    return AimTracker(repo, "20260131_235959_baseline")
+
+
+def runs(repo: str) -> dict:
+    """What `Repo.iter_runs` finds, by name."""
+    import aim
+
+    found = list(aim.Repo.from_path(repo).iter_runs())
+    assert len({run.name for run in found}) == len(found)
+    return {run.name: run for run in found}
+
+
+def metrics(run) -> dict:
+    """All numbers of a run: (name, subset) to step and value."""
+    found = {}
+    for metric in run.metrics():
+        steps, (values, *_) = metric.data.numpy()
+        pairs = list(zip(steps.tolist(), values.tolist(), strict=True))
+        found[metric.name, metric.context.to_dict().get("subset")] = pairs
+    return found
+
+
+def locks(repo: str) -> list[Path]:
+    return list(Path(repo, ".aim", "locks").glob("*.softlock"))
+
+
+def objects(sequence) -> list:
+    steps, (values, *_) = sequence.data.items_list()
+    return list(zip(steps, values, strict=True))
+
+
+LOSSES = {("loss", "train"): [(step, 1 / step) for step in range(1, 11)]}
+
+
+def test_every_number_is_read_back_once_with_its_name_step_and_subset(tracker, repo):
+    for step in range(1, 61):
+        tracker.log_metrics({"loss": 1 / step, "learning_rate": 0.1}, step, "train")
+        if step % 30 == 0:
+            tracker.log_metrics({"eval_loss": 3.0}, step, "train")
+            tracker.log_metrics({"eval_loss": 4.0, "bits_per_byte": 2}, step, "val")
+    tracker.close()
+    (run,) = runs(repo).values()
+    assert run.name == "20260131_235959_baseline"
+    assert metrics(run) == {
+        ("loss", "train"): [(step, 1 / step) for step in range(1, 61)],
+        ("learning_rate", "train"): [(step, 0.1) for step in range(1, 61)],
+        ("eval_loss", "train"): [(30, 3.0), (60, 3.0)],
+        ("eval_loss", "val"): [(30, 4.0), (60, 4.0)],
+        ("bits_per_byte", "val"): [(30, 2.0), (60, 2.0)],
+    }
+
+
+def test_numbers_that_are_not_finite_are_kept(tracker, repo):
+    values = [1.0, math.nan, math.inf, -math.inf, 2.0]
+    for step, value in enumerate(values):
+        tracker.log_metrics({"loss": value}, step, "train")
+    tracker.close()
+    pairs = metrics(runs(repo)["20260131_235959_baseline"])["loss", "train"]
+    assert repr(pairs) == repr(list(enumerate(values)))
+
+
+def test_distributions_and_texts_are_read_back(tracker, repo):
+    from aim.storage.context import Context
+
+    histogram = Histogram(-1.5, 2.5, [1, 0, 5, 2**40], 3.0, 4.0, 0)
+    texts = ["# no *markup*\n\ttab\0", "é 漢 🎭", ""]
+    for step in (2, 4):
+        tracker.log_histograms({"weights/h.0.attn": histogram, "other": histogram}, step)
+    for step, text in enumerate(texts):
+        tracker.log_text('sample/"ü" 1', text, step)
+    tracker.log_text("broken", "half a pair: \ud83d", 1)
+    tracker.close()
+    (run,) = runs(repo).values()
+    found = objects(run.get_distribution_sequence("weights/h.0.attn", Context({})))
+    assert [step for step, _ in found] == [2, 4]
+    for _, distribution in found:
+        counts, edges = distribution.to_np_histogram()
+        assert counts.tolist() == histogram.counts
+        assert edges.tolist() == [-1.5, -0.5, 0.5, 1.5, 2.5]
+    found = objects(run.get_text_sequence('sample/"ü" 1', Context({})))
+    assert [(step, text.data) for step, text in found] == list(enumerate(texts))
+    ((_, broken),) = objects(run.get_text_sequence("broken", Context({})))
+    assert broken.data == "half a pair: ?"
+
+
+def test_config_and_metadata_come_back_equal_and_nothing_else_is_there(tracker, repo):
+    config = {"n_layer": 2, "seed": 2**63 - 1, "lr": 1e-3, "bias": False, "compile": None, "x": "é"}
+    metadata = {
+        "git": {"commit": "7ec0410", "dirty": "yes (2 changed, 0 untracked)"},
+        "lineage": [{"run_id": "a", "from": []}, {"run_id": "b", "from": [[1], {}]}],
+        "resumed_from": None,
+        "sources": {},
+        "argv": [],
+    }
+    tracker.log_config(config, {**metadata, "shape": (1, (2,))})
+    tracker.close()
+    (run,) = runs(repo).values()
+    # No environment, no packages, no system metrics, no terminal logs.
+    assert run[...] == {"config": config, **metadata, "shape": [1, [2]]}
+    assert metrics(run) == {}
+    assert run.get_terminal_logs() is None
+
+
+def test_a_run_that_logged_nothing_is_closed_and_listed_and_leaves_no_thread_and_no_lock(repo):
+    before = set(threading.enumerate())
+    tracker = AimTracker(repo, "empty")
+    assert len(locks(repo)) == 1
+    tracker.close()
+    assert set(threading.enumerate()) == before
+    assert locks(repo) == []
+    assert runs(repo)["empty"].end_time is not None
+
+
+def test_a_running_run_is_listed_and_read_by_another_process(tracker, repo):
+    tracker.log_config({"seed": 1}, {})
+    tracker.log_metrics({"loss": 2.0}, 1, "train")
+    tracker.flush()
+    tracker.log_metrics({"loss": 1.0}, 2, "train")  # after the flush
+    code = (
+        "import json, sys, aim\n"
+        "(run,) = aim.Repo.from_path(sys.argv[1]).iter_runs()\n"
+        "(metric,) = run.metrics()\n"
+        "print(json.dumps([run.name, run.end_time, metric.data.numpy()[1][0].tolist()]))\n"
+    )
+    command = [sys.executable, "-c", code, repo]
+    reader = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(reader.stdout) == ["20260131_235959_baseline", None, [2.0, 1.0]]
+    tracker.close()
+    assert runs(repo)["20260131_235959_baseline"].end_time is not None
+
+
+def test_a_killed_run_is_kept_and_does_not_stand_in_the_way_of_the_next(repo):
+    assert start(repo, "killed", "kill").wait(60) == -signal.SIGKILL
+    AimTracker(repo, "next").close()
+    found = runs(repo)
+    assert found.keys() == {"killed", "next"}
+    assert found["killed"]["config"] == {"seed": 1}
+    assert found["killed"].end_time is None
+
+
+def test_runs_may_start_at_once_in_a_new_repository_and_print_nothing(repo):
+    names = {f"run{number}" for number in range(4)}
+    processes = [start(repo, name) for name in names]
+    assert [process.communicate(timeout=60) for process in processes] == [("", "")] * 4
+    assert [process.returncode for process in processes] == [0] * 4
+    found = runs(repo)
+    assert found.keys() == names
+    assert all(metrics(run) == LOSSES for run in found.values())
+
+
+def test_a_repository_that_was_left_half_made_is_finished(repo, tmp_path):
+    """Aim itself raises an error without a word, for ever."""
+    (tmp_path / "repo" / ".aim" / "meta").mkdir(parents=True)
+    AimTracker(repo, "run").close()
+    assert runs(repo).keys() == {"run"}
+
+
+def test_a_busy_index_costs_a_flush_nothing_and_is_waited_for_at_the_end(tracker, repo):
+    code = (
+        "import sys, aimrocks\n"
+        "db = aimrocks.DB(sys.argv[1], aimrocks.Options())\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, f"{repo}/.aim/meta/index"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"open\n"
+    tracker.flush()
+    threading.Timer(0.5, holder.communicate, [b"\n"]).start()
+    tracker.close()
+    assert holder.wait(10) == 0
+    assert runs(repo).keys() == {"20260131_235959_baseline"}
+
+
+def test_an_index_that_stays_busy_is_said_and_the_run_is_ended(tracker, repo, monkeypatch):
+    from aimrocks.errors import RocksIOError
+
+    def busy(run):
+        raise RocksIOError(b"lock hold by another process")
+
+    monkeypatch.setattr(module, "PATIENCE", 0.6)
+    monkeypatch.setattr(module, "_index", busy)
+    with pytest.raises(RuntimeError, match=r"the run is stored, but .* was busy"):
+        tracker.close()
+    assert locks(repo) == []
+
+
+def test_a_close_that_does_not_return_is_left_alone(tracker, repo, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(type(tracker._run), "close", lambda run: release.wait(60))
+    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    with pytest.raises(TimeoutError, match=r"closing .*repo took more than 0.5 seconds"):
+        tracker.close()
+    release.set()
+    assert runs(repo).keys() == {"20260131_235959_baseline"}
+
+
+@pytest.mark.parametrize("where", ["file", "file/deep"])
+def test_a_file_in_the_way_is_said_at_once(repo, tmp_path, where):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="Not a directory"):
+        AimTracker(str(tmp_path / where), "run")
+
+
+@pytest.mark.parametrize(
+    ("listens", "reason"),
+    [(False, "RuntimeError Failed to connect to Aim Server"), (True, "TimeoutError opening aim")],
+)
+def test_a_server_that_does_not_answer_fails_soon_and_says_so_once(repo, listens, reason):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        address = f"aim://127.0.0.1:{server.getsockname()[1]}"
+        out, error = start(address, "run").communicate(timeout=60)
+    seconds, said = error.split(" ", 1)
+    assert said.startswith(reason)
+    assert len(error.splitlines()) == 1
+    assert out == ""
+    assert float(seconds) < 8
+
+
+@pytest.fixture
+def server(tmp_path, repo):
+    """An Aim server on the loopback: its process and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "repo").mkdir()
+    command = Path(sys.executable).with_name("aim")
+    process = subprocess.Popen(
+        [command, "server", "--host=127.0.0.1", f"--port={port}", f"--repo={repo}", "--yes"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # it starts others, which end with it
+    )
+    try:
+        code = f"import socket; socket.create_connection(('127.0.0.1', {port})).close()"
+        until = time.monotonic() + 60
+        while subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode:
+            assert time.monotonic() < until, "the server does not start"
+            time.sleep(0.2)
+        yield process, f"aim://127.0.0.1:{port}"
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_reaches_a_server_and_one_that_dies_does_not_hold_the_run_up(server, repo):
+    process, address = server
+    assert start(address, "remote").communicate(timeout=60) == ("", "")
+    run = start(address, "left alone", "wait")
+    assert run.stdout.readline() == "ready\n"
+    kill(process)
+    began = time.monotonic()
+    _, error = run.communicate("\n", timeout=60)
+    assert error.startswith("TimeoutError closing 127.0.0.1:")
+    assert len(error.splitlines()) == 1
+    assert time.monotonic() - began < 10
+    assert metrics(runs(repo)["remote"]) == LOSSES
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "words"),
+    [
+        ("linux", (3, 12), "pip install '.[aim]'; or switch it off with --no-aim-logging"),
+        ("linux", (3, 13), "it has no wheels for Windows or for Python 3.13 and newer; switch it"),
+        ("win32", (3, 11), "it has no wheels for Windows or for Python 3.13 and newer; switch it"),
+    ],
+)
+def test_a_missing_aim_is_said_in_one_line_with_the_remedy(monkeypatch, platform, version, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform=platform, version_info=version))
+    with pytest.raises(UserError) as raised:
+        require_aim()
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("aim_logging needs Aim, which is not installed: ")
+    assert words in line
+    assert line.endswith("switch it off with --no-aim-logging")
+
+
+# A whole run ----------------------------------------------------------------------------------
+
+
+def test_everything_a_run_logs_is_in_aim_once(tiny, quiet):
+    pytest.importorskip("aim")
+    from aim.storage.context import Context
+
+    config = tiny(aim_logging=True, dropout=0.2, histogram_interval=2, sample_interval=3)
+    result = train(config, argv=["--aim-logging"], output=quiet)
+    assert "warning" not in RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
+    (run,) = runs(".").values()
+    assert run.name == result.run_dir.name
+    logged: dict = {}
+    names = {tag_of(m.name, subset): (m.name, subset) for m in METRICS for subset in m.subsets}
+    for line in RunDirectory(result.run_dir).metrics.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        del values["seconds"]
+        for tag, value in values.items():
+            logged.setdefault(names[tag], []).append((step, value))
+    assert metrics(run) == logged
+    assert {subset for _, subset in logged} == {"train", "val"}
+    names = [name for name, _ in load_model(result.export_dir)[0].named_parameters()]
+    expected = {f"{kind}/{name}" for kind in ("parameters", "gradients") for name in names}
+    found = run.collect_sequence_info("distributions", skip_last_value=True)["distributions"]
+    assert {sequence["name"] for sequence in found} == expected
+    assert len(found) == len(expected)
+    for name in expected:
+        sequence = run.get_distribution_sequence(name, Context({}))
+        assert [step for step, _ in objects(sequence)] == [2, 4, 6]
+    samples = RunDirectory(result.run_dir).samples.read_text(encoding="utf-8").splitlines()
+    texts = objects(run.get_text_sequence("sample", Context({})))
+    assert [{"step": s, "text": text.data} for s, text in texts] == list(map(json.loads, samples))
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_bytes())
+    assert run["config"] == record["config"]
+    assert run["run_dir"] == str(result.run_dir.resolve())
+    assert run["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert run["git"].keys() >= {"commit", "branch", "dirty"}
+    assert run["lineage"] == []
+    assert run["argv"] == ["--aim-logging"]
+    assert run.end_time is not None
+
+
+def test_aim_on_or_off_changes_no_number(tiny, quiet):
+    pytest.importorskip("aim")
+    off = train(tiny(dropout=0.2), output=quiet)
+    on = train(tiny(dropout=0.2, aim_logging=True), output=quiet)
+    weights = [load_file(result.checkpoint / "model.safetensors") for result in (off, on)]
+    assert_equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "call", ["__init__", "log_config", "log_metrics", "log_histograms", "log_text", "close"]
+)
+def test_an_aim_that_fails_costs_one_warning_and_no_bit(tiny, quiet, monkeypatch, call):
+    pytest.importorskip("aim")
+
+    def broken(*_):
+        raise RuntimeError("out of order")
+
+    plain = train(tiny(), output=quiet)
+    monkeypatch.setattr(AimTracker, call, broken)
+    result = train(tiny(aim_logging=True, histogram_interval=2), output=quiet)
+    console = RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
+    assert console.count("warning:") == 1
+    assert "warning: Aim failed and is left out from here on: out of order" in console
+    weights = [load_file(r.checkpoint / "model.safetensors") for r in (plain, result)]
+    assert_equal(*weights)
+
+
+@pytest.mark.parametrize("error", [RunError, KeyboardInterrupt])
+def test_a_run_that_fails_or_is_aborted_is_ended_in_aim_too(tiny, quiet, monkeypatch, error):
+    pytest.importorskip("aim")
+
+    def fail(*_):
+        raise error("x")
+
+    monkeypatch.setattr(train_module, "training_step", fail)
+    with pytest.raises(error):
+        train(tiny(aim_logging=True), output=quiet)
+    (run,) = runs(".").values()
+    assert run.end_time is not None
+    assert locks(".") == []
+
+
+def test_aim_is_told_by_a_signal_too_and_the_command_that_shows_it(folio, text_file):
+    pytest.importorskip("aim")
+    flags = [*TINY_FLAGS, "--aim-logging", "--aim-repo", "elsewhere", "--max-iters=1000000"]
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert " up --repo elsewhere" in out
+    (run,) = runs("elsewhere").values()
+    assert run.end_time is not None
+    steps = [step for step, _ in metrics(run)["loss", "train"]]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_missing_aim_stops_a_run_before_there_is_one(tiny, quiet, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="aim_logging needs Aim"):
+        train(tiny(aim_logging=True), output=quiet)
+    assert not Path("runs").exists()
+
+
+def test_without_aim_everything_else_works(tiny, quiet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aim", None)  # importing it fails
+    assert train(tiny(), output=quiet).step == 6
+
+
+def test_an_aim_that_is_there_is_enough(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    require_aim()
