@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt requirements-corpus.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-stress lint format bench venv clean
+.PHONY: help train test test-slow test-stress test-browser lint format bench venv clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing
 test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many runs at once
 	$(BIN)/python -m pytest -m stress $(ARGS)
 
+test-browser: $(VENV)/.all ## Look at TensorBoard, Aim and the report in a real Chromium, which must be there
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
 lint: $(VENV)/.dev ## Check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -36,7 +39,7 @@ format: $(VENV)/.dev ## Mend format and style where that can be done by itself
 bench: $(VENV)/.dev ## Measure what the README claims; one of them: ARGS="startup"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-venv: $(VENV)/.all ## Create .venv with everything, Aim and the test dependencies included
+venv: $(VENV)/.all ## Create .venv with everything: Aim, and what all tests need
 
 clean: ## Remove .venv and caches; runs and checkpoints stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -55,10 +58,10 @@ $(VENV)/.train: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Installing what the tests need into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[dev]'
+	$(PIP) --constraint constraints.txt '.[aim,dev]'
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.dev
-	@echo "Installing Aim into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[aim,dev]'
+	@echo "Installing what the browser tests need into $(VENV) …"
+	$(PIP) --constraint constraints.txt '.[aim,browser,dev]'
 	@touch $@

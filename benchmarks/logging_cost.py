@@ -1,6 +1,9 @@
-"""What the record costs: the time of a step with the run's log, against one without.
+"""What the record costs: its share of the default model's training, at the default intervals.
 
-Both kinds of step alternate in blocks, so that what else the machine does hits both alike.
+The log does all that it does in a run (every step, histograms of all weights and gradients,
+evaluations), but nothing else happens meanwhile: what is counted is the time of the process on
+all its threads, TensorBoard's own included, or the time on the clock where that is longer. A step
+without a log is timed in blocks before, between and after.
 """
 
 import statistics
@@ -10,34 +13,76 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from prepare import set_up
+from prepare import open_run, set_up
+from report import write_report
 from step import training_step
-from train import open_log
+from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
 from utils.output import Output
-from utils.run_manager import RunDirectoryCreator
 
-BLOCKS, STEPS = 12, 25
+STEPS, BLOCK = 1000, 40
 
 
 def run(data: str | None) -> None:
-    config = ModelConfig(log_interval=STEPS)
-    setup = set_up(config)
+    steps: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
-        log = open_log(setup, RunDirectoryCreator(Path(directory)).create("r"), Output(quiet=True))
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        step = 0
-        for block in range(2 * BLOCKS):
-            logged = block % 2 == 0
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                loss, grad_norm = training_step(setup, step)
-                step += 1
-                if logged:
-                    log.step(step, loss, grad_norm, learning_rate_at(step, config))
-            seconds[logged].append((time.perf_counter() - start) / STEPS)
-        log.close()
-    with_log, without = (statistics.median(seconds[logged]) for logged in (True, False))
+        config = ModelConfig(data=data, runs_dir=f"{directory}/runs")
+        setup = set_up(config)
+        steps += [_step(setup, number) for number in range(BLOCK)][5:]
+        costs = {}
+        for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
+            with_aim = set_up(config.model_copy(update={"aim_logging": aim}))
+            costs[name] = _cost(setup, with_aim)
+            steps += [_step(setup, number) for number in range(BLOCK)]
+        step = statistics.median(steps)
+        words = time.perf_counter()
+        sample(setup.model, setup.data, config, SAMPLE_TOKENS)
+        words = time.perf_counter() - words
+        drawn = _drawn(Path(config.runs_dir))
+    print(f"  a step takes {step * 1e3:.1f} ms without a log")
+    for name, (each, once) in costs.items():
+        print(
+            f"  {name}: {each * 1e3:.2f} ms a step, {each / step * 100:.2f} %, and "
+            f"{once:.1f} s to open and close"
+        )
     print(
-        f"  a step takes {without * 1e3:.1f} ms without and {with_log * 1e3:.1f} ms with the log: "
-        f"{(with_log / without - 1) * 100:+.1f} %"
+        f"  a sample every {config.sample_interval} steps: {words * 1e3:.0f} ms each, "
+        f"{words / config.sample_interval / step * 100:.2f} %"
     )
+    print(f"  the page at the end: {drawn * 1e3:.0f} ms")
+
+
+def _step(setup, number: int) -> float:
+    start = time.perf_counter()
+    training_step(setup, number)
+    return time.perf_counter() - start
+
+
+def _cost(setup, logged) -> tuple[float, float]:
+    """Seconds a step, and seconds once a run. `setup` has a model with gradients."""
+    config, output = logged.config, Output(quiet=True)
+    once = time.perf_counter()
+    run = open_run(logged, None, [], [], output)
+    log = open_log(logged, run, output)
+    once = time.perf_counter() - once
+    losses = {"train": 1.5, "val": 1.6}
+    loss, grad_norm = training_step(setup, 0)
+    clock, process = time.perf_counter(), time.process_time()
+    for step in range(1, STEPS + 1):
+        if step % config.histogram_interval == 0:
+            log.histograms(step, weights_and_gradients(setup.model))
+        log.step(step, loss, grad_norm, learning_rate_at(step, config))
+        if step % config.eval_interval == 0:
+            log.evaluation(step, losses, losses, is_best=True)
+            log.sample(step, "text " * 40)
+    spent = max(time.perf_counter() - clock, time.process_time() - process)
+    start = time.perf_counter()
+    log.close()
+    output.close()
+    return spent / STEPS, once + time.perf_counter() - start
+
+
+def _drawn(runs: Path) -> float:
+    path = min(runs.iterdir())
+    start = time.perf_counter()
+    write_report(path / "report.html", [path])
+    return time.perf_counter() - start

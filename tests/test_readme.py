@@ -3,6 +3,7 @@
 python -m pytest tests/test_readme.py
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT, LINES
+
+from utils.metrics import METRICS, tag_of
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -62,6 +65,8 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
         words = shlex.split(command)
         if words[0] != "python" or words[1] == "-m":
             continue
+        if "--aim-logging" in words and not importlib.util.find_spec("aim"):
+            continue
         if "--max-iters" in words:  # a hundredth will do
             index = words.index("--max-iters") + 1
             words[index] = str(max(1, int(words[index]) // 100))
@@ -82,8 +87,8 @@ def test_every_other_command_of_the_readme_is_known():
         words = shlex.split(command)
         if words[0] == "make":
             subprocess.run(["make", "-n", words[1]], cwd=CHECKOUT, check=True, capture_output=True)
-        elif words[0] == "tensorboard":
-            assert (Path(sys.executable).parent / "tensorboard").exists()
+        elif words[0] in ("tensorboard", "aim"):
+            assert words[0] == "aim" or (Path(sys.executable).parent / "tensorboard").exists()
         elif words[0] == "pip":
             files = [word for word in words if word.endswith(".txt")]
             assert all((CHECKOUT / name).exists() for name in files)
@@ -92,6 +97,12 @@ def test_every_other_command_of_the_readme_is_known():
             assert words[2] in ("venv", "benchmarks")
         else:
             assert words[0] in ("python", "git", "cd", "source"), command
+
+
+def test_the_readme_tells_of_every_metric_as_it_is_declared():
+    for metric in METRICS:
+        tags = ", ".join(f"`{tag_of(metric.name, subset)}`" for subset in metric.subsets)
+        assert f"| {metric.name} | {tags} | {metric.unit} | {metric.meaning} |" in README
 
 
 def test_every_file_the_readme_names_exists():

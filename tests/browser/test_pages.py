@@ -6,12 +6,14 @@ FOLIO_SCREENSHOTS=/tmp/shots python -m pytest -m browser tests/browser    # and 
 Needs the extra `browser` and a Chromium (`apt-get install chromium`, or FOLIO_CHROMIUM=path).
 """
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,7 +133,7 @@ def visit(open_page, address: str) -> "playwright.Page":
         except playwright.Error as error:
             if "ERR_CONNECTION_REFUSED" not in str(error):
                 raise
-            subprocess.run([sys.executable, "-c", "import time; time.sleep(0.5)"], check=True)
+            time.sleep(0.5)
     raise AssertionError(f"{address} never answered")
 
 
@@ -184,24 +186,43 @@ def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, pict
 
 
 def read_config(result: TrainResult) -> dict:
-    import json
-
     record = json.loads((result.run_dir / "meta" / "full_config.json").read_bytes())
     return {**record["config"], "aim_logging": False}
 
 
 def test_tensorboard_shows_the_loss_curves_of_the_run(run, open_page, serve, picture):
-    page = visit(open_page, serve("tensorboard", "--logdir", "runs"))
-    page.get_by_text("loss/train").first.wait_for(timeout=SECONDS)
-    page.get_by_text("eval/val_loss").first.wait_for(timeout=SECONDS)
-    page.locator("line-chart svg path, line-chart canvas").first.wait_for(timeout=SECONDS)
-    runs = page.locator("tb-data-table-content-row, runs-table tbody tr, .run-table-row").count()
-    assert runs <= 1, "one run of Folio is one of TensorBoard's"
+    address = serve("tensorboard", "--logdir", "runs")
+    page = visit(open_page, f"{address}/?tagFilter=loss#timeseries")
+    for tag in ("eval/train_loss", "eval/val_loss", "loss/train"):
+        card = page.locator("card-view", has_text=tag)
+        card.scroll_into_view_if_needed(timeout=SECONDS)
+        line = card.locator("line-chart svg path").first
+        line.wait_for(state="attached", timeout=SECONDS)
+        assert line.evaluate("path => path.getTotalLength()") > 30  # pixels of a curve
+    names = page.locator("runs-data-table tb-data-table-content-row")
+    assert names.count() == 1, "one run of Folio is one of TensorBoard's"
     picture(page, "tensorboard")
+
+
+def test_tensorboard_shows_train_and_val_in_one_chart_and_the_settings(
+    run, open_page, serve, picture
+):
+    address = serve("tensorboard", "--logdir", "runs")
+    page = visit(open_page, f"{address}/#custom_scalars")
+    page.get_by_text("train and val, evaluated").wait_for(timeout=SECONDS)
+    picture(page, "tensorboard_custom")
+    page = open_page(f"{address}/#hparams")
+    page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
+    picture(page, "tensorboard_hparams")
 
 
 def test_aim_lists_the_run_with_its_parameters(run, open_page, serve, picture):
     address = serve("aim", "up", "--repo", ".")
     page = visit(open_page, f"{address}/runs")
-    page.get_by_text(run.run_dir.name).first.wait_for(timeout=SECONDS)
+    name = page.get_by_text(run.run_dir.name).first
+    name.wait_for(timeout=SECONDS)
     picture(page, "aim_runs")
+    name.click()
+    page.get_by_text("Run Params").first.click(timeout=SECONDS)
+    page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
+    picture(page, "aim_params")
