@@ -95,6 +95,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -163,27 +164,35 @@ def train(
                 run = open_run(setup, loaded, argv, list(callbacks or {}), output)
                 with told_how_to_go_on(setup, run, output), report_at_the_end(run, output):
                     with contextlib.closing(open_log(setup, run, output)) as log:
-                        with open_callbacks(config, callbacks or {}, output) as opened:
-                            result = run_steps(setup, run, log, opened, output, stop)
-                            opened.at_end(result)
-                output.line(summary(result, setup))
+                        with open_callbacks(config, callbacks or {}, output) as called:
+                            checkpoints = open_checkpoints(setup, run)
+                            session = Session(setup, run, log, called, checkpoints, output, stop)
+                            result = run_steps(session)
+                            called.at_end(result)
+                    output.line(summary(result, setup))
             return result
     finally:
         output.close()
 
 
-def run_steps(
-    setup: Setup,
-    run: RunDirectory,
-    log: RunLog,
-    callbacks: Callbacks,
-    output: Output,
-    stop: StopRequest,
-) -> TrainResult:
+@dataclass(frozen=True)
+class Session:
+    """A run that goes on: what it trains, where, and all that hear of it."""
+
+    setup: Setup
+    run: RunDirectory
+    log: RunLog
+    callbacks: Callbacks
+    checkpoints: Checkpoints
+    output: Output
+    stop: StopRequest
+
+
+def run_steps(session: Session) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
+    setup, run, log, stop = session.setup, session.run, session.log, session.stop
     config = setup.config
-    checkpoints = open_checkpoints(setup, run)
-    best = bring_best(setup, run, output)
+    best = bring_best(setup, run, session.output)
     losses: dict[str, float | None] = {"train": None, "val": None}
     evaluated = last_sample = setup.start.step
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
@@ -191,14 +200,15 @@ def run_steps(
 
     def save(step: int) -> None:
         val_loss = losses["val"] if step == evaluated else None
-        checkpoints.save(training_state(setup, run, step, val_loss, best))
+        session.checkpoints.save(training_state(setup, run, step, val_loss, best))
 
-    checkpoints.begin_named_model(training_state(setup, run, setup.start.step, None, best))
-    with output.progress(config.max_iters):
+    unlearned = training_state(setup, run, setup.start.step, None, best)
+    session.checkpoints.begin_named_model(unlearned)
+    with session.output.progress(config.max_iters):
         for step in range(setup.start.step, config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)
             done = step + 1
-            why_stop = after_step(setup, run, log, callbacks, done, loss, grad_norm)
+            why_stop = after_step(session, done, loss, grad_norm)
             if time.monotonic() - began > time_limit:
                 why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
 
@@ -210,13 +220,13 @@ def run_steps(
                 continue
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
             if stopping:
-                output.line(f"Stopping after step {done}: saving (Ctrl-C again aborts)")
+                session.output.line(f"Stopping after step {done}: saving (Ctrl-C again aborts)")
                 if is_evaluated:
                     save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
                 evaluated = done
-                losses, best = evaluate(setup, log, done, best)
-                why_stop = after_evaluation(setup, run, callbacks, done, losses, best) or why_stop
+                losses, best, reason = evaluate(session, done, best)
+                why_stop = why_stop or reason
                 is_last = is_last or why_stop is not None
                 stopping = stopping or stop.requested
             if is_saved or is_last or stopping or best.step == done:
@@ -234,7 +244,7 @@ def run_steps(
     return TrainResult(
         run_dir=run.path,
         export_dir=run.export,
-        checkpoint=checkpoints.newest,
+        checkpoint=session.checkpoints.newest,
         step=done,
         train_loss=losses["train"],
         val_loss=losses["val"],
@@ -246,23 +256,16 @@ def run_steps(
     )
 
 
-def after_step(
-    setup: Setup,
-    run: RunDirectory,
-    log: RunLog,
-    callbacks: Callbacks,
-    step: int,
-    loss: Tensor,
-    grad_norm: Tensor,
-) -> str | None:
+def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> str | None:
     """Log a step, and tell the callbacks; return a callback's reason to stop, if it has one."""
-    config = setup.config
+    config, log = session.setup.config, session.log
     learning_rate = learning_rate_at(step - 1, config)
     # First, as the log stops a run whose numbers are not finite, and these may tell why.
     if is_due(step, config.histogram_interval):
-        log.histograms(step, weights_and_gradients(setup.model))
+        log.histograms(step, weights_and_gradients(session.setup.model))
     log.step(step, loss, grad_norm, learning_rate)
-    return callbacks.after_step(Step(step, loss, grad_norm, learning_rate, run.path, config))
+    told = Step(step, loss, grad_norm, learning_rate, session.run.path, config)
+    return session.callbacks.after_step(told)
 
 
 def weights_and_gradients(model: LanguageModel) -> dict[str, Tensor]:
@@ -273,36 +276,31 @@ def weights_and_gradients(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def evaluate(
-    setup: Setup, log: RunLog, step: int, best: Best
-) -> tuple[dict[str, float | None], Best]:
-    """Measure and log the losses after `step`; return them, and the best until now."""
+    session: Session, step: int, best: Best
+) -> tuple[dict[str, float | None], Best, str | None]:
+    """Measure the losses after `step`, log them, and tell the callbacks.
+
+    Returns the losses, the best until now, and a callback's reason to stop, if it has one.
+    """
+    setup = session.setup
     losses = estimate_loss(setup.model, setup.data, setup.config)
+    bits = bits_per_byte(losses, setup.data)
     is_best = best.loss is None or losses["val"] < best.loss
-    log.evaluation(step, losses, bits_per_byte(losses, setup.data), is_best=is_best)
+    session.log.evaluation(step, losses, bits, is_best=is_best)
     if is_best:
-        return losses, Best(step, losses["val"])
-    return losses, Best(best.step, best.loss, best.evaluations_since + 1)
-
-
-def after_evaluation(
-    setup: Setup,
-    run: RunDirectory,
-    callbacks: Callbacks,
-    step: int,
-    losses: dict[str, float],
-    best: Best,
-) -> str | None:
-    """Tell the callbacks; return a callback's reason to stop, if it has one."""
-    evaluation = Evaluation(
+        best = Best(step, losses["val"])
+    else:
+        best = replace(best, evaluations_since=best.evaluations_since + 1)
+    told = Evaluation(
         step=step,
         train_loss=losses["train"],
         val_loss=losses["val"],
-        val_bits_per_byte=bits_per_byte(losses, setup.data)["val"],
+        val_bits_per_byte=bits["val"],
         best=best,
-        run_dir=run.path,
+        run_dir=session.run.path,
         config=setup.config,
     )
-    return callbacks.after_evaluation(evaluation)
+    return losses, best, session.callbacks.after_evaluation(told)
 
 
 def is_due(step: int, interval: int) -> bool:

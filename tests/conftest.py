@@ -4,9 +4,11 @@ python -m pytest                    # the default tier
 python -m pytest -m slow            # the slow one
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -179,6 +181,28 @@ def folio() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def train_until(number: signal.Signals, *flags: str) -> tuple[int, str, str]:
+    """Start a training as a user would, and send it a signal once it prints a step.
+
+    Returns its exit status, and what it printed from then on.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
 
 
 TINY_FLAGS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS, assert_equal
+from conftest import CHECKOUT, TINY_FLAGS, assert_equal, train_until
 from safetensors.torch import load_file
 
 import train as train_module
@@ -452,23 +452,11 @@ def test_a_run_that_fails_or_is_aborted_is_ended_in_aim_too(tiny, quiet, monkeyp
     assert locks(".") == []
 
 
-def test_aim_is_told_by_a_signal_too_and_the_command_that_shows_it(folio, text_file):
+def test_aim_is_told_by_a_signal_too_and_the_command_that_shows_it(text_file):
     pytest.importorskip("aim")
     flags = [*TINY_FLAGS, "--aim-logging", "--aim-repo", "elsewhere", "--max-iters=1000000"]
-    process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
+    status, out, _ = train_until(signal.SIGTERM, "--data", str(text_file), *flags)
+    assert status == 143
     assert " up --repo elsewhere" in out
     (run,) = runs("elsewhere").values()
     assert run.end_time is not None

@@ -3,19 +3,16 @@
 python -m pytest tests/test_train.py
 """
 
-import contextlib
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS, assert_equal, assert_same_bits
+from conftest import TINY_FLAGS, assert_equal, assert_same_bits, train_until
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -562,21 +559,8 @@ def test_trackers_are_closed_whatever_happens(tiny, quiet, monkeypatch, error):
 
 def test_ctrl_c_of_the_real_command_exits_with_130_and_leaves_a_model(text_file):
     flags = [*TINY_FLAGS, "--max-iters=1000000", "--eval-interval=0", "--log-interval=10"]
-    process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    status, out, err = train_until(signal.SIGINT, "--data", str(text_file), *flags)
+    assert (status, err) == (130, "")
     assert "Stopped after step" in out
     (run_dir,) = Path("runs").iterdir()
     assert load_model(run_dir)[2].step > 0
