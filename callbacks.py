@@ -8,20 +8,23 @@ that returns a sentence stops the run, and the sentence is its reason. docs/call
 worked examples.
 """
 
+import hashlib
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from parameters import ModelConfig
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from utils.isolation import Isolated
 from utils.output import plural
+
+if TYPE_CHECKING:  # a mistake in --callback is answered before torch is imported
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Step:
     """
 
     step: int
-    loss: Tensor
-    grad_norm: Tensor
+    loss: "Tensor"
+    grad_norm: "Tensor"
     learning_rate: float
     run_dir: Path
     config: ModelConfig
@@ -118,6 +121,10 @@ class EarlyStopping(Callback):
         return f"no better val loss in {since} since step {best.step:,} (early_stopping_patience)"
 
 
+Maker = Callable[[ModelConfig], object]
+PLACES = ("after_step", "after_evaluation", "at_end")
+
+
 class Callbacks:
     """Calls each callback at each place. One that raises is left out, and the run goes on.
 
@@ -129,67 +136,103 @@ class Callbacks:
     def __init__(self, callbacks: Mapping[str, object], warn: Callable[[str, str], None]):
         self._callbacks: Isolated[object] = Isolated(warn)
         for name, callback in callbacks.items():
-            self._callbacks.add(name, lambda callback=callback: callback)
+            self._add(name, callback)
+
+    def add(self, makers: Mapping[str, Maker], config: ModelConfig) -> None:
+        """Add what each maker makes of the settings. Raises `UserError` where one cannot."""
+        for name, make in makers.items():
+            try:
+                callback = make(config)
+            except (Exception, SystemExit) as error:  # whatever the user's own code raises
+                raise UserError(_told(name, error)) from error
+            if not any(hasattr(callback, place) for place in PLACES):
+                raise UserError(
+                    f"{name} returned {type(callback).__name__}, which has none of "
+                    f"{', '.join(PLACES)}"
+                )
+            self._add(name, callback)
 
     def after_step(self, step: Step) -> str | None:
         """Tell all callbacks; return the first reason to stop, if there is one."""
-        return self._call("after_step", step)
+        return self._reason("after_step", step)
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Tell all callbacks; return the first reason to stop, if there is one."""
-        return self._call("after_evaluation", evaluation)
+        return self._reason("after_evaluation", evaluation)
 
     def at_end(self, result: TrainResult | None) -> None:
-        """Tell all callbacks that the run is over."""
-        self._call("at_end", result)
+        """Tell all callbacks that the run is over, each once, whoever calls again."""
+        self._callbacks.dismiss(lambda callback: _answer(callback, "at_end", result))
 
-    def _call(self, place: str, what: Any) -> str | None:
+    def _add(self, name: str, callback: object) -> None:
+        self._callbacks.add(name, lambda: callback)
+
+    def _reason(self, place: str, what: Any) -> str | None:
         answers = self._callbacks.each(lambda callback: _answer(callback, place, what))
         return next((answer for answer in answers if answer), None)
 
 
 def _answer(callback: object, place: str, what: Any) -> str | None:
     answer = getattr(callback, place, lambda _: None)(what)
-    if answer is not None and not isinstance(answer, str):
+    if place != "at_end" and answer is not None and not isinstance(answer, str):
         raise TypeError(f"{place} returned {answer!r}: a sentence stops the run, None goes on")
-    return answer
+    return " ".join(answer.split()) if isinstance(answer, str) else None
 
 
-def load_callbacks(references: Sequence[str], config: ModelConfig) -> dict[str, object]:
-    """Make the callbacks that `--callback` names, `module:make` each.
+# ----------------------------------------------------------------------------------------------
+# --callback module:make
+
+
+def load_makers(references: Sequence[str]) -> dict[str, Maker]:
+    """What `--callback` names, `module:make` each: functions that make a callback of the settings.
 
     Modules are looked for in the working directory first.
 
     Raises `UserError` for those that cannot be had, a line each.
     """
-    callbacks, problems = {}, []
+    makers, problems = {}, []
     for reference in references:
+        flag = f"--callback {reference}"
+        match = re.fullmatch(r"(?P<module>\w+(\.\w+)*):(?P<make>\w+)", reference)
+        if match is None:
+            problems.append(f"{flag}: write it as module:make, such as my_module:make")
+            continue
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.insert(0, here)
         try:
-            callbacks[f"--callback {reference}"] = _made(reference, config)
-        except UserError as error:
-            problems += error.problems
+            module = importlib.import_module(match["module"])
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            problems.append(_told(flag, error))
+            continue
+        makers[flag] = getattr(module, match["make"], None)
+        if not callable(makers[flag]):
+            problems.append(f"{flag}: {module.__file__} has no function {match['make']}")
     if problems:
         raise UserError(*problems)
-    return callbacks
+    return makers
 
 
-def _made(reference: str, config: ModelConfig) -> object:
-    match = re.fullmatch(r"(?P<module>\w+(\.\w+)*):(?P<make>\w+)", reference)
-    flag = f"--callback {reference}"
-    if match is None:
-        raise UserError(f"{flag}: write it as module:make, such as my_module:make")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    # Whatever the user's own code raises is told as one line, with the place it was raised at.
-    try:
-        make = getattr(importlib.import_module(match["module"]), match["make"])
-        return make(config)
-    except Exception as error:
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        where = Path(place.tb_frame.f_code.co_filename) if place is not None else Path()
-        at = f" ({where.name}:{place.tb_lineno})" if place and where.name != __file__ else ""
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{flag}: {type(error).__name__}: {reason}{at}") from error
+def describe_makers(makers: Mapping[str, Maker]) -> list[dict[str, str | None]]:
+    """For the record: each one's name, and the file that it comes from with its SHA-256."""
+    described = []
+    for name, make in makers.items():
+        file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
+        is_there = file is not None and Path(file).is_file()
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if is_there else None
+        described.append({"name": name, "file": file, "sha256": digest})
+    return described
+
+
+def _told(name: str, error: BaseException) -> str:
+    """One line: what was raised, and where in the user's code."""
+    ours = str(Path(__file__).resolve())
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != ours
+        and not frame.filename.startswith("<")
+        and "importlib" not in frame.filename
+    ]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{name}: {type(error).__name__}: {reason_of(error)}{where}"

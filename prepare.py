@@ -7,15 +7,15 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from bundle import WEIGHTS_FILE, Bundle, copy_bundle, is_bundle, read_state
-from callbacks import Best
+from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, read_state
+from callbacks import Best, Maker, describe_makers
 from checkpoint import load_checkpoint, load_tokenizer, load_weights
 from config import CHECKOUT, LoadedConfig
 from data import SPLITS, Dataset, listed_characters, load_data
@@ -24,6 +24,7 @@ from optim import create_optimizer, learning_rate_at
 from parameters import ModelConfig
 from start import (
     Start,
+    check_not_stopped_early,
     check_rerun,
     check_steps_left,
     kept_checkpoint,
@@ -49,20 +50,21 @@ def set_up(
     config: ModelConfig,
     loaded: LoadedConfig | None = None,
     start: Start | None = None,
+    callbacks: Mapping[str, Maker] | None = None,
     *,
     cache: bool = True,
 ) -> Setup:
     """Make what a run needs before its first step: device, text, model and optimizer.
+
+    The callbacks are kept, to be made when it begins.
 
     Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
     start = start or start_of(config)
     check_steps_left(config, start)
     if config.aim_logging:
-        require_aim()
-    device = choose_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+        require_aim(config)
+    device = open_device(config)
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
     bundle = read_contents(start)
     data = load_data(
@@ -75,11 +77,21 @@ def set_up(
     )
     if loaded is not None:
         check_rerun(loaded, start, data.name, data.sha256)
+    if start.is_resume and measures_alike(config, data, start.bundle.state):
+        check_not_stopped_early(config, start)
     settled, length = settle_length(config, data, device, start)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
         check_steps_left(settled, start)
-    return create_setup(settled, sources, data, device, start, bundle)
+    setup = create_setup(settled, sources, data, device, start, bundle)
+    return replace(setup, callbacks=callbacks or {})
+
+
+def open_device(config: ModelConfig) -> torch.device:
+    """The device, with as many CPU threads as the settings say. Raises `UserError`."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return choose_device(config.device)
 
 
 def sources_in_code(config: ModelConfig) -> dict[str, str]:
@@ -122,10 +134,7 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     state, config = start.bundle.state, setup.config
     since = state.fact("evaluations_since_best") or 0
     best = Best(state.fact("best_step"), state.best_val_loss, since)
-    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
-    is_comparable = setup.data.sha256 == state.fact("data_sha256") and all(
-        state.settings.get(name) == getattr(config, name) for name in measure
-    )
+    is_comparable = measures_alike(config, setup.data, state)
     earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
     for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
         if is_comparable and is_bundle(place):
@@ -136,6 +145,14 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     why = "is not at hand" if is_comparable else "was measured in another way"
     output.line(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
     return Best()
+
+
+def measures_alike(config: ModelConfig, data: Dataset, state: TrainingState) -> bool:
+    """Whether the val losses of a run of `config` compare with those of `state`."""
+    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
+    return data.sha256 == state.fact("data_sha256") and all(
+        state.settings.get(name) == getattr(config, name) for name in measure
+    )
 
 
 def settle_length(
@@ -192,8 +209,10 @@ def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> S
 def time_evaluation(setup: Setup) -> float:
     """The seconds of a whole evaluation, by one batch of each split."""
     config, splits = setup.config, setup.data.splits
+    one = config.model_copy(update={"eval_iters": 1})
+    estimate_loss(setup.model, setup.data, one)  # warms up; torch.compile compiles it here
     start = time.perf_counter()
-    estimate_loss(setup.model, setup.data, config.model_copy(update={"eval_iters": 1}))
+    estimate_loss(setup.model, setup.data, one)
     part = time.perf_counter() - start
     # A whole evaluation has as many batches of both splits as there are on average.
     tokens = (splits["train"].size + splits["val"].size) / 2
@@ -208,7 +227,6 @@ def open_run(
     setup: Setup,
     loaded: LoadedConfig | None,
     argv: Sequence[str],
-    callbacks: Sequence[str],
     output: Output,
 ) -> RunDirectory:
     """Make the run directory, start its `console.txt`, write its `meta/`, and say what begins."""
@@ -220,6 +238,8 @@ def open_run(
     output.line(f"Run    {run.path}\n")
     if warning := other_text(setup):
         output.warning(warning)
+    if note := callbacks_missing(setup, loaded):
+        output.line(note)
     if config.warmup_iters > config.max_iters:
         reached = learning_rate_at(config.max_iters - 1, config)
         output.line(
@@ -236,7 +256,7 @@ def open_run(
     record = {
         "run_id": run.run_id,
         "argv": list(argv),
-        "callbacks": list(callbacks),
+        "callbacks": describe_makers(setup.callbacks),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "resumed_from": resumed_from if start.is_resume else None,
         "model_name": start.named_model.name if start.named_model else None,
@@ -249,6 +269,7 @@ def open_run(
         },
         "parameters": setup.model.num_parameters(),
         "device": str(setup.device),
+        "threads": torch.get_num_threads(),
         "torch_compile": setup.compile_mode,
     }
     parent = start.bundle and not start.is_resume and str(start.bundle.path.resolve())
@@ -310,6 +331,16 @@ def other_text(setup: Setup) -> str | None:
         f"ANOTHER TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not what this model was "
         f"trained on until now ({before}, SHA-256 {known[:12]}…)"
     )
+
+
+def callbacks_missing(setup: Setup, loaded: LoadedConfig | None) -> str | None:
+    """A note, where a run is made again without the callbacks that it had."""
+    had = ((loaded and loaded.rerun_of) or {}).get("callbacks") or []
+    names = [callback["name"] for callback in had if callback.get("name")]
+    missing = [name for name in names if name not in setup.callbacks]
+    if not missing:
+        return None
+    return f"Note: the run that is made again here had {', '.join(missing)}: add it for the same\n"
 
 
 def passes(config: ModelConfig, data: Dataset, first_step: int = 0) -> float:

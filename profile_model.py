@@ -5,8 +5,8 @@
     python profile_model.py --inference
     python profile_model.py --json --chrome-trace trace.json
 
-Takes all settings of train.py, and runs its very step, on a new model that is thrown away. Every
-part waits for the device before the clock is read.
+Takes all settings of train.py, and runs its very step, on a new model that is thrown away. Steps
+as they are in a run alternate with steps whose phases are timed, each waiting for the device.
 """
 
 import sys
@@ -22,9 +22,14 @@ from utils.output import Output, run_command
 ACTIONS = (
     Action("config", "Take settings from a YAML or JSON file.", "FILE"),
     Action("steps", "How many steps are measured [50].", "N"),
-    Action("inference", "Measure generating text instead: prefill and decode."),
+    Action("inference", "Measure generating text instead, which is never compiled."),
     Action("json", "Print JSON."),
-    Action("chrome_trace", "Write a trace for chrome://tracing or ui.perfetto.dev.", "FILE"),
+    Action(
+        "chrome_trace",
+        "Write a trace for chrome://tracing or ui.perfetto.dev; with --inference two, whose names "
+        "end in _prefill and _decode.",
+        "FILE",
+    ),
 )
 
 
@@ -41,13 +46,13 @@ def main(argv: Sequence[str]) -> int:
         problems.append(f"--chrome-trace {trace} is not a file in a directory that exists")
     if problems:
         raise UserError(*problems)
-    loaded, _ = plan(flags, actions.get("config"), problems)
+    loaded, start = plan(flags, actions.get("config"), problems)
 
     # Only here is torch imported: the rest of this file, as a module.
     from profile_model import as_json, described, profile_inference, profile_training
 
     profile = profile_inference if "inference" in actions else profile_training
-    report = profile(loaded.config, int(steps), trace)
+    report = profile(loaded.config, int(steps), trace, start)
     Output().line(as_json(report) if "json" in actions else described(report))
     return 0
 
@@ -77,10 +82,11 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import Best
+from checkpoint import load_tokenizer
 from data import load_data
 from optim import learning_rate_at
-from prepare import create_setup, time_evaluation
-from start import Start
+from prepare import create_setup, open_device, time_evaluation
+from start import Start, read_contents
 from step import PHASES, Setup, training_step
 from train import (
     SAMPLE_TOKENS,
@@ -91,11 +97,12 @@ from train import (
     training_state,
     weights_and_gradients,
 )
-from utils.device import choose_device, describe_device, peak_memory, synchronize
+from utils.device import describe_device, peak_memory, synchronize
 from utils.output import aligned, byte_size
 from utils.run_manager import RunDirectory, RunDirectoryCreator, write_full_config
 from utils.tracking.run_log import RunLog
 
+LABELS = (*PHASES, "logging")  # of what is timed in a step
 WARM_UP = 5  # steps
 TRACED = 5  # steps, or tokens, under PyTorch's profiler
 TOP = 12  # operators that are listed
@@ -104,24 +111,25 @@ PEAK_SIZES = (512, 1024, 2048)  # of the square matrices whose product is timed
 
 @dataclass(frozen=True)
 class Timing:
-    """One part's seconds: the median of a step's, their quartiles, and its share of all."""
+    """Seconds of a step, or of one phase of it: mean, quartiles, and the phase's share of all."""
 
     name: str
-    median: float
+    mean: float
     low: float
+    median: float
     high: float
     share: float
 
     @classmethod
     def of(cls, name: str, seconds: Sequence[float], total: float) -> "Timing":
-        """Of the seconds that a part took in each step, and what all steps took together."""
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(name, median, low, high, sum(seconds) / total)
+        """Of the seconds that a phase took in each step, and what all steps took together."""
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(name, statistics.fmean(seconds), *quartiles, sum(seconds) / total)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator, or a class of them: seconds and calls a step, and its share of all."""
+    """An operator, or a category of them: seconds and calls a step, and its share of all."""
 
     name: str
     seconds: float
@@ -130,8 +138,8 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Interruption:
-    """What happens every `interval` steps (0: at the end alone), and its share of such a run."""
+class PeriodicWork:
+    """What is done every `interval` steps (0: at the end alone), and its share of such a run."""
 
     name: str
     seconds: float
@@ -147,8 +155,8 @@ class Section:
     timing: Timing  # of the whole, undisturbed
     tokens: int
     flops: int
-    parts: list[Timing]
-    operator_classes: list[Operator]
+    phases: list[Timing]
+    categories: list[Operator]
     operators: list[Operator]
 
     @property
@@ -164,16 +172,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is printed. Times are in seconds, memory in bytes."""
+    """All that is printed. Times are in seconds, memory in bytes, shares are parts of 1."""
 
     device: str
-    compile: str
+    torch_compile: str
     parameters: int
     first_call: float
     peak_memory: int | None
     peak_flops_per_second: float
     sections: list[Section]
-    between: list[Interruption]
+    periodic: list[PeriodicWork]
 
 
 class Stopwatch:
@@ -203,7 +211,7 @@ class Stopwatch:
 
     def timings(self) -> list[Timing]:
         """Each part's, in the order of a step."""
-        names = [name for name in (*PHASES, "logging") if any(name in part for part in self.parts)]
+        names = [name for name in LABELS if any(name in part for part in self.parts)]
         total = sum(self.steps)
         return [Timing.of(name, [part[name] for part in self.parts], total) for name in names]
 
@@ -216,15 +224,21 @@ Phase = Callable[[str], AbstractContextManager]
 Work = Callable[[Setup, Phase], None]
 
 
-def profile_training(config: ModelConfig, steps: int, trace: Path | None = None) -> Report:
-    """Measure `steps` steps of training, and what stands between them in a run."""
+def profile_training(
+    config: ModelConfig, steps: int, trace: Path | None = None, start: Start | None = None
+) -> Report:
+    """Measure `steps` steps of training, and what stands between them in a run.
+
+    Of `start`, only the vocabulary is taken.
+    """
     with (
         explained_failures(config, Output(quiet=True)),
         tempfile.TemporaryDirectory(prefix="folio-profile-") as directory,
     ):
         # The numbers are fetched within the steps that are measured, however few these are.
         interval = min(config.log_interval, steps)
-        setup = _set_up(config.model_copy(update={"log_interval": interval}))
+        own = {"log_interval": interval, "aim_repo": directory}
+        setup = _set_up(config.model_copy(update=own), start)
         first_call = _seconds(setup, lambda: training_step(setup, 0))
         run = RunDirectoryCreator(Path(directory)).create("profile")
         write_full_config(run.meta / "full_config.json", setup.config, {}, {})
@@ -235,25 +249,31 @@ def profile_training(config: ModelConfig, steps: int, trace: Path | None = None)
                 number = next(numbers)
                 loss, grad_norm = training_step(setup, number, phase)
                 with phase("logging"):
-                    log.step(number, loss, grad_norm, learning_rate_at(number, setup.config))
+                    log.step(number + 1, loss, grad_norm, learning_rate_at(number, setup.config))
 
             tokens = config.batch_size * config.block_size
             title = f"Training: {config.batch_size} x {config.block_size} tokens a step"
             section = _section(title, tokens, setup, step, steps, trace)
-            between = _between_steps(setup, run, log, section.timing.median)
-        return _report(setup, first_call, [section], between)
+            periodic = _periodic_work(setup, run, log, section.timing.median)
+        return _report(setup, first_call, [section], periodic)
 
 
-def profile_inference(config: ModelConfig, steps: int, trace: Path | None = None) -> Report:
-    """Measure reading a prompt of `block_size` tokens, and each token written after it."""
+def profile_inference(
+    config: ModelConfig, steps: int, trace: Path | None = None, start: Start | None = None
+) -> Report:
+    """Measure reading a prompt of `block_size` tokens, and each token written after it.
+
+    As inference.py does it, which compiles nothing.
+    """
+    config = config.model_copy(update={"torch_compile": False})
     with explained_failures(config, Output(quiet=True)):
-        setup = _set_up(config)
+        setup = _set_up(config, start)
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
 
         @torch.no_grad()
         def prefill(setup: Setup, phase: Phase) -> None:
             setup.model.eval()
-            setup.model.forward(prompt)
+            setup.model(prompt)
 
         def decode(setup: Setup, phase: Phase) -> None:
             setup.model.generate(prompt, 1)
@@ -270,35 +290,40 @@ def profile_inference(config: ModelConfig, steps: int, trace: Path | None = None
         return _report(setup, first_call, sections, [])
 
 
-def _set_up(config: ModelConfig) -> Setup:
-    """A new model of these settings, and all that trains it."""
-    device = choose_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+def _set_up(config: ModelConfig, start: Start | None) -> Setup:
+    """A new model of these settings, and all that trains it, with the vocabulary of `start`."""
     settled = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
     config = config.model_copy(update=settled)
-    return create_setup(config, {}, load_data(config), device, Start())
+    device = open_device(config)
+    bundle = read_contents(start or Start())
+    tokenizer = load_tokenizer(bundle) if bundle else None
+    data = load_data(config, tokenizer=tokenizer, may_extend=True)
+    return create_setup(config, {}, data, device, Start())
 
 
 def _section(
     title: str, tokens: int, setup: Setup, work: Work, steps: int, trace: Path | None
 ) -> Section:
-    """Time `work` as it is, then part by part, then under PyTorch's profiler."""
+    """Time `work` as it is and phase by phase, in turns; then watch it by PyTorch's profiler.
+
+    In turns, so that whatever else the machine does slows both alike.
+    """
     for _ in range(WARM_UP):
         work(setup, contextlib.nullcontext)
-    seconds = [_seconds(setup, lambda: work(setup, contextlib.nullcontext)) for _ in range(steps)]
+    seconds: list[float] = []
     stopwatch = Stopwatch(setup.device)
     for _ in range(steps):
+        seconds.append(_seconds(setup, lambda: work(setup, contextlib.nullcontext)))
         with stopwatch.step():
             work(setup, stopwatch.phase)
-    classes, operators = _operators(setup, work, trace)
+    categories, operators = _operators(setup, work, trace)
     return Section(
         title=title,
         timing=Timing.of("step", seconds, sum(seconds)),
         tokens=tokens,
         flops=_flops(setup, work),
-        parts=stopwatch.timings(),
-        operator_classes=classes,
+        phases=stopwatch.timings(),
+        categories=categories,
         operators=operators,
     )
 
@@ -311,7 +336,7 @@ def _seconds(setup: Setup, call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _between_steps(setup: Setup, run: RunDirectory, log: RunLog, step: float) -> list[Interruption]:
+def _periodic_work(setup: Setup, run: RunDirectory, log: RunLog, step: float) -> list[PeriodicWork]:
     """Time once what a run does between its steps of `step` seconds, and its share of the run."""
     config, model = setup.config, setup.model
     checkpoints = open_checkpoints(setup, run)
@@ -328,7 +353,7 @@ def _between_steps(setup: Setup, run: RunDirectory, log: RunLog, step: float) ->
     )
     per_step = {name: seconds / every if every else 0.0 for name, seconds, every in rows}
     whole = step + sum(per_step.values())
-    return [Interruption(name, s, every, per_step[name] / whole) for name, s, every in rows]
+    return [PeriodicWork(name, s, every, per_step[name] / whole) for name, s, every in rows]
 
 
 def matrix_product_peak(device: torch.device) -> float:
@@ -351,7 +376,8 @@ def _flops(setup: Setup, work: Work) -> int:
     On a model of its own that is not compiled, with attention as plain products: the counter does
     not know the CPU's fused attention, nor what a compiler makes of it.
     """
-    plain = _set_up(setup.config.model_copy(update={"torch_compile": False}))
+    config = setup.config.model_copy(update={"torch_compile": False})
+    plain = create_setup(config, {}, setup.data, setup.device, Start())
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         work(plain, contextlib.nullcontext)
@@ -359,17 +385,17 @@ def _flops(setup: Setup, work: Work) -> int:
 
 
 def _report(
-    setup: Setup, first_call: float, sections: list[Section], between: list[Interruption]
+    setup: Setup, first_call: float, sections: list[Section], periodic: list[PeriodicWork]
 ) -> Report:
     return Report(
         device=describe_device(setup.device),
-        compile=setup.compile_mode,
+        torch_compile=setup.compile_mode,
         parameters=setup.model.num_parameters(),
         first_call=first_call,
         peak_memory=peak_memory(setup.device),
         peak_flops_per_second=matrix_product_peak(setup.device),
         sections=sections,
-        between=between,
+        periodic=periodic,
     )
 
 
@@ -380,7 +406,7 @@ def _report(
 def _operators(
     setup: Setup, work: Work, trace: Path | None
 ) -> tuple[list[Operator], list[Operator]]:
-    """Classes of operators, and the operators that take most, by PyTorch's profiler."""
+    """Categories of operators, and the operators that take most, by PyTorch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells that it starts and stops
     on_gpu = setup.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -390,12 +416,14 @@ def _operators(
         synchronize(setup.device)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    events = [
-        (class_of(event), event.name, event.self_device_time_total if on_gpu else cpu)
+    spent = [
+        (event, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
         for event in profiler.events()
-        if (cpu := event.self_cpu_time_total) or on_gpu
     ]
-    return _summed((c, s) for c, _, s in events), _summed((n, s) for _, n, s in events)[:TOP]
+    categories = _summed((category_of(event), time) for event, time in spent)
+    operators = _summed((event.name, time) for event, time in spent)
+    # The phases are in the trace too, with the time that is Python's between their operators.
+    return categories, [each for each in operators if each.name not in LABELS][:TOP]
 
 
 def _summed(events: Iterable[tuple[str, float]]) -> list[Operator]:
@@ -413,32 +441,32 @@ def _summed(events: Iterable[tuple[str, float]]) -> list[Operator]:
 
 
 # What people look for, by what stands in an operator's name.
-CLASSES = (
+CATEGORIES = (
     ("attention", ("attention", "sdpa")),
     ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
     ("norm", ("_norm",)),
     ("activation", ("gelu", "silu", "relu")),
-    ("loss", ("softmax", "nll_loss", "cross_entropy")),
+    ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
     ("embedding", ("embedding", "index_select")),
 )
 
 
-def class_of(event: FunctionEvent) -> str:
-    """The class of an operator, by its name and by the part of the step that called it."""
+def category_of(event: FunctionEvent) -> str:
+    """The category of an operator, by its name and by the phase of the step that called it."""
     callers = [event.name]
     parent = event.cpu_parent
     while parent is not None:
         callers.append(parent.name)
         parent = parent.cpu_parent
-    for part in ("optimizer", "gradient clipping", "data", "logging"):
-        if part in callers:
-            return part
+    for phase in ("data", "gradient clipping", "optimizer", "logging"):
+        if phase in callers:
+            return phase
     # On CUDA autograd has a thread of its own, which no phase surrounds.
     is_backward = "backward" in callers or any("autograd::engine" in name for name in callers)
-    for name, words in CLASSES:
+    for name, words in CATEGORIES:
         if any(word in event.name for word in words):
             return f"{name} {'backward' if is_backward else 'forward'}"
-    return "copies, sums and calls"
+    return "other"  # copies, sums, and the calls themselves
 
 
 # ----------------------------------------------------------------------------------------------
@@ -460,15 +488,15 @@ def described(report: Report) -> str:
     memory = byte_size(report.peak_memory) if report.peak_memory else "unknown"
     whose = "the process's" if report.device.startswith("CPU") else "the device's"
     lines = [
-        f"Device  {report.device}, torch.compile {report.compile}; the first call took "
+        f"Device  {report.device}, torch.compile {report.torch_compile}; the first step took "
         f"{report.first_call * 1000:,.0f} ms",
         f"Model   {report.parameters:,} parameters; {memory} is {whose} peak memory",
-        f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s: the best product of float32 "
-        "matrices just now",
+        f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s is what a product of "
+        "float32 matrices reached just now",
     ]
     for section in report.sections:
         lines += ["", *_described_section(section, report.peak_flops_per_second)]
-    if report.between:
+    if report.periodic:
         rows = [("between steps", "ms", "every", "% of a run")]
         rows += [
             (
@@ -477,7 +505,7 @@ def described(report: Report) -> str:
                 f"{each.interval:,} steps" if each.interval else "end",
                 f"{each.share * 100:.1f}",
             )
-            for each in report.between
+            for each in report.periodic
         ]
         lines += ["", aligned(rows, right=(1, 2, 3))]
     return "\n".join(lines)
@@ -487,28 +515,30 @@ def _described_section(section: Section, peak: float) -> Iterator[str]:
     timing = section.timing
     yield section.title
     yield (
-        f"{timing.median * 1000:,.2f} ms (half of them {timing.low * 1000:,.2f} to "
-        f"{timing.high * 1000:,.2f}), {section.tokens_per_second:,.0f} tokens/s"
+        f"{timing.median * 1000:,.2f} ms is the median (the middle half: "
+        f"{timing.low * 1000:,.2f} to {timing.high * 1000:,.2f}), "
+        f"{section.tokens_per_second:,.0f} tokens/s"
     )
     yield (
         f"{section.flops / 1e9:,.3g} GFLOP in matrix products: "
         f"{section.flops_per_second / 1e9:,.1f} GFLOP/s, "
         f"{section.flops_per_second / peak * 100:.0f} % of the peak"
     )
-    if section.parts:
-        rows = [("part", "median ms", "half of them", "%")]
+    if section.phases:
+        rows = [("phase", "mean ms", "median", "middle half", "% of a step")]
         rows += [
             (
-                part.name,
-                f"{part.median * 1000:.2f}",
-                f"{part.low * 1000:.2f} to {part.high * 1000:.2f}",
-                f"{part.share * 100:.1f}",
+                phase.name,
+                f"{phase.mean * 1000:.2f}",
+                f"{phase.median * 1000:.2f}",
+                f"{phase.low * 1000:.2f} to {phase.high * 1000:.2f}",
+                f"{phase.share * 100:.1f}",
             )
-            for part in section.parts
+            for phase in section.phases
         ]
-        yield "\n" + aligned(rows, right=(1, 2, 3))
+        yield "\n" + aligned(rows, right=(1, 2, 3, 4))
     for title, operators in (
-        ("kind of operator", section.operator_classes),
+        ("category of operators", section.categories),
         ("operator", section.operators),
     ):
         rows = [(title, "ms", "calls", "%")]

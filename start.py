@@ -36,6 +36,7 @@ from config import ConfigLoader, LoadedConfig, SavedSettings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import make_directory, remove_if_empty
+from utils.output import plural
 from utils.run_manager import RunDirectory, RunIDGenerator
 
 
@@ -243,18 +244,28 @@ def start_of(config: ModelConfig) -> Start:
 
 
 def check_steps_left(config: ModelConfig, start: Start) -> None:
-    """Raise `NothingToDo` where a resumed model has had all its steps, or was stopped early."""
+    """Raise `NothingToDo` where a resumed model has had all its steps."""
     if start.is_resume and config.max_iters is not None and config.max_iters <= start.step:
         raise NothingToDo(
             f"{start.bundle.path} is at step {start.step} already, and max_iters is "
             f"{config.max_iters}: nothing to do; --max-iters N goes on to step N"
         )
-    since = start.bundle.state.fact("evaluations_since_best") if start.is_resume else None
-    if config.early_stopping_patience and (since or 0) >= config.early_stopping_patience:
+
+
+def check_not_stopped_early(config: ModelConfig, start: Start) -> None:
+    """Raise `NothingToDo` where a resumed model has waited for a better val loss long enough."""
+    if start.is_resume and is_stopped_early(start.bundle.state, config):
         raise NothingToDo(
-            f"{start.bundle.path} was stopped early: its val loss did not fall in {since} "
-            "evaluations; --early-stopping-patience N waits for more of them (0: for ever)"
+            f"{start.bundle.path} was stopped early, as its val loss did not fall in "
+            f"{plural(start.bundle.state.fact('evaluations_since_best'), 'evaluation')}: nothing "
+            "to do; --early-stopping-patience N waits for more of them (0: for ever)"
         )
+
+
+def is_stopped_early(state: TrainingState, config: ModelConfig) -> bool:
+    """Whether a training has waited for a better val loss as long as `config` lets it."""
+    since = state.fact("evaluations_since_best") or 0
+    return 0 < config.early_stopping_patience <= since
 
 
 def check_rerun(loaded: LoadedConfig, start: Start, data_name: str, data_sha256: str) -> None:

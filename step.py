@@ -5,13 +5,14 @@ What stands here is what a run does again and again: `train.py` calls it in its 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from callbacks import Maker
 from data import Dataset, evaluation_batches, get_batch, micro_batches
 from model import LanguageModel
 from optim import clip_gradients, update
@@ -34,6 +35,7 @@ class Setup:
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     compile_mode: str
+    callbacks: Mapping[str, Maker] = field(default_factory=dict)
 
 
 def training_step(

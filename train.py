@@ -15,6 +15,7 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
+from callbacks import Maker, load_makers
 from config import LoadedConfig, describe
 from parameters import ALIASES, GROUPS, ModelConfig
 from start import Start, plan
@@ -64,11 +65,11 @@ def main(argv: Sequence[str]) -> int:
         output.line(describe(loaded))
         return 0
 
+    callbacks = load_makers(actions.get("callback", []))
+
     # Only here is torch imported: the rest of this file, as a module.
-    from callbacks import load_callbacks
     from train import dry_run, train
 
-    callbacks = load_callbacks(actions.get("callback", []), loaded.config)
     if "dry_run" in actions:
         output.line(dry_run(loaded, start))
         return 0
@@ -94,15 +95,16 @@ import math
 import platform
 import shlex
 import time
+import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, step_of
+from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, read_state, step_of
 from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainResult
 from checkpoint import Checkpoints
 from data import Dataset
@@ -110,12 +112,12 @@ from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
 from report import write_report
-from start import check_unchanged, name_locked
+from start import check_unchanged, is_stopped_early, name_locked
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, reason_of
 from utils.output import byte_size, command_for, duration, plural
-from utils.run_manager import RunDirectory, read_record
+from utils.run_manager import RunDirectory, read_record, write_result
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
 from utils.tracking.aim import AimTracker, aim_repository
@@ -134,7 +136,7 @@ def train(
     start: Start | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
-    callbacks: Mapping[str, object] | None = None,
+    callbacks: Mapping[str, Maker] | None = None,
 ) -> TrainResult:
     """Train a model as `config` says, in a run directory of its own.
 
@@ -145,12 +147,13 @@ def train(
             if None, new weights, or those that `config.init_from` names.
         argv: the command line, for the record.
         output: what prints; `Output(quiet=True)` prints nothing.
-        callbacks: objects as callbacks.py describes them, under the names to call them by.
+        callbacks: functions, or classes, that are given the settings and make callbacks, as
+            callbacks.py describes them, under the names to call them by.
 
     Raises:
         UserError: the device, the text, `runs_dir` or the model to begin with cannot be used,
-            Aim is asked for and not there, or another process trains the model of that name. No
-            run directory was made.
+            a callback cannot be made, Aim is asked for and not there, or another process trains
+            the model of that name. No run directory was made.
         NothingToDo: the model to resume has had `max_iters` steps. Nothing was changed.
         RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
@@ -158,18 +161,19 @@ def train(
     output = output or Output()
     try:
         with explained_failures(config, output):
-            setup = set_up(config, loaded, start)
+            setup = set_up(config, loaded, start, callbacks)
             with name_locked(setup.start.named_model), StopRequest() as stop:
                 check_unchanged(setup.start)
-                run = open_run(setup, loaded, argv, list(callbacks or {}), output)
-                with told_how_to_go_on(setup, run, output), report_at_the_end(run, output):
-                    with contextlib.closing(open_log(setup, run, output)) as log:
-                        with open_callbacks(config, callbacks or {}, output) as called:
+                with open_callbacks(setup, output) as called:
+                    run = open_run(setup, loaded, argv, output)
+                    with told_how_to_go_on(setup, run, output), recorded_end(run, output):
+                        with contextlib.closing(open_log(setup, run, output)) as log:
                             checkpoints = open_checkpoints(setup, run)
                             session = Session(setup, run, log, called, checkpoints, output, stop)
                             result = run_steps(session)
-                            called.at_end(result)
-                    output.line(summary(result, setup))
+                        called.at_end(result)
+                        output.line(summary(result, setup))
+                        write_result(run.meta / "result.json", asdict(result))
             return result
     finally:
         output.close()
@@ -387,18 +391,19 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
 
 
 @contextlib.contextmanager
-def open_callbacks(
-    config: ModelConfig, given: Mapping[str, object], output: Output
-) -> Iterator[Callbacks]:
-    """Early stopping, if it is asked for, and the user's own; all hear of a run that failed."""
-    patience = config.early_stopping_patience
+def open_callbacks(setup: Setup, output: Output) -> Iterator[Callbacks]:
+    """Early stopping, if it is asked for, and the user's own; all hear of a run that fails.
+
+    Raises `UserError` where one cannot be made.
+    """
+    patience = setup.config.early_stopping_patience
     own = {"early stopping": EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks({**own, **given}, output.warning)
+    callbacks = Callbacks(own, output.warning)
     try:
+        callbacks.add(setup.callbacks, setup.config)
         yield callbacks
-    except BaseException:
-        callbacks.at_end(None)
-        raise
+    finally:
+        callbacks.at_end(None)  # those who have heard of a result already are not told again
 
 
 # ----------------------------------------------------------------------------------------------
@@ -422,15 +427,19 @@ def summary(result: TrainResult, setup: Setup) -> str:
     lines.append(f"The last checkpoint, to go on with, is in {result.checkpoint}")
     if setup.start.named_model is not None:
         lines.append(f"{setup.start.named_model} is at step {result.step:,}")
+    lines.append(f"The whole run as a page to look at: {RunDirectory(result.run_dir).report}")
     lines += ["", "Next:", f"  {command_for('inference.py')} --run {run}"]
     lines.append(f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
     if setup.config.aim_logging:
         repository = aim_repository(setup.config)
         lines.append(f"  {command_for('aim')} up --repo {shlex.quote(repository)}")
     if stopped:
-        lines.append(f"  {resume_command(result.run_dir, setup)}   # go on from here")
+        command = resume_command(result.run_dir, setup)
+        if is_stopped_early(read_state(result.checkpoint), setup.config):
+            command += " --early-stopping-patience 0"
+        lines.append(f"  {command}   # go on from here")
     elif not setup.start.is_resume:
-        record = f"{run}/meta/full_config.json"
+        record = f"{run}/meta/full_config.json{callback_flags(setup)}"
         lines.append(f"  {command_for('train.py')} --config {record}   # the same run again")
     return "\n".join(lines)
 
@@ -443,7 +452,12 @@ def resume_command(run_dir: Path, setup: Setup) -> str:
         value = getattr(setup.config, name)
         if value != ModelConfig.model_fields[name].default:
             command += f" {flag_of(name)} {shlex.quote(value)}"
-    return command
+    return command + callback_flags(setup)
+
+
+def callback_flags(setup: Setup) -> str:
+    """The flags that name the run's callbacks again: no checkpoint and no record runs code."""
+    return "".join(f" {name}" for name in setup.callbacks if name.startswith("--callback "))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -496,21 +510,24 @@ def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterat
 
 
 @contextlib.contextmanager
-def report_at_the_end(run: RunDirectory, output: Output) -> Iterator[None]:
-    """Draw report.html of a run that is over, also of one that failed; not of one cut short."""
+def recorded_end(run: RunDirectory, output: Output) -> Iterator[None]:
+    """Record how a run has failed, if it does, and draw report.html; but not of one cut short."""
     try:
         yield
-    except Exception:
-        _draw(run, output)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            write_result(run.meta / "result.json", {"error": reason_of(error)})
+        draw_report(run, output)
         raise
-    _draw(run, output)
+    draw_report(run, output)
 
 
-def _draw(run: RunDirectory, output: Output) -> None:
+def draw_report(run: RunDirectory, output: Output) -> None:
+    """Draw report.html, or say why that failed: no run is lost for a picture of it."""
     try:
         write_report(run.report, [run.path])
-    except Exception as error:  # a picture is worth no run
-        output.warning(f"{run.report} cannot be drawn: {error}")
+    except Exception as error:
+        output.warning(f"{run.report} cannot be drawn: {reason_of(error)}", traceback.format_exc())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import train as train_module
 import utils.tracking.aim as module
 from checkpoint import load_model
+from parameters import ModelConfig
 from train import train
 from utils.errors import RunError, UserError
 from utils.metrics import METRICS, tag_of
@@ -360,7 +361,7 @@ def test_a_missing_aim_is_said_in_one_line_with_the_remedy(monkeypatch, platform
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(module, "sys", SimpleNamespace(platform=platform, version_info=version))
     with pytest.raises(UserError) as raised:
-        require_aim()
+        require_aim(ModelConfig())
     (line,) = str(raised.value).splitlines()
     assert line.startswith("aim_logging needs Aim, which is not installed: ")
     assert words in line
@@ -478,4 +479,11 @@ def test_without_aim_everything_else_works(tiny, quiet, monkeypatch):
 
 def test_an_aim_that_is_there_is_enough(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    require_aim()
+    require_aim(ModelConfig(aim_repo="aim://127.0.0.1:53800"))
+
+
+@pytest.mark.parametrize("repo", ["http://here", "s3://bucket", "file:///tmp/x"])
+def test_a_repository_of_another_kind_is_one_line(tiny, quiet, repo):
+    with pytest.raises(UserError, match=f"aim_repo must be a directory or aim://.*{repo}"):
+        train(tiny(aim_logging=True, aim_repo=repo), output=quiet)
+    assert not Path("runs").exists()

@@ -3,6 +3,7 @@
 python -m pytest tests/test_callbacks.py
 """
 
+import hashlib
 import json
 import math
 import re
@@ -15,12 +16,12 @@ from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
 
 import train as train_module
 from bundle import read_state
-from callbacks import Callback, load_callbacks
+from callbacks import Callback, load_makers
 from optim import learning_rate_at
-from parameters import ModelConfig
 from start import plan
 from train import train
-from utils.errors import NothingToDo, RunError, UserError
+from utils.errors import Aborted, NothingToDo, RunError, UserError
+from utils.isolation import Isolated
 
 
 class Watcher(Callback):
@@ -60,7 +61,7 @@ def scripted(monkeypatch, *losses: float) -> None:
 
 def test_a_callback_is_called_after_each_step_each_evaluation_and_at_the_end(tiny, quiet):
     watcher = Watcher()
-    result = train(tiny(), output=quiet, callbacks={"watcher": watcher})
+    result = train(tiny(), output=quiet, callbacks={"watcher": lambda _: watcher})
     steps = [("step", n) for n in range(1, 7)]
     assert watcher.told == [
         *steps[:3], ("evaluation", 3), *steps[3:], ("evaluation", 6), ("end", 6)
@@ -78,14 +79,14 @@ def test_a_callback_is_called_after_each_step_each_evaluation_and_at_the_end(tin
 def test_an_object_needs_only_the_methods_it_uses(tiny, quiet):
     seen = []
     only_steps = SimpleNamespace(after_step=lambda step: seen.append(step.step))
-    train(tiny(), output=quiet, callbacks={"mine": only_steps})
+    train(tiny(), output=quiet, callbacks={"mine": lambda _: only_steps})
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("place", "step"), [("step", 4), ("evaluation", 3)])
 def test_a_sentence_stops_the_run_which_is_evaluated_saved_and_told(tiny, quiet, place, step):
     watcher = Watcher({(place, step): "enough is enough"})
-    result = train(tiny(), output=quiet, callbacks={"watcher": watcher})
+    result = train(tiny(), output=quiet, callbacks={"watcher": lambda _: watcher})
     assert result.step == step
     assert result.exit_status == 0
     assert result.stopped_by == "enough is enough"
@@ -100,7 +101,7 @@ def test_a_sentence_stops_the_run_which_is_evaluated_saved_and_told(tiny, quiet,
 def test_what_a_callback_stopped_goes_on_to_the_same_bits(tiny, quiet):
     whole = train(tiny(), output=quiet)
     stopper = Watcher({("step", 4): "wait"})
-    part = train(tiny(), output=quiet, callbacks={"stopper": stopper})
+    part = train(tiny(), output=quiet, callbacks={"stopper": lambda _: stopper})
     loaded, start = plan({}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert_same_bits(whole.checkpoint, rest.checkpoint)
@@ -112,7 +113,9 @@ def test_a_callback_that_raises_costs_one_warning_and_changes_no_number(tiny, qu
         raise ZeroDivisionError("a bug\nof mine")
 
     plain = train(tiny(), output=quiet)
-    result = train(tiny(), output=quiet, callbacks={"mine": SimpleNamespace(**{place: broken})})
+    result = train(
+        tiny(), output=quiet, callbacks={"mine": lambda _: SimpleNamespace(**{place: broken})}
+    )
     assert_same_bits(plain.checkpoint, result.checkpoint)
     text = console(result.run_dir)
     assert text.count("warning: mine failed and is left out from here on: a bug") == 1
@@ -122,9 +125,64 @@ def test_a_callback_that_raises_costs_one_warning_and_changes_no_number(tiny, qu
 
 def test_an_answer_that_is_no_sentence_is_a_mistake_and_stops_nothing(tiny, quiet):
     yes = SimpleNamespace(after_step=lambda step: True)
-    result = train(tiny(), output=quiet, callbacks={"mine": yes})
+    result = train(tiny(), output=quiet, callbacks={"mine": lambda _: yes})
     assert result.step == 6
     assert "after_step returned True" in console(result.run_dir)
+
+
+def test_a_callback_that_exits_is_left_out_like_any_other(tiny, quiet):
+    leaves = SimpleNamespace(after_step=lambda step: sys.exit(0))
+    result = train(tiny(), output=quiet, callbacks={"mine": lambda _: leaves})
+    assert (result.step, result.exit_status) == (6, 0)
+    assert "warning: mine failed and is left out from here on: 0" in console(result.run_dir)
+
+
+def test_what_a_second_sigterm_raises_is_nobodys_failure():
+    isolated = Isolated(warn=lambda *_: pytest.fail("warned"))
+    isolated.add("one", object)
+
+    def aborted(_):
+        raise Aborted(143)
+
+    with pytest.raises(Aborted):
+        isolated.each(aborted)
+
+
+def test_what_is_dropped_is_discarded_and_what_is_dismissed_is_not():
+    discarded, warned = [], []
+    isolated = Isolated(warn=lambda *words: warned.append(words), discard=discarded.append)
+    isolated.add("one", lambda: 1)
+    isolated.add("zero", lambda: 0)
+    assert isolated.each(lambda number: 1 / number) == [1]
+    assert discarded == [0]
+    called = []
+    isolated.dismiss(called.append)
+    isolated.dismiss(called.append)
+    assert called == [1]
+    assert discarded == [0]
+    assert len(warned) == 1
+
+
+def test_at_end_is_called_once_even_if_it_is_interrupted(tiny, quiet):
+    told = []
+
+    def interrupted(result):
+        told.append(result)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny(),
+            output=quiet,
+            callbacks={"mine": lambda _: SimpleNamespace(at_end=interrupted)},
+        )
+    assert len(told) == 1
+
+
+def test_the_time_limit_takes_no_callbacks_reason_away(tiny, quiet):
+    stopper = Watcher({("step", 1): "my own reason"})
+    result = train(tiny(max_minutes=1e-9), output=quiet, callbacks={"s": lambda _: stopper})
+    assert result.stopped_by == "my own reason"
 
 
 @pytest.mark.parametrize("error", [RunError, KeyboardInterrupt])
@@ -135,7 +193,7 @@ def test_callbacks_hear_of_the_end_of_a_run_that_failed(tiny, quiet, monkeypatch
     monkeypatch.setattr(train_module, "training_step", fail)
     watcher = Watcher()
     with pytest.raises(error):
-        train(tiny(), output=quiet, callbacks={"watcher": watcher})
+        train(tiny(), output=quiet, callbacks={"watcher": lambda _: watcher})
     assert watcher.told == [("end", None)]
 
 
@@ -165,7 +223,7 @@ def test_the_count_of_early_stopping_survives_a_resume(tiny, quiet, monkeypatch)
 
     scripted(monkeypatch, *losses)
     stopper = Watcher({("evaluation", 4): "wait"})  # two evaluations after the best
-    part = train(config, output=quiet, callbacks={"stopper": stopper})
+    part = train(config, output=quiet, callbacks={"stopper": lambda _: stopper})
     assert read_state(part.checkpoint).fact("evaluations_since_best") == 2
     loaded, start = plan({}, resume=str(part.run_dir))
     assert loaded.config.early_stopping_patience == 3
@@ -174,12 +232,26 @@ def test_the_count_of_early_stopping_survives_a_resume(tiny, quiet, monkeypatch)
     assert rest.stopped_by == whole.stopped_by
 
 
+def test_on_another_text_the_best_counts_anew_and_nothing_is_over(
+    tiny, quiet, monkeypatch, tmp_path
+):
+    scripted(monkeypatch, 1.0, 2.0, 2.0, 1.9, 2.0)
+    config = tiny(max_iters=9, eval_interval=1, early_stopping_patience=1)
+    part = train(config, output=quiet)
+    other = tmp_path / "other.txt"
+    other.write_text("to be, or not to be: that is the question. " * 90, encoding="utf-8")
+    loaded, start = plan({"data": str(other)}, resume=str(part.run_dir))
+    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    assert (part.step, rest.step) == (2, 5)
+
+
 def test_a_run_that_stopped_early_has_nothing_more_to_do_until_told_to_wait(
     tiny, quiet, monkeypatch
 ):
     scripted(monkeypatch, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0)
     config = tiny(max_iters=9, eval_interval=1, early_stopping_patience=1)
     part = train(config, output=quiet)
+    assert "--early-stopping-patience 0   # go on from here" in console(part.run_dir)
     loaded, start = plan({}, resume=str(part.run_dir))
     with pytest.raises(NothingToDo, match=r"was stopped early.*--early-stopping-patience N"):
         train(loaded.config, loaded=loaded, start=start, output=quiet)
@@ -225,14 +297,19 @@ def my_module(monkeypatch):
         ("my_callbacks", "write it as module:make"),
         ("my_callbacks:", "write it as module:make"),
         ("no_such_module:make", "No module named 'no_such_module'"),
-        ("my_callbacks:mke", "has no attribute 'mke'"),
-        ("my_callbacks:number", "'int' object is not callable"),
-        ("my_callbacks:broken", "RuntimeError: no account (my_callbacks.py:15)"),
+        ("my_callbacks:mke", "my_callbacks.py has no function mke"),
+        ("my_callbacks:number", "my_callbacks.py has no function number"),
+        ("broken_module:make", "ZeroDivisionError: division by zero (broken_module.py:2)"),
+        ("leaving_module:make", "SystemExit: goodbye (leaving_module.py:2)"),
+        ("misspelt:make", "SyntaxError: "),
     ],
 )
-def test_a_callback_that_cannot_be_made_is_one_line(my_module, reference, words):
+def test_a_callback_that_cannot_be_had_is_one_line(my_module, reference, words):
+    Path("broken_module.py").write_text("x = 1\nx / 0\n", encoding="utf-8")
+    Path("leaving_module.py").write_text("import sys\nsys.exit('goodbye')\n", encoding="utf-8")
+    Path("misspelt.py").write_text("def make(:\n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        load_callbacks([reference], ModelConfig())
+        load_makers([reference])
     (problem,) = caught.value.problems
     assert problem.startswith(f"--callback {reference}: ")
     assert "\n" not in problem
@@ -240,8 +317,58 @@ def test_a_callback_that_cannot_be_made_is_one_line(my_module, reference, words)
 
 def test_all_wrong_callbacks_are_told_together(my_module):
     with pytest.raises(UserError) as caught:
-        load_callbacks(["a:b", "my_callbacks:Mine", "c"], ModelConfig())
+        load_makers(["a:b", "my_callbacks:Mine", "c"])
     assert len(caught.value.problems) == 2
+
+
+def unprintable(config):
+    class Odd(Exception):
+        def __str__(self):
+            raise RuntimeError("not even this")
+
+    raise Odd
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda config: 1 / 0, "mine: ZeroDivisionError: division by zero (test_callbacks.py:"),
+        (lambda config: sys.exit("bye"), "mine: SystemExit: bye"),
+        (unprintable, "mine: Odd: Odd"),
+        (lambda config: None, "mine returned NoneType, which has none of after_step"),
+    ],
+)
+def test_a_callback_that_cannot_be_made_is_one_line_and_no_run(tiny, quiet, make, words):
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        train(tiny(), output=quiet, callbacks={"mine": make})
+    (problem,) = caught.value.problems
+    assert "\n" not in problem
+    assert not Path("runs").exists()
+
+
+def test_those_made_before_one_that_cannot_be_hear_that_there_is_no_run(tiny, quiet):
+    watcher = Watcher()
+    with pytest.raises(UserError):
+        train(tiny(), output=quiet, callbacks={"one": lambda _: watcher, "two": lambda _: None})
+    assert watcher.told == [("end", None)]
+
+
+def test_a_callback_is_made_once_there_is_a_run_with_its_settled_settings(tiny, quiet):
+    made = []
+
+    def make(config):
+        made.append(config.max_iters)
+        return Watcher()
+
+    with pytest.raises(UserError):
+        train(tiny(device="cuda:9"), output=quiet, callbacks={"mine": make})
+    assert made == []
+    result = train(tiny(max_iters=None, epochs=0.1), output=quiet, callbacks={"mine": make})
+    assert made == [result.step]
+    loaded, start = plan({}, resume=str(result.run_dir))
+    with pytest.raises(NothingToDo):
+        train(loaded.config, loaded=loaded, start=start, output=quiet, callbacks={"mine": make})
+    assert len(made) == 1
 
 
 def test_the_flag_finds_modules_of_the_working_directory_and_is_recorded(
@@ -255,14 +382,22 @@ def test_the_flag_finds_modules_of_the_working_directory_and_is_recorded(
     assert json.loads(Path("told.json").read_text(encoding="utf-8")) == {"max_iters": 4, "step": 2}
     (run,) = Path("runs").iterdir()
     record = json.loads((run / "meta" / "full_config.json").read_text(encoding="utf-8"))
-    assert record["run"]["callbacks"] == ["--callback my_callbacks:Mine"]
+    (callback,) = record["run"]["callbacks"]  # the same one twice is one
+    assert callback["name"] == "--callback my_callbacks:Mine"
+    module = Path("my_callbacks.py").resolve()
+    assert callback["file"] == str(module)
+    assert callback["sha256"] == hashlib.sha256(module.read_bytes()).hexdigest()
+    assert "--callback my_callbacks:Mine   # go on from here" in done.stdout
+    again = folio("train.py", "--config", run / "meta" / "full_config.json")
+    assert "Note: the run that is made again here had --callback my_callbacks:Mine" in again.stdout
 
 
 def test_a_wrong_callback_exits_with_2_before_there_is_a_run(folio, text_file):
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--callback", "nowhere:make")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--callback nowhere:make: ModuleNotFoundError" in done.stderr
+    assert done.stderr == (
+        "error: --callback nowhere:make: ModuleNotFoundError: No module named 'nowhere'\n"
+    )
     assert not Path("runs").exists()
 
 
@@ -310,7 +445,7 @@ def test_the_document_has_two_worked_examples_and_the_flags_that_use_them():
 
 def test_the_example_that_stops_at_a_target_loss_does(examples, tiny, quiet, monkeypatch):
     scripted(monkeypatch, 2.0, 1.4, 1.3)
-    callbacks = load_callbacks(["target_loss:make"], tiny())
+    callbacks = load_makers(["target_loss:make"])
     result = train(tiny(max_iters=9), output=quiet, callbacks=callbacks)
     assert result.step == 6
     assert "1.4" in result.stopped_by
@@ -318,7 +453,7 @@ def test_the_example_that_stops_at_a_target_loss_does(examples, tiny, quiet, mon
 
 def test_the_example_that_logs_to_weights_and_biases_does(examples, tiny, quiet):
     config = tiny(max_iters=6, log_interval=2)
-    result = train(config, output=quiet, callbacks=load_callbacks(["to_wandb:make"], config))
+    result = train(config, output=quiet, callbacks=load_makers(["to_wandb:make"]))
     assert "left out" not in console(result.run_dir)
     assert examples[0][0] == "init"
     assert examples[0][1]["config"]["n_layer"] == 2
@@ -333,6 +468,6 @@ def test_a_callback_that_looks_at_every_loss_changes_no_number(tiny, quiet):
     plain = train(tiny(dropout=0.2), output=quiet)
     seen = []
     looks = SimpleNamespace(after_step=lambda step: seen.append(float(step.loss)))
-    watched = train(tiny(dropout=0.2), output=quiet, callbacks={"looks": looks})
+    watched = train(tiny(dropout=0.2), output=quiet, callbacks={"looks": lambda _: looks})
     assert len(seen) == 6
     assert_same_bits(plain.checkpoint, watched.checkpoint)

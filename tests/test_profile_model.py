@@ -11,8 +11,11 @@ from conftest import TINY_FLAGS
 
 import profile_model
 import step as step_module
+from checkpoint import load_model
 from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
+from start import plan
 from step import PHASES
+from train import train
 
 
 @pytest.fixture
@@ -24,10 +27,10 @@ def small(tiny):
 def test_the_parts_of_a_step_sum_to_the_step(small):
     report = profile_training(small, steps=20)
     (section,) = report.sections
-    assert [part.name for part in section.parts] == [*PHASES, "logging"]
-    assert sum(part.share for part in section.parts) == pytest.approx(1, abs=0.05)
-    for part in section.parts:
-        assert part.low <= part.median <= part.high
+    assert [phase.name for phase in section.phases] == [*PHASES, "logging"]
+    assert sum(phase.share for phase in section.phases) == pytest.approx(1, abs=0.05)
+    for phase in section.phases:
+        assert phase.low <= phase.median <= phase.high
 
 
 def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
@@ -60,7 +63,7 @@ def test_the_operations_are_those_of_the_textbook(tiny, batches):
 
 def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
     (section,) = profile_training(small, steps=2).sections
-    kinds = {operator.name: operator.share for operator in section.operator_classes}
+    kinds = {operator.name: operator.share for operator in section.categories}
     wanted = {
         f"{what} {way}" for what in ("linear", "attention") for way in ("forward", "backward")
     }
@@ -74,11 +77,14 @@ def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
 
 def test_what_stands_between_steps_is_shown_with_its_share_of_a_run(small):
     config = small.model_copy(update={"sample_interval": 0})
-    between = {each.name: each for each in profile_training(config, steps=2).between}
+    between = {each.name: each for each in profile_training(config, steps=2).periodic}
     assert between.keys() == {"evaluation", "checkpoint", "histograms", "sample"}
     assert between["evaluation"].interval == config.eval_interval
     assert all(each.seconds > 0 for each in between.values())
-    assert 0 < between["evaluation"].share < 1
+    assert 0 < sum(each.share for each in between.values()) < 1
+    per_step = {each.name: each.seconds / (each.interval or 1e9) for each in between.values()}
+    step = per_step["evaluation"] / between["evaluation"].share - sum(per_step.values())
+    assert step > 0, "what is left of a run is its steps"
     assert between["sample"].share == 0
 
 
@@ -87,13 +93,31 @@ def test_prefill_and_decode_are_measured_apart(small):
     assert (prefill.tokens, decode.tokens) == (small.block_size, 1)
     assert prefill.tokens_per_second > decode.tokens_per_second
     assert prefill.flops > 0
-    assert any("attention" in operator.name for operator in prefill.operator_classes)
-    assert not any("backward" in operator.name for operator in prefill.operator_classes)
+    assert any("attention" in operator.name for operator in prefill.categories)
+    for section in (prefill, decode):
+        names = {operator.name for operator in section.categories}
+        assert not any("backward" in name or "loss" in name for name in names)
 
 
 def test_profiling_leaves_nothing_behind(small, tmp_path):
     profile_training(small, steps=2)
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_aim_hears_nothing_of_a_profile(small, tmp_path):
+    pytest.importorskip("aim")
+    profile_training(small.model_copy(update={"aim_logging": True}), steps=2)
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_the_vocabulary_is_that_of_the_model_that_a_run_would_begin_with(tiny, quiet, tmp_path):
+    train(tiny(model_name="dante"), output=quiet)
+    few = tmp_path / "few.txt"
+    few.write_text("to be or not to be " * 100, encoding="utf-8")
+    loaded, start = plan({"init_from": "dante", "data": str(few), "device": "cpu"})
+    parent = load_model("dante")[0]
+    report = profile_training(loaded.config, 2, start=start)
+    assert report.parameters == parent.num_parameters()
 
 
 def test_the_stopwatch_adds_up_a_part_that_comes_again(monkeypatch):
@@ -148,7 +172,7 @@ def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
     done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads(done.stdout)
-    assert values["compile"] == "aot_eager"
+    assert values["torch_compile"] == "aot_eager"
     assert values["sections"][0]["flops"] > 0
     names = {
         event.get("name")
@@ -157,7 +181,7 @@ def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
     assert {"forward", "backward", "optimizer", "aten::mm"} <= names
     done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--no-compile", "--json",
                  "--steps=2", "--inference")  # fmt: skip
-    assert json.loads(done.stdout)["compile"] == "off"
+    assert json.loads(done.stdout)["torch_compile"] == "off"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ python -m pytest tests/test_report.py
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -92,9 +94,9 @@ def test_the_page_needs_nothing_but_itself(tiny, quiet):
     result = train(tiny(), output=quiet)
     source = RunDirectory(result.run_dir).report.read_text(encoding="utf-8")
     assert page_of(result).addresses == []
-    assert "url(" not in source
-    assert "@import" not in source
-    assert set(re.findall(r"https?://[^\s\"'<)]+", source)) == set()
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
     assert "prefers-color-scheme: dark" in source
 
 
@@ -139,7 +141,101 @@ def test_a_run_that_failed_has_a_page_too(tiny, quiet, monkeypatch):
     with pytest.raises(RunError):
         train(tiny(), output=quiet)
     (run_dir,) = Path("runs").iterdir()
-    assert "5 steps of 6" in Page(run_dir / "report.html").text
+    text = Page(run_dir / "report.html").text
+    assert "4 steps of 6: the loss is nan at step 5: the run cannot go on" in text
+    assert json.loads((run_dir / "meta" / "result.json").read_bytes()).keys() == {"error"}
+
+
+def test_the_page_and_the_record_say_why_a_run_ended(tiny, quiet):
+    reason = SimpleNamespace(after_step=lambda step: "far <enough>" if step.step == 4 else None)
+    result = train(tiny(), output=quiet, callbacks={"mine": lambda _: reason})
+    assert "4 steps of 6: far <enough>" in page_of(result).text
+    assert "Callbacks mine" in page_of(result).text
+    record = json.loads((result.run_dir / "meta" / "result.json").read_bytes())
+    assert record["stopped_by"] == "far <enough>"
+    assert record["best_val_loss"] == result.best_val_loss
+    (result.run_dir / "meta" / "result.json").unlink()  # as a kill would have left it
+    write_report(Path("page.html"), [result.run_dir])
+    assert "4 steps of 6; not ended, or killed" in Page(Path("page.html")).text
+
+
+def test_the_curves_of_a_resumed_run_are_cut_where_it_began(tiny, quiet):
+    whole = train(tiny(checkpoint_interval=1, keep_checkpoints=None), output=quiet)
+    checkpoint = RunDirectory(whole.run_dir).checkpoint(2)
+    loaded, start = plan({"max_iters": 5}, resume=str(checkpoint))
+    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    assert [line["step"] for line in read_run(rest.run_dir).steps] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_was_moved_still_finds_what_it_goes_on_with(tiny, quiet):
+    part = train(tiny(max_iters=3), output=quiet)
+    loaded, start = plan({"max_iters": 6}, resume=str(part.run_dir))
+    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    moved = rest.run_dir.rename(Path("elsewhere").resolve())
+    assert [line["step"] for line in read_run(moved).steps] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b\x85c\u2029", "tab\t\x00\x1b[31mred", "\u202eright to left", "]]>&lt;"]
+)
+def test_any_text_that_a_model_writes_is_on_the_page(tiny, quiet, text):
+    result = train(tiny(), output=quiet)
+    line = json.dumps({"step": 3, "text": text}, ensure_ascii=False)
+    RunDirectory(result.run_dir).samples.write_text(line + "\n", encoding="utf-8")
+    write_report(Path("page.html"), [result.run_dir])
+    assert "In its own words" in Page(Path("page.html")).text
+    content = Path("page.html").read_bytes()
+    assert not any(byte in content for byte in b"\x00\x1b")
+
+
+GARBAGE = [
+    *('{"step": "x"}', '{"step": 7, "loss/train": "NaN", "seconds": "x"}', "[" * 100_000, "null"),
+    '{"step": 7, "loss/train": 1e308, "tokens_per_second": -1e308, "seconds": 1' + "0" * 400 + "}",
+    '{"step": 7, "eval/val_loss": 0.0, "eval/val_bits_per_byte": "q"}',
+]
+
+
+@pytest.mark.parametrize("line", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_in_the_metrics_or_samples_is_left_out(tiny, quiet, line):
+    result = train(tiny(), output=quiet)
+    for path in (RunDirectory(result.run_dir).metrics, RunDirectory(result.run_dir).samples):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    write_report(Path("page.html"), [result.run_dir, result.run_dir])
+    write_report(Path("page.html"), [result.run_dir])
+    assert "best val loss" in Page(Path("page.html")).text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resumed_from": {"step": "3"}},
+        {"lineage": 5},
+        {"lineage": [{"name": "x"}]},
+        {"data": "x"},
+        {"argv": [1]},
+        {"parameters": "many"},
+    ],
+)
+def test_a_damaged_record_is_one_line(tiny, quiet, folio, change):
+    result = train(tiny(), output=quiet)
+    path = result.run_dir / "meta" / "full_config.json"
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**record, "run": {**record["run"], **change}}), encoding="utf-8")
+    done = folio("report.py", "last")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert f"full_config.json is damaged: {next(iter(change))}" in done.stderr
+
+
+def test_records_that_lead_in_a_circle_end(tiny, quiet):
+    runs = [train(tiny(run_tag=tag), output=quiet).run_dir for tag in "ab"]
+    for run, other in (runs, reversed(runs)):
+        path = run / "meta" / "full_config.json"
+        record = json.loads(path.read_bytes())
+        record["run"]["resumed_from"] = {"run_id": other.name, "step": 3, "path": ""}
+        path.write_text(json.dumps(record), encoding="utf-8")
+    assert read_run(runs[0]).continued == [runs[1].name]
 
 
 def test_a_page_that_cannot_be_drawn_costs_a_warning(tiny, quiet, monkeypatch):
@@ -186,6 +282,17 @@ def test_a_run_from_before_there_were_pages_has_one(tiny, quiet):
 
 
 # Several runs ----------------------------------------------------------------------------------
+
+
+def test_each_of_many_runs_has_a_line_of_its_own_look(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    paths = [Path(shutil.copytree(result.run_dir, f"place{n}/same_name")) for n in range(8)]
+    write_report(Path("many.html"), paths)
+    source = Path("many.html").read_text(encoding="utf-8")
+    looks = re.findall(r'<polyline class="([^"]*)" style="--color: var\(--line-(\d)\)"', source)
+    assert len(set(looks[:8])) == 8
+    for path in paths:
+        assert f">{path}<" in source  # their name alone would not tell them apart
 
 
 def test_a_comparison_shows_each_run_and_only_what_differs(tiny, quiet):
@@ -291,7 +398,9 @@ def test_a_long_line_is_thinned_to_means_in_a_band():
 )
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_any_numbers_can_be_drawn(points, logarithmic):
-    svg = line_chart([Line("a", points, 1)], title="Loss", x_label="step", logarithmic=logarithmic)
+    line = Line("a", points, 1)
+    options = {"title": "Loss", "x_label": "step", "logarithmic": logarithmic}
+    svg = line_chart([line], mark=points[0] if points[0][1] < 1 else None, **options)
     assert "nan" not in svg.lower()
     assert "inf" not in svg.lower()
     if "<svg" in svg:

@@ -84,6 +84,7 @@ def test_a_run_leaves_exactly_the_documented_files(tiny, quiet):
         "meta/env.txt",
         "meta/full_config.json",
         "meta/git.txt",
+        "meta/result.json",
         "report.html",
     ]
     assert list(Path("runs").iterdir()) == [result.run_dir]

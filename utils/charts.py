@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 MARGIN = {"left": 58, "right": 22, "top": 12, "bottom": 40}
 PIXELS_PER_POINT = 2.5  # of a drawn line, at least
-PIXELS_PER_TICK = {"x": 110, "y": 45}
+PIXELS_PER_TICK = {"x": 75, "y": 45}
 
 Point = tuple[float, float]
 
@@ -26,6 +26,7 @@ class Line:
     points: Sequence[Point]
     color: int
     noisy: bool = False
+    dashed: bool = False
 
 
 def line_chart(
@@ -55,7 +56,7 @@ def line_chart(
     most = math.floor((right - MARGIN["left"]) / PIXELS_PER_POINT)
     for line in lines:
         parts += _drawn(line, x, y, most)
-    if mark is not None:
+    if mark is not None and (mark[1] > 0 or not logarithmic):
         parts.append(
             f'<circle class="mark" cx="{x.at(mark[0]):.1f}" cy="{y.at(mark[1]):.1f}" r="6"/>'
         )
@@ -73,6 +74,7 @@ def line_chart(
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}" data-x="{escape(x_label)}" '
+        f'data-top="{MARGIN["top"]}" data-bottom="{bottom}" '
         f'data-lines="{escape(json.dumps(data))}">' + "".join(parts) + "</svg>"
     )
 
@@ -140,7 +142,8 @@ def _drawn(line: Line, x: _Axis, y: _Axis, most: int) -> Iterator[str]:
         lower = [f"{x.at(px):.1f},{y.at(low):.1f}" for px, _, low, _ in reversed(points)]
         yield f'<polygon class="band" {color} points="{" ".join(upper + lower)}"/>'
     path = " ".join(f"{x.at(px):.1f},{y.at(py):.1f}" for px, py, *_ in points)
-    yield f'<polyline class="line{" noisy" if line.noisy else ""}" {color} points="{path}"/>'
+    kinds = ["line", *(["noisy"] if line.noisy else []), *(["dashed"] if line.dashed else [])]
+    yield f'<polyline class="{" ".join(kinds)}" {color} points="{path}"/>'
     if not line.noisy and len(points) <= 60:
         for px, py, *_ in points:
             yield f'<circle class="dot" {color} cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3"/>'
@@ -152,7 +155,7 @@ def _drawable(line: Line, logarithmic: bool) -> Line:
         for x, y in line.points
         if math.isfinite(x) and math.isfinite(y) and (y > 0 or not logarithmic)
     ]
-    return Line(line.label, points, line.color, line.noisy)
+    return replace(line, points=points)
 
 
 def _thinned(points: Sequence[Point], most: int) -> Iterator[tuple[float, float, float, float]]:

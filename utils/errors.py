@@ -20,7 +20,20 @@ class RunError(RuntimeError):
     exit_status = 1
 
 
+class Aborted(SystemExit):
+    """A second SIGTERM: unlike the `sys.exit()` of a user's callback, it ends the run."""
+
+
 class NothingToDo(Exception):
     """What was asked for is there already, as one line. Nothing was changed; a command exits 0."""
 
     exit_status = 0
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing, or cannot."""
+    try:
+        lines = str(error).split("\n")
+    except Exception:  # whoever wrote its __str__
+        lines = []
+    return next((" ".join(line.split()) for line in lines if line.strip()), type(error).__name__)

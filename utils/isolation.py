@@ -1,58 +1,67 @@
-"""Helpers of a run that may fail without hurting it."""
+"""What watches a run, and may fail without hurting it."""
 
 import contextlib
 import traceback
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-_Helper = TypeVar("_Helper")
-_Result = TypeVar("_Result")
+from utils.errors import Aborted, reason_of
+
+_Watcher = TypeVar("_Watcher")
+_Answer = TypeVar("_Answer")
 
 
-class Isolated(Generic[_Helper]):
+class Isolated(Generic[_Watcher]):
     """Trackers or callbacks: one that raises is dropped, with one warning, and the others go on.
 
     Args:
         warn: takes the warning, one line, and the traceback, for the record.
-        discard: is tried on a helper that is dropped.
+        discard: is tried on one that is dropped while the run goes on.
     """
 
     def __init__(
         self,
         warn: Callable[[str, str], None],
-        discard: Callable[[_Helper], object] = lambda helper: None,
+        discard: Callable[[_Watcher], object] = lambda watcher: None,
     ):
         self._warn = warn
         self._discard = discard
-        self._helpers: dict[str, _Helper] = {}
+        self._watchers: dict[str, _Watcher] = {}
 
-    def add(self, name: str, make: Callable[[], _Helper]) -> None:
+    def add(self, name: str, make: Callable[[], _Watcher]) -> None:
         """Add what `make` returns, under the name that a warning would give it."""
         try:
-            self._helpers[name] = make()
+            self._watchers[name] = make()
         except Exception as error:
-            self._leave_out(name, error)
+            self._tell(name, error)
 
-    def each(self, call: Callable[[_Helper], _Result]) -> list[_Result]:
-        """Call every helper that is left, in order, and return what they answered."""
+    def each(self, call: Callable[[_Watcher], _Answer]) -> list[_Answer]:
+        """Call each that is left, in order, and return what they answered."""
         answers = []
-        for name, helper in list(self._helpers.items()):
+        for name, watcher in list(self._watchers.items()):
             try:
-                answers.append(call(helper))
-            except Exception as error:
-                del self._helpers[name]
-                self._leave_out(name, error)
+                answers.append(call(watcher))
+            except (Exception, SystemExit) as error:
+                del self._watchers[name]
+                self._tell(name, error)
                 with contextlib.suppress(Exception):
-                    self._discard(helper)
+                    self._discard(watcher)
         return answers
 
-    def clear(self) -> None:
-        """Let go of all helpers."""
-        self._helpers.clear()
+    def dismiss(self, call: Callable[[_Watcher], object]) -> None:
+        """Call each that is left for the last time, and let go of it."""
+        while self._watchers:
+            name = next(iter(self._watchers))
+            watcher = self._watchers.pop(name)  # first: whatever interrupts, it is not called again
+            try:
+                call(watcher)
+            except (Exception, SystemExit) as error:
+                self._tell(name, error)
 
-    def _leave_out(self, name: str, error: Exception) -> None:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    def _tell(self, name: str, error: BaseException) -> None:
+        if isinstance(error, Aborted):
+            raise error
         self._warn(
-            f"{name} failed and is left out from here on: {reason}",
+            f"{name} failed and is left out from here on: {reason_of(error)}",
             "".join(traceback.format_exception(error)),
         )

@@ -29,7 +29,9 @@ METRICS = (
         ("train",),
         "loss/{subset}",
     ),
-    Metric("learning_rate", "", "What the step was made with.", ("train",), "learning_rate"),
+    Metric(
+        "learning_rate", "", "The size of the step, by the schedule.", ("train",), "learning_rate"
+    ),
     Metric(
         "grad_norm", "", "Length of the whole gradient before clipping.", ("train",), "grad_norm"
     ),
@@ -50,7 +52,7 @@ METRICS = (
     Metric(
         "bits_per_byte",
         "bits",
-        "The same for each byte of the text: comparable between tokenizers.",
+        "eval_loss for each byte of the text: comparable between tokenizers.",
         ("train", "val"),
         "eval/{subset}_bits_per_byte",
     ),
@@ -65,8 +67,13 @@ METRICS = (
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
 
+def metric(name: str) -> Metric:
+    """The declaration of a metric. Raises KeyError for an undeclared one."""
+    return _BY_NAME[name]
+
+
 def tag_of(name: str, subset: str) -> str:
     """What TensorBoard and `metrics.jsonl` call a metric. Raises KeyError for an undeclared one."""
-    metric = _BY_NAME[name]
-    assert subset in metric.subsets, f"{name} has no subset {subset}"
-    return metric.tag.format(subset=subset)
+    declared = metric(name)
+    assert subset in declared.subsets, f"{name} has no subset {subset}"
+    return declared.tag.format(subset=subset)

@@ -3,7 +3,7 @@
 runs/YYYYMMDD_HHMMSS_<tag>/
     artifacts/checkpoints/step_00001000/  artifacts/export/
     logs/tensorboard/  logs/metrics.jsonl  logs/samples.jsonl  logs/console.txt
-    meta/git.txt  meta/env.txt  meta/full_config.json
+    meta/git.txt  meta/env.txt  meta/full_config.json  meta/result.json
     report.html
 """
 
@@ -210,6 +210,11 @@ def read_git_record(path: Path) -> tuple[dict[str, str], str]:
         return {"git": f"unavailable: {error.strerror}"}, ""
     rows = [line.partition(": ") for line in heading.splitlines()]
     return {key: value for key, colon, value in rows if colon and not key.startswith(" ")}, diff
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write how a run ended: its result, or `{"error": …}`. A run that was killed has no such."""
+    write_atomic(path, json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def environment_record(machine: Mapping[str, str]) -> str:

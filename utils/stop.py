@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType
 
+from utils.errors import Aborted
+
 
 class StopRequest:
     """Within the block, Ctrl-C and SIGTERM ask the run to stop; the second time they abort it.
@@ -45,4 +47,4 @@ class StopRequest:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
-            raise SystemExit(128 + number)
+            raise Aborted(128 + number)

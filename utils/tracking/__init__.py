@@ -8,7 +8,7 @@ from utils.tracking.histograms import Histogram
 
 
 class Tracker(Protocol):
-    """Takes what a run has to show. `metrics.py` declares the names."""
+    """Takes what a run has to show. `utils/metrics.py` declares the names of the numbers."""
 
     def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Record the settings, and how the run came about: git, lineage, sources. Called once."""
@@ -68,5 +68,4 @@ class CompositeTracker:
 
     def close(self) -> None:
         """Close every tracker."""
-        self._trackers.each(lambda tracker: tracker.close())
-        self._trackers.clear()
+        self._trackers.dismiss(lambda tracker: tracker.close())

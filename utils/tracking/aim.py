@@ -22,8 +22,11 @@ PATIENCE = 15  # seconds for Aim to open or close a run; on a local disk each ta
 _Result = TypeVar("_Result")
 
 
-def require_aim() -> None:
-    """Raise `UserError`, with the remedy, unless Aim is installed."""
+def require_aim(config: ModelConfig) -> None:
+    """Raise `UserError`, with the remedy, unless Aim is installed and `aim_repo` can be one."""
+    scheme, colon, _ = (config.aim_repo or "").partition("://")
+    if colon and scheme != "aim":
+        raise UserError(f"aim_repo must be a directory or aim://host:port, got {config.aim_repo}")
     if importlib.util.find_spec("aim"):
         return
     remedy = "pip install '.[aim]'; or"

@@ -1,5 +1,6 @@
 """TensorBoard: `tensorboard --logdir runs/` shows the runs side by side."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,11 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory))
+        # Where the disk is full, its thread dies with a traceback on stderr, and the next call
+        # raises the same, which is told in one line.
+        with contextlib.suppress(AttributeError):
+            thread = self._writer.file_writer.event_writer._async_writer._worker
+            thread._invoke_excepthook = lambda *_: None
         self._writer.add_custom_scalars(LAYOUT)
 
     def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -78,7 +84,7 @@ class TensorBoardTracker:
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Add a text, as it is: indented, so that Markdown leaves it alone."""
-        self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        self._writer.add_text(name, "\n".join("    " + line for line in text.split("\n")), step)
 
     def flush(self) -> None:
         """Write what TensorBoard's own thread still holds."""
