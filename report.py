@@ -482,6 +482,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
             "threads": run.facts.threads,
             "callbacks": ", ".join(str(each.get("name")) for each in run.facts.callbacks),
             "commit": run.git.get("commit", "unknown")[:12],
+            "changes to the code": run.git.get("dirty", "unknown"),
         }
         for run in runs
     ]

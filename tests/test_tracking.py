@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,14 @@ def text_of(event) -> str:
 
 
 def test_tensorboard_gives_back_every_number_and_text_once(tmp_path):
+    before = set(threading.enumerate())
     tracker = TensorBoardTracker(tmp_path / "tb")
     for step in range(1, 31):
         tracker.log_metrics({"loss": 1 / step, "learning_rate": 0.1}, step, "train")
     tracker.log_metrics({"eval_loss": 2.0, "bits_per_byte": 3.0}, 30, "val")
     tracker.log_text("sample", "# no *markup*\nsecond line", 30)
     tracker.close()
+    assert set(threading.enumerate()) == before
     events = events_of(tmp_path / "tb")
     tags = ["loss/train", "learning_rate", "eval/val_loss", "eval/val_bits_per_byte"]
     assert events.Tags()["scalars"] == tags
@@ -186,6 +189,16 @@ def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
     assert histogram.low < histogram.high
     assert histogram.num == tensor.isfinite().sum()
     assert histogram.nonfinite == tensor.numel() - histogram.num
+
+
+def test_a_bin_counts_beyond_what_float32_can():
+    count = 2**24 + 3
+    assert max(Histogram.of(torch.zeros(count)).counts) == count
+
+
+def test_the_largest_numbers_widen_the_range_no_further_than_can_be_divided():
+    histogram = Histogram.of(torch.tensor([3e38, -3e38, 1.0]))
+    assert (histogram.low, histogram.high) == (pytest.approx(-1e38), pytest.approx(1e38))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, assert_equal, assert_same_bits, train_until
+from conftest import CHECKOUT, TINY_FLAGS, assert_equal, assert_same_bits, train_until
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -457,6 +457,21 @@ def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
     assert closed == [True]
     (run_dir,) = Path("runs").iterdir()
     assert "error: the run's files cannot be written" in console(run_dir)
+
+
+def test_a_disk_too_full_for_tensorboard_is_one_line(text_file):
+    resource = pytest.importorskip("resource")
+    flags = [*TINY_FLAGS, "--max-iters=60", "--eval-interval=30", "--histogram-interval=1"]
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("warning: TensorBoard failed and is left out from here on")
 
 
 CALLS = [*("__init__", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")]
