@@ -217,6 +217,7 @@ def test_a_killed_run_is_kept_and_does_not_stand_in_the_way_of_the_next(repo):
     assert found["killed"].end_time is None
 
 
+@pytest.mark.slow
 def test_runs_may_start_at_once_in_a_new_repository_and_print_nothing(repo):
     names = {f"run{number}" for number in range(4)}
     processes = [start(repo, name) for name in names]
@@ -286,7 +287,10 @@ def test_a_file_in_the_way_is_said_at_once(repo, tmp_path, where):
 
 @pytest.mark.parametrize(
     ("listens", "reason"),
-    [(False, "RuntimeError Failed to connect to Aim Server"), (True, "TimeoutError opening aim")],
+    [
+        (False, "RuntimeError Failed to connect to Aim Server"),
+        pytest.param(True, "TimeoutError opening aim", marks=pytest.mark.slow),
+    ],
 )
 def test_a_server_that_does_not_answer_fails_soon_and_says_so_once(repo, listens, reason):
     with socket.socket() as server:

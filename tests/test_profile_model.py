@@ -18,6 +18,12 @@ from step import PHASES
 from train import train
 
 
+@pytest.fixture(autouse=True)
+def _small_matrices(monkeypatch):
+    """The peak is measured in a moment, which is long enough for tests."""
+    monkeypatch.setattr(profile_model, "PEAK_SIZES", (256,))
+
+
 @pytest.fixture
 def small(tiny):
     """Large enough that Python's own time between the parts is small."""
