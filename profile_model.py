@@ -306,16 +306,20 @@ def _section(
 ) -> Section:
     """Time `work` as it is and phase by phase, in turns; then watch it by PyTorch's profiler.
 
-    In turns, so that whatever else the machine does slows both alike.
+    In turns, so that whatever else the machine does slows both alike, and now one first and now
+    the other, so that what comes at every so many steps comes to both.
     """
     for _ in range(WARM_UP):
         work(setup, contextlib.nullcontext)
     seconds: list[float] = []
     stopwatch = Stopwatch(setup.device)
-    for _ in range(steps):
-        seconds.append(_seconds(setup, lambda: work(setup, contextlib.nullcontext)))
-        with stopwatch.step():
-            work(setup, stopwatch.phase)
+    for turn in range(steps):
+        for is_phased in (turn % 2 == 1, turn % 2 == 0):
+            if is_phased:
+                with stopwatch.step():
+                    work(setup, stopwatch.phase)
+            else:
+                seconds.append(_seconds(setup, lambda: work(setup, contextlib.nullcontext)))
     categories, operators = _operators(setup, work, trace)
     return Section(
         title=title,

@@ -15,7 +15,7 @@ from optim import learning_rate_at
 from parameters import ModelConfig
 from prepare import open_run, set_up
 from report import write_report
-from step import training_step
+from step import Setup, training_step
 from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
 from utils.output import Output
 
@@ -30,13 +30,13 @@ def run(data: str | None) -> None:
         steps += [_step(setup, number) for number in range(BLOCK)][5:]
         costs = {}
         for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
-            with_aim = set_up(config.model_copy(update={"aim_logging": aim}))
-            costs[name] = _cost(setup, with_aim)
+            logged = set_up(config.model_copy(update={"aim_logging": aim}))
+            costs[name] = _cost(setup, logged)
             steps += [_step(setup, number) for number in range(BLOCK)]
         step = statistics.median(steps)
-        words = time.perf_counter()
+        start = time.perf_counter()
         sample(setup.model, setup.data, config, SAMPLE_TOKENS)
-        words = time.perf_counter() - words
+        words = time.perf_counter() - start
         drawn = _drawn(Path(config.runs_dir))
     print(f"  a step takes {step * 1e3:.1f} ms without a log")
     for name, (each, once) in costs.items():
@@ -51,26 +51,26 @@ def run(data: str | None) -> None:
     print(f"  the page at the end: {drawn * 1e3:.0f} ms")
 
 
-def _step(setup, number: int) -> float:
+def _step(setup: Setup, number: int) -> float:
     start = time.perf_counter()
     training_step(setup, number)
     return time.perf_counter() - start
 
 
-def _cost(setup, logged) -> tuple[float, float]:
+def _cost(setup: Setup, logged: Setup) -> tuple[float, float]:
     """Seconds a step, and seconds once a run. `setup` has a model with gradients."""
     config, output = logged.config, Output(quiet=True)
-    once = time.perf_counter()
-    run = open_run(logged, None, [], [], output)
+    start = time.perf_counter()
+    run = open_run(logged, None, [], output)
     log = open_log(logged, run, output)
-    once = time.perf_counter() - once
+    once = time.perf_counter() - start
     losses = {"train": 1.5, "val": 1.6}
     loss, grad_norm = training_step(setup, 0)
     clock, process = time.perf_counter(), time.process_time()
     for step in range(1, STEPS + 1):
         if step % config.histogram_interval == 0:
             log.histograms(step, weights_and_gradients(setup.model))
-        log.step(step, loss, grad_norm, learning_rate_at(step, config))
+        log.step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
             log.evaluation(step, losses, losses, is_best=True)
             log.sample(step, "text " * 40)

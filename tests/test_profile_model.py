@@ -4,6 +4,7 @@ python -m pytest tests/test_profile_model.py
 """
 
 import json
+import traceback
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from profile_model import Stopwatch, as_json, described, profile_inference, prof
 from start import plan
 from step import PHASES
 from train import train
+from utils.tracking.run_log import RunLog
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,21 @@ def test_the_parts_of_a_step_sum_to_the_step(small):
     assert sum(phase.share for phase in section.phases) == pytest.approx(1, abs=0.05)
     for phase in section.phases:
         assert phase.low <= phase.median <= phase.high
+
+
+def test_the_fetch_of_many_steps_numbers_is_within_the_steps_that_are_timed(small, monkeypatch):
+    fetched, real = [], RunLog.fetch
+
+    def fetch(log):
+        caller = [frame.name for frame in traceback.extract_stack()]
+        fetched.append("_seconds" in caller)
+        real(log)
+
+    monkeypatch.setattr(RunLog, "fetch", fetch)
+    profile_training(small.model_copy(update={"log_interval": 10}), steps=20)
+    as_it_is, phase_by_phase = fetched.count(True), fetched.count(False)
+    assert as_it_is >= 2
+    assert phase_by_phase >= 2
 
 
 def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
