@@ -207,7 +207,8 @@ def load_makers(references: Sequence[str]) -> dict[str, Maker]:
             continue
         makers[flag] = getattr(module, match["make"], None)
         if not callable(makers[flag]):
-            problems.append(f"{flag}: {module.__file__} has no function {match['make']}")
+            where = getattr(module, "__file__", None) or match["module"]
+            problems.append(f"{flag}: {where} has no function {match['make']}")
     if problems:
         raise UserError(*problems)
     return makers
