@@ -19,7 +19,7 @@ train: $(VENV)/.train ## Train; pass arguments on with ARGS="--run-tag baseline 
 test: $(VENV)/.dev ## Run the tests, as many at once as there are cores: minutes, no network
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing
+test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing, every command of the README, Aim servers
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many runs at once

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -246,19 +247,32 @@ def open_run(
             f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
             f"rate of {reached:g}; lower warmup_iters to learn faster\n"
         )
-    start = setup.start
-    resumed_from = start.bundle and {
-        "run_id": start.bundle.state.run_id,
-        "step": start.step,
-        "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
-        "path": str(kept_checkpoint(start, Path(config.runs_dir)).resolve()),
-    }
-    record = {
-        "run_id": run.run_id,
+    parent = setup.start.bundle if not setup.start.is_resume else None
+    init_from = str(parent.path.resolve()) if parent is not None else None
+    recorded = config.model_copy(update={"data": recorded_path(data), "init_from": init_from})
+    record = run_record(setup, run.run_id, argv)
+    capture = MetadataCapture(run.meta, CHECKOUT)
+    capture.capture(recorded, setup.sources, record, machine_record(setup.device))
+    return run
+
+
+def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What full_config.json says of a run beside its settings."""
+    data, start = setup.data, setup.start
+    resumed_from = None
+    if start.is_resume:
+        resumed_from = {
+            "run_id": start.bundle.state.run_id,
+            "step": start.step,
+            "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
+            "path": str(kept_checkpoint(start, Path(setup.config.runs_dir)).resolve()),
+        }
+    return {
+        "run_id": run_id,
         "argv": list(argv),
         "callbacks": describe_makers(setup.callbacks),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "resumed_from": resumed_from if start.is_resume else None,
+        "resumed_from": resumed_from,
         "model_name": start.named_model.name if start.named_model else None,
         "lineage": [ancestor.model_dump() for ancestor in start.lineage],
         "data": {
@@ -272,11 +286,6 @@ def open_run(
         "threads": torch.get_num_threads(),
         "torch_compile": setup.compile_mode,
     }
-    parent = start.bundle and not start.is_resume and str(start.bundle.path.resolve())
-    recorded = config.model_copy(update={"data": recorded_path(data), "init_from": parent or None})
-    capture = MetadataCapture(run.meta, CHECKOUT)
-    capture.capture(recorded, setup.sources, record, machine_record(setup.device))
-    return run
 
 
 def recorded_path(data: Dataset) -> str | None:

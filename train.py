@@ -245,18 +245,31 @@ def run_steps(session: Session) -> TrainResult:
             if is_last:
                 break
             log.resume_clock()
+    seconds = time.monotonic() - began
+    return result_of(session, done, losses, best, seconds, why_stop)
+
+
+def result_of(
+    session: Session,
+    step: int,
+    losses: Mapping[str, float | None],
+    best: Best,
+    seconds: float,
+    why_stop: str | None,
+) -> TrainResult:
+    """What became of a run that ends after `step`."""
     return TrainResult(
-        run_dir=run.path,
-        export_dir=run.export,
+        run_dir=session.run.path,
+        export_dir=session.run.export,
         checkpoint=session.checkpoints.newest,
-        step=done,
+        step=step,
         train_loss=losses["train"],
         val_loss=losses["val"],
         best_step=best.step,
         best_val_loss=best.loss,
-        seconds=time.monotonic() - began,
-        exit_status=stop.exit_status,
-        stopped_by=why_stop if done < config.max_iters else None,
+        seconds=seconds,
+        exit_status=session.stop.exit_status,
+        stopped_by=why_stop if step < session.setup.config.max_iters else None,
     )
 
 

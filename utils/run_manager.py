@@ -222,11 +222,8 @@ def environment_record(machine: Mapping[str, str]) -> str:
 
     Never the environment, where people keep their passwords.
     """
-    packages = {
-        (dist.metadata["Name"] or "").lower(): dist.version
-        for dist in metadata.distributions()
-        if dist.metadata["Name"]
-    }
+    known = [dist.metadata for dist in metadata.distributions()]  # parsed anew at each look
+    packages = {about["Name"].lower(): about["Version"] for about in known if about["Name"]}
     lines = [
         f"python: {platform.python_version()} ({platform.python_implementation()})",
         f"system: {platform.platform()}",
