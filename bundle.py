@@ -240,7 +240,7 @@ def _publication(directory: Path) -> Iterator[Path]:
         sync(building)
         move(building, committed)
     except BaseException:
-        _remove_files(building)
+        _remove_building(building)
         if is_new:
             remove_if_empty(directory)
         raise
@@ -277,6 +277,16 @@ def _remove_files(directory: Path) -> None:
     remove_if_empty(directory)
 
 
+def _remove_building(directory: Path) -> None:
+    """Remove a `.tmp-PID-HOST/` and what was begun in it.
+
+    safetensors writes to a temporary file of its own, which a kill leaves beside the others.
+    """
+    for path in directory.glob(".tmp??????"):
+        remove_file(path)
+    _remove_files(directory)
+
+
 def remove_bundle(directory: Path) -> None:
     """Remove a bundle; files of others stay, and so the directory then."""
     removed = directory / ".removed"
@@ -296,7 +306,7 @@ def clean_up(directory: Path) -> None:
     """
     for path in directory.glob(".tmp-*"):
         if _is_abandoned(path):
-            _remove_files(path)
+            _remove_building(path)
     for path in _committed(directory):
         if _is_abandoned(path):
             with contextlib.suppress(UserError):  # damaged since: for a person to look at

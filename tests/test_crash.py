@@ -344,6 +344,7 @@ def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
     for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
         (place / name).mkdir()
         (place / name / WEIGHTS_FILE).touch()
+        (place / name / ".tmp3CziYK").touch()  # what safetensors writes to, before it renames it
     os.utime(place / old, (0, time.time() - 2 * day))
     save(place, NEW)
     assert {path.name for path in place.glob(".tmp-*")} == {living, other_host}
