@@ -42,6 +42,7 @@ def save_checkpoint(
     directory: Path,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     tokenizer: Tokenizer,
     config: ModelConfig,
     state: TrainingState,
@@ -66,7 +67,7 @@ def save_checkpoint(
         tokenizer=tokenizer.state(),
         state=state,
         save_weights=lambda path: model.save_safetensors(path, metadata),
-        save_optimizer=lambda path: _write_optimizer(path, model, optimizer),
+        save_optimizer=lambda path: _write_optimizer(path, model, optimizer, scaler),
     )
 
 
@@ -76,7 +77,7 @@ class Checkpoints:
     Args:
         run: the run's directory.
         named_model: the directory of the named model that the run trains, if it trains one.
-        model, optimizer, tokenizer: what is saved.
+        model, optimizer, scaler, tokenizer: what is saved.
         config: its settings; `keep_checkpoints` and `keep_every` say what is kept.
     """
 
@@ -86,13 +87,14 @@ class Checkpoints:
         named_model: Path | None,
         model: LanguageModel,
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         tokenizer: Tokenizer,
         config: ModelConfig,
     ):
         self.newest: Path | None = None
         self._run = run
         self._named_model = named_model
-        self._saved = (model, optimizer, tokenizer, config)
+        self._saved = (model, optimizer, scaler, tokenizer, config)
         self._config = config
 
     def begin_named_model(self, state: TrainingState) -> None:
@@ -141,10 +143,15 @@ class Checkpoints:
             clean_up(run / "artifacts" / "export")
 
 
-def _write_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+def _write_optimizer(
+    path: Path,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     try:
         with open(path, "wb") as file:
-            torch.save(_optimizer_state(model, optimizer), file)
+            torch.save(_optimizer_state(model, optimizer, scaler), file)
     except RuntimeError as error:
         # A full disk makes torch complain of its own positions; the system's reason is behind it.
         if isinstance(error.__context__, OSError):
@@ -152,7 +159,9 @@ def _write_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Op
         raise
 
 
-def _optimizer_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_state(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> dict[str, Any]:
     """What `optimizer.pt` holds: tensors and plain Python, keyed by the parameters' names."""
     saved = optimizer.state_dict()["state"]
     names = _parameter_names(model, optimizer)
@@ -160,6 +169,7 @@ def _optimizer_state(model: LanguageModel, optimizer: torch.optim.Optimizer) -> 
         "format_version": FORMAT_VERSION,
         "optimizer": type(optimizer).__name__,
         "state": {names[index]: values for index, values in saved.items()},
+        "scaler": scaler.state_dict(),  # of fp16 alone; otherwise empty
         "generators": _generators(next(model.parameters()).device),
     }
 
@@ -236,8 +246,13 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
         raise UserError(f"{path}: not the weights of this model: {reason}") from None
 
 
-def load_checkpoint(bundle: Bundle, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put the training that was saved back into `model`, `optimizer` and the random generators.
+def load_checkpoint(
+    bundle: Bundle,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Put the training that was saved back: weights, optimizer, scaler, random generators.
 
     Learning rate, betas and weight decay stay those of `optimizer`: the configuration has them.
     To be called last, as whatever draws a random number would move the generators on.
@@ -250,6 +265,8 @@ def load_checkpoint(bundle: Bundle, model: LanguageModel, optimizer: torch.optim
     try:
         saved = _read_optimizer_state(bundle.contents[OPTIMIZER_FILE], type(optimizer).__name__)
         optimizer.load_state_dict(_fitted(saved["state"], model, optimizer))
+        if saved.get("scaler") and scaler.is_enabled():  # in fp16 until now, and further on
+            scaler.load_state_dict(saved["scaler"])
         _restore_generators(saved["generators"], next(model.parameters()).device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -192,16 +192,22 @@ def get_batch(
     batch_size: int,
     block_size: int,
     rows: slice = slice(None),
-    stream: int = _TRAINING_STREAM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of `step`: windows drawn uniformly from `tokens`, on the CPU.
 
     `rows` picks some of the batch's rows, the same ones whoever asks. Returns inputs and
     targets, both `(B, T)` int64; `targets[b, t]` follows `inputs[b, t]` in the text.
     """
-    starts = _window_starts(tokens.size - block_size, step, seed, batch_size, stream)[rows]
-    windows = tokens[starts[:, None] + np.arange(block_size + 1)]
-    windows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
+    starts = _window_starts(tokens.size - block_size, step, seed, batch_size, _TRAINING_STREAM)
+    return _windows(tokens, starts[rows], block_size)
+
+
+def _windows(
+    tokens: np.ndarray, starts: np.ndarray, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, both `(B, length)` int64, from where each window begins."""
+    windows = tokens[starts[:, None] + np.arange(length + 1)]
+    windows = torch.from_numpy(windows.astype(np.int64))  # (B, length + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -217,43 +223,40 @@ def _window_starts(count: int, step: int, seed: int, batch_size: int, stream: in
 
 
 def evaluation_batches(
-    tokens: np.ndarray, config: ModelConfig
+    tokens: np.ndarray, config: ModelConfig, *, rows: int = 1, most: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The fixed batches on which a split is evaluated, at most a micro-batch at a time.
+    """The fixed windows on which a split is evaluated, `rows` of them or a micro-batch at a time.
 
     `config.eval_iters` batches of random windows, or for 0 the whole split in consecutive
-    windows, where every token but the first is a target exactly once.
+    windows, where every token but the first is a target exactly once; of more than `most`
+    windows, so many that are spread evenly over it.
     """
-    if config.eval_iters == 0:
-        yield from _consecutive_windows(tokens, config)
-        return
-    for index in range(config.eval_iters):
-        for rows in micro_batches(config):
-            yield get_batch(
-                tokens,
-                index,
-                seed=_EVALUATION_SEED,
-                batch_size=config.batch_size,
-                block_size=config.block_size,
-                rows=rows,
-                stream=_EVALUATION_STREAM,
-            )
+    T = config.block_size
+    if config.eval_iters:
+        count, stream = tokens.size - T, _EVALUATION_STREAM
+        starts = np.concatenate(
+            [
+                _window_starts(count, index, _EVALUATION_SEED, config.batch_size, stream)
+                for index in range(config.eval_iters)
+            ]
+        )
+    else:
+        full = count_windows(tokens, config)
+        starts = np.arange(full) * T
+        if most is not None and most < full:
+            starts = starts[np.arange(most) * full // most]
+    size = max(rows, min(config.micro_batch_size or config.batch_size, config.batch_size))
+    for first in range(0, starts.size, size):
+        yield _windows(tokens, starts[first : first + size], T)
+    is_whole = config.eval_iters == 0 and (most is None or most >= starts.size)
+    if is_whole and (tokens.size - 1) % T:
+        rest = starts.size * T
+        yield _windows(tokens, np.array([rest]), tokens.size - 1 - rest)
 
 
-def _consecutive_windows(
-    tokens: np.ndarray, config: ModelConfig
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    full = (tokens.size - 1) // config.block_size
-    size = config.micro_batch_size or config.batch_size
-    for first in range(0, full, size):
-        last = min(first + size, full)
-        start, end = first * config.block_size, last * config.block_size
-        span = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
-        shape = (last - first, config.block_size)
-        yield span[:-1].view(shape), span[1:].view(shape)
-    rest = torch.from_numpy(tokens[full * config.block_size :].astype(np.int64))
-    if rest.numel() > 1:
-        yield rest[None, :-1], rest[None, 1:]
+def count_windows(tokens: np.ndarray, config: ModelConfig) -> int:
+    """How many whole windows stand side by side in a split."""
+    return (tokens.size - 1) // config.block_size
 
 
 def micro_batches(config: ModelConfig) -> list[slice]:

@@ -7,9 +7,16 @@ The dimensions, here and in the whole project:
     C  channels: the width (n_embd)            L  layers
     V  vocabulary: how many tokens there are
 
-The network is GPT-2's (Radford et al. 2019): learned positions, blocks that normalise before
-each sub-layer and add to a residual stream, a norm at the end. Given GPT-2's settings and
-weights, the logits are GPT-2's.
+Blocks normalise before each sub-layer and add to a residual stream; a norm stands at the end.
+The other parts are chosen by `architecture`, when the model is built:
+
+                 modern: Qwen3's (arxiv.org/abs/2505.09388)   gpt2 (Radford et al. 2019)
+    positions    rotary, in each attention                    learned, added to the tokens
+    norm         RMSNorm, of queries and keys too             LayerNorm
+    MLP          gated                                        plain
+    first        every branch adds nothing                    normal, deviation 0.02
+
+Given the weights of a model of either kind in Transformers, the logits are that model's.
 """
 
 import math
@@ -22,6 +29,60 @@ from torch.nn import functional as F
 
 from parameters import ModelConfig
 
+RMS_EPSILON = 1e-6  # Qwen3's
+
+
+def create_norm(config: ModelConfig, size: int) -> nn.Module:
+    """The architecture's norm of vectors of `size` channels."""
+    if config.architecture == "modern":
+        return nn.RMSNorm(size, eps=RMS_EPSILON)
+    return nn.LayerNorm(size, bias=config.bias)
+
+
+class LearnedPositions(nn.Embedding):
+    """A learned vector for each position, added to the token that stands there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, C)` to `(B, T, C)`."""
+        return x + self.weight[: x.size(1)]
+
+
+class NormedRotary(nn.Module):
+    """What queries and keys go through before they meet: a norm, and a turn by their position.
+
+    The norm (arxiv.org/abs/2010.04245) keeps their products from growing. Channels d and d + D/2
+    make a pair, which is turned by an angle in proportion to its position
+    (arxiv.org/abs/2104.09864): so the product of two says how far apart they stand.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.n_embd // config.n_head
+        self.query_norm = create_norm(config, D)
+        self.key_norm = create_norm(config, D)
+        frequencies = config.rope_theta ** (-torch.arange(0, D, 2) / D)  # (D/2,)
+        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each `(B, H, T, D)`, to the same shape, in float32."""
+        return self._turned(self.query_norm(q.float())), self._turned(self.key_norm(k.float()))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        T = x.size(-2)
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos[:T] + torch.cat((-second, first), dim=-1) * self.sin[:T]
+
+
+class AsTheyAre(nn.Module):
+    """Queries and keys that meet as they are."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both."""
+        return q, k
+
 
 class CausalSelfAttention(nn.Module):
     """Each position gathers from itself and those before it (arxiv.org/abs/1706.03762)."""
@@ -31,6 +92,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        is_modern = config.architecture == "modern"
+        self.queries_and_keys = NormedRotary(config) if is_modern else AsTheyAre()
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
@@ -39,11 +102,22 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = self.queries_and_keys(q, k)
         # SDPA knows nothing of eval(): dropout must be switched off by hand.
-        dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.residual_dropout(self.projection(y))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Each query's mean of the values at or before it, `(B, H, T, D)`, by its keys."""
+    if q.device.type == "cpu":
+        # PyTorch's kernel for the CPU is five times slower in bfloat16 than in float32.
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
 
 
 class MLP(nn.Module):
@@ -52,8 +126,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        # GELU: arxiv.org/abs/1606.08415. GPT-2 was trained with its tanh approximation.
-        self.activation = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = create_activation(config)
         self.projection = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
@@ -62,15 +135,48 @@ class MLP(nn.Module):
         return self.residual_dropout(self.projection(self.activation(self.expand(x))))
 
 
+class GatedMLP(nn.Module):
+    """Each position by itself: wider, each channel times its gate, and back (SwiGLU).
+
+    arxiv.org/abs/2002.05202. Three matrices of 8/3 C have as many weights as two of 4 C.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden = gated_width(config.n_embd)
+        self.gate = nn.Linear(config.n_embd, hidden, bias=False)
+        self.expand = nn.Linear(config.n_embd, hidden, bias=False)
+        self.activation = create_activation(config)
+        self.projection = nn.Linear(hidden, config.n_embd, bias=False)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, C)` to `(B, T, C)`; positions do not see each other."""
+        x = self.activation(self.gate(x)) * self.expand(x)
+        return self.residual_dropout(self.projection(x))
+
+
+def gated_width(n_embd: int) -> int:
+    """The channels inside a gated MLP: 8/3 C, rounded up to what processors like."""
+    return math.ceil(n_embd * 8 / 3 / 32) * 32
+
+
+def create_activation(config: ModelConfig) -> nn.Module:
+    """The MLP's non-linearity. GELU: arxiv.org/abs/1606.08415; GPT-2 has its approximation."""
+    if config.activation == "silu":
+        return nn.SiLU()
+    return nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+
+
 class Block(nn.Module):
     """One layer. Norms stand before the sub-layers (arxiv.org/abs/2002.04745)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention_norm = create_norm(config, config.n_embd)
         self.attention = CausalSelfAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp_norm = create_norm(config, config.n_embd)
+        self.mlp = GatedMLP(config) if config.architecture == "modern" else MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, C)` to `(B, T, C)`: the residual stream, and what this layer adds to it."""
@@ -92,27 +198,22 @@ class LanguageModel(nn.Module):
         self.block_size = config.block_size
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        is_modern = config.architecture == "modern"
+        self.position_embedding = (
+            nn.Identity() if is_modern else LearnedPositions(config.block_size, config.n_embd)
+        )
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.final_norm = create_norm(config, config.n_embd)
         # A tied head (arxiv.org/abs/1608.05859) has no tensor of its own: nothing to keep in
         # step when the weights are loaded, moved or saved.
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, vocab_size, bias=False)
-        self._initialise(config.n_layer)
-
-    def _initialise(self, n_layer: int) -> None:
-        """GPT-2's: normal with deviation 0.02, and less at the end of each residual branch.
-
-        There are 2 L branches; scaling by 1 / sqrt(2 L) keeps the sum's variance that of one.
-        """
+        deviation = modern_deviation if is_modern else gpt2_deviation
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)
-            elif name.endswith("projection.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
             else:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=deviation(name, parameter, config))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits, and the mean cross-entropy in nats where `targets` are given.
@@ -126,7 +227,7 @@ class LanguageModel(nn.Module):
         """
         B, T = idx.shape
         assert self.block_size >= T, f"{T} tokens are more than block_size {self.block_size}"
-        x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T, C)
+        x = self.position_embedding(self.token_embedding(idx))  # (B, T, C)
         x = self.embedding_dropout(x)
         for block in self.blocks:
             x = block(x)
@@ -135,7 +236,7 @@ class LanguageModel(nn.Module):
         logits = F.linear(x, head.weight)  # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T))
+        loss = F.cross_entropy(logits.float().view(B * T, -1), targets.reshape(B * T))
         return logits, loss
 
     @torch.no_grad()
@@ -173,6 +274,11 @@ class LanguageModel(nn.Module):
         self.train(was_training)
         return idx
 
+    def block_matrices(self) -> dict[str, Tensor]:
+        """The matrices of the blocks by name, `(outputs, inputs)` each: what Muon is for."""
+        named = self.blocks.named_parameters(prefix="blocks")
+        return {name: parameter for name, parameter in named if parameter.dim() == 2}
+
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -200,6 +306,27 @@ class LanguageModel(nn.Module):
         """The weights that have a row for each token, `(V, C)`."""
         names = ("token_embedding.weight", "head.weight")
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
+
+
+def gpt2_deviation(name: str, parameter: Tensor, config: ModelConfig) -> float:
+    """GPT-2's first weights: 0.02, and less at the end of each of the 2 L residual branches.
+
+    Scaling by 1 / sqrt(2 L) keeps the variance of the branches' sum that of one.
+    """
+    return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02
+
+
+def modern_deviation(name: str, parameter: Tensor, config: ModelConfig) -> float:
+    """The first weights of `modern`: what ends a branch, and a head of its own, begin at zero.
+
+    So the first steps see the tokens alone (arxiv.org/abs/2203.03466 has the reasons), and what
+    stands before is scaled to its inputs.
+    """
+    if name.endswith(("projection.weight", "head.weight")):
+        return 0.0
+    if name.endswith("embedding.weight"):
+        return 0.02 if config.tie_weights else 0.2
+    return 0.7 / math.sqrt(parameter.size(1))
 
 
 def sample_next(

@@ -10,7 +10,7 @@ a setting is its documentation, everywhere.
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 LARGEST = 2**31 - 1  # of any count: what is larger is a slip of the finger
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -20,6 +20,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
 Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
 # A directory's name on every system; nothing that it may hold can lead out of its parent.
+# YAML takes the words on and off for true and false.
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(
+        lambda value: {"true": "on", "false": "off"}.get(str(value).lower(), value),
+        json_schema_input_type=Literal["auto", "on", "off", True, False],
+    ),
+]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 
@@ -39,8 +47,8 @@ class Settings(BaseModel):
 class Architecture(Settings):
     """The network. Its shape is fixed for the life of a model."""
 
-    architecture: Literal["gpt2"] = "gpt2"
-    """The family of the network. gpt2: learned positions, pre-norm blocks, LayerNorm."""
+    architecture: Literal["modern", "gpt2"] = "modern"
+    """The network: modern (Qwen3's parts: rotary positions, RMSNorm, gated MLP), or gpt2."""
 
     block_size: Positive = 64
     """Context length T, in tokens: how far back the model sees."""
@@ -58,13 +66,16 @@ class Architecture(Settings):
     """Probability of dropping an activation while training. Raise it when val loss rises."""
 
     bias: bool = False
-    """Whether linear layers and LayerNorms have a bias."""
+    """Whether linear layers and LayerNorms have a bias. modern has none."""
 
-    tie_weights: bool = True
-    """Whether the output head shares its weights with the token embedding."""
+    tie_weights: bool | None = None
+    """Whether the head shares the token embedding's weights. null: in gpt2, not in modern."""
 
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """The MLP's non-linearity: the exact GELU, or GPT-2's tanh approximation."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """The MLP's non-linearity. null: silu in modern, where it gates, and gelu in gpt2."""
+
+    rope_theta: Annotated[float, Field(gt=1, le=1e9)] = 1000.0
+    """The base of the wavelengths of modern's rotary positions."""
 
 
 class Data(Settings):
@@ -104,11 +115,14 @@ class Training(Settings):
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Instead of max_iters: train for about this long. Set beside it: stop at what comes first."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    """The highest learning rate, reached at the end of the warm-up."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """adamw, or muon for the matrices of the blocks and adamw for the rest."""
 
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes from learning_rate to min_lr after the warm-up; or stays."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """AdamW's highest learning rate, reached at the end of the warm-up; Muon's is twice it."""
+
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    """From learning_rate to min_lr after the warm-up. wsd: stable first, then a line."""
 
     warmup_iters: Count = 100
     """Steps over which the learning rate rises to learning_rate."""
@@ -119,14 +133,20 @@ class Training(Settings):
     lr_decay_iters: Positive | None = None
     """The step at which the schedule reaches min_lr. null: max_iters."""
 
+    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """wsd: the part of the schedule, at its end, in which the learning rate falls."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's weight decay, on matrices alone: biases and norms are left free."""
+    """Decoupled weight decay, on matrices alone: biases and norms are left free."""
 
     beta1: Fraction = 0.9
     """AdamW's decay of the gradient's running mean."""
 
     beta2: Fraction = 0.99
     """AdamW's decay of the squared gradient's running mean."""
+
+    muon_momentum: Fraction = 0.95
+    """Muon's decay of the gradient's running mean."""
 
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm where it is longer. 0: never."""
@@ -135,7 +155,7 @@ class Training(Settings):
     """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
 
     eval_iters: Count = 20
-    """Batches in one evaluation of a split, the same ones every time. 0: the whole split."""
+    """Batches in an evaluation of a split, always the same. 0: all of val, as much of train."""
 
     early_stopping_patience: Count = 0
     """Stop when val loss has not fallen for so many evaluations. 0: train to the end."""
@@ -166,8 +186,14 @@ class Runtime(Settings):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads. null: as many as PyTorch chooses."""
 
-    torch_compile: bool = False
-    """Whether to run the model through torch.compile (backend aot_eager)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products. auto: bf16 where the processor multiplies in it, else fp32."""
+
+    torch_compile: Switch = "auto"
+    """Train through torch.compile. auto: where that pays back within the run, and works."""
+
+    compile_backend: Literal["auto", "inductor", "aot_eager"] = "auto"
+    """torch.compile's backend. auto: inductor, and aot_eager on MPS."""
 
 
 class Tracking(Settings):
@@ -217,10 +243,25 @@ GROUPS: dict[str, type[Settings]] = {
     for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Beginning, Run)
 }
 ALIASES = {"input_file": "data"}
+# What an architecture takes for a setting that is null.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "modern": {"tie_weights": False, "activation": "silu"},
+    "gpt2": {"tie_weights": True, "activation": "gelu"},
+}
 
 
 class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _architecture_completes(cls, values: Any, info: ValidationInfo) -> Any:
+        """Settle what the architecture decides where nobody else does."""
+        if not isinstance(values, dict) or (info.context and info.context.get("one_layer")):
+            return values
+        default = cls.model_fields["architecture"].default
+        own = ARCHITECTURES.get(values.get("architecture", default), {})
+        return values | {n: value for n, value in own.items() if values.get(n) is None}
 
     @model_validator(mode="before")
     @classmethod
@@ -254,6 +295,18 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("n_embd", "n_head"),
             f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}",
         )
+    if values.get("architecture") == "modern":
+        if values.get("bias"):
+            yield (
+                ("architecture", "bias"),
+                "architecture modern has no biases: set bias to false, or architecture to gpt2",
+            )
+        if given("n_embd", "n_head") and values["n_embd"] / values["n_head"] % 2 == 1:
+            yield (
+                ("architecture", "n_embd", "n_head"),
+                f"architecture modern turns pairs of channels, and n_embd {values['n_embd']} "
+                f"gives each of {values['n_head']} heads an odd number of them",
+            )
     if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
         yield (
             ("train_split", "test_split"),

@@ -7,7 +7,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,15 @@ from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, 
 from callbacks import Best, Maker, describe_makers
 from checkpoint import load_checkpoint, load_tokenizer, load_weights
 from config import CHECKOUT, LoadedConfig
-from data import SPLITS, Dataset, listed_characters, load_data
+from data import (
+    SPLITS,
+    Dataset,
+    count_windows,
+    get_batch,
+    listed_characters,
+    load_data,
+    micro_batches,
+)
 from model import LanguageModel
 from optim import create_optimizer, learning_rate_at
 from parameters import ModelConfig
@@ -34,11 +42,16 @@ from start import (
 )
 from step import Setup, estimate_loss, training_step
 from utils.device import (
+    DTYPES,
+    autocast,
+    choose_backend,
     choose_device,
+    choose_precision,
     compile_model,
     describe_device,
     peak_memory,
     processor_name,
+    set_tf32,
     synchronize,
 )
 from utils.errors import UserError
@@ -54,10 +67,11 @@ def set_up(
     callbacks: Mapping[str, Maker] | None = None,
     *,
     cache: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Setup:
     """Make what a run needs before its first step: device, text, model and optimizer.
 
-    The callbacks are kept, to be made when it begins.
+    The callbacks are kept, to be made when it begins; `tell` hears of what takes a while.
 
     Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
@@ -84,15 +98,17 @@ def set_up(
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
         check_steps_left(settled, start)
-    setup = create_setup(settled, sources, data, device, start, bundle)
+    setup = create_setup(settled, sources, data, device, start, bundle, tell)
     return replace(setup, callbacks=callbacks or {})
 
 
 def open_device(config: ModelConfig) -> torch.device:
-    """The device, with as many CPU threads as the settings say. Raises `UserError`."""
+    """The device, with the CPU threads and TF32 that the settings say. Raises `UserError`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    return choose_device(config.device)
+    device = choose_device(config.device)
+    set_tf32(device, config.precision)
+    return device
 
 
 def sources_in_code(config: ModelConfig) -> dict[str, str]:
@@ -108,20 +124,62 @@ def create_setup(
     device: torch.device,
     start: Start,
     bundle: Bundle | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Setup:
     """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
 
     `bundle` is that of `start`, with its contents, which are needed for no longer than this.
+    `tell` hears of what takes a while.
     """
     torch.manual_seed(config.seed)
     model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
-    optimizer = create_optimizer(model, config)
-    compile_mode = compile_model(model, config.torch_compile)
+    precision = choose_precision(config.precision, device)
+    optimizer = create_optimizer(model, config, DTYPES[precision])
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    wanted = choose_backend(
+        config.torch_compile, config.compile_backend, device, operations_of(config, model)
+    )
+    if wanted.mode != "off" and tell:
+        tell(f"Compiling the model ({wanted.mode}) …")
+    learner, compiled = compile_model(
+        model, wanted, config.torch_compile, lambda call: probe(call, data, config, precision)
+    )
+    model.zero_grad()
     if bundle is not None and start.is_resume and not start.reset_optimizer:
-        load_checkpoint(bundle, model, optimizer)  # and with it dropout's generator
+        load_checkpoint(bundle, model, optimizer, scaler)  # and with it dropout's generator
     elif bundle is not None:
         load_weights(bundle, model)
-    return Setup(config, sources, start, device, data, model, optimizer, compile_mode)
+    return Setup(
+        config=config,
+        sources=sources,
+        start=start,
+        device=device,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        learner=learner,
+        compiled=compiled,
+    )
+
+
+def operations_of(config: ModelConfig, model: LanguageModel) -> float:
+    """Floating-point operations of a whole run, about: 6 for each weight and token."""
+    tokens = (config.max_iters or 1) * config.batch_size * config.block_size
+    return 6.0 * tokens * model.num_parameters()
+
+
+def probe(learner: Callable, data: Dataset, config: ModelConfig, precision: str) -> None:
+    """A forward and a backward pass over the first batch; gradients are left behind."""
+    rows = micro_batches(config)[0]
+    sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
+    device = next(learner.parameters()).device
+    batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
+    inputs, targets = (part.to(device) for part in batch)
+    with autocast(device, precision):
+        _, loss = learner(inputs, targets)
+    (loss * 0).backward()
 
 
 def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
@@ -211,13 +269,12 @@ def time_evaluation(setup: Setup) -> float:
     """The seconds of a whole evaluation, by one batch of each split."""
     config, splits = setup.config, setup.data.splits
     one = config.model_copy(update={"eval_iters": 1})
-    estimate_loss(setup.model, setup.data, one)  # warms up; torch.compile compiles it here
+    estimate_loss(setup.model, setup.data, one, setup.precision)  # warms up
     start = time.perf_counter()
-    estimate_loss(setup.model, setup.data, one)
+    estimate_loss(setup.model, setup.data, one, setup.precision)
     part = time.perf_counter() - start
-    # A whole evaluation has as many batches of both splits as there are on average.
-    tokens = (splits["train"].size + splits["val"].size) / 2
-    return part * (config.eval_iters or tokens / (config.batch_size * config.block_size))
+    windows = count_windows(splits["val"], config)
+    return part * (config.eval_iters or windows / config.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -284,7 +341,9 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
         "parameters": setup.model.num_parameters(),
         "device": str(setup.device),
         "threads": torch.get_num_threads(),
-        "torch_compile": setup.compile_mode,
+        "precision": setup.precision,
+        "torch_compile": setup.compiled.mode,
+        "torch_compile_reason": setup.compiled.reason,
     }
 
 
@@ -297,7 +356,8 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
     """What is trained, on what, with what."""
     config, data, start = setup.config, setup.data, setup.start
     sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
-    compiled = "" if setup.compile_mode == "off" else f", torch.compile {setup.compile_mode}"
+    mode = setup.compiled.mode
+    how = f"{setup.precision}{'' if mode == 'off' else f', torch.compile {mode}'}"
     unit = data.tokenizer.unit
     lines = [
         f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
@@ -324,7 +384,7 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
     lines += [
         f"Steps  {since}{config.max_iters:,} of {config.batch_size} x {config.block_size} {unit}s: "
         f"{passes(config, data, start.step):.2g} passes over the text",
-        f"Device {describe_device(setup.device)}{compiled}",
+        f"Device {describe_device(setup.device)}, {how}",
     ]
     return "\n".join(lines)
 

@@ -175,6 +175,7 @@ class Report:
     """All that is printed. Times are in seconds, memory in bytes, shares are parts of 1."""
 
     device: str
+    precision: str
     torch_compile: str
     parameters: int
     first_call: float
@@ -265,7 +266,7 @@ def profile_inference(
 
     As inference.py does it, which compiles nothing.
     """
-    config = config.model_copy(update={"torch_compile": False})
+    config = config.model_copy(update={"torch_compile": "off"})
     with explained_failures(config, Output(quiet=True)):
         setup = _set_up(config, start)
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
@@ -380,7 +381,7 @@ def _flops(setup: Setup, work: Work) -> int:
     On a model of its own that is not compiled, with attention as plain products: the counter does
     not know the CPU's fused attention, nor what a compiler makes of it.
     """
-    config = setup.config.model_copy(update={"torch_compile": False})
+    config = setup.config.model_copy(update={"torch_compile": "off"})
     plain = create_setup(config, {}, setup.data, setup.device, Start())
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -393,7 +394,8 @@ def _report(
 ) -> Report:
     return Report(
         device=describe_device(setup.device),
-        torch_compile=setup.compile_mode,
+        precision=setup.precision,
+        torch_compile=setup.compiled.mode,
         parameters=setup.model.num_parameters(),
         first_call=first_call,
         peak_memory=peak_memory(setup.device),
@@ -492,7 +494,8 @@ def described(report: Report) -> str:
     memory = byte_size(report.peak_memory) if report.peak_memory else "unknown"
     whose = "the process's" if report.device.startswith("CPU") else "the device's"
     lines = [
-        f"Device  {report.device}, torch.compile {report.torch_compile}; the first step took "
+        f"Device  {report.device}, {report.precision}, torch.compile {report.torch_compile}; "
+        "the first step took "
         f"{report.first_call * 1000:,.0f} ms",
         f"Model   {report.parameters:,} parameters; {memory} is {whose} peak memory",
         f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s is what a product of "

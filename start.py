@@ -39,6 +39,9 @@ from utils.files import make_directory, remove_if_empty
 from utils.output import plural
 from utils.run_manager import RunDirectory, RunIDGenerator
 
+# What Folio did before there was a setting for it: models of that time go on with it.
+IMPLIED = {"optimizer": "adamw", "precision": "fp32", "compile_backend": "aot_eager"}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -104,7 +107,16 @@ class Start:
             binding = frozenset(fixed) - {"dropout"}
             return SavedSettings(str(self.bundle.path), fixed, binding)
         fixed["batch_size"] = config.batch_size
-        return SavedSettings(str(self.bundle.path), {**state.settings, **fixed}, frozenset(fixed))
+        values = {**IMPLIED, **_as_now(state.settings), **fixed}
+        return SavedSettings(str(self.bundle.path), values, frozenset(fixed))
+
+
+def _as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a bundle in their present form: torch_compile was true or false once."""
+    compiled = settings.get("torch_compile")
+    if not isinstance(compiled, bool):
+        return dict(settings)
+    return {**settings, "torch_compile": "on" if compiled else "off"}
 
 
 def plan(

@@ -13,19 +13,26 @@ import torch
 from torch import Tensor
 
 from callbacks import Maker
-from data import Dataset, evaluation_batches, get_batch, micro_batches
+from data import Dataset, count_windows, evaluation_batches, get_batch, micro_batches
 from model import LanguageModel
 from optim import clip_gradients, update
 from parameters import ModelConfig
 from start import Start
+from utils.device import Compiled, autocast
 
+# Numbers in the largest tensor of an evaluation, about: 4 bytes each, and no gradients beside them.
+EVALUATED_AT_ONCE = 1 << 21
 # The parts of a step, in their order.
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run needs before its first step. `config.max_iters` is settled."""
+    """What a run needs before its first step. `config.max_iters` is settled.
+
+    `learner` is the model, or the model compiled: the same weights. A step calls it; evaluations,
+    samples and checkpoints take the model as it is, whose shapes may change.
+    """
 
     config: ModelConfig
     sources: dict[str, str]
@@ -34,7 +41,10 @@ class Setup:
     data: Dataset
     model: LanguageModel
     optimizer: torch.optim.Optimizer
-    compile_mode: str
+    scaler: torch.amp.GradScaler
+    precision: str
+    learner: Callable[..., tuple[Tensor, Tensor | None]]
+    compiled: Compiled
     callbacks: Mapping[str, Maker] = field(default_factory=dict)
 
 
@@ -54,7 +64,7 @@ def training_step(
         step: the number of the update, counted from 0.
         phase: surrounds each of `PHASES`, for those who measure.
     """
-    config, tokens, model = setup.config, setup.data.splits["train"], setup.model
+    config, tokens = setup.config, setup.data.splits["train"]
     total = torch.zeros((), device=setup.device)
     with phase("optimizer"):
         setup.optimizer.zero_grad(set_to_none=True)
@@ -69,32 +79,42 @@ def training_step(
                 rows=rows,
             )
             inputs, targets = inputs.to(setup.device), targets.to(setup.device)
-        with phase("forward"):
-            _, loss = model(inputs, targets)
+        with phase("forward"), autocast(setup.device, setup.precision):
+            _, loss = setup.learner(inputs, targets)
             # Each micro-batch counts by its rows, so that their number changes nothing but memory.
             loss = loss * (inputs.size(0) / config.batch_size)
         with phase("backward"):
-            loss.backward()
+            setup.scaler.scale(loss).backward()
         total += loss.detach()
     with phase("gradient clipping"):
-        grad_norm = clip_gradients(model, config.grad_clip)
+        setup.scaler.unscale_(setup.optimizer)
+        grad_norm = clip_gradients(setup.model, config.grad_clip)
     with phase("optimizer"):
-        update(setup.optimizer, step, config)
+        update(setup.optimizer, setup.scaler, step, config)
     return total, grad_norm
 
 
 @torch.no_grad()
-def estimate_loss(model: LanguageModel, data: Dataset, config: ModelConfig) -> dict[str, float]:
-    """The mean loss of the train and val splits, in nats per token, on their fixed batches."""
+def estimate_loss(
+    model: LanguageModel, data: Dataset, config: ModelConfig, precision: str = "fp32"
+) -> dict[str, float]:
+    """The mean loss of the train and val splits, in nats per token, on their fixed windows.
+
+    As many windows at once as are quick; how many changes nothing but rounding. Where
+    `eval_iters` is 0, train is measured on as many windows as val has.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    rows = EVALUATED_AT_ONCE // (config.block_size * max(model.vocab_size, config.n_embd))
+    most = count_windows(data.splits["val"], config)
     losses = {}
     for split in ("train", "val"):
         total = torch.zeros((), dtype=torch.float32, device=device)
         count = 0
-        for inputs, targets in evaluation_batches(data.splits[split], config):
-            _, loss = model(inputs.to(device), targets.to(device))
+        for inputs, targets in evaluation_batches(data.splits[split], config, rows=rows, most=most):
+            with autocast(device, precision):
+                _, loss = model(inputs.to(device), targets.to(device))
             total += loss * targets.numel()
             count += targets.numel()
         losses[split] = total.item() / count

@@ -161,7 +161,7 @@ def train(
     output = output or Output()
     try:
         with explained_failures(config, output):
-            setup = set_up(config, loaded, start, callbacks)
+            setup = set_up(config, loaded, start, callbacks, tell=output.line)
             with name_locked(setup.start.named_model), StopRequest() as stop:
                 check_unchanged(setup.start)
                 with open_callbacks(setup, output) as called:
@@ -300,7 +300,7 @@ def evaluate(
     Returns the losses, the best until now, and a callback's reason to stop, if it has one.
     """
     setup = session.setup
-    losses = estimate_loss(setup.model, setup.data, setup.config)
+    losses = estimate_loss(setup.model, setup.data, setup.config, setup.precision)
     bits = bits_per_byte(losses, setup.data)
     is_best = best.loss is None or losses["val"] < best.loss
     session.log.evaluation(step, losses, bits, is_best=is_best)
@@ -374,6 +374,7 @@ def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
         setup.start.named_model,
         setup.model,
         setup.optimizer,
+        setup.scaler,
         setup.data.tokenizer,
         setup.config,
     )
@@ -400,6 +401,7 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
         max_iters=config.max_iters,
         tokens_per_step=config.batch_size * config.block_size,
         interval=config.log_interval,
+        may_overflow=setup.precision == "fp16",
     )
 
 

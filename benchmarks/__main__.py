@@ -3,14 +3,14 @@
 python -m benchmarks                  # all that need no file
 python -m benchmarks startup encoding
 python -m benchmarks nanogpt_cpu --data tinyshakespeare.txt
+python -m benchmarks.time_to_loss --data tinyshakespeare.txt       # has flags of its own
 """
 
 import argparse
 import importlib
-import subprocess
 from datetime import date
-from pathlib import Path
 
+from benchmarks import current_commit
 from utils.device import processor_name
 
 BENCHMARKS = ("startup", "encoding", "logging_cost", "saving", "nanogpt_cpu")
@@ -23,14 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(unknown)}")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    print(f"{processor_name()}, {date.today()}, commit {commit.stdout.strip() or 'unknown'}")
+    print(f"{processor_name()}, {date.today()}, commit {current_commit()}")
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")
         importlib.import_module(f"benchmarks.{name}").run(arguments.data)

@@ -67,7 +67,13 @@ def _memory_of_saving(data: str | None) -> str:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=".") as directory:
         save_checkpoint(
-            Path(directory) / "b", setup.model, setup.optimizer, setup.data.tokenizer, config, state
+            Path(directory) / "b",
+            setup.model,
+            setup.optimizer,
+            setup.scaler,
+            setup.data.tokenizer,
+            config,
+            state,
         )
     seconds = time.perf_counter() - start
     grown = (peak_memory(setup.device) or 0) - (before or 0)

@@ -79,6 +79,7 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
             "eval_iters": 2,
             "log_interval": 2,
             "device": "cpu",
+            "precision": "fp32",  # on every processor
         }
         return ModelConfig(**{**settings, **changes})
 
@@ -94,9 +95,10 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     torch.manual_seed(step)
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
     clip_gradients(model, BUNDLE_CONFIG.grad_clip)
-    update(optimizer, step, BUNDLE_CONFIG)
+    update(optimizer, scaler, step, BUNDLE_CONFIG)
     settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
     facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
     values = {
@@ -109,7 +111,8 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
         "training_config": {**settings, **facts},
     }
     state = TrainingState(**{**values, **changes})
-    save_checkpoint(directory, model, optimizer, create_tokenizer("abc"), BUNDLE_CONFIG, state)
+    tokenizer = create_tokenizer("abc")
+    save_checkpoint(directory, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG, state)
     return model
 
 
@@ -207,5 +210,6 @@ def train_until(number: signal.Signals, *flags: str) -> tuple[int, str, str]:
 
 TINY_FLAGS = (
     "--block-size=16 --n-embd=16 --n-head=2 --n-layer=1 --batch-size=4 --max-iters=4 "
-    "--warmup-iters=1 --eval-interval=2 --eval-iters=1 --log-interval=2 --device=cpu"
+    "--warmup-iters=1 --eval-interval=2 --eval-iters=1 --log-interval=2 --device=cpu "
+    "--precision=fp32"
 ).split()

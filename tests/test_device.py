@@ -1,4 +1,4 @@
-"""utils/device.py: the choice of a device. (CUDA and MPS themselves are not run here.)
+"""utils/device.py: the choice of device, precision and backend; CUDA and MPS are not run here.
 
 python -m pytest tests/test_device.py
 """
@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from utils import device
-from utils.device import choose_device, is_out_of_memory
+from utils.device import (
+    WORTH_COMPILING,
+    Compiled,
+    autocast,
+    choose_backend,
+    choose_device,
+    choose_precision,
+    compile_model,
+    is_out_of_memory,
+    set_tf32,
+)
 from utils.errors import UserError
 
 
@@ -68,3 +78,143 @@ def test_running_out_of_memory_is_recognised_on_any_device():
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+# Precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "amx", "expected"),
+    [
+        ("cuda", (9, 0), False, "bf16"),
+        ("cuda", (8, 0), False, "bf16"),
+        ("cuda", (7, 5), True, "fp32"),  # emulated there
+        ("cpu", None, True, "bf16"),
+        ("cpu", None, False, "fp32"),
+        ("mps", None, True, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_in_it(
+    monkeypatch, kind, capability, amx, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(device, "has_amx", lambda: amx)
+    assert choose_precision("auto", torch.device(kind)) == expected
+
+
+@pytest.mark.parametrize("requested", ["fp32", "bf16", "fp16"])
+def test_a_precision_that_is_asked_for_is_taken(requested):
+    for kind in ("cpu", "cuda", "mps"):
+        assert choose_precision(requested, torch.device(kind)) == requested
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_products_are_in_the_precision_and_weights_stay_float32(precision, dtype):
+    layer = torch.nn.Linear(4, 4)
+    with autocast(torch.device("cpu"), precision):
+        assert layer(torch.ones(1, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "requested", "expected"),
+    [("cuda", "auto", "high"), ("cuda", "bf16", "high"), ("cuda", "fp32", "highest")],
+)
+def test_tf32_is_for_cuda_unless_fp32_is_asked_for(monkeypatch, kind, requested, expected):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    set_tf32(torch.device("cpu"), requested)
+    assert chosen == []
+    set_tf32(torch.device(kind), requested)
+    assert chosen == [expected]
+
+
+# torch.compile --------------------------------------------------------------------------------
+
+
+LONG, SHORT = 1e30, 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "requested", "backend", "operations", "platform", "mode"),
+    [
+        ("cpu", "off", "inductor", LONG, "linux", "off"),
+        ("cpu", "on", "auto", SHORT, "linux", "inductor"),
+        ("cpu", "on", "aot_eager", SHORT, "win32", "aot_eager"),
+        ("mps", "on", "auto", SHORT, "darwin", "aot_eager"),
+        ("mps", "on", "inductor", SHORT, "darwin", "inductor"),
+        ("cpu", "auto", "auto", LONG, "linux", "inductor"),
+        ("cpu", "auto", "aot_eager", LONG, "linux", "aot_eager"),
+        ("cpu", "auto", "auto", SHORT, "linux", "off"),
+        ("cpu", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "inductor"),
+        ("cpu", "auto", "auto", LONG, "win32", "off"),
+        ("cuda", "auto", "auto", LONG, "win32", "inductor"),
+        ("cuda", "auto", "auto", LONG, "linux", "inductor"),
+        ("cuda", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "off"),
+        ("mps", "auto", "auto", LONG, "darwin", "off"),
+    ],
+)
+def test_the_backend_is_chosen_by_device_length_and_wish(
+    monkeypatch, kind, requested, backend, operations, platform, mode
+):
+    monkeypatch.setattr(device.sys, "platform", platform)
+    chosen = choose_backend(requested, backend, torch.device(kind), operations)
+    assert chosen.mode == mode
+    assert chosen.reason
+
+
+def test_compiling_proves_itself_with_a_forward_and_a_backward_pass_and_draws_nothing():
+    model, called = torch.nn.Linear(2, 2), []
+
+    def probe(learner):
+        called.append(learner)
+        torch.rand(1)
+        learner(torch.ones(1, 2)).sum().backward()
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    learner, compiled = compile_model(model, Compiled("aot_eager", "why"), "on", probe)
+    assert called == [learner]
+    assert compiled == Compiled("aot_eager", "why")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
+
+
+def broken(learner):
+    raise RuntimeError("\n  no compiler here\nand a page of advice")
+
+
+def test_auto_falls_back_and_says_why():
+    model = torch.nn.Linear(2, 2)
+    learner, compiled = compile_model(model, Compiled("inductor", "why"), "auto", broken)
+    assert learner is model
+    reason = "inductor does not work here (RuntimeError: no compiler here)"
+    assert compiled == Compiled("off", reason)
+
+
+def test_on_is_a_users_mistake_where_it_does_not_work():
+    with pytest.raises(UserError) as caught:
+        compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "on", broken)
+    (line,) = caught.value.problems
+    assert line == (
+        "--torch-compile on: inductor does not work here (RuntimeError: no compiler here); "
+        "--torch-compile off trains without it"
+    )
+
+
+def test_off_compiles_nothing():
+    model = torch.nn.Linear(2, 2)
+    learner, compiled = compile_model(model, Compiled("off", "why"), "off", broken)
+    assert learner is model
+    assert compiled == Compiled("off", "why")
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_broken_compiler():
+    def probe(learner):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "auto", probe)

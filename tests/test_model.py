@@ -4,6 +4,7 @@ python -m pytest tests/test_model.py
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,10 +16,25 @@ from parameters import ModelConfig
 V = 11
 
 
+GPT2 = {"architecture": "gpt2"}
+
+
 def make(seed: int = 0, **changes) -> LanguageModel:
     settings = {"n_embd": 12, "n_head": 3, "n_layer": 2, "block_size": 8}
     torch.manual_seed(seed)
     return LanguageModel(ModelConfig(**{**settings, **changes}), V)
+
+
+def awake(model: LanguageModel, std: float = 0.2) -> LanguageModel:
+    """With no zeros and no ones left among the weights: each of them matters."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+@pytest.fixture(params=["modern", "gpt2"])
+def architecture(request) -> str:
+    return request.param
 
 
 def tokens(B: int = 2, T: int = 8, seed: int = 1) -> torch.Tensor:
@@ -35,13 +51,13 @@ def test_logits_and_loss_have_their_shapes_and_the_loss_is_the_mean_cross_entrop
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
 
 
-def test_an_untrained_model_is_about_as_good_as_guessing():
-    _, loss = make(n_embd=48)(tokens(64), tokens(64, seed=2))
+def test_an_untrained_model_is_about_as_good_as_guessing(architecture):
+    _, loss = make(n_embd=48, architecture=architecture)(tokens(64), tokens(64, seed=2))
     assert loss.item() == pytest.approx(math.log(V), abs=0.1)
 
 
-def test_a_position_sees_itself_and_the_past_and_not_the_future():
-    model, idx = make(), tokens(1)
+def test_a_position_sees_itself_and_the_past_and_not_the_future(architecture):
+    model, idx = awake(make(architecture=architecture)), tokens(1)
     before = model(idx)[0]
     idx[0, 5] = (idx[0, 5] + 1) % V
     after = model(idx)[0]
@@ -50,8 +66,8 @@ def test_a_position_sees_itself_and_the_past_and_not_the_future():
     assert not torch.allclose(before[0, 7], after[0, 7])
 
 
-def test_sequences_of_a_batch_do_not_see_each_other():
-    model, idx = make(), tokens(3)
+def test_sequences_of_a_batch_do_not_see_each_other(architecture):
+    model, idx = awake(make(architecture=architecture)), tokens(3)
     together = model(idx)[0]
     alone = torch.cat([model(row[None])[0] for row in idx])
     torch.testing.assert_close(together, alone)
@@ -66,7 +82,7 @@ def test_a_short_sequence_is_legal_and_a_long_one_is_not():
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_bias_and_tying_decide_which_parameters_there_are(tie, bias):
-    model = make(tie_weights=tie, bias=bias)
+    model = make(tie_weights=tie, bias=bias, **GPT2)
     names = dict(model.named_parameters())
     assert ("head.weight" in names) is not tie
     assert any(name.endswith("bias") for name in names) is bias
@@ -77,7 +93,7 @@ def test_bias_and_tying_decide_which_parameters_there_are(tie, bias):
 
 
 def test_the_weights_start_as_gpt2s_do():
-    model = make(n_embd=96, n_layer=4, bias=True, tie_weights=False)
+    model = make(n_embd=96, n_layer=4, bias=True, tie_weights=False, **GPT2)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -88,16 +104,47 @@ def test_the_weights_start_as_gpt2s_do():
             assert parameter.std().item() == pytest.approx(std, rel=0.1), name
 
 
-def test_dropout_acts_in_training_alone():
-    model, idx = make(dropout=0.5), tokens()
+@pytest.mark.parametrize("tie", [True, False])
+def test_modern_starts_with_branches_that_add_nothing(tie):
+    model = make(n_embd=96, n_layer=4, tie_weights=tie)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        elif "projection" in name or name == "head.weight":
+            assert not parameter.any(), name
+        elif name == "token_embedding.weight":
+            assert parameter.std().item() == pytest.approx(0.02 if tie else 0.2, rel=0.1), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.7 / 96**0.5, rel=0.1), name
+
+
+def test_modern_has_three_matrices_in_its_mlp_and_no_positions_to_learn():
+    C, L, D, hidden = 48, 2, 16, 128
+    matrices = V * C * 2 + L * (4 * C * C + 3 * C * hidden)
+    vectors = (2 * L + 1) * C + L * 2 * D
+    assert make(n_embd=C, n_head=3, n_layer=L).num_parameters() == matrices + vectors
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else(architecture):
+    model = make(architecture=architecture, tie_weights=False)
+    names = set(model.block_matrices())
+    assert names == {n for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2}
+    assert len(names) == 2 * (5 if architecture == "modern" else 4)
+
+
+def test_dropout_acts_in_training_alone(architecture):
+    model, idx = awake(make(dropout=0.5, architecture=architecture)), tokens()
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
     assert torch.equal(model(idx)[0], model(idx)[0])
-    assert torch.equal(make()(idx)[0], model(idx)[0])
+    same = make(architecture=architecture)
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(same(idx)[0], model(idx)[0])
 
 
-def test_every_parameter_learns():
-    model = make(bias=True, tie_weights=False)
+def test_every_parameter_learns(architecture):
+    bias = architecture == "gpt2"
+    model = awake(make(bias=bias, tie_weights=False, architecture=architecture))
     model(tokens(), tokens(seed=2))[1].backward()
     for name, parameter in model.named_parameters():
         # A key's bias adds the same to all scores of a query, which the softmax takes away.
@@ -106,18 +153,12 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_weights_go_through_safetensors(tmp_path, tie):
-    model, other = make(tie_weights=tie), make(seed=5, tie_weights=tie)
+def test_weights_go_through_safetensors(tmp_path, tie, architecture):
+    settings = {"tie_weights": tie, "architecture": architecture}
+    model, other = awake(make(**settings)), make(seed=5, **settings)
     model.save_safetensors(tmp_path / "m.safetensors", {"step": "3"})
     other.load_safetensors((tmp_path / "m.safetensors").read_bytes())
     assert torch.equal(model(tokens())[0], other(tokens())[0])
-
-
-def test_compiled_and_plain_weights_have_the_same_names():
-    model = make()
-    names = list(model.state_dict())
-    model.compile(backend="aot_eager")
-    assert list(model.state_dict()) == names
 
 
 # Against GPT-2 --------------------------------------------------------------------------------
@@ -140,9 +181,9 @@ def test_the_logits_are_those_of_transformers_gpt2(activation):
             resid_pdrop=0.0,
         )
     ).eval()
-    for parameter in theirs.parameters():  # no zeros, no ones: every weight must matter
-        torch.nn.init.normal_(parameter, std=0.2)
-    ours = make(block_size=T, n_embd=C, n_head=H, n_layer=L, bias=True, activation=activation)
+    awake(theirs)
+    shape = {"block_size": T, "n_embd": C, "n_head": H, "n_layer": L}
+    ours = make(**shape, bias=True, activation=activation, **GPT2)
     ours.load_state_dict(_from_gpt2(theirs.state_dict(), L))
     idx = tokens(B, T)
     torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
@@ -172,6 +213,73 @@ def _from_gpt2(gpt2: dict[str, torch.Tensor], L: int) -> dict[str, torch.Tensor]
     return weights
 
 
+# Against Qwen3 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "their_name"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh")],
+)
+def test_the_logits_of_modern_are_those_of_transformers_qwen3(tie, activation, their_name):
+    transformers = pytest.importorskip("transformers")
+    B, T, C, H, L = 3, 32, 48, 3, 3
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=V,
+            max_position_embeddings=T,
+            hidden_size=C,
+            intermediate_size=128,
+            num_hidden_layers=L,
+            num_attention_heads=H,
+            num_key_value_heads=H,
+            head_dim=C // H,
+            hidden_act=their_name,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            tie_word_embeddings=tie,
+            attention_bias=False,
+        )
+    ).eval()
+    shape = {"block_size": T, "n_embd": C, "n_head": H, "n_layer": L}
+    ours = awake(make(**shape, rope_theta=500.0, tie_weights=tie, activation=activation))
+    theirs.load_state_dict(_as_qwen3(ours.state_dict(), tie))
+    idx = tokens(B, T)
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def _as_qwen3(ours: dict[str, torch.Tensor], tie: bool) -> dict[str, torch.Tensor]:
+    """Our weights under Qwen3's names, which keeps queries, keys and values apart."""
+    names = {
+        "token_embedding": "model.embed_tokens",
+        "blocks": "model.layers",
+        "attention_norm": "input_layernorm",
+        "attention.queries_and_keys.query_norm": "self_attn.q_norm",
+        "attention.queries_and_keys.key_norm": "self_attn.k_norm",
+        "attention.projection": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.expand": "mlp.up_proj",
+        "mlp.projection": "mlp.down_proj",
+        "final_norm": "model.norm",
+        "head": "lm_head",
+    }
+    weights = {}
+    for name, tensor in ours.items():
+        if name.endswith("attention.qkv.weight"):
+            layer = name.split(".")[1]
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                weights[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = rows
+            continue
+        their_name = name
+        for part, their_part in names.items():
+            their_name = re.sub(rf"(^|\.){part}(?=\.)", rf"\g<1>{their_part}", their_name)
+        weights[their_name] = tensor
+    if tie:
+        weights["lm_head.weight"] = ours["token_embedding.weight"]
+    return weights
+
+
 # Generation -----------------------------------------------------------------------------------
 
 
@@ -184,7 +292,7 @@ def test_generation_keeps_the_prompt_and_adds_as_many_tokens_as_asked():
 
 
 def test_greedy_generation_takes_the_likeliest_token_of_the_last_block():
-    model, idx = make(), tokens(1, 12)
+    model, idx = awake(make()), tokens(1, 12)
     out = model.generate(idx, 5, temperature=0)
     for _ in range(5):
         likeliest = model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)

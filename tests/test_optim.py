@@ -7,16 +7,24 @@ import pytest
 import torch
 
 from model import LanguageModel
-from optim import clip_gradients, create_optimizer, learning_rate_at, update
+from optim import (
+    MUON_RATE,
+    clip_gradients,
+    create_optimizer,
+    learning_rate_at,
+    orthogonalised,
+    update,
+)
 from parameters import ModelConfig
 
 
 def config(**changes) -> ModelConfig:
     settings = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "max_iters": 110}
+    settings["lr_schedule"] = "cosine"
     return ModelConfig(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_warm_up_is_a_line_to_the_peak(schedule):
     rates = [learning_rate_at(step, config(lr_schedule=schedule)) for step in range(10)]
     assert rates == pytest.approx([(step + 1) / 10 for step in range(10)])
@@ -40,6 +48,16 @@ def test_the_cosine_is_slow_at_both_ends():
     assert learning_rate_at(35, config()) == pytest.approx(0.1 + 0.9 * 0.8535534)
 
 
+def test_wsd_is_stable_first_and_then_a_line():
+    settings = config(lr_schedule="wsd", lr_decay_fraction=0.25)
+    rates = [learning_rate_at(step, settings) for step in (10, 60, 85, 97.5, 110)]
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 0.55, 0.1])
+    whole = config(lr_schedule="wsd", lr_decay_fraction=1.0)
+    linear = config(lr_schedule="linear")
+    for step in range(120):
+        assert learning_rate_at(step, whole) == pytest.approx(learning_rate_at(step, linear))
+
+
 def test_null_settings_follow_the_others():
     assert learning_rate_at(110, config(min_lr=None)) == pytest.approx(0.1)
     stretched = config(max_iters=210)
@@ -59,24 +77,30 @@ def test_no_warm_up_starts_at_the_peak():
     assert learning_rate_at(0, config(warmup_iters=0)) == pytest.approx(1.0)
 
 
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+GPT2 = {"architecture": "gpt2", "bias": True, "optimizer": "adamw"}
+
+
 def make(**changes):
-    settings = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, bias=True, **changes)
+    settings = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, **changes)
     torch.manual_seed(0)
     model = LanguageModel(settings, 5)
     return settings, model, create_optimizer(model, settings)
 
 
-def test_matrices_decay_and_vectors_do_not():
-    _, model, optimizer = make(weight_decay=0.3)
-    decayed, free = optimizer.param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-    assert all(p.dim() >= 2 for p in decayed["params"])
-    assert all(p.dim() == 1 for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+def test_matrices_decay_and_vectors_do_not(architecture, optimizer):
+    _, model, made = make(weight_decay=0.3, architecture=architecture, optimizer=optimizer)
+    decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in made.param_groups)
+    for parameter in model.parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.dim() == 2 else 0.0)
 
 
-def test_the_optimizer_is_fused_on_the_cpu():
-    assert make()[2].param_groups[0]["fused"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_is_fused_on_the_cpu(optimizer):
+    assert make(optimizer=optimizer)[2].param_groups[0]["fused"]
 
 
 def test_where_no_fused_kernel_exists_the_plain_one_is_used(monkeypatch):
@@ -88,12 +112,12 @@ def test_where_no_fused_kernel_exists_the_plain_one_is_used(monkeypatch):
         return real(*args, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", without_fused)
-    assert not make()[2].param_groups[0].get("fused")
+    assert not make(optimizer="adamw")[2].param_groups[0].get("fused")
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(0.5, 0.5), (1e9, None), (0.0, None)])
 def test_gradients_longer_than_grad_clip_are_scaled_down(clip, expected, monkeypatch):
-    settings, model, optimizer = make(grad_clip=clip)
+    settings, model, optimizer = make(grad_clip=clip, **GPT2)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     length = model.num_parameters() ** 0.5
@@ -104,16 +128,95 @@ def test_gradients_longer_than_grad_clip_are_scaled_down(clip, expected, monkeyp
         lambda: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()),
     )
     norm = clip_gradients(model, settings.grad_clip)
-    update(optimizer, 0, settings)
+    update(optimizer, NO_SCALER, 0, settings)
     assert norm.item() == pytest.approx(length, rel=1e-5)
     assert seen[0].item() == pytest.approx(expected or length, rel=1e-5)
 
 
-def test_the_learning_rate_is_applied_anew_at_every_update():
-    settings, model, optimizer = make(learning_rate=0.5, warmup_iters=10)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_learning_rate_is_applied_anew_at_every_update(kind):
+    settings, model, optimizer = make(learning_rate=0.5, warmup_iters=10, optimizer=kind)
     for group in optimizer.param_groups:
         group["lr"] = 99.0  # as after loading an old optimizer
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(optimizer, 4, settings)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+    update(optimizer, NO_SCALER, 4, settings)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == ([0.25, 0.25, 0.25 * MUON_RATE] if kind == "muon" else [0.25, 0.25])
+
+
+# Muon -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8), (3, 24, 8), (2, 8, 24), (1, 1, 7)])
+def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = orthogonalised(matrices, torch.float64)
+    U, values, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    new_values = torch.linalg.svdvals(result)
+    large = values > values.max() / 50  # the smallest ones are not lifted all the way
+    assert ((new_values.min(dim=1).values > 0.3) | ~large.all(dim=1)).all()
+    assert new_values.max() < 1.3
+    nearest = U @ Vh
+    alike = (result * nearest).sum(dim=(1, 2)) / (
+        result.norm(dim=(1, 2)) * nearest.norm(dim=(1, 2))
+    )
+    assert alike.min() > 0.9
+
+
+def test_matrices_together_are_as_each_alone():
+    matrices = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([orthogonalised(m[None], torch.float32) for m in matrices])
+    torch.testing.assert_close(orthogonalised(matrices, torch.float32), alone)
+
+
+def test_a_step_of_muon_is_that_of_pytorchs_own():
+    """Which multiplies in bfloat16: so they agree to some percent of a step."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this PyTorch has no Muon")
+    _, model, ours = make(weight_decay=0.1, muon_momentum=0.9, learning_rate=0.01)
+    copies = {n: p.detach().clone().requires_grad_() for n, p in model.block_matrices().items()}
+    theirs = torch.optim.Muon(
+        copies.values(), lr=0.01 * MUON_RATE, weight_decay=0.1, momentum=0.9, nesterov=True
+    )
+    ours.param_groups[-1]["lr"] = 0.01 * MUON_RATE
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        before = {name: copy.detach().clone() for name, copy in copies.items()}
+        for name, parameter in model.block_matrices().items():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            copies[name].grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+        for name, parameter in model.block_matrices().items():
+            taken = (parameter - before[name]).norm()
+            assert (parameter - copies[name]).norm() < 0.05 * taken, name
+            copies[name].data.copy_(parameter)
+
+
+def test_beside_the_matrices_muon_is_adamw():
+    kinds = {}
+    for kind in ("muon", "adamw"):
+        settings, model, optimizer = make(optimizer=kind, warmup_iters=0, max_iters=100)
+        for step in range(3):
+            for index, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + index)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            update(optimizer, NO_SCALER, step, settings)
+        kinds[kind] = dict(model.named_parameters())
+    matrices = model.block_matrices()
+    for name in kinds["muon"]:
+        assert torch.equal(kinds["muon"][name], kinds["adamw"][name]) is (name not in matrices), (
+            name
+        )
+
+
+def test_gradients_are_still_there_after_a_step_of_muon():
+    settings, model, optimizer = make()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients[name] = parameter.grad = torch.ones_like(parameter)
+    update(optimizer, NO_SCALER, 0, settings)
+    assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+    model.zero_grad()
+    optimizer.step()  # and without any, nothing happens

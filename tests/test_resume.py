@@ -38,6 +38,19 @@ VARIANTS = [
     pytest.param({"dropout": dropout, "micro_batch_size": micro}, id=f"dropout {dropout}, {what}")
     for dropout in (0.0, 0.2)
     for micro, what in ((None, "whole batches"), (3, "accumulated"))
+] + [
+    pytest.param(
+        {
+            "architecture": architecture,
+            "optimizer": optimizer,
+            "precision": precision,
+            "dropout": 0.2,
+        },
+        id=f"{architecture}, {optimizer}, {precision}",
+    )
+    for architecture in ("modern", "gpt2")
+    for optimizer in ("muon", "adamw")
+    for precision in ("fp32", "bf16", "fp16")
 ]
 
 
@@ -158,7 +171,7 @@ def test_evaluating_more_or_less_often_after_a_resume_changes_nothing_that_is_le
 
 
 def test_torch_compile_resumes_exactly_too(tiny, quiet, in_one_go, resume):
-    compiled = {"torch_compile": True, "dropout": 0.2}
+    compiled = {"torch_compile": "on", "compile_backend": "aot_eager", "dropout": 0.2}
     whole = in_one_go(**compiled)
     first = train(tiny(**{**SETTINGS, "max_iters": N, **compiled}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N)
@@ -170,9 +183,10 @@ def test_what_was_saved_with_torch_compile_goes_on_without_and_the_other_way_rou
     tiny, quiet, in_one_go, resume, compiled_first
 ):
     whole = in_one_go()
-    config = tiny(**{**SETTINGS, "max_iters": N, "torch_compile": compiled_first})
-    first = train(config, output=quiet)
-    second = resume(first.run_dir, max_iters=2 * N, torch_compile=not compiled_first)
+    modes = ("on", "off") if compiled_first else ("off", "on")
+    own = {"torch_compile": modes[0], "compile_backend": "aot_eager"}
+    first = train(tiny(**{**SETTINGS, "max_iters": N, **own}), output=quiet)
+    second = resume(first.run_dir, max_iters=2 * N, torch_compile=modes[1])
     both, one = logged(first.run_dir, second.run_dir), logged(whole.run_dir)
     assert both.keys() == one.keys()
     assert list(both.values()) == pytest.approx([one[key] for key in both], rel=1e-4)

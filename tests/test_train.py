@@ -175,13 +175,18 @@ def test_micro_batches_change_memory_and_not_what_is_learned(tiny, quiet, micro)
 
 
 def test_torch_compile_keeps_the_names_of_the_weights_and_is_recorded(tiny, quiet):
-    result = train(tiny(torch_compile=True), output=quiet)
+    compiled = {"torch_compile": "on", "compile_backend": "aot_eager"}
+    result = train(tiny(**compiled), output=quiet)
     plain = train(tiny(), output=quiet)
     assert losses(result) == pytest.approx(losses(plain), rel=1e-4)
     names = [list(load_file(r.export_dir / "model.safetensors")) for r in (result, plain)]
     assert names[0] == names[1]
     record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
     assert record["run"]["torch_compile"] == "aot_eager"
+    assert record["run"]["torch_compile_reason"] == "torch_compile is on"
+    record = json.loads((plain.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record["run"]["torch_compile"] == "off"
+    assert record["run"]["torch_compile_reason"] == "the run is too short for compiling to pay back"
 
 
 # Evaluation and export ------------------------------------------------------------------------

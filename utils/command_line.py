@@ -13,6 +13,8 @@ from utils.errors import UserError
 
 _NO_VALUE = object()
 _BOOL, _TEXT = "true|false", "TEXT"
+# Flags that may stand alone, with a `--no-` form: what either of them means.
+_SWITCHES = {_BOOL: ("true", "false"), "auto|on|off": ("on", "off")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,8 +31,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=100)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.metavar == _BOOL:
-            return ", ".join("--[no-]" + flag[2:] for flag in action.option_strings)
+        if action.metavar in _SWITCHES:
+            value = "" if action.metavar == _BOOL else f" [{action.metavar}]"
+            return ", ".join("--[no-]" + flag[2:] for flag in action.option_strings) + value
         value = f" {action.metavar}" if action.metavar else ""
         return (", ".join(action.option_strings) + value).strip()
 
@@ -133,11 +136,11 @@ class CommandLine:
         group.add_argument(
             *flags, action=how, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning, **shared
         )
-        if metavar == _BOOL:
+        if metavar in _SWITCHES:
             group.add_argument(
                 *(flag_of("no_" + each) for each in names),
                 action="store_const",
-                const="false",
+                const=_SWITCHES[metavar][1],
                 help=argparse.SUPPRESS,
                 **shared,
             )
@@ -154,8 +157,8 @@ class CommandLine:
         actions: dict[str, Any] = {}
         for name, value in vars(known).items():
             metavar = self._metavars[name]
-            if value is _NO_VALUE and metavar == _BOOL:
-                texts[name] = "true"
+            if value is _NO_VALUE and metavar in _SWITCHES:
+                texts[name] = _SWITCHES[metavar][0]
             elif self._lacks_value(value, metavar):
                 dash = f"; one that begins with a dash is written {flag_of(name)}=VALUE"
                 shown = metavar if name in self._operands else flag_of(name)

@@ -1,4 +1,4 @@
-"""Which device a run uses, and how the model is compiled for it.
+"""Which device a run uses, in which precision, and how the model is compiled for it.
 
 The CUDA and MPS branches are short because they have not been run where Folio is developed;
 their choice is tested, their arithmetic is not.
@@ -6,6 +6,9 @@ their choice is tested, their arithmetic is not.
 
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,15 +82,119 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def compile_model(model: nn.Module, wanted: bool) -> str:
-    """Compile the model's call in place, if wanted: its parameters keep their names.
+# ----------------------------------------------------------------------------------------------
+# Precision
 
-    Returns the mode that is in effect, for the record.
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """The precision for `--precision`: auto is bf16 where the processor itself multiplies in it.
+
+    Elsewhere bfloat16 is emulated, and slower than float32.
     """
-    if not wanted:
-        return "off"
-    model.compile(backend="aot_eager")
-    return "aot_eager"
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        # From compute capability 8.0 on; `is_bf16_supported` also counts emulation.
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = device.type == "cpu" and has_amx()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def has_amx() -> bool:
+    """Whether the CPU has tiles to multiply bfloat16 in (Intel's AMX)."""
+    asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # of PyTorch 2.6 and later
+    return bool(asks and asks())
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Where matrix products are computed in `precision`, from weights that stay in float32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def set_tf32(device: torch.device, requested: str) -> None:
+    """On CUDA, let what remains in float32 be multiplied as TF32, unless fp32 was asked for."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if requested == "fp32" else "high")
+
+
+# ----------------------------------------------------------------------------------------------
+# torch.compile
+
+
+# Floating-point operations of a whole run from which on compiling it pays back, measured on the
+# CPU: half a minute for a quarter less time. A GPU needs more of them to be busy for as long.
+WORTH_COMPILING = {"cpu": 3e13, "cuda": 3e15}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of torch.compile: the backend in effect, or `off`, and why."""
+
+    mode: str = "off"
+    reason: str = ""
+
+
+def choose_backend(
+    requested: str, backend: str, device: torch.device, operations: float
+) -> Compiled:
+    """Which backend `--torch-compile` and `--compile-backend` mean on a device.
+
+    `operations` is what the whole run computes: so that one that goes on chooses the same.
+    """
+    if requested == "off":
+        return Compiled("off", "torch_compile is off")
+    if backend == "auto":
+        backend = "aot_eager" if device.type == "mps" else "inductor"
+    if requested == "on":
+        return Compiled(backend, "torch_compile is on")
+    if device.type not in WORTH_COMPILING:
+        return Compiled("off", f"compiling brings nothing on {device.type.upper()}")
+    if device.type == "cpu" and sys.platform == "win32":
+        return Compiled("off", "on Windows it is only done when asked for")
+    if operations < WORTH_COMPILING[device.type]:
+        return Compiled("off", "the run is too short for compiling to pay back")
+    return Compiled(backend, "it pays back within the run")
+
+
+def compile_model(
+    model: nn.Module, wanted: Compiled, requested: str, probe: Callable[[Callable], None]
+) -> tuple[Callable, Compiled]:
+    """The model's call, compiled as `wanted` if that works, and what is in effect then.
+
+    Nothing is compiled before the first call, and the backward pass only when it is needed: so
+    `probe(learner)` makes a step of both. What it draws from the random generators is put back.
+
+    Raises `UserError` where it does not work and was asked for by name.
+    """
+    if wanted.mode == "off":
+        return model, wanted
+    learner = torch.compile(model, backend=wanted.mode, dynamic=False)
+    try:
+        with torch.random.fork_rng():
+            probe(learner)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if is_out_of_memory(error):
+            raise
+        if requested == "on":
+            raise UserError(
+                f"--torch-compile on: {wanted.mode} does not work here ({reason}); "
+                "--torch-compile off trains without it"
+            ) from error
+        return model, Compiled("off", f"{wanted.mode} does not work here ({reason})")
+    return learner, wanted
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch wraps what went wrong in its own words, and a page of advice.
+    return lines[0][:200] if lines else "no reason given"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

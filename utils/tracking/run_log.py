@@ -18,6 +18,34 @@ from utils.output import Output, duration
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
 
+SPIKE_AFTER = 100  # steps that a mean is worth something after
+SPIKE_WINDOW = 0.02  # of a new loss in the running mean, so that it is of about the last 50
+SPIKE_HEIGHT = 8.0  # mean deviations above the mean
+
+
+class SpikeWatch:
+    """Notices a loss that leaps above those before it.
+
+    A batch that is hard is one or two mean deviations above; what is far higher is a step that
+    went wrong: too high a learning rate, or text of another kind.
+    """
+
+    def __init__(self) -> None:
+        self._mean = self._deviation = 0.0
+        self._count = 0
+
+    def usual(self, loss: float) -> float | None:
+        """Take the next step's loss: None, or, if it is a spike, what was usual before it."""
+        before = self._mean
+        distance = loss - before
+        is_spike = self._count >= SPIKE_AFTER and distance > SPIKE_HEIGHT * self._deviation
+        self._count += 1
+        weight = max(SPIKE_WINDOW, 1 / self._count)
+        self._mean += weight * distance
+        if self._count > 1:
+            self._deviation += weight * (abs(distance) - self._deviation)
+        return before if is_spike else None
+
 
 class RunLog:
     """Collects the numbers of each step and hands them on in batches.
@@ -32,6 +60,7 @@ class RunLog:
         max_iters: the number of the last step.
         tokens_per_step: B times T.
         interval: steps between two fetches, and so between two lines.
+        may_overflow: whether a gradient may be infinite, as in fp16, where that step is left out.
     """
 
     def __init__(
@@ -45,6 +74,7 @@ class RunLog:
         max_iters: int,
         tokens_per_step: int,
         interval: int,
+        may_overflow: bool = False,
     ):
         self._metrics = open(metrics, "a", encoding="utf-8")
         # A lone surrogate is escaped, which JSON understands.
@@ -55,9 +85,11 @@ class RunLog:
         self._max_iters = max_iters
         self._tokens_per_step = tokens_per_step
         self._interval = interval
+        self._may_overflow = may_overflow
         self._waiting: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
+        self._spikes = SpikeWatch()
         self._began = self._resumed = time.perf_counter()
 
     def step(
@@ -95,9 +127,16 @@ class RunLog:
                 "tokens_per_second": speed,
             }
             self._record(step, elapsed, {"train": metrics})
+            usual = self._spikes.usual(loss)
+            if usual is not None:
+                self._output.line(
+                    f"Note: loss spike at step {step}: {loss:.4f}, after about {usual:.4f} "
+                    f"(gradient {grad_norm:.3g}); if it stays up, lower learning_rate"
+                )
             # A gradient that is not finite has just spoilt the weights, whatever the loss was.
             for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
-                if not math.isfinite(value):
+                is_fatal = what == "loss" or not self._may_overflow
+                if is_fatal and not math.isfinite(value):
                     self._metrics.flush()
                     raise RunError(
                         f"the {what} is {value} at step {step}: the run cannot go on; "
