@@ -241,14 +241,13 @@ def evaluation_batches(
             ]
         )
     else:
-        full = count_windows(tokens, config)
-        starts = np.arange(full) * T
-        if most is not None and most < full:
-            starts = starts[np.arange(most) * full // most]
+        starts = np.arange(count_windows(tokens, config)) * T
+    is_whole = config.eval_iters == 0 and (most is None or most >= starts.size)
+    if config.eval_iters == 0 and not is_whole:
+        starts = starts[np.arange(most) * starts.size // most]
     size = max(rows, min(config.micro_batch_size or config.batch_size, config.batch_size))
     for first in range(0, starts.size, size):
         yield _windows(tokens, starts[first : first + size], T)
-    is_whole = config.eval_iters == 0 and (most is None or most >= starts.size)
     if is_whole and (tokens.size - 1) % T:
         rest = starts.size * T
         yield _windows(tokens, np.array([rest]), tokens.size - 1 - rest)

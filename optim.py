@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from model import LanguageModel
 from parameters import ModelConfig
@@ -18,35 +19,47 @@ NEWTON_SCHULZ_STEPS = 5
 
 def create_optimizer(
     model: LanguageModel, config: ModelConfig, dtype: torch.dtype = torch.float32
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Both decay matrices and embeddings, and leave vectors, which are biases and norms, free.
     AdamW (arxiv.org/abs/1711.05101) has its fused form where the device has one. `dtype` is what
     Muon computes in.
     """
-    matrices = list(model.block_matrices().values()) if config.optimizer == "muon" else []
-    ours = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in ours]
+    matrices = model.block_matrices() if config.optimizer == "muon" else {}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
     decayed = {"weight_decay": config.weight_decay}
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": [p for p in others if p.dim() >= 2], **decayed},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    kind: type[torch.optim.AdamW] = torch.optim.AdamW
-    if matrices:
-        kind = Muon
-        groups.append({"params": matrices, "rate": MUON_RATE, **decayed})
-        settings |= {"momentum": config.muon_momentum, "dtype": dtype}
+    rates = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    _spare_dynamo()
+    if config.optimizer == "muon":
+        # Queries, keys and values are three matrices, one above the other in one parameter.
+        stacked = [3 if name.endswith("qkv.weight") else 1 for name in matrices]
+        muon = {"params": list(matrices.values()), "stacked": stacked, **decayed}
+        muon |= {"rate": MUON_RATE, "momentum": config.muon_momentum}
+        return Muon([*groups, muon], dtype=dtype, **rates)
     try:
-        return kind(groups, fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **rates)
     except RuntimeError:  # PyTorch has no fused kernel for this device
-        return kind(groups, **settings)
+        return torch.optim.AdamW(groups, **rates)
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the parameters of its last group, all of them matrices, and AdamW for the others.
+def _spare_dynamo() -> None:
+    """Spare a run the second that PyTorch's optimizers take to import what torch.compile needs.
+
+    They import it when they are made, to be left out of what is compiled; nothing here compiles an
+    optimizer. In a PyTorch that does this in another way, nothing happens.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if function := getattr(method, "__wrapped__", None):
+            function.__dynamo_disable = function
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups that have a `momentum`, of matrices all, and AdamW for the others.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) follows the mean of the gradients
     with all its directions made equally long: the nearest matrix with orthogonal rows or columns.
@@ -54,68 +67,106 @@ class Muon(torch.optim.AdamW):
     makes it cheap on a CPU.
 
     Args:
-        groups: of parameters, as for AdamW.
-        momentum: the decay of the gradients' mean, which is Nesterov's.
+        groups: of parameters, each with its `weight_decay`; of Muon's parameters, `stacked` says
+            how many matrices stand one above the other in each.
         dtype: what the matrices are multiplied in.
-        settings: AdamW's.
+        lr: the learning rate.
+        betas: AdamW's decay of the gradient's and the squared gradient's running mean.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, momentum: float, dtype: torch.dtype, **settings: Any
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        dtype: torch.dtype,
+        lr: float,
+        betas: tuple[float, float],
     ):
-        super().__init__(groups, **settings)
-        self._momentum = momentum
+        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+        fused = kinds <= {"cpu", "cuda", "mps"}
+        super().__init__(groups, {"lr": lr, "betas": betas, "fused": fused})
         self._dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure
-        """Take a step with the gradients that are there; they stay."""
-        group = self.param_groups[-1]
-        gradients = [p.grad for p in group["params"]]
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-        for parameters in by_shape.values():
-            self._step_together(parameters, group)
-        # AdamW leaves alone what has no gradient.
-        for parameter in group["params"]:
-            parameter.grad = None
-        super().step()
-        for parameter, gradient in zip(group["params"], gradients, strict=True):
-            parameter.grad = gradient
+    def step(self) -> None:  # type: ignore[override]  # without a closure
+        """Take a step with the gradients that are there."""
+        for group in self.param_groups:
+            if "momentum" in group:
+                self._step_muon(group)
+            else:
+                self._step_adamw(group)
 
-    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, `(outputs, inputs)`."""
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            if not self.state[p]:  # AdamW looks for a "step" in every state that it loads
-                self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
-        means = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - self._momentum)
-        ahead = torch._foreach_lerp(gradients, means, self._momentum)
-        updates = orthogonalised(torch.stack(ahead), self._dtype)
-        # So that the change of an output is as large whatever the matrix's shape.
-        outputs, inputs = parameters[0].shape
-        rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        """Update all matrices; those of one shape, or of its transpose, are computed together."""
+        stacked = [(p, n) for p, n in zip(group["params"], group["stacked"], strict=True)]
+        stacked = [(p, n) for p, n in stacked if p.grad is not None]
+        if not stacked:
+            return
+        parameters, gradients = [p for p, _ in stacked], [p.grad for p, _ in stacked]
+        means = self._states("momentum", parameters)
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for parameter, update, number in zip(
+            parameters, ahead, (n for _, n in stacked), strict=True
+        ):
+            pair = [x.view(number, -1, x.size(1)) for x in (parameter, update)]
+            if pair[0].size(1) > pair[0].size(2):
+                pair = [x.mT for x in pair]  # the smaller dimension first
+            by_shape.setdefault(tuple(pair[0].shape[1:]), []).append(tuple(pair))
+        for pairs in by_shape.values():
+            updates = orthogonalised(torch.cat([update for _, update in pairs]), self._dtype)
+            sizes = [update.size(0) for _, update in pairs]
+            for (matrices, _), update in zip(pairs, updates.split(sizes), strict=True):
+                is_transposed = matrices.stride(2) != 1
+                rows, columns = matrices.shape[1:]
+                # So that the change of an output is as large whatever the matrix's shape.
+                rate = group["lr"] * (columns / rows if is_transposed else 1.0) ** 0.5
+                matrices.add_(update, alpha=-rate)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        """Update by PyTorch's AdamW."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            self._states("exp_avg", parameters),
+            self._states("exp_avg_sq", parameters),
+            [],
+            self._states("step", parameters),
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def _states(self, name: str, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """What is remembered of each parameter, zero at first: a number, or one for each weight."""
+        for p in parameters:
+            if name not in self.state[p]:
+                zero = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
+                self.state[p][name] = zero
+        return [self.state[p][name] for p in parameters]
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix near 1, `(N, rows, columns)`, by Newton and Schulz.
 
-    Five iterations bring them to between 0.7 and 1.2, which is as good as 1 to an optimizer.
+    Five iterations bring them to between 0.7 and 1.2, which is as good as 1 to an optimizer. Of
+    fewer rows than columns it is cheaper.
     """
     a, b, c = NEWTON_SCHULZ
-    is_tall = matrices.size(1) > matrices.size(2)
-    X = matrices.mT if is_tall else matrices  # the Gram matrix is the smaller of the two
-    X = (X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
-    return (X.mT if is_tall else X).to(matrices.dtype)
+    return X.to(matrices.dtype)
 
 
 def learning_rate_at(step: int, config: ModelConfig) -> float:

@@ -175,23 +175,34 @@ def test_a_step_of_muon_is_that_of_pytorchs_own():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
     _, model, ours = make(weight_decay=0.1, muon_momentum=0.9, learning_rate=0.01)
-    copies = {n: p.detach().clone().requires_grad_() for n, p in model.block_matrices().items()}
+    # Queries, keys and values are one parameter here, and three matrices there.
+    parts = {n: 3 if "qkv" in n else 1 for n in model.block_matrices()}
+    copies = {
+        name: [part.detach().clone().requires_grad_() for part in p.chunk(parts[name])]
+        for name, p in model.block_matrices().items()
+    }
     theirs = torch.optim.Muon(
-        copies.values(), lr=0.01 * MUON_RATE, weight_decay=0.1, momentum=0.9, nesterov=True
+        [copy for each in copies.values() for copy in each],
+        lr=0.01 * MUON_RATE,
+        weight_decay=0.1,
+        momentum=0.9,
+        nesterov=True,
     )
     ours.param_groups[-1]["lr"] = 0.01 * MUON_RATE
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        before = {name: copy.detach().clone() for name, copy in copies.items()}
+        before = {name: torch.cat(each).detach() for name, each in copies.items()}
         for name, parameter in model.block_matrices().items():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-            copies[name].grad = parameter.grad.clone()
+            for copy, part in zip(copies[name], parameter.grad.chunk(parts[name]), strict=True):
+                copy.grad = part.clone()
         ours.step()
         theirs.step()
         for name, parameter in model.block_matrices().items():
             taken = (parameter - before[name]).norm()
-            assert (parameter - copies[name]).norm() < 0.05 * taken, name
-            copies[name].data.copy_(parameter)
+            assert (parameter - torch.cat(copies[name])).norm() < 0.05 * taken, name
+            for copy, part in zip(copies[name], parameter.chunk(parts[name]), strict=True):
+                copy.data.copy_(part)
 
 
 def test_beside_the_matrices_muon_is_adamw():
