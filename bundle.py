@@ -58,6 +58,8 @@ BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
 
 # Recorded in config.json beside the architecture; neither of them fixes the network's shape.
 _ALSO_RECORDED = ("batch_size", "device")
+# What config.json did not have at first, and no model of that time needs.
+_ADDED_LATER = {"rope_theta"}
 # `training_config` has the settings that may change from one resume to the next. config.json and
 # tokenizer.json have the others; a run's name and place are its own, and so is its device.
 _RECORDED_ELSEWHERE = ("architecture", "beginning", "run")
@@ -399,7 +401,8 @@ def _read(directory: Path, names: tuple[str, ...]) -> Bundle:
     tokenizer = _parsed(directory / TOKENIZER_FILE, _checked(directory, TOKENIZER_FILE, state))
     vocab_size = values.pop("vocab_size", None)
     known = {*Architecture.model_fields, *_ALSO_RECORDED}
-    if not isinstance(vocab_size, int) or values.keys() != known:
+    missing = known - values.keys()
+    if not isinstance(vocab_size, int) or values.keys() - known or missing - _ADDED_LATER:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
     device = values.pop("device")  # recorded, never binding: a model loads on any
     try:

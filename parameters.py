@@ -50,7 +50,7 @@ class Architecture(Settings):
     architecture: Literal["modern", "gpt2"] = "modern"
     """The network: modern (Qwen3's parts: rotary positions, RMSNorm, gated MLP), or gpt2."""
 
-    block_size: Positive = 64
+    block_size: Positive = 128
     """Context length T, in tokens: how far back the model sees."""
 
     n_embd: Positive = 128
@@ -100,13 +100,13 @@ class Data(Settings):
 class Training(Settings):
     """How the model learns."""
 
-    batch_size: Positive = 32
+    batch_size: Positive = 16
     """Sequences in one step (one optimizer update), whatever the number of devices."""
 
     micro_batch_size: Positive | None = None
     """Sequences in memory at once; the step accumulates the rest. null: batch_size."""
 
-    max_iters: Positive | None = 2250
+    max_iters: Positive | None = 800
     """Steps to train. null: as epochs or max_minutes say."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -119,15 +119,15 @@ class Training(Settings):
     """adamw, or muon for the matrices of the blocks and adamw for the rest."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    """AdamW's highest learning rate, reached at the end of the warm-up; Muon's is twice it."""
+    """The highest learning rate, in AdamW's meaning; Muon's is twice it."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
     """From learning_rate to min_lr after the warm-up. wsd: stable first, then a line."""
 
-    warmup_iters: Count = 100
+    warmup_iters: Count = 20
     """Steps over which the learning rate rises to learning_rate."""
 
-    min_lr: Annotated[float, Field(ge=0)] | None = None
+    min_lr: Annotated[float, Field(ge=0)] | None = 0.0
     """The learning rate at the end of the schedule. null: learning_rate / 10."""
 
     lr_decay_iters: Positive | None = None
@@ -151,7 +151,7 @@ class Training(Settings):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm where it is longer. 0: never."""
 
-    eval_interval: Count = 250
+    eval_interval: Count = 200
     """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
 
     eval_iters: Count = 20
@@ -167,7 +167,7 @@ class Training(Settings):
 class Saving(Settings):
     """Which checkpoints are made, and which of them are kept."""
 
-    checkpoint_interval: Count = 250
+    checkpoint_interval: Count = 200
     """Steps between checkpoints. 0: only each new best, a run's last step, and on a signal."""
 
     keep_checkpoints: Positive | None = 2

@@ -97,7 +97,7 @@ from train import (
     training_state,
     weights_and_gradients,
 )
-from utils.device import describe_device, peak_memory, synchronize
+from utils.device import DTYPES, describe_device, peak_memory, synchronize
 from utils.output import aligned, byte_size
 from utils.run_manager import RunDirectory, RunDirectoryCreator, write_full_config
 from utils.tracking.run_log import RunLog
@@ -361,11 +361,11 @@ def _periodic_work(setup: Setup, run: RunDirectory, log: RunLog, step: float) ->
     return [PeriodicWork(name, s, every, per_step[name] / whole) for name, s, every in rows]
 
 
-def matrix_product_peak(device: torch.device) -> float:
-    """The most floating-point operations a second that a product of float32 matrices reached."""
+def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The most floating-point operations a second that a product of square matrices reached."""
     best = 0.0
     for size in PEAK_SIZES:
-        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         for _ in range(4):  # the first one warms up
             synchronize(device)
             began = time.perf_counter()
@@ -399,7 +399,7 @@ def _report(
         parameters=setup.model.num_parameters(),
         first_call=first_call,
         peak_memory=peak_memory(setup.device),
-        peak_flops_per_second=matrix_product_peak(setup.device),
+        peak_flops_per_second=matrix_product_peak(setup.device, DTYPES[setup.precision]),
         sections=sections,
         periodic=periodic,
     )
@@ -450,7 +450,7 @@ def _summed(events: Iterable[tuple[str, float]]) -> list[Operator]:
 CATEGORIES = (
     ("attention", ("attention", "sdpa")),
     ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
-    ("norm", ("_norm",)),
+    ("norm", ("_norm", "Normalised")),
     ("activation", ("gelu", "silu", "relu")),
     ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
     ("embedding", ("embedding", "index_select")),
@@ -470,7 +470,7 @@ def category_of(event: FunctionEvent) -> str:
     # On CUDA autograd has a thread of its own, which no phase surrounds.
     is_backward = "backward" in callers or any("autograd::engine" in name for name in callers)
     for name, words in CATEGORIES:
-        if any(word in event.name for word in words):
+        if any(word in caller for word in words for caller in callers):
             return f"{name} {'backward' if is_backward else 'forward'}"
     return "other"  # copies, sums, and the calls themselves
 
@@ -499,7 +499,7 @@ def described(report: Report) -> str:
         f"{report.first_call * 1000:,.0f} ms",
         f"Model   {report.parameters:,} parameters; {memory} is {whose} peak memory",
         f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s is what a product of "
-        "float32 matrices reached just now",
+        f"{report.precision} matrices reached just now",
     ]
     for section in report.sections:
         lines += ["", *_described_section(section, report.peak_flops_per_second)]

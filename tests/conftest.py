@@ -87,7 +87,16 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
 
 
 BUNDLE_FILES_OF_EXPORT = [name for name in BUNDLE_FILES if name != OPTIMIZER_FILE]
-BUNDLE_CONFIG = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, batch_size=3)
+BUNDLE_CONFIG = ModelConfig(
+    architecture="gpt2",
+    n_embd=8,
+    n_head=2,
+    n_layer=1,
+    block_size=4,
+    batch_size=3,
+    optimizer="adamw",
+    learning_rate=3e-3,
+)
 
 
 def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:

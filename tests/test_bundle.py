@@ -68,7 +68,8 @@ def resume(directory: Path):
     """Load the optimizer's state as a resume does."""
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
-    load_checkpoint(read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE), model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    load_checkpoint(read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE), model, optimizer, scaler)
     return model, optimizer
 
 
@@ -86,7 +87,7 @@ def test_a_bundle_holds_exactly_its_five_files_and_an_export_four(bundle, tmp_pa
 def test_config_json_is_the_architecture_and_names_no_run(bundle):
     config = contents(bundle[0], "config.json")
     expected = "batch_size block_size vocab_size n_embd n_head n_layer dropout bias device"
-    more = {"architecture", "tie_weights", "activation", "format_version"}
+    more = {"architecture", "tie_weights", "activation", "rope_theta", "format_version"}
     assert config.keys() == {*expected.split(), *more}
     assert (config["vocab_size"], config["batch_size"], config["device"]) == (3, 3, "cpu")
 

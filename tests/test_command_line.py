@@ -3,6 +3,8 @@
 python -m pytest tests/test_command_line.py
 """
 
+from typing import get_args
+
 import pytest
 
 from parameters import ALIASES, GROUPS, ModelConfig
@@ -17,12 +19,12 @@ def command_line():
 
 @pytest.mark.parametrize("name", list(ModelConfig.model_fields))
 def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
-    value = {"str": "cpu", "bool": "true"}.get(
-        getattr(ModelConfig.model_fields[name].annotation, "__name__", ""), "1"
-    )
-    value = {"lr_schedule": "cosine", "activation": "gelu", "architecture": "gpt2"}.get(name, value)
-    value = {"tokenizer": "char", "on_new_chars": "drop"}.get(name, value)
-    value = "0.5" if name in ("train_split", "test_split", "dropout", "beta1", "beta2") else value
+    (schema,) = [ModelConfig.model_json_schema()["properties"][name]]
+    kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
+    choices = [c for kind in schema.get("anyOf", [schema]) for c in kind.get("enum", [])]
+    value = "1" if "integer" in kinds else "0.5" if "number" in kinds else "cpu"
+    value = str(choices[0]) if choices else "true" if "boolean" in kinds else value
+    value = "1.5" if name == "rope_theta" else value
     kebab = command_line.parse([f"--{name.replace('_', '-')}", value])
     snake = command_line.parse([f"--{name}={value}"])
     assert kebab == snake
@@ -45,6 +47,24 @@ def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
 def test_a_boolean_flag_takes_every_usual_form(command_line, words, expected):
     values, _, problems = command_line.parse(words)
     assert values == {"bias": expected}
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--torch-compile"], "on"),
+        (["--no-torch-compile"], "off"),
+        (["--torch-compile", "auto"], "auto"),
+        (["--torch-compile", "on"], "on"),
+        (["--torch-compile=off"], "off"),
+        (["--torch-compile", "true"], "on"),
+        (["--torch-compile", "false"], "off"),
+    ],
+)
+def test_a_switch_takes_every_form_of_a_boolean_and_auto(command_line, words, expected):
+    values, _, problems = command_line.parse(words)
+    assert values == {"torch_compile": expected}
     assert not problems
 
 
@@ -97,7 +117,10 @@ def test_actions_are_no_settings(command_line):
         (["--learning-rate", "nan"], '--learning-rate must be a finite number, got "nan"'),
         (["--learning-rate", "-inf"], '--learning-rate must be a finite number, got "-inf"'),
         (["--bias", "maybe"], '--bias must be true or false, got "maybe"'),
-        (["--lr-schedule", "cos"], '--lr-schedule must be constant, linear or cosine, got "cos"'),
+        (
+            ["--lr-schedule", "cos"],
+            '--lr-schedule must be constant, linear, cosine or wsd, got "cos"',
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_line(command_line, words, problem):
@@ -111,7 +134,9 @@ def test_help_is_generated_from_the_schema(command_line, capsys):
     page = " ".join(capsys.readouterr().out.split())
     assert page.isascii()  # terminals that know nothing else shall show it too
     for name, info in ModelConfig.model_fields.items():
-        flag = f"--[no-]{name}" if info.annotation is bool else f"--{name}"
+        is_switch = bool in (info.annotation, *get_args(info.annotation))
+        is_switch = is_switch or name == "torch_compile"
+        flag = f"--[no-]{name}" if is_switch else f"--{name}"
         assert flag.replace("_", "-") in page
         assert " ".join(info.description.split()) in page
     for group in GROUPS:

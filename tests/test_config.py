@@ -132,13 +132,15 @@ def test_the_shipped_files_name_the_schema_for_editors():
             assert (path.parent / named[1]).resolve() == CHECKOUT / "configs" / "schema.json"
 
 
-@pytest.mark.parametrize("path", sorted((CHECKOUT / "configs" / "presets").iterdir()))
-def test_every_preset_loads(path):
+PRESETS = sorted((CHECKOUT / "configs" / "presets").iterdir())
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_names_every_setting_that_shapes_its_result_and_says_what_that_is(path):
     assert ConfigLoader().load(config_file=str(path)).config
-
-
-def test_the_nanogpt_preset_names_every_setting_that_shapes_the_result():
-    preset = read_config_file(CHECKOUT / "configs" / "presets" / "nanogpt_cpu.yaml")
+    assert "Measured" in path.read_text(encoding="utf-8")
+    preset = read_config_file(path)
+    assert {"precision", "torch_compile", "compile_backend"} <= preset.keys()
     shaping = {name for g in ("architecture", "training") for name in GROUPS[g].model_fields}
     shaping |= {"train_split", "test_split"}
     assert shaping - set(preset) == {"epochs", "max_minutes"}  # max_iters replaces both
@@ -229,7 +231,7 @@ def test_a_float_in_scientific_notation_is_a_number(world, number):
         ("a.yaml", "run_tag: 5", "run_tag must be text (put it in quotes), got 5"),
         ("a.yaml", "runs_dir: ''", "runs_dir must not be empty"),
         ("a.yaml", "device: gpu", "device must be auto, cpu, mps, cuda or cuda:N"),
-        ("a.yaml", "lr_schedule: cos", "lr_schedule must be constant, linear or cosine"),
+        ("a.yaml", "lr_schedule: cos", "lr_schedule must be constant, linear, cosine or wsd"),
         ("a.yaml", "run_tag: 2026-01-01", "run_tag must be text"),
         ("a.yaml", "training:\n  n_layer: 3", "unknown key training"),
         ("a.yaml", "- n_layer", "expected `key: value` settings"),

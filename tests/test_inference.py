@@ -15,7 +15,7 @@ from utils.errors import UserError
 @pytest.fixture
 def run(tiny, quiet):
     """A run whose model has learnt something of its text."""
-    return train(tiny(max_iters=300, n_embd=32, learning_rate=1e-2, eval_interval=0), output=quiet)
+    return train(tiny(max_iters=60, n_embd=32, learning_rate=1e-2, eval_interval=0), output=quiet)
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def say(capsys):
 
 def test_the_greedy_sample_of_a_small_run_is_the_golden_one(run, say):
     text = say("--prompt", "To be", "--temperature", "0", "--max-new-tokens", "25")
-    assert text == "To be, or be, tor tor tor bler\n"
+    assert text == "To be, that is the mind akerou\n"
 
 
 def test_which_model_speaks_is_told_apart_from_what_it_says(run, capsys):
     assert inference.main(["--device", "cpu", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().err == f"{run.export_dir}, step 300\n\n"
+    assert capsys.readouterr().err == f"{run.export_dir}, step 60\n\n"
 
 
 def test_the_newest_run_is_taken_by_default(run, say, tiny, quiet):

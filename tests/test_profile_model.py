@@ -13,6 +13,7 @@ from conftest import TINY_FLAGS
 import profile_model
 import step as step_module
 from checkpoint import load_model
+from model import gated_width
 from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
 from start import plan
 from step import PHASES
@@ -73,15 +74,28 @@ def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_the_operations_are_those_of_the_textbook(tiny, batches):
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_the_operations_are_those_of_the_textbook(tiny, architecture, batches):
     """2 for each weight and token forward and 4 backward; and the two products of attention."""
-    config = tiny(batch_size=4, micro_batch_size=4 // batches)
+    own = {"architecture": architecture, "optimizer": "adamw"}
+    config = tiny(batch_size=4, micro_batch_size=4 // batches, **own)
     (section,) = profile_training(config, steps=2).sections
-    B, T, C, L, V = 4, config.block_size, config.n_embd, config.n_layer, 31
-    weights = L * 12 * C * C + V * C
-    vocabulary = profile_model.load_data(config).tokenizer.vocab_size
-    weights += (vocabulary - V) * C
+    B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
+    V = profile_model.load_data(config).tokenizer.vocab_size
+    mlp = 8 * C * C if architecture == "gpt2" else 3 * C * gated_width(C)
+    weights = L * (4 * C * C + mlp) + V * C
     assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
+
+
+def test_the_operations_of_muon_are_counted_too(tiny):
+    """Five times X X', A A and B X, of matrices with fewer rows than columns."""
+    plain, muon = (
+        profile_training(tiny(optimizer=optimizer), steps=2).sections[0].flops
+        for optimizer in ("adamw", "muon")
+    )
+    C, L = tiny().n_embd, tiny().n_layer
+    shapes = [(C, C)] * 4 + [(C, gated_width(C))] * 3
+    assert muon - plain == L * sum(5 * 2 * (2 * r * r * c + r**3) for r, c in shapes)
 
 
 def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
@@ -90,9 +104,12 @@ def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
     wanted = {
         f"{what} {way}" for what in ("linear", "attention") for way in ("forward", "backward")
     }
-    assert wanted | {"optimizer", "gradient clipping", "data"} <= kinds.keys()
+    assert (
+        wanted | {"norm forward", "norm backward", "optimizer", "gradient clipping", "data"}
+        <= kinds.keys()
+    )
     assert sum(kinds.values()) == pytest.approx(1)
-    assert kinds["linear backward"] > kinds["optimizer"]
+    assert kinds["linear backward"] > kinds["loss backward"]
     names = [operator.name for operator in section.operators]
     assert "aten::mm" in names
     assert len(names) == profile_model.TOP
@@ -192,6 +209,7 @@ def test_the_command_prints_a_table_and_takes_all_settings(folio, text_file):
 
 def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
     flags = ["--steps=3", "--json", "--chrome-trace", tmp_path / "trace.json", "--compile"]
+    flags += ["--compile-backend=aot_eager"]
     done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads(done.stdout)
