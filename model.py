@@ -13,6 +13,7 @@ The other parts are chosen by `architecture`, when the model is built:
                  modern: Qwen3's (arxiv.org/abs/2505.09388)   gpt2 (Radford et al. 2019)
     positions    rotary, in each attention                    learned, added to the tokens
     norm         RMSNorm, of queries and keys too             LayerNorm
+    dropout      what branches and tokens add                 and attention weights
     MLP          gated                                        plain
     first        every branch adds nothing                    normal, deviation 0.02
 
@@ -116,9 +117,10 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         is_modern = config.architecture == "modern"
+        # GPT-2 drops attention weights too, which no fast kernel for the CPU can do.
+        self.dropout = 0.0 if is_modern else config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.queries_and_keys = NormedRotary(config) if is_modern else nn.Identity()
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)

@@ -43,6 +43,7 @@ from start import (
 from step import Setup, estimate_loss, training_step
 from utils.device import (
     DTYPES,
+    Compiled,
     autocast,
     choose_backend,
     choose_device,
@@ -136,15 +137,7 @@ def create_setup(
     precision = choose_precision(config.precision, device)
     optimizer = create_optimizer(model, config, DTYPES[precision])
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    wanted = choose_backend(
-        config.torch_compile, config.compile_backend, device, operations_of(config, model)
-    )
-    if wanted.mode != "off" and tell:
-        tell(f"Compiling the model ({wanted.mode}) …")
-    learner, compiled = compile_model(
-        model, wanted, config.torch_compile, lambda call: probe(call, data, config, precision)
-    )
-    model.zero_grad()
+    learner, compiled = create_learner(model, data, config, device, tell)
     if bundle is not None and start.is_resume and not start.reset_optimizer:
         load_checkpoint(bundle, model, optimizer, scaler)  # and with it dropout's generator
     elif bundle is not None:
@@ -164,22 +157,35 @@ def create_setup(
     )
 
 
-def operations_of(config: ModelConfig, model: LanguageModel) -> float:
-    """Floating-point operations of a whole run, about: 6 for each weight and token."""
+def create_learner(
+    model: LanguageModel,
+    data: Dataset,
+    config: ModelConfig,
+    device: torch.device,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Callable, Compiled]:
+    """What a step calls: the model, compiled where the settings say so and where that works.
+
+    Raises `UserError` where it does not work and was asked for.
+    """
     tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-    return 6.0 * tokens * model.num_parameters()
+    operations = 6.0 * model.num_parameters() * tokens  # forward and backward, about
+    wanted = choose_backend(config.torch_compile, config.compile_backend, device, operations)
+    if wanted.mode != "off" and tell:
+        tell(f"Compiling the model ({wanted.mode}), which takes up to a minute …")
 
+    def probe(learner: Callable) -> None:
+        """Go forward and back once, with the shapes of a step."""
+        sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
+        rows = micro_batches(config)[0]
+        batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
+        inputs, targets = (part.to(device) for part in batch)
+        with autocast(device, choose_precision(config.precision, device)):
+            _, loss = learner(inputs, targets)
+        loss.backward()
+        model.zero_grad()
 
-def probe(learner: Callable, data: Dataset, config: ModelConfig, precision: str) -> None:
-    """A forward and a backward pass over the first batch; gradients are left behind."""
-    rows = micro_batches(config)[0]
-    sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
-    device = next(learner.parameters()).device
-    batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
-    inputs, targets = (part.to(device) for part in batch)
-    with autocast(device, precision):
-        _, loss = learner(inputs, targets)
-    (loss * 0).backward()
+    return compile_model(model, wanted, config.torch_compile, probe)
 
 
 def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
@@ -298,6 +304,8 @@ def open_run(
         output.warning(warning)
     if note := callbacks_missing(setup, loaded):
         output.line(note)
+    if setup.compiled.fell_back:
+        output.line(f"Note: trained without torch.compile: {setup.compiled.reason}\n")
     if config.warmup_iters > config.max_iters:
         reached = learning_rate_at(config.max_iters - 1, config)
         output.line(

@@ -216,3 +216,35 @@ def test_a_reader_that_leaves_early_is_no_error(text_file):
 
 def test_parameters_prints_the_schema(folio):
     assert json.loads(folio("parameters.py").stdout)["title"] == "Folio configuration"
+
+
+# torch.compile --------------------------------------------------------------------------------
+
+BROKEN = {"CXX": "/nowhere/c++"}
+
+
+def test_torch_compile_on_with_a_broken_compiler_is_one_line(folio, text_file, tmp_path):
+    env = {**BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    flags = ["--data", text_file, *TINY_FLAGS, "--torch-compile"]
+    done = folio("train.py", *flags, env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --torch-compile on: inductor does not work here (")
+    assert line.endswith("; --torch-compile off trains without it")
+    assert not Path("runs").exists()
+
+
+def test_auto_with_a_broken_compiler_trains_all_the_same_and_says_why(folio, text_file, tmp_path):
+    env = {**BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    # So long a run that compiling it would pay back; it ends by its time limit.
+    flags = ["--data", text_file, *TINY_FLAGS, "--max-iters=2000000000", "--max-minutes=0.001"]
+    done = folio("train.py", *flags, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    notes = [line for line in done.stdout.splitlines() if line.startswith("Note:")]
+    assert len(notes) == 1
+    why = "Note: trained without torch.compile: inductor does not work here ("
+    assert notes[0].startswith(why)
+    (record,) = Path("runs").glob("*/meta/full_config.json")
+    run = json.loads(record.read_text(encoding="utf-8"))["run"]
+    assert run["torch_compile"] == "off"
+    assert run["torch_compile_reason"] == notes[0].partition("torch.compile: ")[2]

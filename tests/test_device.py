@@ -192,7 +192,7 @@ def test_auto_falls_back_and_says_why():
     learner, compiled = compile_model(model, Compiled("inductor", "why"), "auto", broken)
     assert learner is model
     reason = "inductor does not work here (RuntimeError: no compiler here)"
-    assert compiled == Compiled("off", reason)
+    assert compiled == Compiled("off", reason, fell_back=True)
 
 
 def test_on_is_a_users_mistake_where_it_does_not_work():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,24 @@ def test_torch_compile_resumes_exactly_too(tiny, quiet, in_one_go, resume):
     first = train(tiny(**{**SETTINGS, "max_iters": N, **compiled}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N)
     assert_same_bits(whole.checkpoint, second.checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_inductor_compiles_resumes_exactly_too(
+    tiny, quiet, in_one_go, resume, tmp_path, monkeypatch, precision
+):
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    compiled = {"torch_compile": "on", "compile_backend": "inductor"}
+    settings = {"precision": precision, "dropout": 0.2, **compiled}
+    whole = in_one_go(**settings)
+    first = train(tiny(**{**SETTINGS, "max_iters": N, **settings}), output=quiet)
+    torch._dynamo.reset()  # as another process would, it compiles anew
+    second = resume(first.run_dir, max_iters=2 * N)
+    assert_same_bits(whole.checkpoint, second.checkpoint)
+    assert logged(first.run_dir, second.run_dir) == logged(whole.run_dir)
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])

@@ -811,7 +811,7 @@ def test_paths_that_cannot_be_are_no_models(go, reference):
 
 def test_a_full_disk_while_the_optimizer_is_written_is_one_line_and_loses_nothing(folio, text_file):
     # Of AdamW's two moments, which make optimizer.pt the largest file there is.
-    flags = [*TINY_FLAGS, "--model-name=dante", "--optimizer=adamw"]
+    flags = [*TINY_FLAGS, "--model-name=dante", "--optimizer=adamw", "--n-embd=48"]
     folio("train.py", "--data", text_file, *flags, check=True)
     before = fingerprint(DANTE)
     limit = (DANTE / "optimizer.pt").stat().st_size - 2000

@@ -134,10 +134,14 @@ WORTH_COMPILING = {"cpu": 3e13, "cuda": 3e15}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of torch.compile: the backend in effect, or `off`, and why."""
+    """What became of torch.compile: the backend in effect, or `off`, and why.
+
+    `fell_back` where it was to be compiled, and that did not work.
+    """
 
     mode: str = "off"
     reason: str = ""
+    fell_back: bool = False
 
 
 def choose_backend(
@@ -179,15 +183,16 @@ def compile_model(
         with torch.random.fork_rng():
             probe(learner)
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
         if is_out_of_memory(error):
             raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         if requested == "on":
             raise UserError(
                 f"--torch-compile on: {wanted.mode} does not work here ({reason}); "
                 "--torch-compile off trains without it"
             ) from error
-        return model, Compiled("off", f"{wanted.mode} does not work here ({reason})")
+        reason = f"{wanted.mode} does not work here ({reason})"
+        return model, Compiled("off", reason, fell_back=True)
     return learner, wanted
 
 
