@@ -98,32 +98,28 @@ class Muon(torch.optim.Optimizer):
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         """Update all matrices; those of one shape, or of its transpose, are computed together."""
-        stacked = [(p, n) for p, n in zip(group["params"], group["stacked"], strict=True)]
-        stacked = [(p, n) for p, n in stacked if p.grad is not None]
+        known = zip(group["params"], group["stacked"], strict=True)
+        stacked = {p: number for p, number in known if p.grad is not None}
         if not stacked:
             return
-        parameters, gradients = [p for p, _ in stacked], [p.grad for p, _ in stacked]
-        means = self._states("momentum", parameters)
+        gradients = [p.grad for p in stacked]
+        means = self._states("momentum", list(stacked))
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for parameter, update, number in zip(
-            parameters, ahead, (n for _, n in stacked), strict=True
-        ):
-            pair = [x.view(number, -1, x.size(1)) for x in (parameter, update)]
-            if pair[0].size(1) > pair[0].size(2):
-                pair = [x.mT for x in pair]  # the smaller dimension first
-            by_shape.setdefault(tuple(pair[0].shape[1:]), []).append(tuple(pair))
+        torch._foreach_mul_(list(stacked), 1 - group["lr"] * group["weight_decay"])
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for (parameter, number), change in zip(stacked.items(), ahead, strict=True):
+            for pair in zip(parameter.chunk(number), change.chunk(number), strict=True):
+                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
         for pairs in by_shape.values():
-            updates = orthogonalised(torch.cat([update for _, update in pairs]), self._dtype)
-            sizes = [update.size(0) for _, update in pairs]
-            for (matrices, _), update in zip(pairs, updates.split(sizes), strict=True):
-                is_transposed = matrices.stride(2) != 1
-                rows, columns = matrices.shape[1:]
+            changes = torch.stack([flat(change) for _, change in pairs])
+            for (matrix, _), change in zip(
+                pairs, orthogonalised(changes, self._dtype), strict=True
+            ):
                 # So that the change of an output is as large whatever the matrix's shape.
-                rate = group["lr"] * (columns / rows if is_transposed else 1.0) ** 0.5
-                matrices.add_(update, alpha=-rate)
+                outputs, inputs = matrix.shape
+                rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
+                flat(matrix).add_(change, alpha=-rate)
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         """Update by PyTorch's AdamW."""
@@ -152,6 +148,11 @@ class Muon(torch.optim.Optimizer):
                 zero = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
                 self.state[p][name] = zero
         return [self.state[p][name] for p in parameters]
+
+
+def flat(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose: whichever has no more rows than columns."""
+    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:

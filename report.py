@@ -159,7 +159,9 @@ class RunFacts(_Facts):
     parameters: int | None = None
     device: str | None = None
     threads: int | None = None
+    precision: str | None = None
     torch_compile: str | None = None
+    torch_compile_reason: str | None = None
 
 
 class ResultFacts(_Facts):
@@ -480,6 +482,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
             "parameters": run.facts.parameters,
             "device": run.facts.device,
             "threads": run.facts.threads,
+            "precision": run.facts.precision,
+            "torch.compile": run.facts.torch_compile,
             "callbacks": ", ".join(str(each.get("name")) for each in run.facts.callbacks),
             "commit": run.git.get("commit", "unknown")[:12],
             "changes to the code": run.git.get("dirty", "unknown"),

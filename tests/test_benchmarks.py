@@ -3,9 +3,15 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import re
+
 import pytest
+from conftest import TINY_FLAGS
 
 import benchmarks.logging_cost
+from benchmarks import time_to_loss
+
+LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
 
 
 def test_the_cost_of_the_record_is_measured(tiny, text_file, monkeypatch, capsys):
@@ -22,3 +28,49 @@ def test_the_cost_of_the_record_is_measured(tiny, text_file, monkeypatch, capsys
         "the page at the end",
     ):
         assert words in told
+
+
+@pytest.fixture
+def timed(text_file, tmp_path, monkeypatch):
+    """Call the benchmark with a recipe that takes a second; returns its status and leaderboard."""
+    recipe = tmp_path / "tiny.yaml"
+    settings = [flag[2:].replace("-", "_").replace("=", ": ") for flag in TINY_FLAGS]
+    recipe.write_text("\n".join(settings) + "\n", encoding="utf-8")
+    leaderboard = tmp_path / "LEADERBOARD.md"
+    leaderboard.write_text("| seconds |\n|---|\n", encoding="utf-8")
+    monkeypatch.setattr(time_to_loss, "LEADERBOARD", leaderboard)
+
+    def run(*flags: str) -> tuple[int, str]:
+        arguments = ["--data", str(text_file), "--config", str(recipe), *flags]
+        return time_to_loss.main(arguments), leaderboard.read_text(encoding="utf-8")
+
+    return run
+
+
+def test_the_time_to_a_loss_is_that_of_whole_processes_and_recorded_on_request(timed, capsys):
+    status, leaderboard = timed("--target=9", "--seeds=2", "--record", "a first row")
+    assert status == 0
+    *lines, median = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["seed 101", "seed 102"]
+    for line in lines:
+        for words in ("seconds, 4 steps, 256 tokens, val loss 3.", "fp32, torch.compile off"):
+            assert words in line
+    assert re.fullmatch(r"median: \d+\.\d seconds, val loss 3\.\d{4} \(target 9\)", median)
+    *before, row = leaderboard.splitlines()
+    assert before == ["| seconds |", "|---|"]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert re.fullmatch(r"\d+\.\d s \(\d+\.\d to \d+\.\d\)", cells[0])
+    assert cells[2:4] == ["`tiny`", "a first row"]
+    assert len(cells) == len(LEADERBOARD_COLUMNS)
+
+
+def test_a_loss_above_the_target_is_a_failure_and_no_row(timed, capsys):
+    status, leaderboard = timed("--target=0.1", "--record", "too good to be true")
+    assert status == 1
+    assert "the target was not reached" in capsys.readouterr().out
+    assert len(leaderboard.splitlines()) == 2
+
+
+def test_a_recipe_that_fails_says_what_train_said(timed):
+    with pytest.raises(SystemExit, match="n_embd 15 is not divisible by n_head 2"):
+        timed("--", "--n-embd", "15")

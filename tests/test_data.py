@@ -193,6 +193,24 @@ def test_the_whole_split_is_every_target_once(micro, block_size):
     assert max(x.size(0) for x, _ in batches) <= (micro or 4)
 
 
+def test_of_a_larger_split_as_many_windows_are_taken_as_asked_spread_over_it():
+    config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
+    batches = list(evaluation_batches(TOKENS, config, rows=3, most=5))
+    starts = [int(row[0]) for inputs, _ in batches for row in inputs]
+    assert starts == [0, 30, 70, 110, 150]  # of 19 windows
+    assert [inputs.shape for inputs, _ in batches] == [(3, 10), (2, 10)]
+
+
+@pytest.mark.parametrize("eval_iters", [0, 5])
+def test_windows_are_the_same_however_many_come_at_once(eval_iters):
+    config = ModelConfig(batch_size=4, block_size=10, eval_iters=eval_iters)
+    few, many = (list(evaluation_batches(TOKENS, config, rows=n)) for n in (1, 1000))
+    assert len(few) > len(many)
+    for part in (0, 1):
+        one, other = (torch.cat([batch[part].flatten() for batch in b]) for b in (few, many))
+        assert torch.equal(one, other)
+
+
 # The sample corpus ----------------------------------------------------------------------------
 
 PLAY = """# Hamlet

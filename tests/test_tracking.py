@@ -22,7 +22,7 @@ from utils.metrics import METRICS, tag_of
 from utils.output import Output
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
-from utils.tracking.run_log import RunLog
+from utils.tracking.run_log import SPIKE_AFTER, RunLog, SpikeWatch
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
@@ -361,3 +361,56 @@ def test_the_log_closes_its_trackers_and_its_file(make_log):
     log.close()
     assert recorder.calls[-1] == ("close",)
     assert log._metrics.closed
+
+
+# Loss spikes ----------------------------------------------------------------------------------
+
+
+def falling(step: int) -> float:
+    """A loss as one sees it: it falls, and a batch is harder or easier than the next."""
+    return 2 + 2 * math.exp(-step / 40) + 0.05 * math.sin(step * 12.9898)
+
+
+def test_a_loss_that_falls_has_no_spikes():
+    watch = SpikeWatch()
+    assert not any(watch.usual(falling(step)) for step in range(2000))
+
+
+def test_a_loss_that_leaps_is_a_spike_and_what_was_usual_is_told():
+    watch = SpikeWatch()
+    for step in range(SPIKE_AFTER + 200):
+        assert watch.usual(falling(step)) is None
+    assert watch.usual(3.5) == pytest.approx(2.0, abs=0.1)
+    assert watch.usual(2.0) is None
+
+
+def test_what_comes_before_there_is_a_mean_is_no_spike():
+    watch = SpikeWatch()
+    assert not any(watch.usual(loss) for loss in [4.0, 3.0] * (SPIKE_AFTER // 2 - 1) + [50.0])
+
+
+def test_a_spike_is_one_line_with_its_step(tmp_path, capsys):
+    tracker = CompositeTracker({}, lambda *words: None)
+    lengths = {"first_step": 0, "max_iters": 300, "tokens_per_step": 8, "interval": 50}
+    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    log = RunLog(*files, tracker, Output(), **lengths)
+    for step in range(1, 301):
+        loss = 9.0 if step == 250 else falling(step)
+        log.step(step, torch.tensor(loss), torch.tensor(4.5), 1e-3)
+    log.close()
+    notes = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
+    assert notes == [
+        f"Note: loss spike at step 250: 9.0000, after about {float(notes[0].split()[9]):.4f} "
+        "(gradient 4.5); if it stays up, lower learning_rate"
+    ]
+
+
+def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(tmp_path):
+    tracker = CompositeTracker({}, lambda *words: None)
+    lengths = {"first_step": 0, "max_iters": 9, "tokens_per_step": 8, "interval": 1}
+    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    log = RunLog(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    log.step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
+    with pytest.raises(RunError, match="the loss is nan at step 2"):
+        log.step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
+    log.close()

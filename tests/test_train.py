@@ -18,6 +18,7 @@ from conftest import CHECKOUT, TINY_FLAGS, assert_equal, assert_same_bits, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import step as step_module
 import train as train_module
 from bundle import BUNDLE_FILES
 from callbacks import TrainResult
@@ -168,6 +169,36 @@ def test_looking_more_often_changes_nothing_that_is_learned(tiny, quiet, changes
     usual = train(tiny(dropout=0.2), output=quiet)
     other = train(tiny(dropout=0.2, **changes, sample_interval=sample_interval), output=quiet)
     assert losses(other) == losses(usual)
+
+
+def test_an_evaluation_is_the_same_however_many_windows_come_at_once(tiny, monkeypatch):
+    config = tiny(eval_iters=7)
+    setup = set_up(config)
+    found = []
+    for numbers in (1, 1 << 30):
+        monkeypatch.setattr(step_module, "EVALUATED_AT_ONCE_ON_CPU", numbers)
+        found.append(estimate_loss(setup.model, setup.data, config))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_learns_nearly_the_same_and_is_recorded(tiny, quiet, precision):
+    result = train(tiny(precision=precision), output=quiet)
+    assert losses(result) == pytest.approx(losses(train(tiny(), output=quiet)), abs=0.02)
+    record = json.loads((result.run_dir / "meta" / "full_config.json").read_text(encoding="utf-8"))
+    assert record["run"]["precision"] == precision
+    weights = load_file(result.export_dir / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_in_fp16_a_step_whose_gradients_overflow_is_left_out(tiny):
+    setup = set_up(tiny(precision="fp16"))
+    setup.scaler.update(1e30)  # a scale at which everything overflows
+    before = {name: p.clone() for name, p in setup.model.named_parameters()}
+    _, grad_norm = step_module.training_step(setup, 0)
+    assert not grad_norm.isfinite()
+    assert all(torch.equal(p, before[name]) for name, p in setup.model.named_parameters())
+    assert setup.scaler.get_scale() < 1e30
 
 
 @pytest.mark.parametrize("micro", [1, 3])
