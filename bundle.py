@@ -76,6 +76,8 @@ TRAINING_FACTS = (
     "best_step",
     "evaluations_since_best",
     "data_sha256",
+    "computed_in",  # the precision in effect
+    "compiled_by",  # torch.compile's backend in effect, or off
     "model_name",
     "run_tag",
     "state_sha256",

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from parameters import ALIASES, GROUPS, ModelConfig, conflicts
+from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, conflicts
 from utils.checks import as_written, checked, nearest, printable
 from utils.command_line import flag_of
 from utils.errors import UserError
@@ -33,6 +33,8 @@ from utils.run_manager import RECORD_VERSION
 CHECKOUT = Path(__file__).resolve().parent
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")
 LEGACY_FILE = "config.json"
+# What Folio did before there was a setting for it: what was recorded then goes on with it.
+IMPLIED = {"optimizer": "adamw", "precision": "fp32", "compile_backend": "aot_eager"}
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -68,6 +70,14 @@ class LoadedConfig:
     """What differs from the settings that the model was saved with: `name old → new (source)`."""
     rerun_of: dict[str, Any] | None = None
     """The `run` record of the full_config.json that `--config` named, if it named one."""
+
+
+def as_of_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that were once recorded, as they are written now."""
+    now = {**IMPLIED, **settings}
+    if isinstance(now.get("torch_compile"), bool):
+        now["torch_compile"] = "on" if now["torch_compile"] else "off"
+    return now
 
 
 # ----------------------------------------------------------------------------------------------
@@ -223,7 +233,7 @@ class ConfigLoader:
             if not all(isinstance(part, dict) for part in parts.values()):
                 problems.append(f"{path}: not the record of a run: its parts must be objects")
                 return Layer(), None
-            rerun_of, values = values["run"], values["config"]
+            rerun_of, values = values["run"], as_of_now(values["config"])
         return _checked_layer(values, str(path), problems), rerun_of
 
     def _configs_layer(self, problems: list[str]) -> Layer:
@@ -306,7 +316,7 @@ class Layers:
             known = {name: value for name, value in saved.values.items() if name not in newer}
             layer = _checked_layer(known, saved.origin, problems)
             layers.insert(len(self.asked), layer)
-        values, sources = _laid_over_one_another(layers)
+        values, sources = _laid_over_one_another([_without_derived(layer) for layer in layers])
         sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
         defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
         for names, problem in conflicts({**defaults, **values}):
@@ -321,11 +331,13 @@ class Layers:
         if problems:
             raise UserError(*problems)
         config = ModelConfig(**values)
+        for name in DERIVED - values.keys():
+            sources[name] = f"architecture {config.architecture} ({sources['architecture']})"
         changes = _changes(config, saved, sources) if saved is not None else []
         return LoadedConfig(config, sources, self._notes(), changes, self.rerun_of)
 
     def _conflicts_with(self, saved: SavedSettings) -> list[str]:
-        asked, origins = _laid_over_one_another(self.asked)
+        asked, origins = _laid_over_one_another([_without_derived(layer) for layer in self.asked])
         return [
             f"{name} {as_written(value)} ({origins[name]}) is not the "
             f"{as_written(saved.values[name])} of {saved.origin}, where it is fixed for good: "
@@ -389,6 +401,12 @@ def _laid_over_one_another(layers: Sequence[Layer]) -> tuple[dict[str, Any], dic
                 values.setdefault(name, None)
                 sources.setdefault(name, layer.origins[decided])
     return values, sources
+
+
+def _without_derived(layer: Layer) -> Layer:
+    """The layer without what it leaves to the architecture by a null."""
+    kept = {n: v for n, v in layer.values.items() if v is not None or n not in DERIVED}
+    return Layer(kept, layer.origins)
 
 
 def _changes(config: ModelConfig, saved: SavedSettings, sources: Mapping[str, str]) -> list[str]:

@@ -148,7 +148,10 @@ def described(info: Mapping[str, Any]) -> str:
     config, state = info["config"], info["training_state"]
     training = state["training_config"]
     previous = training.get("previous_runs") or []
-    parts = [f"{part} {n:,}" for part, n in info["parameters"].items() if part != "total"]
+    parts = [f"{part} {n:,}" for part, n in info["parameters"].items() if part != "total" and n]
+    shown = ["dropout", "bias", "tie_weights", "activation", "batch_size"]
+    if config["architecture"] == "modern":
+        shown.append("rope_theta")
     rows = [
         ("model", info["path"]),
         ("", f"{byte_size(info['bytes'])}, saved {ago(time.time() - info['saved'])}"),
@@ -158,7 +161,7 @@ def described(info: Mapping[str, Any]) -> str:
             f"{plural(config['n_head'], 'head')}, {config['n_embd']} channels, "
             f"context {config['block_size']}, vocabulary {config['vocab_size']:,}",
         ),
-        ("", _settings(config, "dropout", "bias", "tie_weights", "activation", "batch_size")),
+        ("", _settings(config, *shown)),
         ("parameters", f"{info['parameters']['total']:,}"),
         ("", ", ".join(parts)),
         ("tokenizer", _tokenizer(info)),

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 def normalised(x: Tensor) -> Tensor:
-    """x / rms(x) along the last dimension."""
+    """X / rms(x) along the last dimension."""
     if x.device.type == "cpu":
         return Normalised.apply(x)
     return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)  # one kernel there

@@ -50,8 +50,9 @@ def create_optimizer(
 def _spare_dynamo() -> None:
     """Spare a run the second that PyTorch's optimizers take to import what torch.compile needs.
 
-    They import it when they are made, to be left out of what is compiled; nothing here compiles an
-    optimizer. In a PyTorch that does this in another way, nothing happens.
+    They import it when they are made, to be left out of what is compiled; no optimizer of this
+    process is left out from here on, and Folio compiles none. In a PyTorch that does this in
+    another way, nothing happens.
     """
     for method in vars(torch.optim.Optimizer).values():
         if function := getattr(method, "__wrapped__", None):

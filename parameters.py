@@ -19,7 +19,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
 Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
-# A directory's name on every system; nothing that it may hold can lead out of its parent.
 # YAML takes the words on and off for true and false.
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -28,6 +27,7 @@ Switch = Annotated[
         json_schema_input_type=Literal["auto", "on", "off", True, False],
     ),
 ]
+# A directory's name on every system; nothing that it may hold can lead out of its parent.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 
@@ -50,7 +50,7 @@ class Architecture(Settings):
     architecture: Literal["modern", "gpt2"] = "modern"
     """The network: modern (Qwen3's parts: rotary positions, RMSNorm, gated MLP), or gpt2."""
 
-    block_size: Positive = 128
+    block_size: Positive = 256
     """Context length T, in tokens: how far back the model sees."""
 
     n_embd: Positive = 128
@@ -100,13 +100,13 @@ class Data(Settings):
 class Training(Settings):
     """How the model learns."""
 
-    batch_size: Positive = 16
+    batch_size: Positive = 8
     """Sequences in one step (one optimizer update), whatever the number of devices."""
 
     micro_batch_size: Positive | None = None
-    """Sequences in memory at once; the step accumulates the rest. null: batch_size."""
+    """Sequences in memory at once in training; the step accumulates them. null: batch_size."""
 
-    max_iters: Positive | None = 800
+    max_iters: Positive | None = 720
     """Steps to train. null: as epochs or max_minutes say."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -139,7 +139,7 @@ class Training(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay, on matrices alone: biases and norms are left free."""
 
-    beta1: Fraction = 0.9
+    beta1: Fraction = 0.8
     """AdamW's decay of the gradient's running mean."""
 
     beta2: Fraction = 0.99
@@ -151,7 +151,7 @@ class Training(Settings):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm where it is longer. 0: never."""
 
-    eval_interval: Count = 200
+    eval_interval: Count = 180
     """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
 
     eval_iters: Count = 20
@@ -167,7 +167,7 @@ class Training(Settings):
 class Saving(Settings):
     """Which checkpoints are made, and which of them are kept."""
 
-    checkpoint_interval: Count = 200
+    checkpoint_interval: Count = 180
     """Steps between checkpoints. 0: only each new best, a run's last step, and on a signal."""
 
     keep_checkpoints: Positive | None = 2
@@ -248,20 +248,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modern": {"tie_weights": False, "activation": "silu"},
     "gpt2": {"tie_weights": True, "activation": "gelu"},
 }
+DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 
 
 class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _architecture_completes(cls, values: Any, info: ValidationInfo) -> Any:
-        """Settle what the architecture decides where nobody else does."""
-        if not isinstance(values, dict) or (info.context and info.context.get("one_layer")):
-            return values
-        default = cls.model_fields["architecture"].default
-        own = ARCHITECTURES.get(values.get("architecture", default), {})
-        return values | {n: value for n, value in own.items() if values.get(n) is None}
 
     @model_validator(mode="before")
     @classmethod
@@ -278,6 +269,9 @@ class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Arc
         if not (info.context and info.context.get("one_layer")):
             if problems := [problem for _, problem in conflicts(self.model_dump())]:
                 raise ValueError("; ".join(problems))
+            # Settled here, and not among `model_fields_set`: nobody has set them.
+            own = ARCHITECTURES[self.architecture].items()
+            self.__dict__.update({n: value for n, value in own if getattr(self, n) is None})
         return self
 
 

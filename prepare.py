@@ -60,6 +60,9 @@ from utils.output import Output, plural
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.tracking.aim import require_aim
 
+# A run with a shorter limit is not compiled unless asked for.
+MINUTES_WORTH_COMPILING = 4.0
+
 
 def set_up(
     config: ModelConfig,
@@ -93,7 +96,8 @@ def set_up(
     )
     if loaded is not None:
         check_rerun(loaded, start, data.name, data.sha256)
-    if start.is_resume and measures_alike(config, data, start.bundle.state):
+    precision = choose_precision(config.precision, device)
+    if start.is_resume and measures_alike(config, data, precision, start.bundle.state):
         check_not_stopped_early(config, start)
     settled, length = settle_length(config, data, device, start)
     if length != "max_iters":
@@ -170,19 +174,22 @@ def create_learner(
     """
     tokens = (config.max_iters or 1) * config.batch_size * config.block_size
     operations = 6.0 * model.num_parameters() * tokens  # forward and backward, about
+    if config.max_minutes is not None and config.max_minutes < MINUTES_WORTH_COMPILING:
+        operations = 0.0
     wanted = choose_backend(config.torch_compile, config.compile_backend, device, operations)
     if wanted.mode != "off" and tell:
         tell(f"Compiling the model ({wanted.mode}), which takes up to a minute …")
 
     def probe(learner: Callable) -> None:
-        """Go forward and back once, with the shapes of a step."""
+        """Go forward and back once with each shape of a step."""
         sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
-        rows = micro_batches(config)[0]
-        batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
-        inputs, targets = (part.to(device) for part in batch)
-        with autocast(device, choose_precision(config.precision, device)):
-            _, loss = learner(inputs, targets)
-        loss.backward()
+        shapes = {rows.stop - rows.start: rows for rows in micro_batches(config)}
+        for rows in shapes.values():
+            batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
+            inputs, targets = (part.to(device) for part in batch)
+            with autocast(device, choose_precision(config.precision, device)):
+                _, loss = learner(inputs, targets)
+            loss.backward()
         model.zero_grad()
 
     return compile_model(model, wanted, config.torch_compile, probe)
@@ -199,7 +206,7 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     state, config = start.bundle.state, setup.config
     since = state.fact("evaluations_since_best") or 0
     best = Best(state.fact("best_step"), state.best_val_loss, since)
-    is_comparable = measures_alike(config, setup.data, state)
+    is_comparable = measures_alike(config, setup.data, setup.precision, state)
     earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
     for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
         if is_comparable and is_bundle(place):
@@ -212,11 +219,15 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     return Best()
 
 
-def measures_alike(config: ModelConfig, data: Dataset, state: TrainingState) -> bool:
+def measures_alike(
+    config: ModelConfig, data: Dataset, precision: str, state: TrainingState
+) -> bool:
     """Whether the val losses of a run of `config` compare with those of `state`."""
     measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
-    return data.sha256 == state.fact("data_sha256") and all(
-        state.settings.get(name) == getattr(config, name) for name in measure
+    return (
+        data.sha256 == state.fact("data_sha256")
+        and precision == (state.fact("computed_in") or "fp32")
+        and all(state.settings.get(name) == getattr(config, name) for name in measure)
     )
 
 
@@ -303,6 +314,8 @@ def open_run(
     if warning := other_text(setup):
         output.warning(warning)
     if note := callbacks_missing(setup, loaded):
+        output.line(note)
+    if note := computed_otherwise(setup):
         output.line(note)
     if setup.compiled.fell_back:
         output.line(f"Note: trained without torch.compile: {setup.compiled.reason}\n")
@@ -407,6 +420,21 @@ def other_text(setup: Setup) -> str | None:
     return (
         f"ANOTHER TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not what this model was "
         f"trained on until now ({before}, SHA-256 {known[:12]}…)"
+    )
+
+
+def computed_otherwise(setup: Setup) -> str | None:
+    """A note, where a model goes on in another precision, or compiled in another way."""
+    if not setup.start.is_resume:
+        return None
+    state = setup.start.bundle.state
+    before = (state.fact("computed_in") or "fp32", state.fact("compiled_by"))
+    now = (setup.precision, setup.compiled.mode)
+    if before[1] is None or before == now:  # an older model does not say how
+        return None
+    return (
+        f"Note: computed in {before[0]}, torch.compile {before[1]} until now, and in {now[0]}, "
+        f"torch.compile {now[1]} from here on: as good, and not the same to the bit\n"
     )
 
 

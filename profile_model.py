@@ -264,9 +264,9 @@ def profile_inference(
 ) -> Report:
     """Measure reading a prompt of `block_size` tokens, and each token written after it.
 
-    As inference.py does it, which compiles nothing.
+    As inference.py does it, which compiles nothing and computes in float32.
     """
-    config = config.model_copy(update={"torch_compile": "off"})
+    config = config.model_copy(update={"torch_compile": "off", "precision": "fp32"})
     with explained_failures(config, Output(quiet=True)):
         setup = _set_up(config, start)
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)

@@ -32,15 +32,12 @@ from bundle import (
     runs_in,
     usable_bundle,
 )
-from config import ConfigLoader, LoadedConfig, SavedSettings
+from config import ConfigLoader, LoadedConfig, SavedSettings, as_of_now
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import make_directory, remove_if_empty
 from utils.output import plural
 from utils.run_manager import RunDirectory, RunIDGenerator
-
-# What Folio did before there was a setting for it: models of that time go on with it.
-IMPLIED = {"optimizer": "adamw", "precision": "fp32", "compile_backend": "aot_eager"}
 
 
 @dataclass(frozen=True)
@@ -107,16 +104,8 @@ class Start:
             binding = frozenset(fixed) - {"dropout"}
             return SavedSettings(str(self.bundle.path), fixed, binding)
         fixed["batch_size"] = config.batch_size
-        values = {**IMPLIED, **_as_now(state.settings), **fixed}
+        values = {**as_of_now(state.settings), **fixed}
         return SavedSettings(str(self.bundle.path), values, frozenset(fixed))
-
-
-def _as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a bundle in their present form: torch_compile was true or false once."""
-    compiled = settings.get("torch_compile")
-    if not isinstance(compiled, bool):
-        return dict(settings)
-    return {**settings, "torch_compile": "on" if compiled else "off"}
 
 
 def plan(

@@ -353,6 +353,8 @@ def training_state(
         "best_step": best.step,
         "evaluations_since_best": best.evaluations_since,
         "data_sha256": setup.data.sha256,
+        "computed_in": setup.precision,
+        "compiled_by": setup.compiled.mode,
         "model_name": start.named_model.name if start.named_model else None,
         "run_tag": start.run_tag,
     }
@@ -488,8 +490,12 @@ def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
     steps = config.max_iters - setup.start.step
     evaluations = math.ceil(steps / (config.eval_interval or steps))
     seconds = steps * speed.step + evaluations * speed.evaluation
-    # float32 weights, their gradients, and AdamW's two moments
-    state = setup.model.num_parameters() * 4 * 4
+    # float32 weights, their gradients, and AdamW's two moments or Muon's one
+    state = sum(
+        4 * (3 if "momentum" in group else 4) * parameter.numel()
+        for group in setup.optimizer.param_groups
+        for parameter in group["params"]
+    )
     whose = "this whole process" if setup.device.type == "cpu" else "the device"
     peak = f"; {whose}: {byte_size(speed.peak_memory)} at its peak" if speed.peak_memory else ""
     return (

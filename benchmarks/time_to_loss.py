@@ -11,6 +11,7 @@ docs/LEADERBOARD.md, which belongs to the commit that it measures: commit first.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class Attempt:
     loss: float
     precision: str
     torch_compile: str
+    threads: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:
         parser.error("--seeds must be at least 1")
+    if arguments.record and current_commit().endswith("-dirty"):
+        parser.error("--record is for what is committed, so that a row can be made again")
     attempts = []
     for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
         attempts.append(attempt(arguments.data, arguments.config, seed, arguments.flags))
@@ -83,12 +87,14 @@ def attempt(data: str, config: str, seed: int, flags: Sequence[str]) -> Attempt:
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, str(CHECKOUT / "train.py"), "--config", config, "--data", data]
         command += ["--seed", str(seed), "--runs-dir", directory, *MEASURED, *flags]
+        # A cold start: nothing that was compiled before may help.
+        cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(directory) / ".inductor")}
         began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=cold, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
         if done.returncode != 0:
             sys.exit(f"train.py ended with status {done.returncode}:\n{done.stderr}")
-        (run,) = Path(directory).iterdir()
+        (run,) = Path(directory).glob("[0-9]*")
         result = json.loads((run / "meta" / "result.json").read_text(encoding="utf-8"))
         record = json.loads((run / "meta" / "full_config.json").read_text(encoding="utf-8"))
     settings = record["config"]
@@ -100,6 +106,7 @@ def attempt(data: str, config: str, seed: int, flags: Sequence[str]) -> Attempt:
         loss=result["val_loss"],
         precision=record["run"]["precision"],
         torch_compile=record["run"]["torch_compile"],
+        threads=record["run"]["threads"],
     )
 
 
@@ -123,7 +130,7 @@ def record(leaderboard: Path, recipe: str, what: str, attempts: Sequence[Attempt
         what,
         str(date.today()),
         f"`{current_commit()}`",
-        f"{processor_name()}, {attempts[0].precision}",
+        f"{processor_name()}, {attempts[0].threads} threads, {attempts[0].precision}",
     )
     with open(leaderboard, "a", encoding="utf-8") as file:
         file.write(f"| {' | '.join(cells)} |\n")

@@ -39,6 +39,7 @@ def timed(text_file, tmp_path, monkeypatch):
     leaderboard = tmp_path / "LEADERBOARD.md"
     leaderboard.write_text("| seconds |\n|---|\n", encoding="utf-8")
     monkeypatch.setattr(time_to_loss, "LEADERBOARD", leaderboard)
+    monkeypatch.setattr(time_to_loss, "current_commit", lambda: "0123abc")
 
     def run(*flags: str) -> tuple[int, str]:
         arguments = ["--data", str(text_file), "--config", str(recipe), *flags]
@@ -62,6 +63,13 @@ def test_the_time_to_a_loss_is_that_of_whole_processes_and_recorded_on_request(t
     assert re.fullmatch(r"\d+\.\d s \(\d+\.\d to \d+\.\d\)", cells[0])
     assert cells[2:4] == ["`tiny`", "a first row"]
     assert len(cells) == len(LEADERBOARD_COLUMNS)
+
+
+def test_a_row_belongs_to_a_commit(timed, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_loss, "current_commit", lambda: "0123abc-dirty")
+    with pytest.raises(SystemExit):
+        timed("--record", "who knows")
+    assert "--record is for what is committed" in capsys.readouterr().err
 
 
 def test_a_loss_above_the_target_is_a_failure_and_no_row(timed, capsys):

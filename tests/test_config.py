@@ -138,12 +138,32 @@ PRESETS = sorted((CHECKOUT / "configs" / "presets").iterdir())
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_names_every_setting_that_shapes_its_result_and_says_what_that_is(path):
     assert ConfigLoader().load(config_file=str(path)).config
-    assert "Measured" in path.read_text(encoding="utf-8")
+    assert re.search(r"# Measured[^.]*(\d|\bnot\b)", path.read_text(encoding="utf-8"))
     preset = read_config_file(path)
     assert {"precision", "torch_compile", "compile_backend"} <= preset.keys()
     shaping = {name for g in ("architecture", "training") for name in GROUPS[g].model_fields}
     shaping |= {"train_split", "test_split"}
     assert shaping - set(preset) == {"epochs", "max_minutes"}  # max_iters replaces both
+
+
+def test_what_the_architecture_decides_is_settled_and_says_so(world):
+    loaded = world.load({"architecture": "gpt2", "tie_weights": None})
+    assert (loaded.config.tie_weights, loaded.config.activation) == (True, "gelu")
+    for name in ("tie_weights", "activation"):
+        assert loaded.sources[name] == "architecture gpt2 (--architecture)"
+    loaded = world.load({"architecture": "modern", "activation": "gelu"})
+    assert (loaded.config.tie_weights, loaded.config.activation) == (False, "gelu")
+    assert loaded.sources["activation"] == "--activation"
+    assert ModelConfig(n_layer=1).model_fields_set == {"n_layer"}
+
+
+def test_a_record_of_a_time_with_fewer_settings_means_what_it_meant_then(world):
+    config = {"architecture": "gpt2", "learning_rate": 3e-3, "torch_compile": True}
+    record = {"format_version": 1, "config": config, "sources": {}, "run": {}}
+    loaded = world.load(config_file=world.write("old.json", json.dumps(record)))
+    now = loaded.config
+    assert (now.optimizer, now.precision) == ("adamw", "fp32")
+    assert (now.torch_compile, now.compile_backend) == ("on", "aot_eager")
 
 
 def test_keys_of_a_legacy_file_that_configs_shadow_are_said_in_one_line(world):

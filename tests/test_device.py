@@ -200,8 +200,8 @@ def test_on_is_a_users_mistake_where_it_does_not_work():
         compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "on", broken)
     (line,) = caught.value.problems
     assert line == (
-        "--torch-compile on: inductor does not work here (RuntimeError: no compiler here); "
-        "--torch-compile off trains without it"
+        "torch_compile is on, and inductor does not work here (RuntimeError: no compiler here): "
+        "install what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
     )
 
 
@@ -218,3 +218,32 @@ def test_a_lack_of_memory_is_not_taken_for_a_broken_compiler():
 
     with pytest.raises(torch.OutOfMemoryError):
         compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "auto", probe)
+
+
+def test_every_model_of_a_process_is_compiled_however_many_there_were_before():
+    """PyTorch stops compiling a function anew after eight times, and says so in a warning alone."""
+    counters = torch._dynamo.utils.counters
+    for size in range(1, 13):
+
+        def probe(learner, size=size):
+            counters.clear()
+            learner(torch.ones(1, size)).sum().backward()
+
+        compile_model(Sum(size), Compiled("aot_eager", ""), "on", probe)
+        assert counters["frames"]["ok"] == counters["frames"]["total"] > 0, size
+
+
+class Sum(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return (x * self.weight).sum()
+
+
+def test_a_cpu_with_tiles_is_asked_of_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert device.has_amx()
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not device.has_amx()

@@ -29,7 +29,7 @@ def say(capsys):
 
 def test_the_greedy_sample_of_a_small_run_is_the_golden_one(run, say):
     text = say("--prompt", "To be", "--temperature", "0", "--max-new-tokens", "25")
-    assert text == "To be, that is the mind akerou\n"
+    assert text == "To be, that is the mind to s a\n"
 
 
 def test_which_model_speaks_is_told_apart_from_what_it_says(run, capsys):

@@ -22,7 +22,7 @@ from utils.metrics import METRICS, tag_of
 from utils.output import Output
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
-from utils.tracking.run_log import SPIKE_AFTER, RunLog, SpikeWatch
+from utils.tracking.run_log import OVERFLOWS, SPIKE_AFTER, RunLog, SpikeWatch
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
@@ -381,7 +381,9 @@ def test_a_loss_that_leaps_is_a_spike_and_what_was_usual_is_told():
     for step in range(SPIKE_AFTER + 200):
         assert watch.usual(falling(step)) is None
     assert watch.usual(3.5) == pytest.approx(2.0, abs=0.1)
+    assert watch.usual(3.5) is None  # it is said once
     assert watch.usual(2.0) is None
+    assert watch.usual(4.0) is not None
 
 
 def test_what_comes_before_there_is_a_mean_is_no_spike():
@@ -413,4 +415,16 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(tmp_path):
     log.step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
     with pytest.raises(RunError, match="the loss is nan at step 2"):
         log.step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
+    log.close()
+
+
+def test_fp16_that_overflows_step_after_step_ends_the_run(tmp_path):
+    tracker = CompositeTracker({}, lambda *words: None)
+    lengths = {"first_step": 0, "max_iters": 99, "tokens_per_step": 8, "interval": 1}
+    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    log = RunLog(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    norms = [math.inf] * (OVERFLOWS - 1) + [1.0] + [math.nan] * OVERFLOWS
+    with pytest.raises(RunError, match=r"overflow fp16 at step 50, .* take --precision bf16"):
+        for step, norm in enumerate(norms, start=1):
+            log.step(step, torch.tensor(1.0), torch.tensor(norm), 1e-3)
     log.close()

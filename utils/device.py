@@ -149,7 +149,8 @@ def choose_backend(
 ) -> Compiled:
     """Which backend `--torch-compile` and `--compile-backend` mean on a device.
 
-    `operations` is what the whole run computes: so that one that goes on chooses the same.
+    `operations` is what the whole run computes, from its first step: so one that goes on to the
+    same end chooses the same.
     """
     if requested == "off":
         return Compiled("off", "torch_compile is off")
@@ -172,15 +173,19 @@ def compile_model(
     """The model's call, compiled as `wanted` if that works, and what is in effect then.
 
     Nothing is compiled before the first call, and the backward pass only when it is needed: so
-    `probe(learner)` makes a step of both. What it draws from the random generators is put back.
+    `probe(learner)` makes a step of both. What it draws from the generators of the CPU and of
+    CUDA is put back.
 
     Raises `UserError` where it does not work and was asked for by name.
     """
     if wanted.mode == "off":
         return model, wanted
-    learner = torch.compile(model, backend=wanted.mode, dynamic=False)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # What other models of this process have left would count against the limit on recompiling.
+    torch.compiler.reset()
     try:
-        with torch.random.fork_rng():
+        learner = torch.compile(model, backend=wanted.mode, dynamic=False)
+        with torch.random.fork_rng(devices=devices):
             probe(learner)
     except Exception as error:
         if is_out_of_memory(error):
@@ -188,8 +193,8 @@ def compile_model(
         reason = f"{type(error).__name__}: {_first_line(error)}"
         if requested == "on":
             raise UserError(
-                f"--torch-compile on: {wanted.mode} does not work here ({reason}); "
-                "--torch-compile off trains without it"
+                f"torch_compile is on, and {wanted.mode} does not work here ({reason}): install "
+                "what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
             ) from error
         reason = f"{wanted.mode} does not work here ({reason})"
         return model, Compiled("off", reason, fell_back=True)

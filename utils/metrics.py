@@ -30,7 +30,11 @@ METRICS = (
         "loss/{subset}",
     ),
     Metric(
-        "learning_rate", "", "The size of the step, by the schedule.", ("train",), "learning_rate"
+        "learning_rate",
+        "",
+        "AdamW's rate, by the schedule; Muon's is twice it.",
+        ("train",),
+        "learning_rate",
     ),
     Metric(
         "grad_norm", "", "Length of the whole gradient before clipping.", ("train",), "grad_norm"

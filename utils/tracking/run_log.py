@@ -21,6 +21,8 @@ from utils.tracking.histograms import Histogram
 SPIKE_AFTER = 100  # steps that a mean is worth something after
 SPIKE_WINDOW = 0.02  # of a new loss in the running mean, so that it is of about the last 50
 SPIKE_HEIGHT = 8.0  # mean deviations above the mean
+SPIKE_LEAST = 0.1  # nats above the mean
+OVERFLOWS = 25  # steps in a row that fp16 may leave out; its scale halves at each of them
 
 
 class SpikeWatch:
@@ -33,18 +35,21 @@ class SpikeWatch:
     def __init__(self) -> None:
         self._mean = self._deviation = 0.0
         self._count = 0
+        self._is_up = False
 
     def usual(self, loss: float) -> float | None:
-        """Take the next step's loss: None, or, if it is a spike, what was usual before it."""
+        """Take the next step's loss: None, or, where a spike begins, what was usual before it."""
         before = self._mean
         distance = loss - before
-        is_spike = self._count >= SPIKE_AFTER and distance > SPIKE_HEIGHT * self._deviation
+        height = max(SPIKE_LEAST, SPIKE_HEIGHT * self._deviation)
+        is_up, was_up = self._count >= SPIKE_AFTER and distance > height, self._is_up
+        self._is_up = is_up
         self._count += 1
         weight = max(SPIKE_WINDOW, 1 / self._count)
         self._mean += weight * distance
         if self._count > 1:
             self._deviation += weight * (abs(distance) - self._deviation)
-        return before if is_spike else None
+        return before if is_up and not was_up else None
 
 
 class RunLog:
@@ -90,6 +95,7 @@ class RunLog:
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
         self._spikes = SpikeWatch()
+        self._overflows = 0  # in a row
         self._began = self._resumed = time.perf_counter()
 
     def step(
@@ -132,6 +138,12 @@ class RunLog:
                 self._output.line(
                     f"Note: loss spike at step {step}: {loss:.4f}, after about {usual:.4f} "
                     f"(gradient {grad_norm:.3g}); if it stays up, lower learning_rate"
+                )
+            self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
+            if self._may_overflow and self._overflows == OVERFLOWS:
+                raise RunError(
+                    f"the gradients overflow fp16 at step {step}, as at the {OVERFLOWS - 1} before "
+                    "it, and nothing is learned: take --precision bf16 or fp32"
                 )
             # A gradient that is not finite has just spoilt the weights, whatever the loss was.
             for what, value in (("loss", loss), ("gradient's norm", grad_norm)):
