@@ -59,7 +59,7 @@ class Architecture(Settings):
     n_head: Positive = 4
     """Attention heads H in each layer."""
 
-    n_layer: Positive = 4
+    n_layer: Positive = 3
     """Transformer blocks L."""
 
     dropout: Fraction = 0.0
@@ -106,7 +106,7 @@ class Training(Settings):
     micro_batch_size: Positive | None = None
     """Sequences in memory at once in training; the step accumulates them. null: batch_size."""
 
-    max_iters: Positive | None = 720
+    max_iters: Positive | None = 880
     """Steps to train. null: as epochs or max_minutes say."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -151,7 +151,7 @@ class Training(Settings):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm where it is longer. 0: never."""
 
-    eval_interval: Count = 180
+    eval_interval: Count = 220
     """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
 
     eval_iters: Count = 20
@@ -167,7 +167,7 @@ class Training(Settings):
 class Saving(Settings):
     """Which checkpoints are made, and which of them are kept."""
 
-    checkpoint_interval: Count = 180
+    checkpoint_interval: Count = 220
     """Steps between checkpoints. 0: only each new best, a run's last step, and on a signal."""
 
     keep_checkpoints: Positive | None = 2

@@ -66,7 +66,7 @@ def test_one_model_is_described_in_full(models, show):
         "gpt2: 1 layer, 2 heads, 8 channels, context 4, vocabulary 3",
         "token_embedding 24, position_embedding 32, attention 256, mlp 512, norms 24",
         'char: 3 characters: "abc"',
-        "step 7 of 720, val loss 1.5000, best 1.5000 at step 7; with optimizer state",
+        "step 7 of 880, val loss 1.5000, best 1.5000 at step 7; with optimizer state",
         "run r, begun at step 0",
         "learning_rate 0.003",
     ):
