@@ -223,6 +223,8 @@ def test_aim_lists_the_run_with_its_parameters(run, open_page, serve, picture):
     name.wait_for(timeout=SECONDS)
     picture(page, "aim_runs")
     name.click()
+    # Aim draws only the lines that fit; a taller window has room for every setting.
+    page.set_viewport_size({"width": 1280, "height": 2000})
     page.get_by_text("Run Params").first.click(timeout=SECONDS)
     page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
     picture(page, "aim_params")
