@@ -205,8 +205,8 @@ def load_model(
     *,
     checkpoints_dir: str = "checkpoints",
     runs_dir: str = "runs",
-) -> tuple[LanguageModel, Tokenizer, TrainingState]:
-    """The model that `reference` names, in eval mode, with its tokenizer and training state.
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model that `reference` names, in eval mode, and its tokenizer.
 
     `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
 
@@ -214,10 +214,15 @@ def load_model(
     """
     directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
     bundle = read_bundle(usable_bundle(directory), WEIGHTS_FILE)
+    return model_of(bundle, device)
+
+
+def model_of(bundle: Bundle, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer]:
+    """The model whose weights were read with the bundle, in eval mode, and its tokenizer."""
     tokenizer = load_tokenizer(bundle)
     model = LanguageModel(bundle.config, bundle.vocab_size)
     load_weights(bundle, model)
-    return model.to(device).eval(), tokenizer, bundle.state
+    return model.to(device).eval(), tokenizer
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

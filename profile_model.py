@@ -84,8 +84,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks import Best
 from checkpoint import load_tokenizer
 from data import load_data
+from model import KeyValueCache
 from optim import learning_rate_at
 from prepare import create_setup, open_device, time_evaluation
+from sampling import Sampling
 from start import Start, read_contents
 from step import PHASES, Setup, training_step
 from train import (
@@ -269,22 +271,25 @@ def profile_inference(
     config = config.model_copy(update={"torch_compile": "off", "precision": "fp32"})
     with explained_failures(config, Output(quiet=True)):
         setup = _set_up(config, start)
+        model = setup.model.eval()
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
+        draw, cache = torch.zeros(1, 1, device=setup.device), KeyValueCache(model, 1)
+        how = (Sampling(), model.vocab_size)
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def prefill(setup: Setup, phase: Phase) -> None:
-            setup.model.eval()
-            setup.model(prompt)
+            model.decode(prompt, cache.positions, cache, draw, *how)
 
+        @torch.inference_mode()
         def decode(setup: Setup, phase: Phase) -> None:
-            setup.model.generate(prompt, 1)
+            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, *how)
 
         first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
         length = config.block_size
         sections = []
         for name, title, tokens, work in (
             ("prefill", f"Prefill: a prompt of {length} tokens at once", length, prefill),
-            ("decode", f"Decode: one token, after reading the last {length} again", 1, decode),
+            ("decode", f"Decode: one token more, with {length - 1} in the cache", 1, decode),
         ):
             beside = trace and trace.with_stem(f"{trace.stem}_{name}")
             sections.append(_section(title, tokens, setup, work, steps, beside))
@@ -452,7 +457,8 @@ CATEGORIES = (
     ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
     ("norm", ("_norm", "Normalised")),
     ("activation", ("gelu", "silu", "relu")),
-    ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
+    ("loss", ("nll_loss", "cross_entropy", "LogSoftmaxBackward", "log_softmax_backward")),
+    ("sampling", ("softmax", "cumsum", "argmax")),
     ("embedding", ("embedding", "index_select")),
 )
 

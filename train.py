@@ -100,7 +100,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -112,6 +111,7 @@ from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
 from report import write_report
+from sampling import Sampling
 from start import check_unchanged, is_stopped_early, name_locked
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
@@ -327,18 +327,16 @@ def is_due(step: int, interval: int) -> bool:
 
 def sample(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
     """`length` tokens in the model's own words, from a line's beginning; its weights decide."""
-    device = next(model.parameters()).device
-    prompt = data.tokenizer.encode(data.tokenizer.default_prompt)
-    prompt = torch.tensor([prompt.tolist()], device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    tokenizer = data.tokenizer
+    prompt = tokenizer.encode(tokenizer.default_prompt)
     ids = model.generate(
         prompt,
         length,
-        temperature=SAMPLE_TEMPERATURE,
-        num_tokens=data.tokenizer.num_tokens,
-        generator=generator,
+        Sampling(temperature=SAMPLE_TEMPERATURE),
+        seeds=[config.seed],
+        num_tokens=tokenizer.num_tokens,
     )
-    return data.tokenizer.decode(ids[0, 1:].cpu().numpy())
+    return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
 
 
 def training_state(

@@ -33,7 +33,7 @@ def run(data: str | None) -> None:
             if result.exit_status != 0:  # stopped from outside: no figure to report
                 sys.exit(result.exit_status)
             whole = config.model_copy(update={"eval_iters": 0, "batch_size": 64})
-            model, _, _ = load_model(result.export_dir)
+            model, _ = load_model(result.export_dir)
             losses.append(estimate_loss(model, load_data(config), whole)["val"])
             lines = (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
         speeds = [json.loads(line).get("tokens_per_second") for line in lines.splitlines()]

@@ -20,8 +20,16 @@ import tiktoken.load
 import torch
 from safetensors.torch import load_file
 
-from bundle import BUNDLE_FILES, OPTIMIZER_FILE, TRAINING_SETTINGS, TrainingState
-from checkpoint import save_checkpoint
+from bundle import (
+    BUNDLE_FILES,
+    OPTIMIZER_FILE,
+    TRAINING_SETTINGS,
+    WEIGHTS_FILE,
+    TrainingState,
+    read_bundle,
+    usable_bundle,
+)
+from checkpoint import model_of, save_checkpoint
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, update
 from parameters import ModelConfig
@@ -222,3 +230,10 @@ TINY_FLAGS = (
     "--warmup-iters=1 --eval-interval=2 --eval-iters=1 --log-interval=2 --device=cpu "
     "--precision=fp32"
 ).split()
+
+
+def loaded_step(directory: Path) -> int:
+    """The step of the model in a bundle, or of a run's best, which loads with all its weights."""
+    bundle = read_bundle(usable_bundle(directory), WEIGHTS_FILE)
+    model_of(bundle)
+    return bundle.state.step

@@ -18,6 +18,7 @@ ORDER = [
         "config",
         "tokenizer",
         "data",
+        "sampling",
         "model",
         "optim",
         "bundle",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, save_bundle
+from conftest import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, loaded_step, save_bundle
 from safetensors import safe_open
 
 from bundle import (
@@ -43,6 +43,7 @@ from bundle import (
 from checkpoint import load_checkpoint, load_model
 from model import LanguageModel
 from optim import create_optimizer
+from sampling import Sampling
 from start import plan
 from train import train
 from utils.errors import RunError, UserError
@@ -135,7 +136,7 @@ def test_the_optimizers_state_is_tensors_and_plain_values_under_the_parameters_n
 def test_a_new_bundle_replaces_the_old_one_and_a_failed_one_leaves_it(bundle, monkeypatch):
     directory, _ = bundle
     save_bundle(directory, step=8)
-    assert load_model(directory)[2].step == 8
+    assert loaded_step(directory) == 8
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
@@ -143,7 +144,7 @@ def test_a_new_bundle_replaces_the_old_one_and_a_failed_one_leaves_it(bundle, mo
     monkeypatch.setattr(LanguageModel, "save_safetensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_bundle(directory, step=9)
-    assert load_model(directory)[2].step == 8
+    assert loaded_step(directory) == 8
     assert names_in(directory) == sorted(BUNDLE_FILES)
 
 
@@ -158,7 +159,7 @@ def test_weights_that_are_not_finite_replace_no_good_ones(bundle, monkeypatch):
     monkeypatch.setattr(LanguageModel, "parameters", spoilt)
     with pytest.raises(RunError, match="weights are not finite after step 8"):
         save_bundle(bundle[0], step=8)
-    assert load_model(bundle[0])[2].step == 7
+    assert loaded_step(bundle[0]) == 7
 
 
 def test_files_that_a_user_put_beside_the_model_stay(bundle):
@@ -168,7 +169,7 @@ def test_files_that_a_user_put_beside_the_model_stay(bundle):
     (directory / "link").symlink_to("nowhere")
     (directory / "plots" / "a.svg").touch()
     save_bundle(directory, step=8)
-    assert load_model(directory)[2].step == 8
+    assert loaded_step(directory) == 8
     remove_bundle(directory)
     assert names_in(directory) == ["link", "notes.txt", "plots"]
     assert (directory / "plots" / "a.svg").exists()
@@ -180,9 +181,9 @@ GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must
 
 
 def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
-    model, tokenizer, state = load_model(GOLDEN)
-    prompt = torch.tensor([tokenizer.encode("To be").tolist()])
-    ids = model.generate(prompt, 40, temperature=0)
+    model, tokenizer = load_model(GOLDEN)
+    state = read_state(GOLDEN)
+    ids = model.generate(tokenizer.encode("To be"), 40, Sampling(temperature=0))
     assert tokenizer.decode(ids[0].numpy()) == "To be, or not to be, that is the question:\nWh"
     assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
 
@@ -204,7 +205,8 @@ def test_the_golden_bundle_goes_on_as_it_would_have_then(text_file, quiet):
 def test_a_model_is_loaded_from_its_bundle_alone_wherever_it_is_moved(bundle, tmp_path):
     directory, model = bundle
     shutil.move(directory, tmp_path / "elsewhere")
-    loaded, tokenizer, state = load_model(tmp_path / "elsewhere")
+    loaded, tokenizer = load_model(tmp_path / "elsewhere")
+    state = read_state(tmp_path / "elsewhere")
     idx = torch.tensor([[0, 1, 2]])
     assert torch.equal(loaded(idx)[0], model(idx)[0])
     assert not loaded.training
@@ -261,7 +263,7 @@ def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other
             assert read_state(directory).step in (7, 8)
             assert get_model_info(directory)["parameters"]["total"] == 848
             check_files(directory)
-            assert load_model(directory)[2].step in (7, 8)
+            assert loaded_step(directory) in (7, 8)
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -269,7 +271,7 @@ def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other
 
 def test_a_bundle_without_its_optimizer_still_speaks(bundle):
     (bundle[0] / "optimizer.pt").unlink()
-    assert load_model(bundle[0])[2].step == 7
+    assert loaded_step(bundle[0]) == 7
     with pytest.raises(UserError, match=r"optimizer\.pt: not there.*--reset-optimizer"):
         resume(bundle[0])
 
@@ -287,7 +289,7 @@ def test_a_reader_waits_for_a_writer_that_is_in_the_middle_of_it(bundle, monkeyp
         return content
 
     monkeypatch.setattr(Path, "read_bytes", overtaken)
-    assert load_model(directory)[2].step == 8
+    assert loaded_step(directory) == 8
 
 
 # Damage ---------------------------------------------------------------------------------------

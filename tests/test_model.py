@@ -6,12 +6,14 @@ python -m pytest tests/test_model.py
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import LanguageModel, sample_next
+from model import KeyValueCache, LanguageModel
 from parameters import ModelConfig
+from sampling import Sampling, choose, draws
 
 V = 11
 
@@ -283,57 +285,121 @@ def _as_qwen3(ours: dict[str, torch.Tensor], tie: bool) -> dict[str, torch.Tenso
 # Generation -----------------------------------------------------------------------------------
 
 
+def continued(model, prompt, length, sampling, seed=0, num_tokens=None) -> list[int]:
+    """The rule of `stream`, without a cache: what is in the window is read again for each token."""
+    ids, T = list(prompt), model.block_size
+    window = ids[-T:]
+    for draw in draws(seed, length):
+        if len(window) > T:
+            window = window[-(T - T // 2) :]
+        logits = model.eval()(torch.tensor([window]))[0][:, -1, :num_tokens]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, ids] = True
+        penalised = sampling.repetition_penalty != 1
+        token, _ = choose(logits, draw[None], sampling, seen if penalised else None)
+        ids.append(token.item())
+        window.append(token.item())
+    return ids
+
+
+SAMPLINGS = [
+    Sampling(temperature=0),
+    Sampling(),
+    Sampling(repetition_penalty=1.3, temperature=0.8, top_k=5, top_p=0.9, min_p=0.05),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("given", [1, 3, 8, 12])
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_cached_and_uncached_generation_give_the_same_text_within_block_size_and_beyond(
+    architecture, given, sampling
+):
+    model = awake(make(architecture=architecture))
+    prompt = tokens(1, given)[0].tolist()
+    expected = continued(model, prompt, 30, sampling, seed=3, num_tokens=V - 1)
+    out = model.generate(prompt, 30, sampling, seeds=[3], num_tokens=V - 1)
+    assert out[0].tolist() == expected
+    assert len(set(expected)) > 2 or sampling.temperature == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block_size", [1, 2, 7])
+def test_the_window_works_at_any_size(block_size):
+    model = awake(make(block_size=block_size))
+    sampling = Sampling(temperature=2)
+    assert model.generate([1, 2], 20, sampling)[0].tolist() == continued(
+        model, [1, 2], 20, sampling
+    )
+
+
+def test_what_a_cache_holds_beyond_its_last_position_is_never_seen():
+    model, idx = awake(make()).eval(), tokens(1, 4)
+    clean, used = KeyValueCache(model, 1), KeyValueCache(model, 1)
+    for tensor in (*used.keys, *used.values):
+        tensor.fill_(1e3)
+    with torch.no_grad():
+        expected = model.next_logits(idx, clean.positions[:4], clean)
+        assert torch.equal(model.next_logits(idx, used.positions[:4], used), expected)
+        torch.testing.assert_close(expected, model(idx)[0][:, -1])
+
+
+def test_a_token_costs_the_work_of_one_however_many_were_before():
+    model = make(block_size=64).eval()
+    lengths = []
+    model.blocks[0].register_forward_hook(lambda module, args, out: lengths.append(out.size(1)))
+    model.generate([1, 2, 3], 100)
+    # The prompt, one by one until 64 are full, and the newer half once more.
+    assert lengths == [3] + [1] * 61 + [32] + [1] * 32 + [32] + [1] * 4
+
+
 def test_generation_keeps_the_prompt_and_adds_as_many_tokens_as_asked():
     prompt = tokens(3, 4)
-    out = make().generate(prompt, 20)
+    out = make().generate(prompt, 20, seeds=[1, 2, 3])
     assert out.shape == (3, 24)
     assert torch.equal(out[:, :4], prompt)
-    assert torch.equal(make().generate(prompt, 0), prompt)
+    assert torch.equal(make().generate(prompt, 0, seeds=[1, 2, 3]), prompt)
 
 
-def test_greedy_generation_takes_the_likeliest_token_of_the_last_block():
-    model, idx = awake(make()), tokens(1, 12)
-    out = model.generate(idx, 5, temperature=0)
-    for _ in range(5):
-        likeliest = model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)
-        idx = torch.cat((idx, likeliest), dim=1)
-    assert torch.equal(out, idx)
-    assert torch.equal(out, model.generate(idx[:, :12], 5, top_k=1))
+@pytest.mark.parametrize(
+    "prompt",
+    [[1, 2], np.array([1, 2], np.uint8), np.array([1, 2], np.uint16), torch.tensor([1, 2])],
+)
+def test_a_prompt_may_be_ids_of_any_kind(prompt):
+    assert make().generate(prompt, 1)[0, :2].tolist() == [1, 2]
 
 
-def test_the_same_generator_seed_gives_the_same_text_and_leaves_the_global_one_alone():
-    model, idx = make(dropout=0.3), tokens(2, 3)
+def test_a_sample_does_not_depend_on_its_neighbours_nor_on_how_much_is_asked_for():
+    model, prompt = awake(make()), [1, 2, 3]
+    together = model.generate(prompt, 40, seeds=[5, 6, 7])
+    for row, seed in enumerate((5, 6, 7)):
+        assert torch.equal(model.generate(prompt, 40, seeds=[seed])[0], together[row])
+        assert torch.equal(model.generate(prompt, 11, seeds=[seed])[0], together[row, :14])
+    assert len({tuple(row) for row in together.tolist()}) == 3
+
+
+def test_generation_leaves_the_global_generators_and_the_models_mode_alone():
+    model = make(dropout=0.3)
     state = torch.get_rng_state()
-    first = model.generate(idx, 10, generator=torch.Generator().manual_seed(4))
-    again = model.generate(idx, 10, generator=torch.Generator().manual_seed(4))
-    other = model.generate(idx, 10, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    first = model.generate([1], 10, seeds=[4])
+    assert torch.equal(first, model.generate([1], 10, seeds=[4]))
     assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    for _ in model.stream([1], 10):
+        break  # whoever listens may stop at any time
     assert model.training
 
 
-def test_sampling_follows_the_softmax():
-    logits = torch.tensor([[1.0, 2.0, 3.0]]).expand(20_000, 3)
-    drawn = sample_next(logits, 0.5, generator=torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn.flatten()) / 20_000
-    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.02, rtol=0)
-
-
-def test_top_k_draws_among_the_k_likeliest_and_more_than_all_means_all():
-    logits = torch.tensor([[1.0, 5.0, 3.0, 4.0]]).expand(500, 4)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample_next(logits, 5.0, 2, generator).flatten().tolist()) == {1, 3}
-    assert set(sample_next(logits, 5.0, 99, generator).flatten().tolist()) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-30, 1e-8, 1e8])
-def test_no_temperature_breaks_sampling(temperature):
-    logits = torch.tensor([[-50.0, 80.0, 3.0]])
-    drawn = sample_next(logits, temperature, generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (1, 1)
-    if temperature < 1:
-        assert drawn.item() == 1
+def test_a_stream_gives_the_same_tokens_as_they_come_and_what_the_model_thought_of_them():
+    model, prompt = awake(make()).eval(), [1, 2, 3]
+    parts = list(model.stream(prompt, 5, Sampling(temperature=0.5), seeds=[1, 2]))
+    assert [tuple(ids.shape) for ids, _ in parts] == [(2, 1)] * 5
+    out = model.generate(prompt, 5, Sampling(temperature=0.5), seeds=[1, 2])
+    assert torch.equal(torch.cat([ids for ids, _ in parts], dim=1), out[:, 3:])
+    log_probs = model(out[:, :-1])[0].log_softmax(-1)[:, 2:]  # before the temperature
+    expected = log_probs.gather(-1, out[:, 3:, None])[..., 0]
+    torch.testing.assert_close(torch.cat([each for _, each in parts], dim=1), expected)
 
 
 def test_attention_is_softmax_of_scaled_scores():
@@ -348,4 +414,4 @@ def test_attention_is_softmax_of_scaled_scores():
         scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -math.inf)
         heads.append(F.softmax(scores, dim=-1) @ v[..., part])
     expected = attention.projection(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(attention(x), expected)
+    torch.testing.assert_close(attention(x, slice(0, 8)), expected)

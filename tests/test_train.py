@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS, assert_equal, assert_same_bits, train_until
+from conftest import (
+    CHECKOUT,
+    TINY_FLAGS,
+    assert_equal,
+    assert_same_bits,
+    loaded_step,
+    train_until,
+)
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -439,8 +446,8 @@ def test_a_signal_finishes_the_step_saves_and_closes(tiny, quiet, monkeypatch, n
     assert "Stopping after step 2" in console(result.run_dir)
     assert "eval" not in (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
     assert result.checkpoint == result.run_dir / "artifacts" / "checkpoints" / "step_00000002"
-    assert load_model(result.checkpoint)[2].step == 2
-    assert load_model(result.run_dir)[2].step == 2
+    assert loaded_step(result.checkpoint) == 2
+    assert loaded_step(result.run_dir) == 2
     assert signal.getsignal(number) is before
 
 
@@ -623,7 +630,7 @@ def test_ctrl_c_of_the_real_command_exits_with_130_and_leaves_a_model(text_file)
     assert (status, err) == (130, "")
     assert "Stopped after step" in out
     (run_dir,) = Path("runs").iterdir()
-    assert load_model(run_dir)[2].step > 0
+    assert loaded_step(run_dir) > 0
 
 
 # GPT-2's tokens -------------------------------------------------------------------------------
@@ -648,5 +655,5 @@ def test_a_model_of_gpt2s_tokens_trains_speaks_and_goes_on(tiny, quiet, gpt2_voc
 def test_padding_is_never_sampled():
     model = LanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4), 64)
     torch.nn.init.zeros_(model.token_embedding.weight)  # all ids are as likely
-    ids = model.generate(torch.zeros(50, 1, dtype=torch.long), 10, num_tokens=3)
+    ids = model.generate([0], 10, seeds=range(50), num_tokens=3)
     assert set(ids.flatten().tolist()) == {0, 1, 2}
