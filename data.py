@@ -22,7 +22,7 @@ from platformdirs import user_cache_path
 from parameters import ModelConfig
 from tokenizer import Tokenizer, create_tokenizer
 from utils.errors import UserError
-from utils.files import text_file_problem, write_atomic
+from utils.files import decode_text, read_file, write_atomic
 
 DEFAULT_FILE = "input.txt"
 SPLITS = ("train", "val", "test")
@@ -86,8 +86,8 @@ def load_data(
         raw = sample_corpus(cache=cache).encode("utf-8")
     else:
         name = path = config.data or DEFAULT_FILE
-        raw = _read(Path(path))
-    text = _decode(raw, name)
+        raw = read_file(Path(path))
+    text = decode_text(raw, name)
     left_out: dict[str, int] = {}
     if tokenizer is None:
         tokenizer = create_tokenizer(text, config.tokenizer)
@@ -129,27 +129,6 @@ def listed_characters(counts: dict[str, int]) -> str:
     ]
     more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
     return ", ".join(shown) + more
-
-
-def _read(path: Path) -> bytes:
-    if problem := text_file_problem(path):
-        raise UserError(f"{path}: {problem}")
-    return path.read_bytes()
-
-
-def _decode(raw: bytes, name: str) -> str:
-    """UTF-8, a byte order mark dropped, line ends as they are."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
-            "convert it to UTF-8 first, for example with iconv"
-        ) from None
-    if not text:
-        raise UserError(f"{name}: the file is empty")
-    return text
 
 
 def _bytes_per_token(splits: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:

@@ -1,24 +1,45 @@
 """Generate text with a trained model.
 
     python inference.py --prompt "ROMEO:"
-    python inference.py --run runs/20260131_235959_baseline --temperature 0.7 --num-samples 3
-    python inference.py --model-name dante
+    python inference.py runs/20260131_235959_baseline --temperature 0.7 --num-samples 3
+    python inference.py --model-name dante --interactive
+    echo "To be" | python inference.py --prompt - --json
 
 All it needs is a bundle, wherever that was moved to.
 """
 
+import contextlib
+import json
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from bundle import find_directory, find_named_model, newest_usable_bundle, usable_bundle
-from parameters import Count, Device, ModelName, Positive, Seed, Settings
-from utils.command_line import CommandLine
+from bundle import (
+    WEIGHTS_FILE,
+    find_directory,
+    find_named_model,
+    newest_usable_bundle,
+    read_bundle,
+    run_of,
+    usable_bundle,
+)
+from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
+from tokenizer import Tokenizer, known_part
+from utils.command_line import Action, CommandLine
 from utils.errors import UserError
-from utils.output import Output, run_command
+from utils.files import decode_text, read_file
+from utils.output import Output, plural, run_command
+
+if TYPE_CHECKING:
+    from model import FastDecode, LanguageModel
+    from sampling import Sampling
+
+STANDARD_INPUT = "-"
 
 
 class InferenceConfig(Settings):
@@ -37,7 +58,13 @@ class InferenceConfig(Settings):
     """Where named models are looked for."""
 
     prompt: str = ""
-    """The text to continue. Empty: a new line."""
+    """The text to continue; \\n is a new line, and - standard input. Empty: a new line."""
+
+    prompt_file: str | None = None
+    """A file with the text to continue, taken as it is."""
+
+    on_unknown: Literal["error", "skip", "replace"] = "error"
+    """Characters of a prompt that the model has never seen: error, skip, or replace by a space."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""
@@ -48,62 +75,365 @@ class InferenceConfig(Settings):
     top_k: Positive | None = None
     """Choose among the k likeliest tokens only. null: among all."""
 
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Choose among the likeliest tokens that have this probability together. 1: among all."""
+
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Choose among the tokens at least this share as likely as the likeliest. 0: among all."""
+
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1: what the text has already becomes less likely."""
+
     num_samples: Positive = 1
-    """How many texts to generate."""
+    """How many texts to generate, side by side."""
 
     seed: Seed = 1337
-    """The same seed gives the same text."""
+    """The same seed gives the same text; sample k has the seed that is k greater."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
+    torch_compile: Switch = "auto"
+    """Compile for speed: a minute that pays back after some 100,000 tokens."""
 
-def find_model(config: InferenceConfig) -> Path:
-    """The bundle that the settings name. Raises `UserError` where there is none."""
-    runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
-    if config.run is not None and config.model_name is not None:
-        raise UserError("--run and --model-name both name a model: choose one")
-    if config.model_name is not None:
-        return usable_bundle(find_named_model(config.model_name, checkpoints_dir))
-    if config.run is not None:
-        return usable_bundle(find_directory(config.run, runs_dir, checkpoints_dir))
-    return newest_usable_bundle(runs_dir)
+    quantize: Literal["none", "int8"] = "none"
+    """int8: on a CPU, the blocks' weights in a quarter of the memory; faster for large models."""
+
+
+ACTIONS = (
+    Action(
+        "stop", "End a sample before this text; \\n is a new line; may be repeated.", "TEXT", True
+    ),
+    Action("interactive", "Ask for one prompt after another, and continue each."),
+    Action("json", "Print one JSON object: text, log_probs, tokens_per_second."),
+)
+OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command: settle the settings, load the model, print what it says."""
-    flags, _, problems = CommandLine(__doc__, InferenceConfig).parse(argv)
-    if problems:
+    """The command: settle the settings, load the model, and let it speak."""
+    command_line = CommandLine(__doc__, InferenceConfig, ACTIONS, operands=OPERAND)
+    flags, actions, problems = command_line.parse(argv)
+    if problems := problems + conflicts(flags, actions):
         raise UserError(*problems)
     config = InferenceConfig(**flags)
-    directory = find_model(config)
+    directory = find_model(config, actions.get("model"))
+    prompt = "" if "interactive" in actions else given_prompt(config)
+    stops = [unescaped(text) for text in actions.get("stop", [])]
+    output = Output()
 
+    speaker = load_speaker(config, directory, output)
+    if "json" in actions:
+        output.line(json.dumps(speaker.as_json(prompt, stops), ensure_ascii=False))
+    elif "interactive" in actions:
+        converse(speaker, stops, output)
+    else:
+        speaker.speak(prompt, stops, output)
+    return 0
+
+
+def conflicts(flags: dict[str, Any], actions: dict[str, Any]) -> list[str]:
+    """Flags that cannot stand together."""
+    problems = []
+    if "interactive" in actions:
+        others = {"json": "json" in actions, "prompt": "prompt" in flags}
+        others["prompt-file"] = flags.get("prompt_file") is not None
+        names = [f"--{name}" for name, is_there in others.items() if is_there]
+        problems += [f"--interactive asks for prompts: leave {name} out" for name in names]
+    if "prompt" in flags and flags.get("prompt_file") is not None:
+        problems.append("--prompt and --prompt-file both give a prompt: choose one")
+    if len(actions.get("model", [])) > 1:
+        problems.append("more than one model is named: choose one")
+    if "" in actions.get("stop", []):
+        problems.append("--stop must not be empty")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------
+# What is asked for
+
+
+class ModelChoice(Protocol):
+    """The settings that say which model is meant."""
+
+    run: str | None
+    model_name: str | None
+    runs_dir: str
+    checkpoints_dir: str
+
+
+def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Path:
+    """The bundle that the settings, or a word without a flag, name.
+
+    Raises `UserError` where there is none, or where more than one is named.
+    """
+    runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
+    named = {"--run": config.run, "--model-name": config.model_name}
+    named = {flag: name for flag, name in named.items() if name is not None}
+    named |= dict.fromkeys(operands or (), "")
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} both name a model: choose one")
+    if config.model_name is not None:
+        return usable_bundle(find_named_model(config.model_name, checkpoints_dir))
+    reference = operands[0] if operands else config.run
+    if reference is not None:
+        return usable_bundle(find_directory(reference, runs_dir, checkpoints_dir))
+    return newest_usable_bundle(runs_dir)
+
+
+def given_prompt(config: InferenceConfig) -> str:
+    """The text to continue. Raises `UserError` where a file, or standard input, has none."""
+    if config.prompt_file is not None:
+        return decode_text(read_file(Path(config.prompt_file)), config.prompt_file)
+    if config.prompt == STANDARD_INPUT:
+        content = sys.stdin.buffer.read()
+        return decode_text(content, "standard input") if content else ""
+    return unescaped(config.prompt)
+
+
+def unescaped(text: str) -> str:
+    r"""The text that was meant: `\n` is a new line, `\t` a tabulator, `\\` a backslash."""
+    meanings = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda match: meanings[match[1]], text)
+
+
+# ----------------------------------------------------------------------------------------------
+# Speaking
+
+
+def load_speaker(config: InferenceConfig, directory: Path, output: Output) -> "Speaker":
+    """The model that stands in `directory`, as fast as the settings want it."""
     # Only here is torch imported: help and mistakes are answered at once.
-    import torch
-
-    from checkpoint import load_model
+    from checkpoint import model_of
+    from decoding import choose_decoding, compile_decode, quantize
+    from sampling import Sampling
     from utils.device import choose_device
 
     device = choose_device(config.device)
-    model, tokenizer, state = load_model(directory, device)
-    ids = tokenizer.encode(config.prompt or tokenizer.default_prompt)
-    prompt = torch.tensor([ids.tolist()], device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    output = Output()
-    output.remark(f"{directory}, step {state.step}\n")
-    for number in range(config.num_samples):
-        ids = model.generate(
-            prompt,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            num_tokens=tokenizer.num_tokens,
-            generator=generator,
-        )
-        if number > 0:
+    bundle = read_bundle(directory, WEIGHTS_FILE)
+    model, tokenizer = model_of(bundle, device)
+    output.remark(f"{directory}, step {bundle.state.step}{without_export(directory)}")
+    if config.quantize == "int8":
+        quantize(model)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling(**{name: getattr(config, name) for name in names})
+    wanted = choose_decoding(config.torch_compile, device, config.max_new_tokens)
+    fast, compiled, seconds = compile_decode(
+        model,
+        wanted,
+        config.torch_compile,
+        sampling,
+        rows=config.num_samples,
+        num_tokens=tokenizer.num_tokens,
+    )
+    if compiled.fell_back:
+        output.remark(f"not compiled: {compiled.reason}")
+    elif fast is not None:
+        output.remark(f"compiled in {seconds:.0f} s")
+    facts = {"model": str(directory), "step": bundle.state.step, "compiled_by": compiled.mode}
+    return Speaker(model, tokenizer, sampling, config, fast, facts)
+
+
+def without_export(directory: Path) -> str:
+    """A remark where `directory` is a checkpoint that stands in for what its run has not yet."""
+    run = run_of(directory)
+    if run is None or directory.parent.name != "checkpoints":
+        return ""
+    if (run / "artifacts" / "export").exists():
+        return ""
+    return ": its run has no export yet, and this is its newest checkpoint"
+
+
+class Speaker:
+    """A model that continues texts as the settings say."""
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        tokenizer: Tokenizer,
+        sampling: "Sampling",
+        config: InferenceConfig,
+        fast: "FastDecode | None",
+        facts: dict[str, Any],
+    ):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.config, self.fast, self.facts = config, fast, facts
+        self._seed = config.seed
+
+    def speak(self, prompt: str, stops: Sequence[str], output: Output) -> None:
+        """Print the samples: the first as it comes, the others as they stand then."""
+        prompt, ids = self._read(prompt, output)
+        samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
+        printer = Printer(output)
+        printer.show(prompt)
+        for _ in self._continue(ids, samples):
+            printer.show(prompt + samples[0].text)
+            if output.quiet:  # whoever was reading has gone
+                return
+        printer.show(prompt + samples[0].text)
+        printer.end()
+        for sample in samples[1:]:
             output.line("---")
-        output.line(tokenizer.decode(ids[0].cpu().numpy()).strip("\n"))
-    return 0
+            output.line((prompt + sample.text).strip("\n"))
+
+    def as_json(self, prompt: str, stops: Sequence[str]) -> dict[str, Any]:
+        """The samples for programs: the first one outermost, and all of several beside it."""
+        prompt, ids = self._read(prompt, Output())
+        samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
+        arrivals = [(time.perf_counter(), 0)]
+        arrivals += [(time.perf_counter(), n) for n in self._continue(ids, samples)]
+        said = [
+            {"text": prompt + s.text, "log_probs": s.log_probs, "seed": self.config.seed + k}
+            for k, s in enumerate(samples)
+        ]
+        # The first tokens wait for the prompt to be read: what is counted comes after them.
+        decoded = sum(number for _, number in arrivals[2:])
+        seconds = arrivals[-1][0] - arrivals[1][0] if decoded else 0.0
+        speed = {"tokens_per_second": decoded / seconds if decoded else None}
+        all_of_them = {"samples": said} if len(said) > 1 else {}
+        return {**self.facts, "prompt": prompt, **said[0], **speed, **all_of_them}
+
+    def _read(self, prompt: str, output: Output) -> tuple[str, Any]:
+        """The prompt as the model can read it, and its ids; says what had to be done for that."""
+        if self.config.on_unknown != "error":
+            replace = self.config.on_unknown == "replace"
+            prompt, number = known_part(self.tokenizer, prompt, replace)
+            if number:
+                done = "replaced" if replace else "skipped"
+                characters = plural(number, "character")
+                output.remark(f"{done} {characters} of the prompt that the model does not know")
+        if not prompt:
+            prompt = self.tokenizer.default_prompt
+            begin = "on a new line" if prompt == "\n" else f"with {prompt!r}"
+            output.remark(f"no prompt: it begins {begin}")
+        ids = self.tokenizer.encode(prompt)
+        T = self.model.block_size
+        if len(ids) > T:
+            unit = self.tokenizer.unit
+            output.remark(f"the prompt has {plural(len(ids), unit)}: the model sees the last {T}")
+        return prompt, ids
+
+    def _continue(self, ids: Any, samples: "Sequence[Sample]") -> Iterator[int]:
+        """Give each sample its tokens as they come, until all have ended; how many came."""
+        stream = self.model.stream(
+            ids,
+            self.config.max_new_tokens,
+            self.sampling,
+            seeds=[self._seed + k for k in range(len(samples))],
+            num_tokens=self.tokenizer.num_tokens,
+            fast=self.fast,
+        )
+        with contextlib.closing(stream):
+            for tokens, log_probs in stream:
+                rows = zip(samples, tokens.tolist(), log_probs.tolist(), strict=True)
+                for sample, its_tokens, its_log_probs in rows:
+                    sample.add(its_tokens, its_log_probs)
+                yield tokens.numel()
+                if all(sample.ended for sample in samples):
+                    break
+        for sample in samples:
+            sample.finish()
+
+    def next_seed(self) -> None:
+        """From here on, other texts: the same prompt may be given again."""
+        self._seed += self.config.num_samples
+
+
+class Sample:
+    """What a model adds to a prompt, up to the first of the stop strings.
+
+    `text` is safe to show at any time: what may yet become a stop string is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.text = ""
+        self.ended = False
+        self._decode = tokenizer.stream_decoder()
+        self._stops, self._held = stops, ""
+        self._log_probs: list[tuple[int, float]] = []  # with where in the text their tokens begin
+
+    @property
+    def log_probs(self) -> list[float]:
+        """The model's logarithm of the probability of each token that `text` has something of."""
+        return [log_prob for begin, log_prob in self._log_probs if begin < len(self.text)]
+
+    def add(self, tokens: list[int], log_probs: list[float]) -> None:
+        """Take the next tokens; what comes after a stop string is left out."""
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            if self.ended:
+                return
+            self._log_probs.append((len(self.text + self._held), log_prob))
+            self._held += self._decode([token])
+            found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+            if found:
+                self._give(min(found))
+                self.ended = True
+            else:
+                self._give(len(self._held) - self._begun())
+
+    def finish(self) -> None:
+        """No token follows: what was held back was no stop string."""
+        if not self.ended:
+            self._give(len(self._held))
+            self.ended = True
+
+    def _give(self, length: int) -> None:
+        self.text, self._held = self.text + self._held[:length], self._held[length:]
+
+    def _begun(self) -> int:
+        """How many of the characters held last could be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+class Printer:
+    """Prints a text that grows, without the empty lines before and after it."""
+
+    def __init__(self, output: Output):
+        self._output = output
+        self._printed = 0
+
+    def show(self, text: str) -> None:
+        """Print what has been added to `text`; new lines wait until something follows them."""
+        end = len(text.rstrip("\n"))
+        begin = self._printed or len(text) - len(text.lstrip("\n"))
+        if end > begin:
+            self._output.text(text[begin:end])
+            self._printed = end
+
+    def end(self) -> None:
+        """End the last line."""
+        self._output.line()
+
+
+def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
+    """Continue one prompt after another, until there is none.
+
+    Ctrl-C ends a text, Ctrl-D the conversation.
+    """
+    is_asked = sys.stdin.isatty()
+    if is_asked:
+        with contextlib.suppress(ImportError):  # Windows has none, and a history of its own
+            import readline  # noqa: F401  # gives input() its arrow keys and its history
+        output.remark("type a text to be continued; Ctrl-C ends it, Ctrl-D ends the conversation")
+    while True:
+        try:
+            prompt = input("> " if is_asked else "")
+        except EOFError:
+            if is_asked:
+                output.line()
+            return
+        try:
+            speaker.speak(unescaped(prompt), stops, output)
+        except UserError as error:
+            for problem in error.problems:
+                output.error(problem)
+        except KeyboardInterrupt:
+            output.line()
+        speaker.next_seed()
 
 
 if __name__ == "__main__":

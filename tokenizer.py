@@ -5,7 +5,8 @@ nothing merged, nothing normalised. GPT-2's byte pairs are the other kind. A tok
 `tokenizer.json`, which travels with the model.
 """
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,10 @@ class CharTokenizer:
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.intp)
         return str(self._code_points[ids].tobytes(), "utf-32-le", "surrogatepass")
 
+    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
+        """`decode` for ids that come a few at a time."""
+        return self.decode
+
     def state(self) -> dict[str, Any]:
         """What `from_state` makes the same tokenizer from; plain JSON values."""
         return {"token_kind": self.token_kind, "chars": self.chars}
@@ -157,6 +162,12 @@ class GPT2Tokenizer:
         """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._encoding.decode([int(token) for token in ids])
 
+    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
+        """`decode` for ids that come a few at a time: a character is given when it is whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        spell = self._encoding.decode_single_token_bytes
+        return lambda ids: decoder.decode(b"".join(spell(token) for token in ids))
+
     def unknown(self, text: str) -> dict[str, int]:
         """Nothing: byte pairs can spell any text."""
         return {}
@@ -167,6 +178,17 @@ class GPT2Tokenizer:
 
 
 Tokenizer = CharTokenizer | GPT2Tokenizer
+
+
+def known_part(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
+    """`text` without the characters that the tokenizer lacks, and how many those were.
+
+    Each is replaced by a space, or by what a text begins with where no space is known; or left out.
+    """
+    unknown = tokenizer.unknown(text)
+    space = "" if tokenizer.unknown(" ") else " "
+    replacement = (space or tokenizer.default_prompt) if replace else ""
+    return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
 
 
 def create_tokenizer(text: str, kind: str = "char") -> Tokenizer:

@@ -20,6 +20,7 @@ ORDER = [
         "data",
         "sampling",
         "model",
+        "decoding",
         "optim",
         "bundle",
         "checkpoint",
@@ -29,7 +30,7 @@ ORDER = [
         "prepare",
         "report",
     ),
-    *("train", "inference", "inspect_model", "profile_model"),
+    *("train", "inference", "evaluate", "inspect_model", "profile_model"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]

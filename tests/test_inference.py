@@ -3,13 +3,22 @@
 python -m pytest tests/test_inference.py
 """
 
+import io
+import json
+import os
+import select
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import CHECKOUT
 
 import inference
 from train import train
 from utils.errors import UserError
+from utils.output import Output
 
 
 @pytest.fixture
@@ -29,12 +38,13 @@ def say(capsys):
 
 def test_the_greedy_sample_of_a_small_run_is_the_golden_one(run, say):
     text = say("--prompt", "To be", "--temperature", "0", "--max-new-tokens", "25")
-    assert text == "To be, that is the mind to s a\n"
+    assert text == "To be, that is the ms ake arow\n"
 
 
 def test_which_model_speaks_is_told_apart_from_what_it_says(run, capsys):
     assert inference.main(["--device", "cpu", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().err == f"{run.export_dir}, step 60\n\n"
+    said = f"{run.export_dir}, step 60\nno prompt: it begins on a new line\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_newest_run_is_taken_by_default(run, say, tiny, quiet):
@@ -89,6 +99,19 @@ def test_a_sample_is_never_read_as_markup(tiny, quiet, say, text_file):
         (["--runs-dir", "nowhere"], "no trained model in there yet"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-k", "0"], "--top-k must be at least 1"),
+        (["--top-p", "0"], "--top-p must be above 0"),
+        (["--top-p", "1.1"], "--top-p must be at most 1"),
+        (["--min-p", "1"], "--min-p must be below 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
+        (["--on-unknown", "drop"], "--on-unknown must be error, skip or replace"),
+        (["--stop="], "--stop must not be empty"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file both give a prompt"),
+        (["--prompt-file", "nowhere"], "nowhere: no such file"),
+        (["--interactive", "--json"], "--interactive asks for prompts: leave --json out"),
+        (["--run", "a", "--model-name", "b"], "--run and --model-name both name a model"),
+        (["a", "--run", "b"], "--run and a both name a model"),
+        (["a", "b"], "more than one model is named"),
+        (["nowhere"], "nowhere: no such model"),
         (["--propmt", "x"], "unknown flag --propmt; did you mean --prompt?"),
         (["--device", "cuda:9"], "--device cuda:9"),
     ],
@@ -111,3 +134,197 @@ def test_a_model_whose_text_has_no_line_end_is_prompted_with_what_it_knows(
 def test_an_empty_prompt_is_the_default_one_and_a_prompt_may_be_any_word(run, say):
     assert say("--prompt", "") == say()
     assert say("--prompt", "none", "--max-new-tokens=3").startswith("none")
+
+
+def test_a_word_without_a_flag_names_the_model(run, say):
+    assert say(str(run.run_dir)) == say("--run", str(run.run_dir))
+
+
+def test_backslash_n_in_a_prompt_is_a_new_line_and_a_file_is_taken_as_it_is(run, say, tmp_path):
+    expected = say("--prompt", "To be,\nor", "--max-new-tokens=9")
+    assert expected.startswith("To be,\nor")
+    assert say("--prompt", "To be,\\nor", "--max-new-tokens=9") == expected
+    (tmp_path / "prompt.txt").write_text("To be,\nor", encoding="utf-8")
+    assert say("--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens=9") == expected
+
+
+def test_standard_input_is_read_for_the_prompt_dash_and_only_then(run, say, monkeypatch):
+    def give(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    give(b"To be")
+    expected = say("--prompt", "To be", "--max-new-tokens=9")
+    assert sys.stdin.buffer.read() == b"To be", "it was not touched"
+    give(b"To be")
+    assert say("--prompt", "-", "--max-new-tokens=9") == expected
+    give(b"")
+    assert say("--prompt", "-") == say()
+    give(b"\xff\xfe")
+    with pytest.raises(UserError, match="standard input: not UTF-8 text"):
+        inference.main(["--prompt", "-"])
+
+
+def test_unknown_characters_are_skipped_or_replaced_on_request(run, say, capsys):
+    def prompted(*flags: str) -> tuple[str, str]:
+        assert inference.main(["--device=cpu", "--max-new-tokens=0", *flags]) == 0
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    out, err = prompted("--prompt", "To #be§", "--on-unknown", "skip")
+    assert (out, err.splitlines()[1]) == (
+        "To be\n",
+        "skipped 2 characters of the prompt that the model does not know",
+    )
+    out, err = prompted("--prompt", "To#be", "--on-unknown", "replace")
+    assert (out, err.splitlines()[1][:20]) == ("To be\n", "replaced 1 character")
+    out, err = prompted("--prompt", "##", "--on-unknown", "skip")
+    assert "no prompt: it begins on a new line" in err
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_from_the_left_and_that_is_said(run, capsys):
+    tail = "nobler in the mind"[-16:]
+    outs = []
+    for prompt in ("To be, or not to be, " + tail, tail):
+        inference.main(["--device=cpu", "--prompt", prompt, "--max-new-tokens=9"])
+        printed = capsys.readouterr()
+        outs.append(printed.out.removeprefix(prompt))
+        said = "the prompt has 37 characters: the model sees the last 16" in printed.err
+        assert said == (len(prompt) > 16)
+    assert outs[0] == outs[1]
+
+
+def test_a_run_without_an_export_speaks_from_its_newest_checkpoint_and_says_so(run, capsys):
+    shutil.rmtree(run.export_dir)
+    assert inference.main(["--device", "cpu", "--max-new-tokens", "5"]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "step_00000060, step 60: its run has no export yet, and this is its newest" in first
+
+
+def test_a_text_ends_before_the_first_stop_string(run, say):
+    whole = say("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
+    assert whole == "To be, that is the ms ake arow\n"
+    flags = ("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
+    assert say(*flags, "--stop", "the") == "To be, that is \n"
+    assert say(*flags, "--stop", "ake", "--stop", "that is") == "To be, \n"
+    assert say(*flags, "--stop", "nowhere") == whole
+    assert say(*flags, "--stop", "s absent") == whole, "the beginning of one is no stop string"
+    assert say(*flags, "--stop", "To be") == whole, "the prompt may have it"
+
+
+def test_characters_are_shown_as_they_come(run, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(Output, "text", lambda self, piece: pieces.append(piece))
+    inference.main(["--device=cpu", "--prompt", "To be", "--max-new-tokens=20", "--seed=2"])
+    assert pieces[0] == "To be"
+    assert len(pieces) > 15
+    assert all(len(piece.strip("\n")) == 1 for piece in pieces[1:])
+
+
+def test_samples_side_by_side_are_those_of_their_seeds(run, say):
+    parts = say("--num-samples=3", "--seed=7", "--max-new-tokens=40").split("---\n")
+    alone = [say(f"--seed={seed}", "--max-new-tokens=40") for seed in (7, 8, 9)]
+    assert parts == alone
+
+
+def test_json_is_one_object_with_the_text_and_what_the_model_thought(run, say, capsys):
+    flags = ("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
+    said = json.loads(say(*flags, "--json"))
+    assert said["text"] + "\n" == say(*flags)
+    assert said["prompt"] == "To be"
+    assert len(said["log_probs"]) == 25
+    assert all(log_prob <= 0 for log_prob in said["log_probs"])
+    assert said["tokens_per_second"] > 0
+    assert (said["step"], "samples" in said) == (60, False)
+    stopped = json.loads(say(*flags, "--json", "--stop", "the"))
+    assert (stopped["text"], len(stopped["log_probs"])) == ("To be, that is ", 10)
+    assert stopped["log_probs"] == said["log_probs"][:10]
+    several = json.loads(say("--json", "--num-samples=2", "--seed=5", "--max-new-tokens=9"))
+    assert [each["seed"] for each in several["samples"]] == [5, 6]
+    assert several["samples"][0]["text"] == several["text"]
+
+
+def test_a_conversation_continues_each_line_and_survives_a_mistake(run, capsys, monkeypatch):
+    lines = "To be\nZoë\nThe mind\\n\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert inference.main(["--device=cpu", "--interactive", "--max-new-tokens=5", "--seed=3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("To be")
+    assert "The mind\n" in printed.out
+    assert "does not know 'Z' 'ë'" in printed.err
+
+
+def test_ctrl_c_ends_a_text_and_not_the_conversation(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("To be\nThe\n"))
+    speak, interrupted = inference.Speaker.speak, []
+
+    def impatient(self, prompt, stops, output):
+        if not interrupted:
+            interrupted.append(prompt)
+            raise KeyboardInterrupt
+        speak(self, prompt, stops, output)
+
+    monkeypatch.setattr(inference.Speaker, "speak", impatient)
+    assert inference.main(["--device=cpu", "--interactive", "--max-new-tokens=5"]) == 0
+    assert capsys.readouterr().out.startswith("\nThe")
+
+
+def test_in_a_conversation_the_same_prompt_is_continued_otherwise_each_time(
+    run, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("To be\nTo be\n"))
+    inference.main(["--device=cpu", "--interactive", "--max-new-tokens=15", "--temperature=1"])
+    first, second = capsys.readouterr().out.split("To be")[1:]
+    assert first != second
+
+
+def test_a_terminal_gets_arrow_keys_history_and_ctrl_d(run, folio):
+    if not hasattr(os, "openpty"):
+        pytest.skip("no pseudo-terminals here")
+    master, slave = os.openpty()
+    command = [sys.executable, str(CHECKOUT / "inference.py"), "--interactive", "--device=cpu"]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens=3"], stdin=slave, stdout=slave, stderr=slave, close_fds=True
+    )
+    os.close(slave)
+    seen = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while words not in seen and time.monotonic() < deadline:
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 4096)
+        assert words in seen
+
+    read_until(b"> ")
+    os.write(master, b"To be\n")
+    read_until(b"To be")
+    seen = b""
+    read_until(b"> ")
+    os.write(master, b"\x1b[A")  # the arrow up: the line before
+    read_until(b"To be")
+    os.write(master, b"\n")
+    seen = b""
+    read_until(b"> ")
+    os.write(master, b"\x04")
+    assert process.wait(60) == 0
+    os.close(master)
+
+
+def test_nobody_listening_ends_it_quietly(run, folio):
+    command = [sys.executable, str(CHECKOUT / "inference.py"), "--device=cpu"]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens=1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(100)
+    process.stdout.close()
+    assert process.wait(60) in (0, 1, 141)
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+def test_int8_speaks_almost_as_well_and_is_refused_off_the_cpu(run, say):
+    text = say(
+        "--prompt", "To be", "--temperature", "0", "--max-new-tokens", "5", "--quantize=int8"
+    )
+    assert text.startswith("To be, ")

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from utils.errors import UserError
 from utils.output import plural
+
+_T = TypeVar("_T")
 
 
 def choose_device(requested: str) -> torch.device:
@@ -181,12 +184,33 @@ def compile_model(
     if wanted.mode == "off":
         return model, wanted
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+    def probe_apart(learner: Callable) -> None:
+        with torch.random.fork_rng(devices=devices):
+            probe(learner)
+
+    def compiled() -> Callable:
+        return torch.compile(model, backend=wanted.mode, dynamic=False)
+
+    learner, effective = try_to_compile(compiled, wanted, requested, probe_apart)
+    return learner or model, effective
+
+
+def try_to_compile(
+    compiled: Callable[[], _T],
+    wanted: Compiled,
+    requested: str,
+    probe: Callable[[_T], None],
+) -> tuple[_T | None, Compiled]:
+    """What `compiled()` gives, if `probe` of it works, or else None; and what is in effect then.
+
+    Raises `UserError` where it does not work and was asked for by name.
+    """
     # What other models of this process have left would count against the limit on recompiling.
     torch.compiler.reset()
     try:
-        learner = torch.compile(model, backend=wanted.mode, dynamic=False)
-        with torch.random.fork_rng(devices=devices):
-            probe(learner)
+        result = compiled()
+        probe(result)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -197,8 +221,8 @@ def compile_model(
                 "what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
             ) from error
         reason = f"{wanted.mode} does not work here ({reason})"
-        return model, Compiled("off", reason, fell_back=True)
-    return learner, wanted
+        return None, Compiled("off", reason, fell_back=True)
+    return result, wanted
 
 
 def _first_line(error: BaseException) -> str:

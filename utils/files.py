@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.errors import UserError
+
 _COPIED_AT_ONCE = 1 << 20  # bytes
 
 
@@ -26,6 +28,28 @@ def text_file_problem(path: Path) -> str | None:
         return "no such file"
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a text file. Raises `UserError` where it cannot be had, or is empty."""
+    if problem := text_file_problem(path):
+        raise UserError(f"{path}: {problem}")
+    return path.read_bytes()
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """UTF-8, a byte order mark dropped, line ends as they are. Raises `UserError` for others."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
+            "convert it to UTF-8 first, for example with iconv"
+        ) from None
+    if not text:
+        raise UserError(f"{name}: the file is empty")
+    return text
 
 
 def is_directory(path: Path) -> bool:

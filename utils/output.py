@@ -45,6 +45,10 @@ class Output:
         self._print(text)
         self.record(text)
 
+    def text(self, piece: str) -> None:
+        """Print a piece of a text at once, as it comes; the next one follows on the same line."""
+        self._print(piece, end="")
+
     def step_line(self, text: str) -> None:
         """A line of progress: recorded, and printed where no live bar shows the same."""
         if self._progress is None:
@@ -97,25 +101,25 @@ class Output:
         if self._progress is not None:
             self._progress.show(step, status)
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, end: str = "\n") -> None:
         if self.quiet:
             return
         try:
-            self._write(text)
+            self._write(text, end)
         except UnicodeEncodeError:  # a terminal that is not UTF-8
             encoding = self.console.file.encoding or "ascii"
-            self._write(text.encode(encoding, "replace").decode(encoding))
+            self._write(text.encode(encoding, "replace").decode(encoding), end)
         except BrokenPipeError:  # as in `python train.py | head`: the run goes on, unheard
             self.quiet = True
         except OSError as error:  # the disk that standard output goes to is full
             self.quiet = True
             self.warning(f"standard output cannot be written: {error.strerror}")
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, end: str) -> None:
         if self._progress is not None:  # rich must know, to draw the bar below the text
             self.console.out(text, highlight=False)
             return
-        self.console.file.write(text + "\n")
+        self.console.file.write(text + end)
         self.console.file.flush()
 
     def record(self, text: str) -> None:

@@ -1,0 +1,532 @@
+"""evaluate.py: what a model's loss on a text is, and how it is shown.
+
+python -m pytest tests/test_evaluate.py
+"""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE_CONFIG, CHECKOUT, save_bundle
+from rich.console import Console
+
+import data
+import evaluate
+from bundle import TRAINING_SETTINGS, read_state
+from data import load_data
+from evaluate import (
+    HEAT,
+    Piece,
+    cut,
+    harmless,
+    heat_style,
+    heat_view,
+    most_surprising,
+    pieces,
+    scored,
+    show,
+    token_losses,
+    window_starts,
+)
+from model import LanguageModel
+from step import estimate_loss
+from tokenizer import CharTokenizer, create_tokenizer
+from train import train
+from utils.errors import UserError
+from utils.output import Output
+
+KEYS = (
+    "model step data split tokens characters bytes loss perplexity bits_per_character "
+    "bits_per_byte stride block_size seconds"
+).split()
+
+
+def opinionated(config, vocab_size: int) -> LanguageModel:
+    """A model without training whose predictions depend on all that it sees, and on where."""
+    torch.manual_seed(1)
+    model = LanguageModel(config, vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    return model
+
+
+def random_ids(count: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(vocab_size, size=count).astype(np.uint8)
+
+
+@torch.no_grad()
+def one_by_one(model: LanguageModel, ids: np.ndarray, stride: int) -> list[float]:
+    """What `token_losses` promises, in the plainest words: one token, one look at the model."""
+    T, losses = model.block_size, []
+    for target in range(1, len(ids)):
+        start = 0
+        while start + T < target:  # the first window that has the token as a target
+            start += stride
+        seen = torch.from_numpy(ids[start:target].astype(np.int64))[None]
+        logits = model.eval()(seen)[0][0, -1]
+        losses.append(-torch.log_softmax(logits, dim=0)[int(ids[target])].item())
+    return losses
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a model of the characters a, b and c, with T = 4; keywords change what it recorded."""
+
+    def save(**training) -> str:
+        settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
+        facts = {"data_sha256": "0" * 64, "start_step": 0}
+        save_bundle(tmp_path / "saved", training_config={**settings, **facts, **training})
+        return str(tmp_path / "saved")
+
+    return save
+
+
+@pytest.fixture
+def abc_file(tmp_path):
+    path = tmp_path / "abc.txt"
+    path.write_text("abcabbcca" * 10, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def results(capsys):
+    """Evaluate, and give the object that --json prints."""
+
+    def run(*flags) -> dict:
+        assert evaluate.main([*map(str, flags), "--json", "--device=cpu"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------
+# The measure
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4, 5, 6, 8, 9, 14])
+def test_the_losses_are_those_of_one_token_at_a_time(tiny, architecture, stride, count):
+    model = opinionated(tiny(architecture=architecture, block_size=4), 7)
+    ids = random_ids(count, 7)
+    losses = token_losses(model, ids, stride)
+    assert losses.dtype == np.float32
+    assert losses.shape == (count - 1,)
+    np.testing.assert_allclose(losses, one_by_one(model, ids, stride), atol=1e-4)
+
+
+def test_how_many_windows_stand_side_by_side_changes_nothing(tiny, monkeypatch):
+    model, ids = opinionated(tiny(), 7), random_ids(500, 7)
+    many = token_losses(model, ids, 5)
+    monkeypatch.setattr("step.EVALUATED_AT_ONCE_ON_CPU", 1)
+    np.testing.assert_allclose(token_losses(model, ids, 5), many, atol=1e-4)
+
+
+def test_the_windows_predict_each_token_once_and_none_is_in_vain():
+    for T in (1, 2, 5):
+        for stride in range(1, T + 1):
+            for tokens in range(2, 20):
+                predicted = np.zeros(tokens, dtype=int)
+                for start in window_starts(tokens, T, stride):
+                    known = T - stride if start else 0
+                    part = predicted[start + 1 + known : start + 1 + T]
+                    assert part.size
+                    part += 1
+                assert predicted.tolist() == [0, *[1] * (tokens - 1)]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 7])
+def test_with_a_stride_of_a_block_it_is_the_evaluation_of_training(tiny, text_file, extra):
+    config = tiny(eval_iters=0, train_split=0.5)
+    text = text_file.read_text(encoding="utf-8")
+    half = 16 * 50 + 1 + extra  # 50 windows, and a tail
+    text_file.write_text(text[: 2 * half], encoding="utf-8")
+    dataset = load_data(config)
+    assert dataset.splits["val"].size == half
+    model = opinionated(config, dataset.tokenizer.vocab_size)
+    losses = token_losses(model, dataset.splits["val"], 16)
+    expected = estimate_loss(model, dataset, config)["val"]
+    assert losses.mean(dtype=np.float64) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_is_off_and_the_model_is_left_in_its_mode(tiny):
+    model, ids = opinionated(tiny(dropout=0.5), 7), random_ids(60, 7)
+    model.train()
+    losses = token_losses(model, ids, 16)
+    assert model.training
+    np.testing.assert_array_equal(losses, token_losses(model.eval(), ids, 16))
+    assert not model.training
+
+
+def test_the_splits_are_those_of_training(tiny):
+    config = tiny(train_split=0.61, test_split=0.17)
+    splits = load_data(config).splits
+    ids = np.concatenate(list(splits.values()))
+    for split, expected in splits.items():
+        np.testing.assert_array_equal(cut(ids, split, config), expected)
+    assert cut(ids, None, config).size == ids.size
+
+
+def test_bits_are_counted_by_character_and_by_byte_of_what_was_predicted():
+    tokenizer = CharTokenizer(["a", "é", "漢"])
+    ids = tokenizer.encode("漢aéé漢")  # after the first: 1 + 2 + 2 + 3 bytes
+    losses = np.array([1, 2, 3, 4], dtype=np.float32) * math.log(2)
+    score = scored(losses, ids, tokenizer)
+    assert (score.tokens, score.characters, score.bytes) == (4, 4, 8)
+    assert score.bits_per_character == pytest.approx(10 / 4)
+    assert score.bits_per_byte == pytest.approx(10 / 8)
+    assert score.loss == pytest.approx(10 / 4 * math.log(2))
+    assert score.perplexity == pytest.approx(2 ** (10 / 4))
+
+
+def test_a_sum_of_many_losses_is_exact():
+    losses = np.full(3_000_000, 0.1, dtype=np.float32)
+    tokenizer = CharTokenizer(["a"])
+    score = scored(losses, np.zeros(losses.size + 1, dtype=np.uint8), tokenizer)
+    assert score.loss == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_error():
+    losses = np.full(3, 1000, dtype=np.float32)
+    score = scored(losses, np.zeros(4, dtype=np.uint8), CharTokenizer(["a"]))
+    assert (score.loss, score.perplexity) == (1000, math.inf)
+
+
+def test_byte_pairs_are_counted_by_the_characters_they_spell(gpt2_vocabulary):
+    tokenizer = create_tokenizer("", "gpt2")
+    ids = tokenizer.encode("once naïve 🙂")
+    score = scored(np.ones(ids.size - 1, dtype=np.float32), ids, tokenizer)
+    assert score.tokens == ids.size - 1
+    assert score.characters == len(" naïve 🙂")
+    assert score.bytes == len(" naïve 🙂".encode())
+
+
+# ----------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_newest_runs_val_split_scores_as_its_training_did(tiny, quiet, capsys, text_file):
+    run = train(tiny(eval_iters=0), output=quiet)
+    assert evaluate.main(["--json", "--device=cpu"]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    result = json.loads(out)
+    assert list(result) == KEYS
+    state = read_state(run.export_dir)
+    assert result["loss"] == pytest.approx(state.val_loss, rel=1e-5)
+    assert result["model"] == str(run.export_dir)
+    assert (result["step"], result["split"], result["data"]) == (state.step, "val", str(text_file))
+    assert result["tokens"] == load_data(tiny()).splits["val"].size - 1
+    assert (result["stride"], result["block_size"]) == (16, 16)
+
+
+def test_json_stands_alone_on_stdout_even_where_colours_are_forced(saved, abc_file, folio):
+    flags = [saved(), "--data", abc_file, "--json", "--device=cpu"]
+    done = folio("evaluate.py", *flags, env={"FORCE_COLOR": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("{\n")
+    assert done.stdout.endswith("}\n")
+    assert list(json.loads(done.stdout)) == KEYS
+
+
+def test_a_mistake_ends_the_command_with_2_and_no_traceback(saved, folio):
+    done = folio("evaluate.py", saved(), "--data", "nowhere.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: nowhere.txt: no such file\n"
+
+
+def test_a_model_of_the_sample_corpus_is_evaluated_on_it(
+    tiny, quiet, capsys, text_file, monkeypatch
+):
+    text = text_file.read_text(encoding="utf-8")
+    monkeypatch.setattr(data, "sample_corpus", lambda **options: text)
+    run = train(tiny(data=None, eval_iters=0), output=quiet)
+    Path("input.txt").write_text("another", encoding="utf-8")
+    assert evaluate.main(["--json", "--device=cpu"]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert json.loads(out)["data"] == "Shakespeare's plays"
+    assert json.loads(out)["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+
+
+def test_a_model_of_byte_pairs_scores_as_its_training_did(tiny, quiet, results, gpt2_vocabulary):
+    changes = {"tokenizer": "gpt2", "max_iters": 1, "eval_iters": 0, "batch_size": 1}
+    run = train(tiny(**changes, n_embd=4, n_head=1, n_layer=1, sample_interval=0), output=quiet)
+    result = results()
+    assert result["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+    assert result["bits_per_byte"] < result["loss"] / math.log(2) / 2  # two bytes a token, or more
+    assert result["characters"] == result["bytes"] > 2 * result["tokens"]
+
+
+def test_a_model_is_named_in_four_ways(saved, abc_file, results, tmp_path):
+    model = saved()
+    (tmp_path / "cwd" / "checkpoints").mkdir()
+    (tmp_path / "saved").rename(tmp_path / "cwd" / "checkpoints" / "small")
+    ways = (
+        ["--run", "checkpoints/small"],
+        ["small"],
+        ["--model-name", "small"],
+        ["--model-name=small", "--checkpoints-dir", str(tmp_path / "cwd" / "checkpoints")],
+    )
+    found = [results(*way, "--data", abc_file) for way in ways]
+    assert len({result["loss"] for result in found}) == 1
+    assert model != found[0]["model"]
+
+
+def test_any_text_is_evaluated_as_a_whole_or_by_a_split(saved, abc_file, results):
+    model = saved(test_split=0.2, train_split=0.6)
+    count = len(abc_file.read_text(encoding="utf-8"))
+    whole = results(model, "--data", abc_file)
+    assert (whole["split"], whole["tokens"]) == (None, count - 1)
+    parts = [
+        results(model, "--data", abc_file, "--split", split)["tokens"] + 1
+        for split in ("train", "val", "test")
+    ]
+    assert sum(parts) == count
+    assert all(part < count for part in parts)
+
+
+def test_a_shorter_stride_predicts_the_same_tokens_with_more_before_them(saved, abc_file, results):
+    model = saved()
+    losses = [results(model, "--data", abc_file, "--stride", n)["loss"] for n in (1, 2, 4)]
+    assert len(set(losses)) == 3
+    default = results(model, "--data", abc_file)
+    assert (default["loss"], default["stride"]) == (losses[2], 4)
+
+
+@pytest.mark.parametrize("text", ["ab", "abc", "abca", "abcab"])
+def test_a_text_shorter_than_a_window_is_evaluated(saved, abc_file, results, text):
+    abc_file.write_text(text, encoding="utf-8")
+    assert results(saved(), "--data", abc_file)["tokens"] == len(text) - 1
+
+
+def test_unknown_characters_are_skipped_where_that_is_asked_for(saved, abc_file, capsys, results):
+    model = saved()
+    expected = results(model, "--data", abc_file)
+    dirty = abc_file.read_text(encoding="utf-8").replace("ab", "aéb")
+    abc_file.write_text("\ufeff" + dirty, encoding="utf-8")
+    flags = [model, f"--data={abc_file}", "--on-unknown=skip", "--json", "--device=cpu"]
+    assert evaluate.main(flags) == 0
+    out, error = capsys.readouterr()
+    assert error == (
+        f"{abc_file}: left out {dirty.count('é')} characters that the model does not know\n"
+    )
+    result = json.loads(out)
+    assert {**result, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_what_training_dropped_is_dropped_again(saved, abc_file, capsys):
+    abc_file.write_text("abcxabc" * 20, encoding="utf-8")
+    model = saved(data=str(abc_file), on_new_chars="drop")
+    assert evaluate.main([model, "--split=train", "--json", "--device=cpu"]) == 0
+    out, error = capsys.readouterr()
+    assert "left out 20 characters" in error
+    assert json.loads(out)["tokens"] == 107  # 120 * 0.9, but for the first
+
+
+def test_a_text_that_has_changed_since_is_evaluated_with_a_warning(saved, abc_file, capsys):
+    assert evaluate.main([saved(data=str(abc_file)), "--device=cpu"]) == 0
+    out, error = capsys.readouterr()
+    assert error.startswith(f"warning: {abc_file} has changed since the model was trained on it")
+    assert error.count("\n") == 1
+    assert "its val split" in out
+
+
+def test_people_read_the_score_in_aligned_lines(saved, abc_file, capsys, results):
+    model = saved()
+    result = results(model, "--data", abc_file)
+    assert evaluate.main([model, f"--data={abc_file}", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"model               {model}, step 7"
+    assert lines[1] == f"text                {abc_file}"
+    assert lines[2].startswith("predicted           89 characters; 23 windows of 4, stride 4, ")
+    assert lines[3] == f"loss                {result['loss']:.4f} nats per character"
+    assert lines[4] == f"perplexity          {result['perplexity']:.4f}"
+    assert lines[5] == f"bits per character  {result['bits_per_character']:.4f}"
+    assert lines[6] == f"bits per byte       {result['bits_per_byte']:.4f}"
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--split", "dev"], "--split must be train, val or test, got"),
+        (["--split", "test"], "--split test: the model was trained without one (test_split 0)"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--data", "."], ".: a directory, where a file is wanted"),
+        (["--data", "binary"], "binary: not UTF-8 text (byte 0xff in line 2): convert it"),
+        (["--data", "empty"], "empty: the file is empty"),
+        (["--data", "mark"], "mark: the file is empty"),
+        (["--data", "one"], "one: it has 1 character, and what is predicted is each one after"),
+        (["--data", "few", "--split", "val"], "few: its val split has 1 character, and what is"),
+        (["--data", "accents"], "accents: the model does not know 'é' 'ü': it knows the 3 char"),
+        (["--data", "few", "--stride", "5"], "--stride 5 is more than the model's block_size 4"),
+        (["--data", "few", "--stride", "0"], "--stride must be at least 1"),
+        (["--data", "few", "--show", "-1"], "--show must be at least 0"),
+        (["--data", "few", "--show", "9", "--json"], "--show draws, and --json prints"),
+        (["--data", "few", "--model-name", "x"], "both name a model: choose one"),
+        (["--data", "few", "--device", "cuda:9"], "--device cuda:9"),
+        ([], "gone.txt, the text that the model was trained on: no such file: say where"),
+        (["--dta", "few"], "unknown flag --dta; did you mean --data?"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(saved, tmp_path, flags, words):
+    files = {"empty": b"", "mark": b"\xef\xbb\xbf", "one": b"a", "few": b"abc" * 3}
+    files |= {"binary": b"ab\n\xff\xfe", "accents": "abcéaü".encode()}
+    for name, content in files.items():
+        (tmp_path / "cwd" / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        evaluate.main([saved(data=str(tmp_path / "gone.txt")), *flags])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_and_a_name_together_are_a_mistake_and_so_is_no_model_at_all(tmp_path):
+    with pytest.raises(UserError, match="--run and --model-name"):
+        evaluate.main(["--run=x", "--model-name=y"])
+    with pytest.raises(UserError, match="no trained model in there yet"):
+        evaluate.main([])
+
+
+def test_mistakes_are_answered_without_torch(saved, abc_file):
+    abc_file.write_text("xyz", encoding="utf-8")
+    code = (
+        "import sys, evaluate\n"
+        "for flags in (['--stride=9'], ['--data=no'], ['--split=test'], ['--data', sys.argv[2]]):\n"
+        "    try:\n"
+        "        evaluate.main([sys.argv[1], *flags])\n"
+        "    except evaluate.UserError:\n"
+        "        continue\n"
+        "    sys.exit('no mistake')\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, saved(), str(abc_file)]
+    assert subprocess.run(command, cwd=CHECKOUT).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# Where the model was surprised
+
+
+def on_a_terminal(**environment) -> tuple[Output, io.StringIO]:
+    stream = io.StringIO()
+    output = Output(stream=stream)
+    output.console = Console(
+        file=stream,
+        force_terminal=True,
+        color_system="truecolor",
+        width=20,
+        markup=False,
+        _environ=environment,
+    )
+    return output, stream
+
+
+SHOWN = [Piece("a", math.nan), Piece("\n", 8.0), Piece("[b]", 0.0), Piece("c", 4.0)]
+
+
+def test_on_a_terminal_each_piece_stands_on_the_colour_of_its_surprise():
+    output, stream = on_a_terminal()
+    show(output, SHOWN, "character")
+    calm, hot = (";".join(map(str, HEAT[index])) for index in (0, -1))
+    drawn = stream.getvalue()
+    assert f"\na\x1b[38;2;0;0;0;48;2;{hot}m↵\x1b[0m\n" in drawn
+    assert f"\x1b[38;2;0;0;0;48;2;{calm}m[b]\x1b[0m" in drawn
+    assert "surprise: 0 bits " in drawn
+    assert drawn.endswith(" 8 bits and more\n")
+
+
+def test_a_long_line_is_broken_by_the_terminal_and_by_nothing_else():
+    output, stream = on_a_terminal()
+    show(output, [Piece("word ", 1.0)] * 30, "token")
+    assert stream.getvalue().split("\n")[1].count("word ") == 30
+
+
+def in_a_file() -> tuple[Output, io.StringIO]:
+    stream = io.StringIO()
+    return Output(stream=stream), stream
+
+
+def test_without_colours_the_most_surprising_places_are_listed():
+    for output, stream in (on_a_terminal(NO_COLOR="1"), in_a_file()):
+        show(output, SHOWN, "character")
+        assert "\x1b" not in stream.getvalue()
+        assert [line.split() for line in stream.getvalue().splitlines()[2:]] == [
+            ["bits", "at", "text", "before", "character", "text", "after"],
+            ["8.0", "2", "a", "↵", "[b]c"],
+            ["4.0", "6", "a↵[b]", "c"],
+            ["0.0", "3", "a↵", "[b]", "c"],
+        ]
+
+
+def test_the_table_has_the_ten_that_cost_most_the_dearest_first():
+    costs = np.random.default_rng(0).permutation(40) / 4
+    shown = [Piece("x", cost) for cost in costs]
+    rows = [line.split() for line in most_surprising(shown, "character").splitlines()[2:]]
+    assert [float(row[0]) for row in rows] == [
+        float(f"{cost:.1f}") for cost in sorted(costs)[:-11:-1]
+    ]
+    assert int(rows[0][1]) == int(np.argmax(costs)) + 1
+
+
+def test_the_hotter_the_more_bits_and_beyond_eight_no_hotter():
+    assert len({heat_style(bits / 2) for bits in range(17)}) == 17
+    assert heat_style(8.0) == heat_style(30.0)
+    assert heat_style(0.0) == heat_style(-1e-7)
+    assert heat_style(math.nan) == ""
+
+
+def test_every_colour_is_light_enough_for_black_letters():
+    for bits in range(9):
+        channels = bytes.fromhex(heat_style(float(bits))[-6:])
+        red, green, blue = (
+            c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels
+        )
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        assert (luminance + 0.05) / 0.05 >= 4.5  # WCAG's contrast for text
+
+
+def test_no_text_can_drive_the_terminal():
+    text = "\x1b]0;title\x07\r\x9b31m\u202e\x00\x7f"
+    assert harmless(text) == "\\x1b]0;title\\x07\\r\\x9b31m\\u202e\\x00\\x7f"
+    assert harmless("é 漢\u00a0🙂\t\n") == "é 漢\u00a0🙂\t\n"
+    shown = [Piece(char, 1.0) for char in text]
+    assert heat_view(shown).plain.startswith("\\x1b]0;title\\x07\\r\\x9b31m\\u202e\\x00\\x7f\n")
+    assert most_surprising(shown, "character").replace("\n", "").isprintable()
+
+
+def test_the_pieces_are_the_first_characters_with_their_bits():
+    tokenizer = CharTokenizer(["a", "b", "\ufffd"])
+    ids = tokenizer.encode("ab\ufffdba")
+    losses = np.array([1, 2, 3, 4]) * math.log(2)
+    found = pieces(ids, losses, tokenizer, 4)
+    assert [piece.text for piece in found] == ["a", "b", "\ufffd", "b"]
+    assert math.isnan(found[0].bits)
+    assert [piece.bits for piece in found[1:]] == pytest.approx([1, 2, 3])
+    assert len(pieces(ids, losses, tokenizer, 99)) == 5
+
+
+def test_a_character_of_several_byte_pairs_is_one_piece_with_all_their_bits(gpt2_vocabulary):
+    tokenizer = create_tokenizer("", "gpt2")
+    text = "Hello world 漢🙂!"
+    ids = tokenizer.encode(text)
+    found = pieces(ids, np.full(ids.size - 1, math.log(2)), tokenizer, 99)
+    assert "".join(piece.text for piece in found) == text
+    assert found[1].text == " world"
+    assert all(piece.text for piece in found)
+    assert len(found) < ids.size
+    assert sum(piece.bits for piece in found[1:]) == pytest.approx(ids.size - 1)
+
+
+def test_the_command_shows_after_the_score(saved, abc_file, capsys):
+    assert evaluate.main([saved(), f"--data={abc_file}", "--show=40", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[7:9] == ["", "The most surprising of the first 40 characters:"]
+    assert len(lines) == 20
