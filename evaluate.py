@@ -80,6 +80,9 @@ class EvaluateConfig(Settings):
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
+    quantize: Literal["none", "int8"] = "none"
+    """int8: what the model says with the blocks' weights in 8 bits, as inference.py has it."""
+
 
 ACTIONS = (Action("json", "Print one JSON object."),)
 OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
@@ -102,9 +105,12 @@ def main(argv: Sequence[str]) -> int:
 
     # Only here is torch imported: help and mistakes are answered at once.
     from checkpoint import model_of
+    from decoding import quantize
     from utils.device import choose_device
 
     model, _ = model_of(bundle, choose_device(config.device))
+    if config.quantize == "int8":
+        quantize(model)
     windows = window_starts(passage.ids.size, model.block_size, stride).size
     began = time.perf_counter()
     with nullcontext() if "json" in actions else output.progress(windows):

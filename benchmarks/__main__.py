@@ -13,7 +13,7 @@ from datetime import date
 from benchmarks import current_commit
 from utils.device import processor_name
 
-BENCHMARKS = ("startup", "encoding", "logging_cost", "saving", "nanogpt_cpu")
+BENCHMARKS = ("startup", "encoding", "logging_cost", "saving", "generation", "nanogpt_cpu")
 
 
 def main() -> None:
