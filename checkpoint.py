@@ -220,7 +220,7 @@ def load_model(
 def model_of(bundle: Bundle, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer]:
     """The model whose weights were read with the bundle, in eval mode, and its tokenizer."""
     tokenizer = load_tokenizer(bundle)
-    model = LanguageModel(bundle.config, bundle.vocab_size)
+    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return model.to(device).eval(), tokenizer
 

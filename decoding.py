@@ -49,7 +49,6 @@ def compile_decode(
     sampling: Sampling,
     *,
     rows: int = 1,
-    num_tokens: int | None = None,
 ) -> tuple[FastDecode | None, Compiled, float]:
     """`model.decode` compiled for `rows` texts and one way of sampling, if that works.
 
@@ -73,9 +72,7 @@ def compile_decode(
     def probe(fast: FastDecode) -> None:
         """Both kinds of call: some tokens, and the newer half of a full cache read again."""
         length = model.block_size + 2 * CHOSEN_AT_ONCE
-        stream = model.stream(
-            [0], length, sampling, seeds=range(rows), num_tokens=num_tokens, fast=fast
-        )
+        stream = model.stream([0], length, sampling, seeds=range(rows), fast=fast)
         for _ in stream:
             pass
 

@@ -224,7 +224,6 @@ def load_speaker(config: InferenceConfig, directory: Path, output: Output) -> "S
         config.torch_compile,
         sampling,
         rows=config.num_samples,
-        num_tokens=tokenizer.num_tokens,
     )
     if compiled.fell_back:
         output.remark(f"not compiled: {compiled.reason}")
@@ -265,13 +264,13 @@ class Speaker:
         prompt, ids = self._read(prompt, output)
         samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
         printer = Printer(output)
-        printer.show(prompt)
+        printer.write(prompt)
         for _ in self._continue(ids, samples):
-            printer.show(prompt + samples[0].text)
+            printer.write(samples[0].news())
             if output.quiet:  # whoever was reading has gone
                 return
-        printer.show(prompt + samples[0].text)
-        printer.end()
+        printer.write(samples[0].news())
+        output.line()
         for sample in samples[1:]:
             output.line("---")
             output.line((prompt + sample.text).strip("\n"))
@@ -320,7 +319,6 @@ class Speaker:
             self.config.max_new_tokens,
             self.sampling,
             seeds=[self._seed + k for k in range(len(samples))],
-            num_tokens=self.tokenizer.num_tokens,
             fast=self.fast,
         )
         with contextlib.closing(stream):
@@ -342,27 +340,38 @@ class Speaker:
 class Sample:
     """What a model adds to a prompt, up to the first of the stop strings.
 
-    `text` is safe to show at any time: what may yet become a stop string is held back.
+    What may yet become a stop string is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self.text = ""
         self.ended = False
         self._decode = tokenizer.stream_decoder()
         self._stops, self._held = stops, ""
+        self._pieces: list[str] = []
+        self._length = self._told = 0  # characters given, and pieces that `news` told of
         self._log_probs: list[tuple[int, float]] = []  # with where in the text their tokens begin
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self._pieces)
 
     @property
     def log_probs(self) -> list[float]:
         """The model's logarithm of the probability of each token that `text` has something of."""
-        return [log_prob for begin, log_prob in self._log_probs if begin < len(self.text)]
+        return [log_prob for begin, log_prob in self._log_probs if begin < self._length]
+
+    def news(self) -> str:
+        """What is new in the text since the last call."""
+        new, self._told = self._pieces[self._told :], len(self._pieces)
+        return "".join(new)
 
     def add(self, tokens: list[int], log_probs: list[float]) -> None:
         """Take the next tokens; what comes after a stop string is left out."""
         for token, log_prob in zip(tokens, log_probs, strict=True):
             if self.ended:
                 return
-            self._log_probs.append((len(self.text + self._held), log_prob))
+            self._log_probs.append((self._length + len(self._held), log_prob))
             self._held += self._decode([token])
             found = [self._held.find(stop) for stop in self._stops if stop in self._held]
             if found:
@@ -378,7 +387,10 @@ class Sample:
             self.ended = True
 
     def _give(self, length: int) -> None:
-        self.text, self._held = self.text + self._held[:length], self._held[length:]
+        if length > 0:
+            self._pieces.append(self._held[:length])
+            self._held = self._held[length:]
+            self._length += length
 
     def _begun(self) -> int:
         """How many of the characters held last could be the beginning of a stop string."""
@@ -390,23 +402,20 @@ class Sample:
 
 
 class Printer:
-    """Prints a text that grows, without the empty lines before and after it."""
+    """Prints a text piece by piece, without the empty lines before and after it."""
 
     def __init__(self, output: Output):
         self._output = output
-        self._printed = 0
+        self._has_begun, self._new_lines = False, ""
 
-    def show(self, text: str) -> None:
-        """Print what has been added to `text`; new lines wait until something follows them."""
-        end = len(text.rstrip("\n"))
-        begin = self._printed or len(text) - len(text.lstrip("\n"))
-        if end > begin:
-            self._output.text(text[begin:end])
-            self._printed = end
-
-    def end(self) -> None:
-        """End the last line."""
-        self._output.line()
+    def write(self, piece: str) -> None:
+        """Print what comes next; new lines wait until something follows them."""
+        text = self._new_lines + piece if self._has_begun else piece.lstrip("\n")
+        shown = text.rstrip("\n")
+        self._new_lines = text[len(shown) :]
+        if shown:
+            self._has_begun = True
+            self._output.text(shown)
 
 
 def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:

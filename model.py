@@ -296,12 +296,14 @@ class LanguageModel(nn.Module):
     Args:
         config: the architecture's settings are all that is read.
         vocab_size: V, the tokenizer's.
+        num_tokens: the tokenizer's; the ids from there on are padding, and never generated.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, num_tokens: int | None = None):
         super().__init__()
         self.block_size = config.block_size
         self.vocab_size = vocab_size
+        self.num_tokens = num_tokens or vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         is_modern = config.architecture == "modern"
         self.position_embedding = (
@@ -368,7 +370,6 @@ class LanguageModel(nn.Module):
         cache: KeyValueCache,
         draws: Tensor,
         sampling: Sampling,
-        num_tokens: int,
         seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read `idx`, choose the next token and read that, as often as there are draws.
@@ -379,7 +380,6 @@ class LanguageModel(nn.Module):
             cache: of the positions before; all that is read is added to it.
             draws: numbers in [0, 1), `(n, B)`: n tokens are chosen, and n - 1 of them read.
             sampling: how they are chosen.
-            num_tokens: the ids from there on are padding, and never chosen.
             seen: which tokens the text has, `(B, num_tokens)` bool, kept up to date; or None.
 
         Returns:
@@ -387,7 +387,7 @@ class LanguageModel(nn.Module):
         """
         tokens, log_probs = [], []
         for draw in draws:
-            logits = self.next_logits(idx, positions, cache)[:, :num_tokens]
+            logits = self.next_logits(idx, positions, cache)[:, : self.num_tokens]
             idx, log_prob = choose(logits, draw, sampling, seen)  # (B, 1)
             positions = positions[-1:] + 1
             if seen is not None:
@@ -404,7 +404,6 @@ class LanguageModel(nn.Module):
         sampling: Sampling = AS_THE_MODEL_SAYS,
         *,
         seeds: Sequence[int] = (0,),
-        num_tokens: int | None = None,
         fast: FastDecode | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Continue a prompt, as many times side by side as there are seeds.
@@ -420,7 +419,6 @@ class LanguageModel(nn.Module):
             max_new_tokens: how many tokens to add to it.
             sampling: how each is chosen.
             seeds: one for each of the B texts. The same seed gives the same text, alone or not.
-            num_tokens: the tokenizer's; the ids from there on are padding, and never chosen.
             fast: `decode`, made faster; where it cannot be used, the plain one is.
 
         Yields:
@@ -434,7 +432,7 @@ class LanguageModel(nn.Module):
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros((len(seeds), self.vocab_size), dtype=torch.bool, device=device)
-            seen = seen.scatter_(1, given, True)[:, :num_tokens]
+            seen = seen.scatter_(1, given, True)[:, : self.num_tokens]
         cache = KeyValueCache(self, len(seeds))
         was_training = self.training
         self.eval()
@@ -457,7 +455,6 @@ class LanguageModel(nn.Module):
                     cache,
                     chance[done : done + number],
                     sampling,
-                    num_tokens,
                     seen,
                 )
                 position += unread.size(1) + number - 1
@@ -474,12 +471,11 @@ class LanguageModel(nn.Module):
         sampling: Sampling = AS_THE_MODEL_SAYS,
         *,
         seeds: Sequence[int] = (0,),
-        num_tokens: int | None = None,
     ) -> Tensor:
         """Prompt and continuation, `(B, T + max_new_tokens)` int64: see `stream`."""
         device = self.token_embedding.weight.device
         given = torch.as_tensor(prompt).to(device, torch.int64).expand(len(seeds), -1)
-        parts = self.stream(given, max_new_tokens, sampling, seeds=seeds, num_tokens=num_tokens)
+        parts = self.stream(given, max_new_tokens, sampling, seeds=seeds)
         return torch.cat([given, *(tokens for tokens, _ in parts)], dim=1)
 
     def block_matrices(self) -> dict[str, Tensor]:

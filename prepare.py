@@ -137,7 +137,8 @@ def create_setup(
     `tell` hears of what takes a while.
     """
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, data.tokenizer.vocab_size).to(device)
+    tokenizer = data.tokenizer
+    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens).to(device)
     precision = choose_precision(config.precision, device)
     optimizer = create_optimizer(model, config, DTYPES[precision])
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

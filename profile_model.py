@@ -274,15 +274,14 @@ def profile_inference(
         model = setup.model.eval()
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
         draw, cache = torch.zeros(1, 1, device=setup.device), KeyValueCache(model, 1)
-        how = (Sampling(), model.vocab_size)
 
         @torch.inference_mode()
         def prefill(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt, cache.positions, cache, draw, *how)
+            model.decode(prompt, cache.positions, cache, draw, Sampling())
 
         @torch.inference_mode()
         def decode(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, *how)
+            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, Sampling())
 
         first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
         length = config.block_size

@@ -334,7 +334,6 @@ def sample(model: LanguageModel, data: Dataset, config: ModelConfig, length: int
         length,
         Sampling(temperature=SAMPLE_TEMPERATURE),
         seeds=[config.seed],
-        num_tokens=tokenizer.num_tokens,
     )
     return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY_FLAGS
 
 import benchmarks.logging_cost
-from benchmarks import time_to_loss
+from benchmarks import generation, time_to_loss
 
 LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
 
@@ -82,3 +82,21 @@ def test_a_loss_above_the_target_is_a_failure_and_no_row(timed, capsys):
 def test_a_recipe_that_fails_says_what_train_said(timed):
     with pytest.raises(SystemExit, match="n_embd 15 is not divisible by n_head 2"):
         timed("--", "--n-embd", "15")
+
+
+def test_how_fast_models_generate_is_measured(monkeypatch, capsys):
+    shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
+    monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "": shape})
+    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "SIDE_BY_SIDE": 3, "LONG": 50}
+    for name, value in small.items():
+        monkeypatch.setattr(generation, name, value)
+    generation.run(None)
+    told = capsys.readouterr().out
+    for words in (
+        r"one text, fp32, plain: [\d,]+ characters/s; reading its 0\.0 MB of weights",
+        r"one text, int8, plain: ",
+        r"3 texts, fp32, plain: [\d,]+ characters/s, \d+\.\d times one by the plain path",
+        r"50 characters of the default model, plain, each tenth: ([\d,]+(, )?){10} characters/s",
+        r"the first character of the default model, from the shell: \d\.\d\d s",
+    ):
+        assert re.search(words, told), words

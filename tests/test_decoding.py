@@ -26,7 +26,7 @@ def make(architecture: str = "modern", **changes) -> LanguageModel:
     """A model whose weights all matter, and whose greedy text does not just repeat itself."""
     torch.manual_seed(0)
     settings = {"n_embd": 32, "n_head": 2, "n_layer": 2, "block_size": 24, **changes}
-    model = LanguageModel(ModelConfig(architecture=architecture, **settings), 40)
+    model = LanguageModel(ModelConfig(architecture=architecture, **settings), 40, 37)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     return model.eval()
@@ -83,13 +83,11 @@ def test_compiled_decoding_chooses_the_tokens_of_the_plain_path(architecture, sa
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
     model = make(architecture)
-    fast, compiled, seconds = compile_decode(
-        model, INDUCTOR, "on", sampling, rows=rows, num_tokens=37
-    )
+    fast, compiled, seconds = compile_decode(model, INDUCTOR, "on", sampling, rows=rows)
     assert (compiled.mode, seconds > 0) == ("inductor", True)
     for prompt, length in (([1, 2, 3], 100), (list(range(30)), 61)):
         plain, quick = (
-            list(model.stream(prompt, length, sampling, seeds=range(rows), num_tokens=37, fast=f))
+            list(model.stream(prompt, length, sampling, seeds=range(rows), fast=f))
             for f in (None, fast)
         )
         assert len(quick) < len(plain) / 2, "several tokens at once"

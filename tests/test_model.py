@@ -21,10 +21,10 @@ V = 11
 GPT2 = {"architecture": "gpt2"}
 
 
-def make(seed: int = 0, **changes) -> LanguageModel:
+def make(seed: int = 0, num_tokens: int | None = None, **changes) -> LanguageModel:
     settings = {"n_embd": 12, "n_head": 3, "n_layer": 2, "block_size": 8}
     torch.manual_seed(seed)
-    return LanguageModel(ModelConfig(**{**settings, **changes}), V)
+    return LanguageModel(ModelConfig(**{**settings, **changes}), V, num_tokens)
 
 
 def awake(model: LanguageModel, std: float = 0.2) -> LanguageModel:
@@ -285,14 +285,14 @@ def _as_qwen3(ours: dict[str, torch.Tensor], tie: bool) -> dict[str, torch.Tenso
 # Generation -----------------------------------------------------------------------------------
 
 
-def continued(model, prompt, length, sampling, seed=0, num_tokens=None) -> list[int]:
+def continued(model, prompt, length, sampling, seed=0) -> list[int]:
     """The rule of `stream`, without a cache: what is in the window is read again for each token."""
     ids, T = list(prompt), model.block_size
     window = ids[-T:]
     for draw in draws(seed, length):
         if len(window) > T:
             window = window[-(T - T // 2) :]
-        logits = model.eval()(torch.tensor([window]))[0][:, -1, :num_tokens]
+        logits = model.eval()(torch.tensor([window]))[0][:, -1, : model.num_tokens]
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
         penalised = sampling.repetition_penalty != 1
@@ -316,10 +316,10 @@ SAMPLINGS = [
 def test_cached_and_uncached_generation_give_the_same_text_within_block_size_and_beyond(
     architecture, given, sampling
 ):
-    model = awake(make(architecture=architecture))
+    model = awake(make(architecture=architecture, num_tokens=V - 1))
     prompt = tokens(1, given)[0].tolist()
-    expected = continued(model, prompt, 30, sampling, seed=3, num_tokens=V - 1)
-    out = model.generate(prompt, 30, sampling, seeds=[3], num_tokens=V - 1)
+    expected = continued(model, prompt, 30, sampling, seed=3)
+    out = model.generate(prompt, 30, sampling, seeds=[3])
     assert out[0].tolist() == expected
     assert len(set(expected)) > 2 or sampling.temperature == 0
 

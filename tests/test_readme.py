@@ -24,6 +24,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EXAMPLE_RUN = "20260131_235959_baseline"
 
 
@@ -76,6 +77,8 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
             text.write_text(LINES * 20, encoding="utf-8")
         if words[1] == "profile_model.py":
             words += ["--steps", "3"]
+        if "--interactive" in words:
+            words += ["--max-new-tokens", "5"]
         if EXAMPLE_RUN in command:
             newest = max(path.name for path in (clone / "runs").iterdir())
             words = [word.replace(EXAMPLE_RUN, newest) for word in words]
@@ -83,6 +86,12 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 8
+    snippet = next(each for each in SNIPPETS if "load_model" in each)
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("To be")
+    assert len(done.stdout) == len("To be") + 200 + 1 + 200
 
 
 def test_every_other_command_of_the_readme_is_known():
