@@ -193,7 +193,7 @@ def compile_model(
         return torch.compile(model, backend=wanted.mode, dynamic=False)
 
     learner, effective = try_to_compile(compiled, wanted, requested, probe_apart)
-    return learner or model, effective
+    return (model if learner is None else learner), effective
 
 
 def try_to_compile(
