@@ -90,7 +90,7 @@ def test_compiled_decoding_chooses_the_tokens_of_the_plain_path(architecture, sa
             list(model.stream(prompt, length, sampling, seeds=range(rows), fast=f))
             for f in (None, fast)
         )
-        assert len(quick) < len(plain) / 2, "several tokens at once"
+        assert len(quick) < 0.7 * len(plain), "several tokens at once"
         for index in (0, 1):
             expected = torch.cat([part[index] for part in plain], dim=1)
             out = torch.cat([part[index] for part in quick], dim=1)
