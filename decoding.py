@@ -30,7 +30,10 @@ OPTIONS = {
 
 
 def choose_decoding(requested: str, device: torch.device, tokens: int) -> Compiled:
-    """Whether to compile, by `--torch-compile` and the tokens to choose one after another."""
+    """Whether to compile, by `--torch-compile` and the tokens to choose one after another.
+
+    `tokens` is 0 where nobody knows how many it will be.
+    """
     if requested == "off":
         return Compiled("off", "torch_compile is off")
     if requested == "on":
@@ -108,11 +111,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., inputs)` to `(..., outputs)`, in float32."""
-        rows = x.reshape(-1, x.size(-1))
-        if rows.size(0) <= 4:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
+        if x.size(-2) == 1:  # a token at a time: alone or not, its result is the same
+            rows = x.flatten(0, -2).bfloat16()
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()
             y = y.view(*x.shape[:-1], -1)
-        else:  # a prompt, or many texts: the weights are read once for all of them
+        else:  # a prompt: the weights are read once for all of it
             y = F.linear(x, self.weight.float() * self.scale.float()[:, None])
         return y if self.bias is None else y + self.bias
 

@@ -81,7 +81,7 @@ class EvaluateConfig(Settings):
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
     quantize: Literal["none", "int8"] = "none"
-    """int8: what the model says with the blocks' weights in 8 bits, as inference.py has it."""
+    """int8: with the weights of the blocks rounded to 8 bits, as inference.py has them."""
 
 
 ACTIONS = (Action("json", "Print one JSON object."),)
@@ -120,12 +120,12 @@ def main(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - began
     score = scored(losses, passage.ids, tokenizer)
     if "json" in actions:
-        output.line(as_json(bundle, passage, score, stride, seconds))
-        return 0
+        output.line(as_json(bundle, passage, score, stride, seconds, config.quantize))
+        return output.exit_status
     output.line(described(bundle, passage, score, tokenizer.unit, stride, seconds))
     if config.show:
         show(output, pieces(passage.ids, losses, tokenizer, config.show), tokenizer.unit)
-    return 0
+    return output.exit_status
 
 
 def chosen_stride(wanted: int | None, bundle: Bundle) -> int:
@@ -363,7 +363,9 @@ def described(
     return aligned(rows)
 
 
-def as_json(bundle: Bundle, passage: Passage, score: Score, stride: int, seconds: float) -> str:
+def as_json(
+    bundle: Bundle, passage: Passage, score: Score, stride: int, seconds: float, quantize: str
+) -> str:
     """The score as one JSON object; what is not finite is null, as JSON has no word for it."""
     values: Mapping[str, Any] = {
         "model": str(bundle.path),
@@ -373,6 +375,7 @@ def as_json(bundle: Bundle, passage: Passage, score: Score, stride: int, seconds
         **asdict(score),
         "stride": stride,
         "block_size": bundle.config.block_size,
+        "quantize": quantize,
         "seconds": round(seconds, 3),
     }
     finite = {

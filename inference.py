@@ -3,17 +3,19 @@
     python inference.py --prompt "ROMEO:"
     python inference.py runs/20260131_235959_baseline --temperature 0.7 --num-samples 3
     python inference.py --model-name dante --interactive
-    echo "To be" | python inference.py --prompt - --json
+    printf "To be" | python inference.py --prompt - --json
 
 All it needs is a bundle, wherever that was moved to.
 """
 
 import contextlib
+import io
 import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -45,7 +47,7 @@ STANDARD_INPUT = "-"
 class InferenceConfig(Settings):
     """What to generate, and from which model."""
 
-    run: str | None = None
+    run: Annotated[str, Field(min_length=1)] | None = None
     """A run's id or directory, or a bundle anywhere. null: the newest run in runs_dir."""
 
     model_name: ModelName | None = None
@@ -60,11 +62,11 @@ class InferenceConfig(Settings):
     prompt: str = ""
     """The text to continue; \\n is a new line, and - standard input. Empty: a new line."""
 
-    prompt_file: str | None = None
+    prompt_file: Annotated[str, Field(min_length=1)] | None = None
     """A file with the text to continue, taken as it is."""
 
     on_unknown: Literal["error", "skip", "replace"] = "error"
-    """Characters of a prompt that the model has never seen: error, skip, or replace by a space."""
+    """What the model has never seen in a prompt: error, skip, or replace (by a space if it can)."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""
@@ -81,14 +83,14 @@ class InferenceConfig(Settings):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Choose among the tokens at least this share as likely as the likeliest. 0: among all."""
 
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Above 1: what the text has already becomes less likely."""
 
-    num_samples: Positive = 1
+    num_samples: Annotated[int, Field(ge=1, le=100_000)] = 1
     """How many texts to generate, side by side."""
 
     seed: Seed = 1337
-    """The same seed gives the same text; sample k has the seed that is k greater."""
+    """The first sample's; each further one has the next seed. The same seed gives the same text."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
@@ -122,19 +124,37 @@ def main(argv: Sequence[str]) -> int:
     stops = [unescaped(text) for text in actions.get("stop", [])]
     output = Output()
 
-    speaker = load_speaker(config, directory, output)
-    if "json" in actions:
-        output.line(json.dumps(speaker.as_json(prompt, stops), ensure_ascii=False))
-    elif "interactive" in actions:
-        converse(speaker, stops, output)
-    else:
-        speaker.speak(prompt, stops, output)
-    return 0
+    may_end_early = bool(stops) or "interactive" in actions
+    with memory_explained(config):
+        speaker = load_speaker(config, directory, may_end_early, output)
+        if "json" in actions:
+            output.line(json.dumps(speaker.as_json(prompt, stops)))
+        elif "interactive" in actions:
+            converse(speaker, stops, output)
+        else:
+            speaker.speak(prompt, stops, output)
+    return output.exit_status
+
+
+@contextlib.contextmanager
+def memory_explained(config: InferenceConfig) -> Iterator[None]:
+    """A lack of memory as the user's mistake that it is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from utils.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        samples = plural(config.num_samples, "sample")
+        raise UserError(f"{samples} at once do not fit into memory: take fewer") from error
 
 
 def conflicts(flags: dict[str, Any], actions: dict[str, Any]) -> list[str]:
     """Flags that cannot stand together."""
     problems = []
+    if sys.stdin is None and ("interactive" in actions or flags.get("prompt") == STANDARD_INPUT):
+        problems.append("standard input is closed")
     if "interactive" in actions:
         others = {"json": "json" in actions, "prompt": "prompt" in flags}
         others["prompt-file"] = flags.get("prompt_file") is not None
@@ -142,8 +162,6 @@ def conflicts(flags: dict[str, Any], actions: dict[str, Any]) -> list[str]:
         problems += [f"--interactive asks for prompts: leave {name} out" for name in names]
     if "prompt" in flags and flags.get("prompt_file") is not None:
         problems.append("--prompt and --prompt-file both give a prompt: choose one")
-    if len(actions.get("model", [])) > 1:
-        problems.append("more than one model is named: choose one")
     if "" in actions.get("stop", []):
         problems.append("--stop must not be empty")
     return problems
@@ -168,11 +186,10 @@ def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Pa
     Raises `UserError` where there is none, or where more than one is named.
     """
     runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
-    named = {"--run": config.run, "--model-name": config.model_name}
-    named = {flag: name for flag, name in named.items() if name is not None}
-    named |= dict.fromkeys(operands or (), "")
+    flags = {"--run": config.run, "--model-name": config.model_name}
+    named = [flag for flag, name in flags.items() if name is not None] + list(operands or ())
     if len(named) > 1:
-        raise UserError(f"{' and '.join(named)} both name a model: choose one")
+        raise UserError(f"{' and '.join(named)} name more than one model: choose one")
     if config.model_name is not None:
         return usable_bundle(find_named_model(config.model_name, checkpoints_dir))
     reference = operands[0] if operands else config.run
@@ -201,7 +218,9 @@ def unescaped(text: str) -> str:
 # Speaking
 
 
-def load_speaker(config: InferenceConfig, directory: Path, output: Output) -> "Speaker":
+def load_speaker(
+    config: InferenceConfig, directory: Path, may_end_early: bool, output: Output
+) -> "Speaker":
     """The model that stands in `directory`, as fast as the settings want it."""
     # Only here is torch imported: help and mistakes are answered at once.
     from checkpoint import model_of
@@ -217,7 +236,10 @@ def load_speaker(config: InferenceConfig, directory: Path, output: Output) -> "S
         quantize(model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(config, name) for name in names})
-    wanted = choose_decoding(config.torch_compile, device, config.max_new_tokens)
+    expected = 0 if may_end_early else config.max_new_tokens
+    wanted = choose_decoding(config.torch_compile, device, expected)
+    if wanted.mode != "off":
+        output.remark("compiling, which may take a minute or two")
     fast, compiled, seconds = compile_decode(
         model,
         wanted,
@@ -229,7 +251,8 @@ def load_speaker(config: InferenceConfig, directory: Path, output: Output) -> "S
         output.remark(f"not compiled: {compiled.reason}")
     elif fast is not None:
         output.remark(f"compiled in {seconds:.0f} s")
-    facts = {"model": str(directory), "step": bundle.state.step, "compiled_by": compiled.mode}
+    facts = {"model": str(directory), "step": bundle.state.step}
+    facts |= {**asdict(sampling), "quantize": config.quantize, "compiled_by": compiled.mode}
     return Speaker(model, tokenizer, sampling, config, fast, facts)
 
 
@@ -265,10 +288,14 @@ class Speaker:
         samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
         printer = Printer(output)
         printer.write(prompt)
-        for _ in self._continue(ids, samples):
-            printer.write(samples[0].news())
-            if output.quiet:  # whoever was reading has gone
-                return
+        try:
+            for _ in self._continue(ids, samples):
+                printer.write(samples[0].news())
+                if output.quiet:  # whoever was reading has gone
+                    return
+        except KeyboardInterrupt:
+            output.line()
+            raise
         printer.write(samples[0].news())
         output.line()
         for sample in samples[1:]:
@@ -279,15 +306,14 @@ class Speaker:
         """The samples for programs: the first one outermost, and all of several beside it."""
         prompt, ids = self._read(prompt, Output())
         samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
-        arrivals = [(time.perf_counter(), 0)]
-        arrivals += [(time.perf_counter(), n) for n in self._continue(ids, samples)]
+        arrivals = [(time.perf_counter(), number) for number in self._continue(ids, samples)]
         said = [
             {"text": prompt + s.text, "log_probs": s.log_probs, "seed": self.config.seed + k}
             for k, s in enumerate(samples)
         ]
         # The first tokens wait for the prompt to be read: what is counted comes after them.
-        decoded = sum(number for _, number in arrivals[2:])
-        seconds = arrivals[-1][0] - arrivals[1][0] if decoded else 0.0
+        decoded = sum(number for _, number in arrivals[1:])
+        seconds = arrivals[-1][0] - arrivals[0][0] if decoded else 0.0
         speed = {"tokens_per_second": decoded / seconds if decoded else None}
         all_of_them = {"samples": said} if len(said) > 1 else {}
         return {**self.facts, "prompt": prompt, **said[0], **speed, **all_of_them}
@@ -421,9 +447,11 @@ class Printer:
 def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
     """Continue one prompt after another, until there is none.
 
-    Ctrl-C ends a text, Ctrl-D the conversation.
+    Ctrl-C ends a text, or takes a line back; Ctrl-D ends the conversation.
     """
     is_asked = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not text is an unknown character
+        sys.stdin.reconfigure(errors="surrogateescape")
     if is_asked:
         with contextlib.suppress(ImportError):  # Windows has none, and a history of its own
             import readline  # noqa: F401  # gives input() its arrow keys and its history
@@ -435,13 +463,16 @@ def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
             if is_asked:
                 output.line()
             return
+        except KeyboardInterrupt:
+            output.line()
+            continue
         try:
             speaker.speak(unescaped(prompt), stops, output)
         except UserError as error:
             for problem in error.problems:
                 output.error(problem)
         except KeyboardInterrupt:
-            output.line()
+            output.remark("stopped")
         speaker.next_seed()
 
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import ModelConfig
-from sampling import AS_THE_MODEL_SAYS, Sampling, choose, draws
+from sampling import AS_THE_MODEL_SAYS, DRAWN_AT_ONCE, Sampling, choose, draws
+from utils.errors import UserError
 
 RMS_EPSILON = 1e-6  # Qwen3's
 
@@ -427,8 +428,9 @@ class LanguageModel(nn.Module):
         """
         device, T = self.token_embedding.weight.device, self.block_size
         given = torch.as_tensor(prompt).to(device, torch.int64).expand(len(seeds), -1)
-        text = F.pad(given, (0, max_new_tokens))  # all that there will be
-        chance = torch.stack([draws(seed, max_new_tokens) for seed in seeds], dim=1).to(device)
+        if given.size(1) == 0:
+            raise UserError("a prompt needs one token at least")
+        chances = draws(seeds)
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros((len(seeds), self.vocab_size), dtype=torch.bool, device=device)
@@ -437,13 +439,16 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            unread, position, done = given[:, -T:], 0, 0
+            recent = unread = given[:, -T:]
+            position = done = 0
             while done < max_new_tokens:
                 if position == T:  # the cache is full
-                    end = given.size(1) + done
-                    unread, position = text[:, end - (T - T // 2) : end], 0
+                    unread, position = recent[:, T // 2 :], 0
+                used = done % DRAWN_AT_ONCE
+                if used == 0:
+                    chance = next(chances).to(device)
                 decode, number = self.decode, 1
-                room = min(T - position, max_new_tokens - done)
+                room = min(T - position, max_new_tokens - done, DRAWN_AT_ONCE - used)
                 if fast is not None and unread.size(1) == 1 and fast.at_once <= room:
                     decode, number = fast
                 elif fast is not None and done > 0 and position == 0:
@@ -453,12 +458,12 @@ class LanguageModel(nn.Module):
                     unread.clone(memory_format=torch.contiguous_format),
                     cache.positions[position : position + unread.size(1)],
                     cache,
-                    chance[done : done + number],
+                    chance[used : used + number],
                     sampling,
                     seen,
                 )
                 position += unread.size(1) + number - 1
-                text[:, given.size(1) + done :][:, :number] = tokens
+                recent = torch.cat((recent, tokens), dim=1)[:, -T:]
                 unread, done = tokens[:, -1:], done + number
                 yield tokens, log_probs
         finally:

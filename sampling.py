@@ -4,15 +4,21 @@ Each takes logits `(B, V)`, and gives them back changed. What is not to be drawn
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose, in the order in which it is applied."""
+    """How to choose, in the order in which it is applied.
+
+    Raises `UserError` for a value that means nothing.
+    """
 
     repetition_penalty: float = 1.0
     temperature: float = 1.0
@@ -20,8 +26,20 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    def __post_init__(self) -> None:
+        legal = {
+            "repetition_penalty from 0.01 to 100": 0.01 <= self.repetition_penalty <= 100,
+            "temperature of 0 or more": 0 <= self.temperature < math.inf,
+            "top_k of 1 or more": self.top_k is None or self.top_k >= 1,
+            "top_p above 0, at most 1": 0 < self.top_p <= 1,
+            "min_p from 0 to below 1": 0 <= self.min_p < 1,
+        }
+        if wrong := [words for words, is_legal in legal.items() if not is_legal]:
+            raise UserError(f"sampling needs a {' and a '.join(wrong)}")
+
 
 AS_THE_MODEL_SAYS = Sampling()
+DRAWN_AT_ONCE = 1024
 
 
 def choose(
@@ -82,7 +100,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier have: 0 for the first
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    too_many = (before >= p) & (before > 0)  # the likeliest stays, however small p is
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, too_many)
     return logits.masked_fill(dropped, -math.inf)
 
 
@@ -103,6 +122,12 @@ def pick(probabilities: Tensor, draw: Tensor) -> Tensor:
     return (reached <= target).sum(dim=-1, keepdim=True)
 
 
-def draws(seed: int, number: int) -> Tensor:
-    """`number` numbers in [0, 1), `(number,)`: those of `seed`, on whatever device."""
-    return torch.rand(number, generator=torch.Generator().manual_seed(seed))
+def draws(seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Numbers in [0, 1) without end, `DRAWN_AT_ONCE` for each seed: `(DRAWN_AT_ONCE, B)`.
+
+    They are the seed's own, whatever the others and the device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        rows = [torch.rand(DRAWN_AT_ONCE, generator=generator) for generator in generators]
+        yield torch.stack(rows, dim=1)

@@ -6,6 +6,7 @@ nothing merged, nothing normalised. GPT-2's byte pairs are the other kind. A tok
 """
 
 import codecs
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -100,7 +101,8 @@ class CharTokenizer:
 
     def unknown(self, text: str) -> dict[str, int]:
         """The characters of `text` that the vocabulary lacks, sorted, and how often each stands."""
-        return {char: text.count(char) for char in sorted(set(text) - set(self.chars))}
+        counts = Counter(text)
+        return {char: counts[char] for char in sorted(counts.keys() - set(self.chars))}
 
     def extended(self, chars: Sequence[str]) -> "CharTokenizer":
         """A tokenizer that knows `chars` too; the ids of the others stay as they are."""

@@ -43,7 +43,7 @@ from utils.output import Output
 
 KEYS = (
     "model step data split tokens characters bytes loss perplexity bits_per_character "
-    "bits_per_byte stride block_size seconds"
+    "bits_per_byte stride block_size quantize seconds"
 ).split()
 
 
@@ -371,7 +371,7 @@ def test_people_read_the_score_in_aligned_lines(saved, abc_file, capsys, results
         (["--data", "few", "--stride", "0"], "--stride must be at least 1"),
         (["--data", "few", "--show", "-1"], "--show must be at least 0"),
         (["--data", "few", "--show", "9", "--json"], "--show draws, and --json prints"),
-        (["--data", "few", "--model-name", "x"], "both name a model: choose one"),
+        (["--data", "few", "--model-name", "x"], "name more than one model: choose one"),
         (["--data", "few", "--device", "cuda:9"], "--device cuda:9"),
         ([], "gone.txt, the text that the model was trained on: no such file: say where"),
         (["--dta", "few"], "unknown flag --dta; did you mean --data?"),

@@ -4,6 +4,7 @@ python -m pytest tests/test_inference.py
 """
 
 import io
+import itertools
 import json
 import os
 import select
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
@@ -102,15 +105,17 @@ def test_a_sample_is_never_read_as_markup(tiny, quiet, say, text_file):
         (["--top-p", "0"], "--top-p must be above 0"),
         (["--top-p", "1.1"], "--top-p must be at most 1"),
         (["--min-p", "1"], "--min-p must be below 1"),
-        (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
+        (["--repetition-penalty", "0"], "--repetition-penalty must be at least 0.01"),
+        (["--run", ""], "--run must not be empty"),
+        (["--num-samples", "100001"], "--num-samples must be at most 100000"),
         (["--on-unknown", "drop"], "--on-unknown must be error, skip or replace"),
         (["--stop="], "--stop must not be empty"),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file both give a prompt"),
         (["--prompt-file", "nowhere"], "nowhere: no such file"),
         (["--interactive", "--json"], "--interactive asks for prompts: leave --json out"),
-        (["--run", "a", "--model-name", "b"], "--run and --model-name both name a model"),
-        (["a", "--run", "b"], "--run and a both name a model"),
-        (["a", "b"], "more than one model is named"),
+        (["--run", "a", "--model-name", "b"], "--run and --model-name name more than one model"),
+        (["a", "--run", "b"], "--run and a name more than one model"),
+        (["a", "b"], "a and b name more than one model"),
         (["nowhere"], "nowhere: no such model"),
         (["--propmt", "x"], "unknown flag --propmt; did you mean --prompt?"),
         (["--device", "cuda:9"], "--device cuda:9"),
@@ -265,7 +270,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(run, capsys, monkeypatch):
 
     monkeypatch.setattr(inference.Speaker, "speak", impatient)
     assert inference.main(["--device=cpu", "--interactive", "--max-new-tokens=5"]) == 0
-    assert capsys.readouterr().out.startswith("\nThe")
+    assert capsys.readouterr().out.startswith("The")
 
 
 def test_in_a_conversation_the_same_prompt_is_continued_otherwise_each_time(
@@ -328,3 +333,54 @@ def test_int8_speaks_almost_as_well_and_is_refused_off_the_cpu(run, say):
         "--prompt", "To be", "--temperature", "0", "--max-new-tokens", "5", "--quantize=int8"
     )
     assert text.startswith("To be, ")
+
+
+def test_samples_in_8_bits_do_not_depend_on_their_neighbours_either(run, say):
+    flags = ("--quantize=int8", "--max-new-tokens=60", "--temperature=1")
+    parts = say("--num-samples=6", "--seed=7", *flags).split("---\n")
+    assert parts == [say(f"--seed={seed}", *flags) for seed in range(7, 13)]
+
+
+def test_json_survives_an_output_that_is_not_utf_8(tiny, quiet, folio, text_file):
+    text_file.write_text("äöü€😀" * 400, encoding="utf-8")
+    train(tiny(), output=quiet)
+    flags = ("--json", "--device=cpu", "--max-new-tokens=20")
+    plain = folio("inference.py", *flags, env={"PYTHONIOENCODING": "utf-8"})
+    ascii_only = folio("inference.py", *flags, env={"PYTHONIOENCODING": "ascii"})
+    text = json.loads(ascii_only.stdout)["text"]
+    assert text == json.loads(plain.stdout)["text"]
+    assert set(text) <= set("äöü€😀")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_result_that_cannot_be_written_is_no_success(run):
+    command = [sys.executable, str(CHECKOUT / "inference.py"), "--device=cpu", "--json"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "standard output cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--interactive", "--prompt=-"])
+def test_standard_input_that_is_closed_is_one_line(run, monkeypatch, flag):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        inference.main([flag])
+
+
+def test_a_lack_of_memory_is_one_line(run, monkeypatch):
+    def too_much(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("model.KeyValueCache", too_much)
+    with pytest.raises(UserError, match="2 samples at once do not fit into memory: take fewer"):
+        inference.main(["--device=cpu", "--num-samples=2"])
+
+
+def test_the_speed_is_that_of_what_follows_the_prompt(run, say, monkeypatch):
+    now = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(inference, "time", clock)
+    said = json.loads(say("--json", "--max-new-tokens=10", "--num-samples=3"))
+    assert said["tokens_per_second"] == pytest.approx(3)  # 3 texts, a clock that ticks each token
+    assert json.loads(say("--json", "--max-new-tokens=1"))["tokens_per_second"] is None

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from model import KeyValueCache, LanguageModel
 from parameters import ModelConfig
-from sampling import Sampling, choose, draws
+from sampling import DRAWN_AT_ONCE, Sampling, choose, draws
+from utils.errors import UserError
 
 V = 11
 
@@ -289,14 +290,15 @@ def continued(model, prompt, length, sampling, seed=0) -> list[int]:
     """The rule of `stream`, without a cache: what is in the window is read again for each token."""
     ids, T = list(prompt), model.block_size
     window = ids[-T:]
-    for draw in draws(seed, length):
+    numbers = torch.cat([chance for chance, _ in zip(draws([seed]), range(2), strict=False)])
+    for draw in numbers[:length]:
         if len(window) > T:
             window = window[-(T - T // 2) :]
         logits = model.eval()(torch.tensor([window]))[0][:, -1, : model.num_tokens]
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
         penalised = sampling.repetition_penalty != 1
-        token, _ = choose(logits, draw[None], sampling, seen if penalised else None)
+        token, _ = choose(logits, draw, sampling, seen if penalised else None)
         ids.append(token.item())
         window.append(token.item())
     return ids
@@ -343,6 +345,31 @@ def test_what_a_cache_holds_beyond_its_last_position_is_never_seen():
         expected = model.next_logits(idx, clean.positions[:4], clean)
         assert torch.equal(model.next_logits(idx, used.positions[:4], used), expected)
         torch.testing.assert_close(expected, model(idx)[0][:, -1])
+
+
+@torch.no_grad()
+def test_a_long_text_goes_on_by_the_same_rule():
+    model, sampling = awake(make(block_size=4, n_layer=1)), Sampling(temperature=2)
+    length = DRAWN_AT_ONCE + 50  # the draws come in blocks
+    out = model.generate([1], length, sampling, seeds=[7])
+    assert out[0].tolist() == continued(model, [1], length, sampling, seed=7)
+
+
+@torch.no_grad()
+def test_a_repetition_penalty_knows_the_prompt_beyond_the_window_too():
+    model, sampling = awake(make()), Sampling(repetition_penalty=100)
+    texts = set()
+    for first in range(V):
+        prompt = [first, *[1] * 9]  # 10 tokens, of which the model reads 8
+        out = model.generate(prompt, 10, sampling, seeds=[2])[0].tolist()
+        assert out == continued(model, prompt, 10, sampling, seed=2)
+        texts.add(tuple(out[1:]))
+    assert len(texts) > 2
+
+
+def test_a_prompt_of_nothing_is_refused():
+    with pytest.raises(UserError, match="a prompt needs one token at least"):
+        make().generate([], 3)
 
 
 def test_a_token_costs_the_work_of_one_however_many_were_before():

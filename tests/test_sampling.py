@@ -4,6 +4,7 @@ python -m pytest tests/test_sampling.py
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sampling import (
     penalise_repetition,
     pick,
 )
+from utils.errors import UserError
 
 LOGITS = torch.tensor([0.5, 0.05, 0.25, 0.2]).log()[None]  # of these probabilities
 
@@ -29,7 +31,8 @@ def kept(logits: torch.Tensor) -> list[int]:
 
 def drawn(sampling: Sampling, number: int = 20_000) -> torch.Tensor:
     """The share that each token has of many draws."""
-    tokens, _ = choose(LOGITS.expand(number, -1), draws(0, number), sampling)
+    chance = torch.rand(number, generator=torch.Generator().manual_seed(0))
+    tokens, _ = choose(LOGITS.expand(number, -1), chance, sampling)
     return torch.bincount(tokens.flatten(), minlength=4) / number
 
 
@@ -61,7 +64,15 @@ def test_top_k_keeps_the_k_likeliest_and_more_than_the_vocabulary_is_all(k, expe
 
 @pytest.mark.parametrize(
     ("p", "expected"),
-    [(1e-9, [0]), (0.49, [0]), (0.51, [0, 2]), (0.9, [0, 2, 3]), (0.97, [0, 1, 2, 3])],
+    [
+        (1e-46, [0]),
+        (1e-9, [0]),
+        (0.5, [0]),
+        (0.49, [0]),
+        (0.51, [0, 2]),
+        (0.9, [0, 2, 3]),
+        (0.97, [0, 1, 2, 3]),
+    ],
 )
 def test_top_p_keeps_the_fewest_that_have_that_share_together(p, expected):
     assert kept(keep_top_p(LOGITS, p)) == expected
@@ -104,6 +115,36 @@ def test_what_has_no_probability_is_never_picked(draw):
     assert pick(probabilities, torch.tensor([draw])).item() == (2 if draw < 0.6 else 4)
 
 
-def test_a_seed_has_its_own_draws_and_more_of_them_begin_with_the_same():
-    assert torch.equal(draws(7, 1000)[:10], draws(7, 10))
-    assert not torch.equal(draws(7, 10), draws(8, 10))
+def test_a_seed_has_its_own_draws_whatever_its_neighbours():
+    alone, among = draws([7]), draws([6, 7])
+    for _ in range(2):
+        numbers, pairs = next(alone), next(among)
+        assert torch.equal(numbers[:, 0], pairs[:, 1])
+        assert not torch.equal(pairs[:, 0], pairs[:, 1])
+        assert 0 <= numbers.min() < numbers.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"temperature": -1}, "a temperature of 0 or more"),
+        ({"temperature": math.nan}, "a temperature of 0 or more"),
+        ({"top_k": 0}, "a top_k of 1 or more"),
+        ({"top_p": 0}, "a top_p above 0, at most 1"),
+        ({"top_p": 1.1, "min_p": 1}, "a top_p above 0, at most 1 and a min_p from 0 to below 1"),
+        ({"repetition_penalty": 0}, "a repetition_penalty from 0.01 to 100"),
+    ],
+)
+def test_a_way_of_sampling_that_means_nothing_is_refused(wrong, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        Sampling(**wrong)
+
+
+def test_of_equally_likely_tokens_the_first_come_first_in_top_p():
+    logits = torch.zeros(1, 100)
+    assert kept(keep_top_p(logits, 0.035)) == [0, 1, 2, 3]
+
+
+def test_rounding_never_carries_a_draw_past_the_end():
+    probabilities = torch.tensor([[1.0, 1e-8, 0.0]]) / 3  # they need not sum to 1
+    assert pick(probabilities, torch.tensor([1.0])).item() <= 1

@@ -26,10 +26,13 @@ class Output:
         quiet: nothing on standard output; a run still writes its `console.txt`, and warnings and
             errors still go to standard error.
         stream: where lines go; standard output by default.
+
+    `exit_status` is that of a command whose result is what it prints: 1 where it could not be.
     """
 
     def __init__(self, *, quiet: bool = False, stream: IO[str] | None = None):
         self.quiet = quiet
+        self.exit_status = 1 if stream is None and sys.stdout is None else 0
         self.console = Console(file=stream, markup=False, emoji=False, highlight=False)
         self._file: IO[str] | None = None
         self._unwritten: list[str] = []
@@ -112,7 +115,7 @@ class Output:
         except BrokenPipeError:  # as in `python train.py | head`: the run goes on, unheard
             self.quiet = True
         except OSError as error:  # the disk that standard output goes to is full
-            self.quiet = True
+            self.quiet, self.exit_status = True, 1
             self.warning(f"standard output cannot be written: {error.strerror}")
 
     def _write(self, text: str, end: str) -> None:
