@@ -149,9 +149,8 @@ class KeyValueCache:
 
     def layers(self, positions: Tensor) -> "list[LayerCache]":
         """What each layer remembers, for tokens that are read now at `positions`, `(t,)`."""
-        hidden = (
-            self.positions > positions[:, None]
-        )  # (t, T): what comes later, or is not yet there
+        # What comes later, or is not there yet: (t, T).
+        hidden = self.positions > positions[:, None]
         mask = torch.zeros_like(hidden, dtype=self.keys[0].dtype).masked_fill(hidden, -math.inf)
         pairs = zip(self.keys, self.values, strict=True)
         return [LayerCache(keys, values, mask) for keys, values in pairs]
