@@ -96,7 +96,7 @@ class InferenceConfig(Settings):
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
     torch_compile: Switch = "auto"
-    """Compile for speed: a minute that pays back after some 100,000 tokens."""
+    """Compile for speed: two minutes that pay back after some 200,000 tokens."""
 
     quantize: Literal["none", "int8"] = "none"
     """int8: on a CPU, the blocks' weights in a quarter of the memory; faster for large models."""
