@@ -23,6 +23,7 @@ from pydantic import Field
 
 from bundle import (
     WEIGHTS_FILE,
+    checkpoints_in,
     find_directory,
     find_named_model,
     newest_usable_bundle,
@@ -259,9 +260,9 @@ def load_speaker(
 def without_export(directory: Path) -> str:
     """A remark where `directory` is a checkpoint that stands in for what its run has not yet."""
     run = run_of(directory)
-    if run is None or directory.parent.name != "checkpoints":
+    if run is None or (run / "artifacts" / "export").exists():
         return ""
-    if (run / "artifacts" / "export").exists():
+    if directory != checkpoints_in(run)[-1]:  # an older one, which somebody named
         return ""
     return ": its run has no export yet, and this is its newest checkpoint"
 
