@@ -78,6 +78,7 @@ TRAINING_FACTS = (
     "data_sha256",
     "computed_in",  # the precision in effect
     "compiled_by",  # torch.compile's backend in effect, or off
+    "processes",  # how many trained it side by side
     "model_name",
     "run_tag",
     "state_sha256",

@@ -28,6 +28,7 @@ from bundle import (
     usable_bundle,
     write_bundle,
 )
+from distributed import ALONE, World, gathered, sharded_as
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import Tokenizer, from_state
@@ -46,29 +47,38 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     config: ModelConfig,
     state: TrainingState,
+    world: World = ALONE,
 ) -> None:
     """Publish the training as it is now in the bundle `directory`.
+
+    Of several processes rank 0 writes; the others give their part of what it writes.
 
     Raises:
         RunError: the weights are not finite. A model that is beyond help replaces no good one.
         OSError: the disk is full, or refuses. What was saved before is untouched.
     """
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise RunError(
-            f"the weights are not finite after step {state.step}: the run cannot go on; "
-            "lower learning_rate"
-        )
+    weights = {name: gathered(tensor, world) for name, tensor in model.state_dict().items()}
+    optimizer_state = _optimizer_state(model, optimizer, scaler, world)
     metadata = {"step": str(state.step), "run_id": str(state.run_id)}
-    write_bundle(
-        directory,
-        config=config,
-        vocab_size=model.vocab_size,
-        device=next(model.parameters()).device.type,
-        tokenizer=tokenizer.state(),
-        state=state,
-        save_weights=lambda path: model.save_safetensors(path, metadata),
-        save_optimizer=lambda path: _write_optimizer(path, model, optimizer, scaler),
-    )
+
+    def publish() -> None:
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise RunError(
+                f"the weights are not finite after step {state.step}: the run cannot go on; "
+                "lower learning_rate"
+            )
+        write_bundle(
+            directory,
+            config=config,
+            vocab_size=model.vocab_size,
+            device=next(model.parameters()).device.type,
+            tokenizer=tokenizer.state(),
+            state=state,
+            save_weights=lambda path: model.save_safetensors(path, metadata, weights),
+            save_optimizer=lambda path: _write_optimizer(path, optimizer_state),
+        )
+
+    world.on_main(publish)
 
 
 class Checkpoints:
@@ -90,20 +100,23 @@ class Checkpoints:
         scaler: torch.amp.GradScaler,
         tokenizer: Tokenizer,
         config: ModelConfig,
+        world: World = ALONE,
     ):
         self.newest: Path | None = None
         self._run = run
         self._named_model = named_model
         self._saved = (model, optimizer, scaler, tokenizer, config)
         self._config = config
+        self._world = world
 
     def begin_named_model(self, state: TrainingState) -> None:
         """Publish the named model before its first step, unless there is one to be replaced.
 
         That one stays until there is something better than new weights in its place.
         """
-        if self._named_model is not None and not is_bundle(self._named_model):
-            save_checkpoint(self._named_model, *self._saved, state)
+        named_model = self._named_model
+        if named_model is not None and self._world.on_main(lambda: not is_bundle(named_model)):
+            save_checkpoint(named_model, *self._saved, state, self._world)
 
     def save(self, state: TrainingState) -> None:
         """Save a checkpoint; the export too where this step is the best; advance the named model.
@@ -111,15 +124,19 @@ class Checkpoints:
         Raises what `save_checkpoint` raises.
         """
         if self.newest is None:  # here and not earlier: a run that only loads writes nothing
-            self._clean_up_after_others()
+            self._world.on_main(self._clean_up_after_others)
         directory = self._run.checkpoint(state.step)
-        save_checkpoint(directory, *self._saved, state)
+        save_checkpoint(directory, *self._saved, state, self._world)
         self.newest = directory
+        self._world.on_main(lambda: self._follow(state))
+
+    def _follow(self, state: TrainingState) -> None:
+        """Bring what follows the newest checkpoint up to it: the export, the named model."""
         best_step = state.fact("best_step")
         if best_step == state.step:
-            copy_bundle(directory, self._run.export, with_optimizer=False)
+            copy_bundle(self.newest, self._run.export, with_optimizer=False)
         if self._named_model is not None:
-            copy_bundle(directory, self._named_model)
+            copy_bundle(self.newest, self._named_model)
         self._remove_old(best_step)
 
     def _remove_old(self, best_step: int | None) -> None:
@@ -143,15 +160,10 @@ class Checkpoints:
             clean_up(run / "artifacts" / "export")
 
 
-def _write_optimizer(
-    path: Path,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def _write_optimizer(path: Path, state: dict[str, Any]) -> None:
     try:
         with open(path, "wb") as file:
-            torch.save(_optimizer_state(model, optimizer, scaler), file)
+            torch.save(state, file)
     except RuntimeError as error:
         # A full disk makes torch complain of its own positions; the system's reason is behind it.
         if isinstance(error.__context__, OSError):
@@ -160,17 +172,32 @@ def _write_optimizer(
 
 
 def _optimizer_state(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    world: World,
 ) -> dict[str, Any]:
-    """What `optimizer.pt` holds: tensors and plain Python, keyed by the parameters' names."""
+    """What `optimizer.pt` holds: tensors and plain Python, keyed by the parameters' names.
+
+    `generators` are those of rank 0, and `other_generators` those of the ranks after it.
+    """
     saved = optimizer.state_dict()["state"]
     names = _parameter_names(model, optimizer)
+    state = {
+        names[index]: {
+            key: gathered(value, world) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        for index, values in saved.items()
+    }
+    generators = world.gather(_generators(next(model.parameters()).device))
     return {
         "format_version": FORMAT_VERSION,
         "optimizer": type(optimizer).__name__,
-        "state": {names[index]: values for index, values in saved.items()},
+        "state": state,
         "scaler": scaler.state_dict(),  # of fp16 alone; otherwise empty
-        "generators": _generators(next(model.parameters()).device),
+        "generators": generators[0] if generators else {},
+        "other_generators": generators[1:],
     }
 
 
@@ -251,28 +278,30 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
         raise UserError(f"{path}: not the weights of this model: {reason}") from None
 
 
-def load_checkpoint(
+def load_training(
     bundle: Bundle,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    world: World = ALONE,
 ) -> None:
-    """Put the training that was saved back: weights, optimizer, scaler, random generators.
+    """Put back what was saved beside the weights: optimizer, scaler, random generators.
 
     Learning rate, betas and weight decay stay those of `optimizer`: the configuration has them.
-    To be called last, as whatever draws a random number would move the generators on.
+    To be called last, as whatever draws a random number would move the generators on. A process
+    whose rank had none when this was saved keeps the generators it has.
 
-    Raises `UserError` where the weights are not those of this model, or, telling then of
-    `--reset-optimizer`, where the optimizer's state cannot be used.
+    Raises `UserError`, telling of `--reset-optimizer`, where the state cannot be used.
     """
-    load_weights(bundle, model)
     path = bundle.path / OPTIMIZER_FILE
     try:
         saved = _read_optimizer_state(bundle.contents[OPTIMIZER_FILE], type(optimizer).__name__)
         optimizer.load_state_dict(_fitted(saved["state"], model, optimizer))
         if saved.get("scaler") and scaler.is_enabled():  # in fp16 until now, and further on
             scaler.load_state_dict(saved["scaler"])
-        _restore_generators(saved["generators"], next(model.parameters()).device)
+        generators = [saved["generators"], *saved.get("other_generators", [])]
+        if world.rank < len(generators):
+            _restore_generators(generators[world.rank], next(model.parameters()).device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         remedy = "--reset-optimizer goes on with a new optimizer"
@@ -311,10 +340,23 @@ def _fitted(
         raise ValueError("does not fit: its parameters are not those of this model")
     for name, parameter in model.named_parameters():
         for value in state.get(name, {}).values():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            if _is_as_large(value) and value.shape != parameter.shape:
                 raise ValueError(f"does not fit: {name} has another shape")
-    by_index = {index: state[name] for index, name in enumerate(names) if name in state}
+    parameters = dict(model.named_parameters())
+    by_index = {
+        index: {
+            key: sharded_as(value, parameters[name]) if _is_as_large(value) else value
+            for key, value in state[name].items()
+        }
+        for index, name in enumerate(names)
+        if name in state
+    }
     return {"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _is_as_large(value: Any) -> bool:
+    """Whether something remembered of a parameter has a number for each of its own."""
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:

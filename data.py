@@ -237,11 +237,12 @@ def count_windows(tokens: np.ndarray, config: ModelConfig) -> int:
     return (tokens.size - 1) // config.block_size
 
 
-def micro_batches(config: ModelConfig) -> list[slice]:
-    """The rows of a batch, `micro_batch_size` at a time; the last slice may be shorter."""
-    size = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    ends = range(0, config.batch_size, size)
-    return [slice(start, min(start + size, config.batch_size)) for start in ends]
+def micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]:
+    """`rows` of a batch, None for all, `micro_batch_size` at a time; the last may be fewer."""
+    rows = rows or slice(0, config.batch_size)
+    size = config.micro_batch_size or config.batch_size
+    starts = range(rows.start, rows.stop, size)
+    return [slice(start, min(start + size, rows.stop)) for start in starts]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ Given the weights of a model of either kind in Transformers, the logits are that
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,8 +143,9 @@ class KeyValueCache:
         weight, n_head = model.token_embedding.weight, model.blocks[0].attention.n_head
         T, C = model.block_size, weight.size(1)
         shape = (rows, n_head, T, C // n_head)  # (B, H, T, D)
-        self.keys = [weight.new_zeros(shape) for _ in model.blocks]
-        self.values = [weight.new_zeros(shape) for _ in model.blocks]
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.keys = [torch.zeros(shape, **like) for _ in model.blocks]
+        self.values = [torch.zeros(shape, **like) for _ in model.blocks]
         self.positions = torch.arange(T, device=weight.device)
 
     def layers(self, positions: Tensor) -> "list[LayerCache]":
@@ -491,9 +492,18 @@ class LanguageModel(nn.Module):
         """How many numbers are learned; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def save_safetensors(self, path: Path, metadata: dict[str, str] | None = None) -> None:
-        """Write the weights in the safetensors format, under the names they have here."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+    def save_safetensors(
+        self,
+        path: Path,
+        metadata: dict[str, str] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the weights in the safetensors format, under the names they have here.
+
+        `weights` are given where this process holds a part of them alone.
+        """
+        weights = self.state_dict() if weights is None else weights
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
 
     def load_safetensors(self, content: bytes) -> None:

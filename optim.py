@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from distributed import is_sharded, part, parts_as, sharded_as, whole
 from model import LanguageModel
 from parameters import ModelConfig
 
@@ -103,14 +104,18 @@ class Muon(torch.optim.Optimizer):
         stacked = {p: number for p, number in known if p.grad is not None}
         if not stacked:
             return
-        gradients = [p.grad for p in stacked]
-        means = self._states("momentum", list(stacked))
+        matrices = list(stacked)
+        gradients = [part(p.grad) for p in matrices]
+        means = [part(mean) for mean in self._states("momentum", matrices)]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(list(stacked), 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_([part(p) for p in matrices], 1 - group["lr"] * group["weight_decay"])
+        # What is sharded is made whole for this: all rows of a matrix have a say in each other.
+        ahead = [whole(parts_as(change, p)) for p, change in zip(matrices, ahead, strict=True)]
+        targets = [torch.zeros(p.shape, device=p.device) if is_sharded(p) else p for p in matrices]
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for (parameter, number), change in zip(stacked.items(), ahead, strict=True):
-            for pair in zip(parameter.chunk(number), change.chunk(number), strict=True):
+        for target, number, change in zip(targets, stacked.values(), ahead, strict=True):
+            for pair in zip(target.chunk(number), change.chunk(number), strict=True):
                 by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
         for pairs in by_shape.values():
             changes = torch.stack([flat(change) for _, change in pairs])
@@ -121,15 +126,18 @@ class Muon(torch.optim.Optimizer):
                 outputs, inputs = matrix.shape
                 rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
                 flat(matrix).add_(change, alpha=-rate)
+        for p, target in zip(matrices, targets, strict=True):
+            if is_sharded(p):
+                part(p).add_(part(sharded_as(target, p)))
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         """Update by PyTorch's AdamW."""
         parameters = [p for p in group["params"] if p.grad is not None]
         adamw(
-            parameters,
-            [p.grad for p in parameters],
-            self._states("exp_avg", parameters),
-            self._states("exp_avg_sq", parameters),
+            [part(p) for p in parameters],
+            [part(p.grad) for p in parameters],
+            [part(mean) for mean in self._states("exp_avg", parameters)],
+            [part(mean) for mean in self._states("exp_avg_sq", parameters)],
             [],
             self._states("step", parameters),
             fused=group["fused"],
@@ -205,7 +213,7 @@ def clip_gradients(model: nn.Module, longest: float) -> Tensor:
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, grad_norm)
-    return grad_norm
+    return whole(grad_norm)
 
 
 def update(

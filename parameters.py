@@ -104,7 +104,7 @@ class Training(Settings):
     """Sequences in one step (one optimizer update), whatever the number of devices."""
 
     micro_batch_size: Positive | None = None
-    """Sequences in memory at once in training; the step accumulates them. null: batch_size."""
+    """Sequences that a process has in memory at once; the step accumulates them. null: all."""
 
     max_iters: Positive | None = 880
     """Steps to train. null: as epochs or max_minutes say."""
@@ -183,8 +183,11 @@ class Runtime(Settings):
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes of torchrun share a model. ddp: each has all of it; fsdp: each a part."""
+
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads. null: as many as PyTorch chooses."""
+    """CPU threads of each process. null: as many as PyTorch chooses."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products. auto: bf16 where the processor multiplies in it, else fp32."""

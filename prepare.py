@@ -17,7 +17,7 @@ import torch
 
 from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, read_state
 from callbacks import Best, Maker, describe_makers
-from checkpoint import load_checkpoint, load_tokenizer, load_weights
+from checkpoint import load_tokenizer, load_training, load_weights
 from config import CHECKOUT, LoadedConfig
 from data import (
     SPLITS,
@@ -28,6 +28,7 @@ from data import (
     load_data,
     micro_batches,
 )
+from distributed import ALONE, World, check_alike, seed_of, shard, shared
 from model import LanguageModel
 from optim import create_optimizer, learning_rate_at
 from parameters import ModelConfig
@@ -57,6 +58,7 @@ from utils.device import (
 )
 from utils.errors import UserError
 from utils.output import Output, plural
+from utils.ranks import Ranks
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.tracking.aim import require_aim
 
@@ -70,40 +72,45 @@ def set_up(
     start: Start | None = None,
     callbacks: Mapping[str, Maker] | None = None,
     *,
+    world: World = ALONE,
     cache: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> Setup:
     """Make what a run needs before its first step: device, text, model and optimizer.
 
-    The callbacks are kept, to be made when it begins; `tell` hears of what takes a while.
+    The callbacks are kept, to be made when it begins; `tell` hears of what takes a while. Of
+    several processes, all call this.
 
     Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
     start = start or start_of(config)
+    check_alike(world, (config, start.bundle and start.bundle.state))
     check_steps_left(config, start)
     if config.aim_logging:
         require_aim(config)
     device = open_device(config)
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
     bundle = read_contents(start)
-    data = load_data(
-        config,
-        tokenizer=load_tokenizer(bundle) if bundle else None,
-        may_extend=not start.is_resume,
-        # A model that began with the sample corpus goes on with it, whatever else is there now.
-        sample=start.is_resume and sources["data"] == str(start.bundle.path),
-        cache=cache,
+    data = world.on_each(
+        lambda: load_data(
+            config,
+            tokenizer=load_tokenizer(bundle) if bundle else None,
+            may_extend=not start.is_resume,
+            # A model that began with the sample corpus goes on with it, whatever else is there now.
+            sample=start.is_resume and sources["data"] == str(start.bundle.path),
+            cache=cache,
+        )
     )
     if loaded is not None:
         check_rerun(loaded, start, data.name, data.sha256)
     precision = choose_precision(config.precision, device)
     if start.is_resume and measures_alike(config, data, precision, start.bundle.state):
         check_not_stopped_early(config, start)
-    settled, length = settle_length(config, data, device, start)
+    settled, length = settle_length(config, data, device, start, world)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
         check_steps_left(settled, start)
-    setup = create_setup(settled, sources, data, device, start, bundle, tell)
+    setup = create_setup(settled, sources, data, device, start, bundle, tell, world)
     return replace(setup, callbacks=callbacks or {})
 
 
@@ -111,7 +118,9 @@ def open_device(config: ModelConfig) -> torch.device:
     """The device, with the CPU threads and TF32 that the settings say. Raises `UserError`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = choose_device(config.device)
+    device = choose_device(config.device, Ranks.of_environment())
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # what PyTorch puts there by itself goes there too
     set_tf32(device, config.precision)
     return device
 
@@ -130,23 +139,29 @@ def create_setup(
     start: Start,
     bundle: Bundle | None = None,
     tell: Callable[[str], None] | None = None,
+    world: World = ALONE,
 ) -> Setup:
     """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
 
     `bundle` is that of `start`, with its contents, which are needed for no longer than this.
-    `tell` hears of what takes a while.
+    `tell` hears of what takes a while. Of several processes, all call this.
     """
     torch.manual_seed(config.seed)
     tokenizer = data.tokenizer
-    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens).to(device)
+    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens)
+    if bundle is not None:
+        load_weights(bundle, model)
+    if world.size > 1 and config.parallel == "fsdp":
+        shard(model, device, world)
+    model.to(device)
+    if world.rank > 0:  # each process drops out other activations
+        torch.manual_seed(seed_of(config.seed, world.rank, start.step))
     precision = choose_precision(config.precision, device)
     optimizer = create_optimizer(model, config, DTYPES[precision])
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    learner, compiled = create_learner(model, data, config, device, tell)
+    learner, compiled = create_learner(model, data, config, device, tell, world)
     if bundle is not None and start.is_resume and not start.reset_optimizer:
-        load_checkpoint(bundle, model, optimizer, scaler)  # and with it dropout's generator
-    elif bundle is not None:
-        load_weights(bundle, model)
+        load_training(bundle, model, optimizer, scaler, world)  # dropout's generator among it
     return Setup(
         config=config,
         sources=sources,
@@ -159,6 +174,7 @@ def create_setup(
         precision=precision,
         learner=learner,
         compiled=compiled,
+        world=world,
     )
 
 
@@ -168,11 +184,16 @@ def create_learner(
     config: ModelConfig,
     device: torch.device,
     tell: Callable[[str], None] | None = None,
+    world: World = ALONE,
 ) -> tuple[Callable, Compiled]:
     """What a step calls: the model, compiled where the settings say so and where that works.
 
+    Of several processes each compiles its own, and what a step calls shares their gradients.
+
     Raises `UserError` where it does not work and was asked for.
     """
+    if world.size > 1 and config.parallel == "fsdp":
+        return model, Compiled("off", "parallel is fsdp")
     tokens = (config.max_iters or 1) * config.batch_size * config.block_size
     operations = 6.0 * model.num_parameters() * tokens  # forward and backward, about
     if config.max_minutes is not None and config.max_minutes < MINUTES_WORTH_COMPILING:
@@ -184,7 +205,8 @@ def create_learner(
     def probe(learner: Callable) -> None:
         """Go forward and back once with each shape of a step."""
         sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
-        shapes = {rows.stop - rows.start: rows for rows in micro_batches(config)}
+        mine = micro_batches(config, world.rows(config.batch_size))
+        shapes = {rows.stop - rows.start: rows for rows in mine}
         for rows in shapes.values():
             batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
             inputs, targets = (part.to(device) for part in batch)
@@ -193,7 +215,8 @@ def create_learner(
             loss.backward()
         model.zero_grad()
 
-    return compile_model(model, wanted, config.torch_compile, probe)
+    learner, compiled = compile_model(model, wanted, config.torch_compile, probe)
+    return shared(learner, device, world), compiled
 
 
 def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
@@ -233,7 +256,7 @@ def measures_alike(
 
 
 def settle_length(
-    config: ModelConfig, data: Dataset, device: torch.device, start: Start
+    config: ModelConfig, data: Dataset, device: torch.device, start: Start, world: World = ALONE
 ) -> tuple[ModelConfig, str]:
     """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
 
@@ -247,8 +270,9 @@ def settle_length(
         settled = {"max_iters": max_iters, "epochs": None}
         return config.model_copy(update=settled), "epochs"
     assert config.max_minutes is not None
-    speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device)
-    more = max(1, int(config.max_minutes * 60 / speed.seconds_per_step_with_evaluation))
+    speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device, world)
+    seconds = world.on_main(lambda: speed.seconds_per_step_with_evaluation)
+    more = max(1, int(config.max_minutes * 60 / seconds))
     settled = {"max_iters": start.step + more, "max_minutes": None}
     return config.model_copy(update=settled), "max_minutes"
 
@@ -268,12 +292,18 @@ class Speed:
         return self.step + self.evaluation / self.steps_between_evaluations
 
 
-def measure_speed(config: ModelConfig, data: Dataset, device: torch.device) -> Speed:
+def measure_speed(
+    config: ModelConfig, data: Dataset, device: torch.device, world: World = ALONE
+) -> Speed:
     """Time real steps, and a part of an evaluation, of a model that is thrown away."""
-    setup = create_setup(config, {}, data, device, Start())
+    setup = create_setup(config, {}, data, device, Start(), world=world)
     seconds: list[float] = []
     began = time.perf_counter()
-    while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5):
+
+    def has_time() -> bool:
+        return len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5)
+
+    while world.on_main(has_time):
         start = time.perf_counter()
         training_step(setup, len(seconds))
         synchronize(device)
@@ -287,9 +317,9 @@ def time_evaluation(setup: Setup) -> float:
     """The seconds of a whole evaluation, by one batch of each split."""
     config, splits = setup.config, setup.data.splits
     one = config.model_copy(update={"eval_iters": 1})
-    estimate_loss(setup.model, setup.data, one, setup.precision)  # warms up
+    estimate_loss(setup.model, setup.data, one, setup.precision, setup.world)  # warms up
     start = time.perf_counter()
-    estimate_loss(setup.model, setup.data, one, setup.precision)
+    estimate_loss(setup.model, setup.data, one, setup.precision, setup.world)
     part = time.perf_counter() - start
     windows = count_windows(splits["val"], config)
     return part * (config.eval_iters or windows / config.batch_size)
@@ -362,6 +392,7 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
         },
         "parameters": setup.model.num_parameters(),
         "device": str(setup.device),
+        "processes": setup.world.size,
         "threads": torch.get_num_threads(),
         "precision": setup.precision,
         "torch_compile": setup.compiled.mode,
@@ -380,6 +411,8 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
     sizes = ", ".join(f"{data.splits[s].size:,} {s}" for s in SPLITS if s in data.splits)
     mode = setup.compiled.mode
     how = f"{setup.precision}{'' if mode == 'off' else f', torch.compile {mode}'}"
+    if setup.world.size > 1:
+        how += f", {setup.world.size} processes ({config.parallel})"
     unit = data.tokenizer.unit
     lines = [
         f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
@@ -425,17 +458,25 @@ def other_text(setup: Setup) -> str | None:
 
 
 def computed_otherwise(setup: Setup) -> str | None:
-    """A note, where a model goes on in another precision, or compiled in another way."""
+    """A note, where a model goes on in another precision, compiled in another way, and so on."""
     if not setup.start.is_resume:
         return None
     state = setup.start.bundle.state
-    before = (state.fact("computed_in") or "fp32", state.fact("compiled_by"))
-    now = (setup.precision, setup.compiled.mode)
+    before = (
+        state.fact("computed_in") or "fp32",
+        state.fact("compiled_by"),
+        state.fact("processes") or 1,
+    )
+    now = (setup.precision, setup.compiled.mode, setup.world.size)
     if before[1] is None or before == now:  # an older model does not say how
         return None
+    described = [
+        f"in {precision}, torch.compile {mode}, by {plural(size, 'process', 'processes')}"
+        for precision, mode, size in (before, now)
+    ]
     return (
-        f"Note: computed in {before[0]}, torch.compile {before[1]} until now, and in {now[0]}, "
-        f"torch.compile {now[1]} from here on: as good, and not the same to the bit\n"
+        f"Note: computed {described[0]} until now, and {described[1]} from here on: as good, and "
+        "not the same to the bit\n"
     )
 
 

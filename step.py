@@ -14,6 +14,7 @@ from torch import Tensor
 
 from callbacks import Maker
 from data import Dataset, count_windows, evaluation_batches, get_batch, micro_batches
+from distributed import ALONE, World, accumulating
 from model import LanguageModel
 from optim import clip_gradients, update
 from parameters import ModelConfig
@@ -30,8 +31,9 @@ PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")
 class Setup:
     """What a run needs before its first step. `config.max_iters` is settled.
 
-    `learner` is the model, or the model compiled: the same weights. A step calls it; evaluations,
-    samples and checkpoints take the model as it is, whose shapes may change.
+    `learner` is the model, the model compiled, or what shares its gradients with other processes:
+    the same weights. A step calls it; evaluations, samples and checkpoints take the model as it is,
+    whose shapes may change.
     """
 
     config: ModelConfig
@@ -45,6 +47,7 @@ class Setup:
     precision: str
     learner: Callable[..., tuple[Tensor, Tensor | None]]
     compiled: Compiled
+    world: World = ALONE
     callbacks: Mapping[str, Maker] = field(default_factory=dict)
 
 
@@ -53,7 +56,7 @@ def training_step(
     step: int,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """Learn from the batch of `step`, a micro-batch at a time.
+    """Learn from the batch of `step`, each process from its own rows, a micro-batch at a time.
 
     Returns the mean loss over the whole batch and the norm of its gradient before clipping, both
     scalars that are still on the device. The gradient itself, as clipped, stays with the
@@ -68,7 +71,8 @@ def training_step(
     total = torch.zeros((), device=setup.device)
     with phase("optimizer"):
         setup.optimizer.zero_grad(set_to_none=True)
-    for rows in micro_batches(config):
+    mine = setup.world.rows(config.batch_size)
+    for rows in micro_batches(config, mine):
         with phase("data"):
             inputs, targets = get_batch(
                 tokens,
@@ -79,13 +83,15 @@ def training_step(
                 rows=rows,
             )
             inputs, targets = inputs.to(setup.device), targets.to(setup.device)
-        with phase("forward"), autocast(setup.device, setup.precision):
-            _, loss = setup.learner(inputs, targets)
-            # Each micro-batch counts by its rows, so that their number changes nothing but memory.
-            loss = loss * (inputs.size(0) / config.batch_size)
-        with phase("backward"):
-            setup.scaler.scale(loss).backward()
-        total += loss.detach()
+        with accumulating(setup.learner, is_last=rows.stop == mine.stop):
+            with phase("forward"), autocast(setup.device, setup.precision):
+                _, loss = setup.learner(inputs, targets)
+                # Each micro-batch counts by its rows: their number changes nothing but memory.
+                loss = loss * (inputs.size(0) / (mine.stop - mine.start))
+            with phase("backward"):
+                setup.scaler.scale(loss).backward()
+        total += loss.detach() / setup.world.size
+    setup.world.sum(total)
     with phase("gradient clipping"):
         setup.scaler.unscale_(setup.optimizer)
         grad_norm = clip_gradients(setup.model, config.grad_clip)
@@ -96,29 +102,36 @@ def training_step(
 
 @torch.no_grad()
 def estimate_loss(
-    model: LanguageModel, data: Dataset, config: ModelConfig, precision: str = "fp32"
+    model: LanguageModel,
+    data: Dataset,
+    config: ModelConfig,
+    precision: str = "fp32",
+    world: World = ALONE,
 ) -> dict[str, float]:
     """The mean loss of the train and val splits, in nats per token, on their fixed windows.
 
-    As many windows at once as are quick; how many changes nothing but rounding. Where
-    `eval_iters` is 0, train is measured on as many windows as val has.
+    As many windows at once as are quick, and each process some of them; how many changes nothing
+    but rounding. Where `eval_iters` is 0, train is measured on as many windows as val has.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     numbers = EVALUATED_AT_ONCE_ON_CPU if device.type == "cpu" else EVALUATED_AT_ONCE
-    rows = numbers // (config.block_size * max(model.vocab_size, config.n_embd))
+    rows = numbers // (config.block_size * max(model.vocab_size, config.n_embd)) * world.size
     most = count_windows(data.splits["val"], config)
     losses = {}
     for split in ("train", "val"):
         total = torch.zeros((), dtype=torch.float32, device=device)
         count = 0
         for inputs, targets in evaluation_batches(data.splits[split], config, rows=rows, most=most):
-            with autocast(device, precision):
-                _, loss = model(inputs.to(device), targets.to(device))
-            total += loss * targets.numel()
             count += targets.numel()
-        losses[split] = total.item() / count
+            # Sharded weights are gathered by all processes: one without a window takes any.
+            has_own = world.rank < len(inputs)
+            own = slice(world.rank if has_own else 0, None, world.size)
+            with autocast(device, precision):
+                _, loss = model(inputs[own].to(device), targets[own].to(device))
+            total += loss * (targets[own].numel() * has_own)
+        losses[split] = world.sum(total).item() / count
     model.train(was_training)
     return losses
 

@@ -21,6 +21,7 @@ from parameters import ALIASES, GROUPS, ModelConfig
 from start import Start, plan
 from utils.command_line import Action, CommandLine, flag_of
 from utils.output import Output, run_command
+from utils.ranks import Ranks
 
 ACTIONS = (
     Action(
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         overwrite="overwrite" in actions,
         reset_optimizer="reset_optimizer" in actions,
     )
-    output = Output()
+    output = Output(quiet=Ranks.of_environment().rank > 0)
     for note in loaded.notes:
         output.line(note)
     if "show_config" in actions:
@@ -92,6 +93,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+import os
 import platform
 import shlex
 import time
@@ -107,6 +109,7 @@ from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, read_state,
 from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainResult
 from checkpoint import Checkpoints
 from data import Dataset
+from distributed import World, explained_losses, gathered, open_world
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
@@ -115,7 +118,7 @@ from sampling import Sampling
 from start import check_unchanged, is_stopped_early, name_locked
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
-from utils.errors import RunError, UserError, reason_of
+from utils.errors import EndedElsewhere, RunError, UserError, reason_of
 from utils.output import byte_size, command_for, duration, plural
 from utils.run_manager import RunDirectory, read_record, write_result
 from utils.stop import StopRequest
@@ -140,6 +143,8 @@ def train(
 ) -> TrainResult:
     """Train a model as `config` says, in a run directory of its own.
 
+    Where torchrun has started several processes, all call this, and train it together.
+
     Args:
         config: the settings.
         loaded: where they came from, for the record; `train()` itself if None.
@@ -155,25 +160,26 @@ def train(
             a callback cannot be made, Aim is asked for and not there, or another process trains
             the model of that name. No run directory was made.
         NothingToDo: the model to resume has had `max_iters` steps. Nothing was changed.
-        RunError: the run could not go on: a loss that is not finite, a full disk, no memory.
+        RunError: the run could not go on: a loss that is not finite, a full disk, no memory, or
+            another of its processes is gone.
+        EndedElsewhere: another process raises one of these.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
     output = output or Output()
     try:
-        with explained_failures(config, output):
-            setup = set_up(config, loaded, start, callbacks, tell=output.line)
-            with name_locked(setup.start.named_model), StopRequest() as stop:
-                check_unchanged(setup.start)
+        with explained_failures(config, output), open_world(config) as world:
+            setup = set_up(config, loaded, start, callbacks, world=world, tell=output.line)
+            with world.within(name_locked(setup.start.named_model)), stop_request(world) as stop:
+                world.on_main(lambda: check_unchanged(setup.start))
                 with open_callbacks(setup, output) as called:
-                    run = open_run(setup, loaded, argv, output)
-                    with told_how_to_go_on(setup, run, output), recorded_end(run, output):
+                    run = world.on_main(lambda: open_run(setup, loaded, argv, output))
+                    with recorded_end(setup, run, output):
                         with contextlib.closing(open_log(setup, run, output)) as log:
                             checkpoints = open_checkpoints(setup, run)
                             session = Session(setup, run, log, called, checkpoints, output, stop)
                             result = run_steps(session)
                         called.at_end(result)
-                        output.line(summary(result, setup))
-                        write_result(run.meta / "result.json", asdict(result))
+                        world.on_main(lambda: conclude(result, setup, run, output))
             return result
     finally:
         output.close()
@@ -196,7 +202,7 @@ def run_steps(session: Session) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     setup, run, log, stop = session.setup, session.run, session.log, session.stop
     config = setup.config
-    best = bring_best(setup, run, session.output)
+    best = setup.world.on_main(lambda: bring_best(setup, run, session.output))
     losses: dict[str, float | None] = {"train": None, "val": None}
     evaluated = last_sample = setup.start.step
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
@@ -215,6 +221,7 @@ def run_steps(session: Session) -> TrainResult:
             why_stop = after_step(session, done, loss, grad_norm)
             if time.monotonic() - began > time_limit:
                 why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
+            why_stop = agreed(session, why_stop)
 
             is_last = done == config.max_iters or why_stop is not None
             is_evaluated = is_last or is_due(done, config.eval_interval)
@@ -224,13 +231,14 @@ def run_steps(session: Session) -> TrainResult:
                 continue
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
             if stopping:
-                session.output.line(f"Stopping after step {done}: saving (Ctrl-C again aborts)")
+                how = " (Ctrl-C again aborts)" if setup.world.size == 1 else ""
+                session.output.line(f"Stopping after step {done}: saving{how}")
                 if is_evaluated:
                     save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
                 evaluated = done
                 losses, best, reason = evaluate(session, done, best)
-                why_stop = why_stop or reason
+                why_stop = agreed(session, why_stop or reason)
                 is_last = is_last or why_stop is not None
                 stopping = stopping or stop.requested
             if is_saved or is_last or stopping or best.step == done:
@@ -273,23 +281,36 @@ def result_of(
     )
 
 
+def agreed(session: Session, why_stop: str | None) -> str | None:
+    """What all processes do next: whoever is asked to stop, or has a reason to, stops them all."""
+    world, stop = session.setup.world, session.stop
+    if world.size == 1:
+        return why_stop
+    signal, has_reason = world.largest(stop.signal, int(why_stop is not None and world.is_main))
+    if signal:
+        stop.ask(signal)
+    return world.on_main(lambda: why_stop) if has_reason else None
+
+
 def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> str | None:
     """Log a step, and tell the callbacks; return a callback's reason to stop, if it has one."""
     config, log = session.setup.config, session.log
     learning_rate = learning_rate_at(step - 1, config)
     # First, as the log stops a run whose numbers are not finite, and these may tell why.
     if is_due(step, config.histogram_interval):
-        log.histograms(step, weights_and_gradients(session.setup.model))
+        log.histograms(step, weights_and_gradients(session.setup.model, session.setup.world))
     log.step(step, loss, grad_norm, learning_rate)
     told = Step(step, loss, grad_norm, learning_rate, session.run.path, config)
     return session.callbacks.after_step(told)
 
 
-def weights_and_gradients(model: LanguageModel) -> dict[str, Tensor]:
-    """Every parameter, and its gradient as it was clipped for the last step."""
+def weights_and_gradients(model: LanguageModel, world: World) -> dict[str, Tensor]:
+    """Every parameter, and its gradient as it was clipped for the last step: for rank 0, whole."""
     parameters = dict(model.named_parameters())
     gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
-    return {f"parameters/{name}": p for name, p in parameters.items()} | gradients
+    tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
+    collected = {name: gathered(tensor, world) for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in collected.items() if tensor is not None}
 
 
 def evaluate(
@@ -300,7 +321,7 @@ def evaluate(
     Returns the losses, the best until now, and a callback's reason to stop, if it has one.
     """
     setup = session.setup
-    losses = estimate_loss(setup.model, setup.data, setup.config, setup.precision)
+    losses = estimate_loss(setup.model, setup.data, setup.config, setup.precision, setup.world)
     bits = bits_per_byte(losses, setup.data)
     is_best = best.loss is None or losses["val"] < best.loss
     session.log.evaluation(step, losses, bits, is_best=is_best)
@@ -352,6 +373,7 @@ def training_state(
         "data_sha256": setup.data.sha256,
         "computed_in": setup.precision,
         "compiled_by": setup.compiled.mode,
+        "processes": setup.world.size,
         "model_name": start.named_model.name if start.named_model else None,
         "run_tag": start.run_tag,
     }
@@ -376,24 +398,30 @@ def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
         setup.scaler,
         setup.data.tokenizer,
         setup.config,
+        setup.world,
     )
 
 
 def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
-    """The run's log: metrics.jsonl, TensorBoard and, if asked for, Aim. They know its settings."""
+    """The run's log: metrics.jsonl, TensorBoard and, if asked for, Aim. They know its settings.
+
+    Beside rank 0, a process keeps the same log of the same numbers, and writes it nowhere.
+    """
     config = setup.config
     assert config.max_iters is not None
+    is_main = setup.world.is_main
     makers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
     if config.aim_logging:
         makers["Aim"] = lambda: AimTracker(aim_repository(config), run.run_id)
-    tracker = CompositeTracker(makers, output.warning)
-    record = read_record(run.path)
-    about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
-    about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
-    tracker.log_config(record["config"], about)
+    tracker = CompositeTracker(makers if is_main else {}, output.warning)
+    if is_main:
+        record = read_record(run.path)
+        about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
+        about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
+        tracker.log_config(record["config"], about)
     return RunLog(
-        run.metrics,
-        run.samples,
+        run.metrics if is_main else Path(os.devnull),
+        run.samples if is_main else Path(os.devnull),
         tracker,
         output,
         first_step=setup.start.step,
@@ -408,20 +436,34 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
 def open_callbacks(setup: Setup, output: Output) -> Iterator[Callbacks]:
     """Early stopping, if it is asked for, and the user's own; all hear of a run that fails.
 
-    Raises `UserError` where one cannot be made.
+    Beside rank 0, a process has none. Raises `UserError` where one cannot be made.
     """
     patience = setup.config.early_stopping_patience
     own = {"early stopping": EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks(own, output.warning)
+    callbacks = Callbacks(own if setup.world.is_main else {}, output.warning)
     try:
-        callbacks.add(setup.callbacks, setup.config)
+        setup.world.on_main(lambda: callbacks.add(setup.callbacks, setup.config))
         yield callbacks
     finally:
         callbacks.at_end(None)  # those who have heard of a result already are not told again
 
 
+def stop_request(world: World) -> StopRequest:
+    """How a run hears of signals: of several processes' second ones not at all.
+
+    torchrun passes on to all what the terminal may have sent to each already.
+    """
+    return StopRequest(may_abort=world.size == 1)
+
+
 # ----------------------------------------------------------------------------------------------
 # What is said
+
+
+def conclude(result: TrainResult, setup: Setup, run: RunDirectory, output: Output) -> None:
+    """Say how a run ended, and record it."""
+    output.line(summary(result, setup))
+    write_result(run.meta / "result.json", asdict(result))
 
 
 def summary(result: TrainResult, setup: Setup) -> str:
@@ -454,13 +496,24 @@ def summary(result: TrainResult, setup: Setup) -> str:
         lines.append(f"  {command}   # go on from here")
     elif not setup.start.is_resume:
         record = f"{run}/meta/full_config.json{callback_flags(setup)}"
-        lines.append(f"  {command_for('train.py')} --config {record}   # the same run again")
+        lines.append(f"  {train_command()} --config {record}   # the same run again")
     return "\n".join(lines)
+
+
+def train_command() -> str:
+    """How to start train.py as this process was: alone, or by torchrun."""
+    ranks = Ranks.of_environment()
+    if ranks.size == 1:
+        return command_for("train.py")
+    nodes = ranks.size // ranks.local_size
+    several = f" --nnodes={nodes} …" if nodes > 1 else ""
+    script = command_for("train.py").split(" ", 1)[1]
+    return f"{command_for('torchrun')}{several} --nproc-per-node={ranks.local_size} {script}"
 
 
 def resume_command(run_dir: Path, setup: Setup) -> str:
     """The command that goes on where this run has stopped."""
-    command = f"{command_for('train.py')} --resume {shlex.quote(str(run_dir))}"
+    command = f"{train_command()} --resume {shlex.quote(str(run_dir))}"
     # What no checkpoint says, as it is the machine's or the user's.
     for name in ("device", "runs_dir", *(["checkpoints_dir"] if setup.start.named_model else [])):
         value = getattr(setup.config, name)
@@ -480,10 +533,11 @@ def callback_flags(setup: Setup) -> str:
 
 def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
     """Every setting, and what the run would take. Leaves nothing behind."""
-    with explained_failures(loaded.config, Output(quiet=True)):
-        setup = set_up(loaded.config, loaded, start, cache=False)
+    quiet = Output(quiet=True)
+    with explained_failures(loaded.config, quiet), open_world(loaded.config) as world:
+        setup = set_up(loaded.config, loaded, start, world=world, cache=False)
         config, data = setup.config, setup.data
-        speed = measure_speed(config, data, setup.device)
+        speed = measure_speed(config, data, setup.device, world)
     steps = config.max_iters - setup.start.step
     evaluations = math.ceil(steps / (config.eval_interval or steps))
     seconds = steps * speed.step + evaluations * speed.evaluation
@@ -528,16 +582,28 @@ def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterat
 
 
 @contextlib.contextmanager
-def recorded_end(run: RunDirectory, output: Output) -> Iterator[None]:
-    """Record how a run has failed, if it does, and draw report.html; but not of one cut short."""
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk must not hide the reason
-            write_result(run.meta / "result.json", {"error": reason_of(error)})
+def recorded_end(setup: Setup, run: RunDirectory, output: Output) -> Iterator[None]:
+    """Record how a run has failed, if it does, and draw report.html; but not of one cut short.
+
+    Raises as `told_how_to_go_on` does. Beside rank 0, a process that the run fails in ends in
+    silence: rank 0 has met with the same.
+    """
+    if not setup.world.is_main:
+        try:
+            yield
+        except (RunError, UserError) as error:
+            raise EndedElsewhere(RunError.exit_status) from error
+        return
+    with told_how_to_go_on(setup, run, output):
+        try:
+            with explained_losses():
+                yield
+        except Exception as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide the reason
+                write_result(run.meta / "result.json", {"error": reason_of(error)})
+            draw_report(run, output)
+            raise
         draw_report(run, output)
-        raise
-    draw_report(run, output)
 
 
 def draw_report(run: RunDirectory, output: Output) -> None:

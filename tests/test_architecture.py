@@ -21,6 +21,7 @@ ORDER = [
         "sampling",
         "model",
         "decoding",
+        "distributed",
         "optim",
         "bundle",
         "checkpoint",

@@ -40,7 +40,7 @@ from bundle import (
     state_digest,
     usable_bundle,
 )
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_model, load_training, load_weights
 from model import LanguageModel
 from optim import create_optimizer
 from sampling import Sampling
@@ -70,7 +70,9 @@ def resume(directory: Path):
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    load_checkpoint(read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE), model, optimizer, scaler)
+    bundle = read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE)
+    load_weights(bundle, model)
+    load_training(bundle, model, optimizer, scaler)
     return model, optimizer
 
 

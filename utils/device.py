@@ -17,15 +17,20 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.output import plural
+from utils.ranks import ALONE, Ranks
 
 _T = TypeVar("_T")
 
 
-def choose_device(requested: str) -> torch.device:
+def choose_device(requested: str, ranks: Ranks = ALONE) -> torch.device:
     """The device for `--device`: auto is CUDA, else MPS, else the CPU.
+
+    Of several processes on a machine each takes a CUDA device of its own, or all the CPU.
 
     Raises `UserError` where the device asked for is not there.
     """
+    if ranks.size > 1:
+        return _choose_among(requested, ranks)
     if requested == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -43,6 +48,23 @@ def choose_device(requested: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: PyTorch sees no Apple GPU here; try --device auto")
     return device
+
+
+def _choose_among(requested: str, ranks: Ranks) -> torch.device:
+    """The device of one of several processes."""
+    if requested == "mps" or ":" in requested:
+        raise UserError(
+            f"--device {requested} is one device, and there are {ranks.size} processes: "
+            "take --device auto, cuda or cpu"
+        )
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if ranks.local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{ranks.local_size} processes on this machine need a CUDA device each, and PyTorch "
+            f"sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def describe_device(device: torch.device) -> str:

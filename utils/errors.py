@@ -30,6 +30,14 @@ class NothingToDo(Exception):
     exit_status = 0
 
 
+class EndedElsewhere(Exception):
+    """The run has ended in another of its processes, which says why: this one ends in silence."""
+
+    def __init__(self, exit_status: int):
+        super().__init__(f"ended in another process, with status {exit_status}")
+        self.exit_status = exit_status
+
+
 def reason_of(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing, or cannot."""
     try:

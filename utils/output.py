@@ -16,7 +16,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from utils.errors import NothingToDo, RunError, UserError
+from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
+from utils.ranks import Ranks
 
 
 class Output:
@@ -164,20 +165,25 @@ class _TerminalProgress:
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's body and turn what it raises into lines on stderr and an exit status.
 
-    0 is success; 2 a user's mistake, a line each; 1 a run that failed; 130 Ctrl-C.
+    0 is success; 2 a user's mistake, a line each; 1 a run that failed; 130 Ctrl-C. Of several
+    processes, one on each machine tells of a mistake, and any of what happened to itself alone.
     """
-    output = Output()
+    ranks = Ranks.of_environment()
+    output = Output(quiet=ranks.rank > 0)
+    who = f"rank {ranks.rank}: " if ranks.rank > 0 else ""
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        for problem in error.problems:
-            output.error(problem)
+        for problem in error.problems if ranks.local_rank == 0 else ():
+            output.error(f"{who}{problem}")
         return error.exit_status
     except RunError as error:
-        output.error(str(error))
+        output.error(f"{who}{error}")
         return error.exit_status
     except NothingToDo as reason:
         output.line(str(reason))
+        return reason.exit_status
+    except EndedElsewhere as reason:
         return reason.exit_status
     except KeyboardInterrupt:
         output.error("interrupted")
@@ -199,7 +205,9 @@ def command_for(program: str) -> str:
         beside = folder / program
         is_active = shutil.which(program) == str(beside)
         return program if is_active or not beside.exists() else _shown_from(here, beside)
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    found = shutil.which("python")
+    is_active = found is not None and Path(found).parent == Path(sys.executable).parent
+    python = "python" if is_active else sys.executable
     script = _shown_from(here, Path(__file__).resolve().parent.parent / program)
     return f"{_shown_from(here, Path(python))} {script}"
 
@@ -209,9 +217,9 @@ def _shown_from(here: Path, path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if inside else path))
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 layer`, `4 layers`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """`1 layer`, `4 layers`; `nouns` is for those that end otherwise."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {nouns or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

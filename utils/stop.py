@@ -12,11 +12,16 @@ class StopRequest:
 
     `requested` turns true at the first; the loop looks at it after each step. Outside the main
     thread, where Python lets nobody handle signals, nothing changes.
+
+    Args:
+        may_abort: whether a second signal aborts. torchrun passes each one on to all its
+            processes, which may have had it from the terminal already.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_abort: bool = True) -> None:
+        self._may_abort = may_abort
         self._signal: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -37,13 +42,22 @@ class StopRequest:
         return self._signal is not None
 
     @property
+    def signal(self) -> int:
+        """The signal that asked for it, or 0."""
+        return self._signal or 0
+
+    def ask(self, number: int) -> None:
+        """Ask as the signal of that number does."""
+        self._signal = self._signal or number
+
+    @property
     def exit_status(self) -> int:
         """0, or as a shell counts it: 130 for Ctrl-C, 143 for SIGTERM."""
         return 0 if self._signal is None else 128 + self._signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self._signal = number
+        if not self.requested or not self._may_abort:
+            self.ask(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:

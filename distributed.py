@@ -1,0 +1,306 @@
+"""Several processes, one run: who is who, what they agree on, and who holds which weights.
+
+    torchrun --nproc-per-node=2 train.py --run-tag two
+
+torchrun starts the processes and tells each its rank; PyTorch's engine carries what they say to
+one another, over gloo between CPUs and NCCL between GPUs. Each learns from its own rows of every
+batch, and all take the same step: so a run is the same training on one process or many, but for
+rounding. Rank 0 alone prints and writes.
+
+The NCCL branches are short because they have not been run where Folio is developed.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import LanguageModel
+from parameters import ModelConfig
+from utils.device import choose_device
+from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
+from utils.ranks import Ranks
+
+_T = TypeVar("_T")
+
+# How long a process waits for the others: for as long as one may take to encode a large text. It
+# need not be short. A process that dies is noticed at once, as its connections close.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together; by itself, a single one.
+
+    Whatever is said below of "all" is done by all of them in the same order, or they wait for one
+    another for ever.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes: rank 0."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch of `batch_size` that this process learns from."""
+        each = batch_size // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all, in place of this one."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of what all give, number by number."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers)  # on the CPU, so that no GPU is waited for
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: _T) -> list[_T]:
+        """What all have, by rank, for rank 0; an empty list for the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_main else []
+        distributed.gather_object(value, values if self.is_main else None)
+        return values
+
+    def on_main(self, make: Callable[[], _T]) -> _T:
+        """What rank 0 alone makes, for all.
+
+        Where it fails there, all end: rank 0 by that exception, the others by `EndedElsewhere`.
+        """
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None, None]  # what was made, and the exit status where it was not
+        try:
+            if self.is_main:
+                told[0] = make()
+        except BaseException as error:
+            told[1] = _status_of(error)
+            raise
+        finally:
+            distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        if told[1] is not None:
+            raise EndedElsewhere(told[1])
+        return told[0]
+
+    def on_each(self, make: Callable[[], _T]) -> _T:
+        """What each makes for itself. Where one must give up, all do, and rank 0 says why."""
+        if self.size == 1:
+            return make()
+        failure: BaseException | None = None
+        try:
+            made = make()
+        except (UserError, NothingToDo) as error:
+            failure = error
+        told: list[Any] = [None] * self.size
+        problems = failure and (failure.exit_status, getattr(failure, "problems", ()))
+        distributed.all_gather_object(told, problems)
+        if failure is not None and self.is_main:
+            raise failure
+        for rank, problems in enumerate(told):
+            if problems is not None and self.is_main:
+                raise UserError(*(f"rank {rank}: {problem}" for problem in problems[1]))
+            if problems is not None:
+                raise EndedElsewhere(problems[0])
+        return made
+
+    @contextlib.contextmanager
+    def within(self, manager: AbstractContextManager) -> Iterator[None]:
+        """Within what rank 0 alone enters: a lock, or a record of how the block ends."""
+        with contextlib.ExitStack() as stack:
+            self.on_main(lambda: stack.enter_context(manager) and None)
+            yield
+
+
+ALONE = World()
+
+
+def _status_of(error: BaseException) -> int:
+    return getattr(error, "exit_status", 1)
+
+
+@contextlib.contextmanager
+def open_world(config: ModelConfig) -> Iterator[World]:
+    """The processes that torchrun has started, connected until the block ends; else one.
+
+    Raises `UserError` where they cannot share a batch, or a device.
+    """
+    ranks = Ranks.of_environment()
+    if ranks.size == 1:
+        yield ALONE
+        return
+    check_shared(config, ranks.size)
+    device = choose_device(config.device, ranks)
+    # What stays on the CPU, such as these processes' agreements, goes over gloo in any case.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with explained_losses():
+        distributed.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield World(ranks.rank, ranks.size)
+            distributed.barrier()  # torchrun ends the others when one has left
+        finally:
+            distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explained_losses() -> Iterator[None]:
+    """Turn what PyTorch says where another process is gone into a `RunError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "Connection")  # DDP wraps what those raise
+        is_lost = isinstance(error, distributed.DistError) or any(w in str(error) for w in words)
+        if isinstance(error, RunError) or not is_lost:
+            raise
+        raise RunError(
+            "another process of this run has ended, and the others cannot go on without it; "
+            "--resume goes on from the last checkpoint"
+        ) from error
+
+
+def check_shared(config: ModelConfig, size: int) -> None:
+    """Raise `UserError` where `size` processes cannot train as `config` says."""
+    if rest := config.batch_size % size:
+        below, above = config.batch_size - rest, config.batch_size - rest + size
+        batches = f"{below} or {above}" if below else f"{above}"
+        sizes = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        raise UserError(
+            f"{size} processes cannot share a batch_size of {config.batch_size}: take a batch_size "
+            f"of {batches}, or start {_or(sizes)} processes"
+        )
+    if config.parallel == "fsdp":
+        if config.precision == "fp16":
+            raise UserError("parallel fsdp does not go with precision fp16: take bf16 or fp32")
+        if config.torch_compile == "on":
+            raise UserError("parallel fsdp does not go with torch_compile on: take auto or off")
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
+
+
+def check_alike(world: World, settings: Any) -> None:
+    """Raise `UserError` where a process was started with other settings than rank 0."""
+    others = world.gather(settings)
+    different = [rank for rank, other in enumerate(others) if other != others[0]]
+
+    def complain() -> None:
+        if different:
+            raise UserError(
+                f"rank {different[0]} has other settings than rank 0, or begins with another "
+                "model: start all with the same command, where they find the same files"
+            )
+
+    world.on_main(complain)
+
+
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """What a process whose generator no bundle has kept draws its dropout from."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
+
+
+# ----------------------------------------------------------------------------------------------
+# The weights
+
+
+def shared(learner: Callable, device: torch.device, world: World) -> Callable:
+    """The learner, which from now on averages its gradients over all processes (DDP).
+
+    arxiv.org/abs/2006.15704. All begin with the weights of rank 0.
+    """
+    if world.size == 1:
+        return learner
+    assert isinstance(learner, nn.Module)
+    devices = [device] if device.type == "cuda" else None
+    # The buffers are constants, which need not be sent at each step. PyTorch warns that this flag
+    # will have another name, which its older releases do not know.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return DistributedDataParallel(
+            learner, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
+def shard(model: LanguageModel, device: torch.device, world: World) -> None:
+    """Leave each process its part of every weight, in place (FSDP2, arxiv.org/abs/2304.11277).
+
+    A block's weights are gathered when it is computed, and let go again.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "next_logits")
+
+
+@contextlib.contextmanager
+def accumulating(learner: Callable, is_last: bool) -> Iterator[None]:
+    """Around a micro-batch: only after the last one are gradients shared."""
+    if isinstance(learner, DistributedDataParallel) and not is_last:
+        with learner.no_sync():
+            yield
+        return
+    if hasattr(learner, "set_requires_gradient_sync"):  # sharded
+        learner.set_requires_gradient_sync(is_last)
+    yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor alone."""
+    return hasattr(tensor, "full_tensor")  # a DTensor: its class takes half a second to import
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts, which all processes give."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, where it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def parts_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor whose part each process gives, sharded as `like` is, if it is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    sizes = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False, **sizes)
+
+
+def gathered(tensor: Tensor, world: World) -> Tensor | None:
+    """The whole of a sharded tensor, on rank 0 and in its main memory; None elsewhere."""
+    if not is_sharded(tensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if world.is_main else None
+
+
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` is sharded, if it is; each process has the whole one."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

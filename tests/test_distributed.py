@@ -1,0 +1,496 @@
+"""Several processes that train one model: the same training, one record, one end.
+
+The processes are real, and so is what they say to one another over gloo; they are forked where
+torch is imported already, which is all that torchrun would do otherwise.
+
+python -m pytest tests/test_distributed.py
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS, assert_same_bits, loaded_step
+
+import train as train_module
+from bundle import checkpoints_in, is_bundle, runs_in
+from distributed import World, check_shared, open_world, seed_of
+from parameters import ModelConfig
+from step import training_step
+from utils.device import choose_device
+from utils.errors import EndedElsewhere, UserError
+from utils.output import run_command
+from utils.ranks import ALONE, Ranks
+
+FORKING = multiprocessing.get_context("forkserver")
+# All that a run imports, so that what is forked has it; DDP and FSDP bring the first two.
+FORKING.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "test_distributed", "jinja2", "git"]
+)
+SECONDS = 60  # a test whose processes take longer hangs
+DEAD_WITHIN = 30  # seconds in which all must end when one is dead
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, and what it printed."""
+
+    status: int
+    out: str
+    error: str
+
+
+class Processes:
+    """Processes side by side, as torchrun would start them, each with its own work."""
+
+    def __init__(self, size: int, work: Callable, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.place = Path(f"printed-{port}").resolve()
+        self.place.mkdir()
+        environment = dict(os.environ)
+        self.all = [
+            FORKING.Process(
+                target=_begin,
+                args=(
+                    Ranks(rank, rank, size, size),
+                    port,
+                    self.place,
+                    environment,
+                    work,
+                    arguments,
+                ),
+            )
+            for rank in range(size)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            # Where the server that forks, and starts with the first, looks for what it imports.
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            for process in self.all:
+                process.start()
+
+    def end(self, within: float = SECONDS) -> list[Ended]:
+        deadline = time.monotonic() + within
+        for process in self.all:
+            process.join(max(0.0, deadline - time.monotonic()))
+        still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
+        for process in self.all:
+            process.kill()
+        said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
+        assert not still, (still, [path.read_text(encoding="utf-8") for path in said])
+        return [
+            Ended(
+                process.exitcode,
+                (self.place / f"out-{rank}").read_text(encoding="utf-8"),
+                (self.place / f"error-{rank}").read_text(encoding="utf-8"),
+            )
+            for rank, process in enumerate(self.all)
+        ]
+
+
+def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, arguments) -> None:
+    os.chdir(place.parent)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        LOCAL_RANK=str(ranks.local_rank),
+        WORLD_SIZE=str(ranks.size),
+        LOCAL_WORLD_SIZE=str(ranks.local_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    for descriptor, name in ((1, "out"), (2, "error")):
+        os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(work(ranks.rank, *arguments))
+
+
+def side_by_side(size: int, work: Callable, *arguments) -> list[Ended]:
+    return Processes(size, work, *arguments).end()
+
+
+def trains(
+    rank: int, flags: Sequence[str], strikes: Sequence[tuple[int, int, int]] = (), *own: list[str]
+) -> int:
+    """What `python train.py` does; at a step, a rank may send itself a signal."""
+
+    def struck(setup, step, *rest):
+        for where, when, number in strikes:
+            if (where, when) == (rank, step + 1):
+                os.kill(os.getpid(), number)
+        return training_step(setup, step, *rest)
+
+    train_module.training_step = struck
+    return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
+
+
+@pytest.fixture
+def flags(text_file) -> list[str]:
+    """A run of six steps, without dropout, in fp32."""
+    more = "--max-iters=6 --lr-decay-iters=6 --eval-interval=3 --checkpoint-interval=3"
+    return [*TINY_FLAGS, *more.split(), f"--data={text_file}"]
+
+
+def newest() -> Path:
+    return runs_in(Path("runs"))[0]
+
+
+def logged(run: Path) -> dict[tuple[int, str], float]:
+    rows = map(
+        json.loads, (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    apart = ("step", "seconds", "tokens_per_second")
+    return {(row["step"], name): row[name] for row in rows for name in row if name not in apart}
+
+
+def assert_went_well(ended: Sequence[Ended]) -> None:
+    assert [process.status for process in ended] == [0] * len(ended), ended
+    assert not any(process.out or process.error for process in ended[1:]), "rank 0 alone speaks"
+
+
+KINDS = [
+    pytest.param([f"--parallel={parallel}", f"--architecture={architecture}", *more], id=name)
+    for parallel, architecture, more, name in (
+        ("ddp", "modern", ["--optimizer=muon"], "ddp, modern, muon"),
+        ("fsdp", "modern", ["--optimizer=muon"], "fsdp, modern, muon"),
+        ("ddp", "gpt2", ["--optimizer=adamw", "--micro-batch-size=1"], "ddp, gpt2, adamw"),
+        ("fsdp", "gpt2", ["--optimizer=adamw", "--micro-batch-size=1"], "fsdp, gpt2, adamw"),
+    )
+]
+
+
+# The same training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_does_and_leave_one_record(flags, kind):
+    flags = [*flags, *kind, "--sample-interval=3", "--histogram-interval=3"]
+    assert_went_well(side_by_side(1, trains, flags))
+    alone = newest()
+    ended = side_by_side(2, trains, flags)
+    assert_went_well(ended)
+    assert "2 processes" in ended[0].out
+    both = newest()
+    assert len(runs_in(Path("runs"))) == 2
+    assert logged(both).keys() == logged(alone).keys()
+    for key, value in logged(alone).items():
+        assert logged(both)[key] == pytest.approx(value, abs=1e-5), key
+    assert json.loads((both / "meta" / "result.json").read_bytes())["step"] == 6
+    assert json.loads((both / "meta" / "full_config.json").read_bytes())["run"]["processes"] == 2
+    names = [{p.name for p in (run / "artifacts/export").iterdir()} for run in (alone, both)]
+    assert names[0] == names[1]
+    assert loaded_step(both) == loaded_step(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_loss_curves_of_one_two_and_four_processes_agree_over_100_steps(flags, parallel):
+    flags = [*flags, f"--parallel={parallel}", "--max-iters=100", "--lr-decay-iters=100"]
+    curves = []
+    for size in (1, 2, 4):
+        assert_went_well(side_by_side(size, trains, flags))
+        curves.append(logged(newest()))
+    assert len(curves[0]) > 300
+    for curve in curves[1:]:
+        assert max(abs(curve[key] - value) for key, value in curves[0].items()) < 1e-4
+
+
+def test_all_of_a_split_is_evaluated_however_many_share_it(flags):
+    # 31 windows and a rest do not divide by two.
+    flags = [*flags, "--eval-iters=0", "--max-iters=2", "--block-size=13"]
+    losses = []
+    for size in (1, 2):
+        assert_went_well(side_by_side(size, trains, flags))
+        losses.append(logged(newest())[2, "eval/val_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_each_process_drops_out_other_activations(flags):
+    assert_went_well(side_by_side(2, trains, [*flags, "--dropout=0.2", "--max-iters=2"]))
+    saved = torch.load(checkpoints_in(newest())[-1] / "optimizer.pt", weights_only=True)
+    (other,) = saved["other_generators"]
+    assert not torch.equal(saved["generators"]["cpu"], other["cpu"])
+    assert seed_of(1, 1, 0) != seed_of(1, 2, 0) != seed_of(1, 2, 9) != seed_of(2, 2, 9)
+
+
+# Going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        KINDS[0],
+        pytest.param(KINDS[1].values[0], marks=pytest.mark.slow),
+        pytest.param(KINDS[2].values[0], marks=pytest.mark.slow),
+        KINDS[3],
+    ],
+)
+def test_as_many_processes_go_on_to_the_same_bits(flags, kind):
+    flags = [*flags, *kind, "--dropout=0.2"]
+    assert_went_well(side_by_side(2, trains, flags))
+    whole = newest()
+    assert_went_well(side_by_side(2, trains, [*flags, "--max-iters=3"]))
+    half = newest()
+    ended = side_by_side(2, trains, [f"--resume={half}", "--device=cpu", "--max-iters=6"])
+    assert_went_well(ended)
+    assert "not the same to the bit" not in ended[0].out
+    assert_same_bits(checkpoints_in(whole)[-1], checkpoints_in(newest())[-1])
+    assert {**logged(half), **logged(newest())} == logged(whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_another_number_of_processes_goes_on_with_the_same_training_and_says_so(
+    flags, parallel, before, after
+):
+    flags = [*flags, f"--parallel={parallel}"]
+    assert_went_well(side_by_side(1, trains, flags))
+    whole = logged(newest())
+    assert_went_well(side_by_side(before, trains, [*flags, "--max-iters=3"]))
+    ended = side_by_side(after, trains, ["--resume=last", "--device=cpu", "--max-iters=6"])
+    assert_went_well(ended)
+    assert f"by {before} process" in ended[0].out and "not the same to the bit" in ended[0].out
+    for key, value in logged(newest()).items():
+        assert value == pytest.approx(whole[key], abs=1e-5), key
+
+
+# Coming to an end -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "parallel"),
+    [
+        (1, signal.SIGTERM, "ddp"),
+        pytest.param(0, signal.SIGINT, "fsdp", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_any_process_ends_all_with_one_bundle_to_go_on_with(
+    flags, rank, number, parallel
+):
+    flags = [*flags, f"--parallel={parallel}", "--dropout=0.2"]
+    assert_went_well(side_by_side(2, trains, flags))
+    whole = newest()
+    # A second one, as of torchrun, which passes them on, changes nothing.
+    strikes = [(rank, 4, number), (rank, 4, number)]
+    ended = side_by_side(2, trains, flags, strikes)
+    assert [process.status for process in ended] == [128 + number] * 2, ended
+    assert "Stopping after step 4" in ended[0].out and ended[1] == Ended(128 + number, "", "")
+    stopped = newest()
+    assert [path.name for path in checkpoints_in(stopped)] == ["step_00000003", "step_00000004"]
+    assert_went_well(side_by_side(2, trains, [f"--resume={stopped}", "--device=cpu"]))
+    assert_same_bits(checkpoints_in(whole)[-1], checkpoints_in(newest())[-1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_dead_process_ends_the_others_and_the_last_bundle_goes_on(flags, rank, parallel):
+    flags = [*flags, f"--parallel={parallel}"]
+    ended = Processes(2, trains, flags, [(rank, 5, signal.SIGKILL)]).end(within=DEAD_WITHIN)
+    assert ended[rank].status == -signal.SIGKILL
+    living = ended[1 - rank]
+    who = "rank 1: " if rank == 0 else ""
+    assert living.status == 1
+    assert living.error.splitlines() == [
+        f"error: {who}another process of this run has ended, and the others cannot go on without "
+        "it; --resume goes on from the last checkpoint"
+    ]
+    dead = newest()
+    if rank == 1:
+        assert "another process" in (dead / "meta" / "result.json").read_text(encoding="utf-8")
+        assert "go on from it with" in living.out and "torchrun --nproc-per-node=2" in living.out
+    assert loaded_step(dead) == 3
+    assert_went_well(side_by_side(2, trains, ["--resume=last", "--device=cpu"]))
+    assert checkpoints_in(newest())[-1].name == "step_00000006"
+
+
+def test_a_loss_that_is_not_finite_ends_all_in_one_line(flags):
+    ended = side_by_side(2, trains, [*flags, "--learning-rate=1e30", "--max-iters=9"])
+    assert [process.status for process in ended] == [1, 1]
+    assert len(ended[0].error.splitlines()) == 1 and "the run cannot go on" in ended[0].error
+    assert ended[1] == Ended(1, "", "")
+
+
+def test_a_reason_to_stop_that_rank_0_has_stops_all(flags):
+    more = ["--early-stopping-patience=1", "--learning-rate=1e-30", "--min-lr=0", "--max-iters=30"]
+    ended = side_by_side(2, trains, [*flags, *more, "--eval-interval=1"])
+    assert_went_well(ended)
+    assert "no better val loss" in ended[0].out
+
+
+@pytest.mark.slow
+def test_a_limit_of_minutes_is_one_for_all(flags):
+    flags = [flag for flag in flags if "iters" not in flag]
+    ended = side_by_side(2, trains, [*flags, "--max-minutes=0.01"])
+    assert_went_well(ended)
+    assert "Done" in ended[0].out or "Stopped" in ended[0].out
+
+
+# Mistakes -------------------------------------------------------------------------------------
+
+
+def test_what_processes_cannot_share_is_one_line_before_anything_begins(flags):
+    ended = side_by_side(3, trains, flags)
+    assert [process.status for process in ended] == [2, 2, 2]
+    assert ended[0].error.splitlines() == [
+        "error: 3 processes cannot share a batch_size of 4: take a batch_size of 3 or 6, or start "
+        "1, 2 or 4 processes"
+    ]
+    assert not ended[1].error and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 1}, "a batch_size of 2, or start 1 processes"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "fsdp does not go with precision fp16"),
+        ({"parallel": "fsdp", "torch_compile": "on"}, "fsdp does not go with torch_compile on"),
+    ],
+)
+def test_settings_that_do_not_go_with_two_processes_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        check_shared(ModelConfig(**{"batch_size": 4, **changes}), 2)
+    check_shared(ModelConfig(batch_size=4), 2)
+
+
+def test_other_settings_or_a_missing_text_in_one_process_end_all(flags, text_file):
+    ended = side_by_side(2, trains, flags, (), [], ["--seed=2"])
+    assert [process.status for process in ended] == [2, 2]
+    assert "rank 1 has other settings than rank 0" in ended[0].error and not ended[1].error
+    assert len(ended[0].error.splitlines()) == 1
+
+    ended = side_by_side(2, loses_its_text, flags, str(text_file))
+    assert [process.status for process in ended] == [2, 2]
+    assert ended[0].error == f"error: rank 1: {text_file}: no such file\n" and not ended[1].error
+    assert not Path("runs").exists()
+
+
+def loses_its_text(rank: int, flags: list[str], text: str) -> int:
+    if rank == 1:
+
+        def fail(*_, **__):
+            raise UserError(f"{text}: no such file")
+
+        import prepare
+
+        prepare.load_data = fail
+    return trains(rank, flags)
+
+
+def test_a_model_that_somebody_else_trains_is_one_line(flags):
+    from start import name_locked
+
+    with name_locked(Path("checkpoints/dante")):
+        ended = side_by_side(2, trains, [*flags, "--model-name=dante"])
+    assert [process.status for process in ended] == [2, 2]
+    assert "is being trained by another process" in ended[0].error and not ended[1].error
+    assert_went_well(side_by_side(2, trains, [*flags, "--model-name=dante"]))
+    assert is_bundle(Path("checkpoints/dante"))
+
+
+def test_a_dry_run_is_told_once_and_leaves_nothing(flags):
+    ended = side_by_side(2, trains, [*flags, "--dry-run"])
+    assert_went_well(ended)
+    assert ended[0].out.count("Time   about") == 1 and not Path("runs").exists()
+
+
+# The parts ------------------------------------------------------------------------------------
+
+
+def test_one_process_needs_no_others():
+    world = World()
+    assert world.is_main and world.rows(8) == slice(0, 8)
+    assert world.largest(3, 4) == [3, 4] and world.gather("x") == ["x"]
+    assert world.on_main(lambda: 5) == world.on_each(lambda: 5) == 5
+    with open_world(ModelConfig()) as opened:
+        assert opened == world and not torch.distributed.is_initialized()
+
+
+def test_the_rows_of_all_processes_are_the_batch():
+    rows = [World(rank, 4).rows(12) for rank in range(4)]
+    assert [list(range(12))[part] for part in rows] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9, 10, 11],
+    ]
+
+
+def talks(rank: int) -> None:
+    with open_world(ModelConfig()) as world:
+        assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
+        assert world.largest(rank, -rank) == [1, 0]
+        assert world.sum(torch.tensor(float(rank + 1))).item() == 3
+        assert world.gather(rank) == ([0, 1] if rank == 0 else [])
+        assert world.on_main(lambda: f"of {rank}") == "of 0"
+        assert world.on_each(lambda: rank) == rank
+
+        def refuse():
+            raise UserError("one", "two")
+
+        for gather in (world.on_main, world.on_each):
+            with pytest.raises(UserError if rank == 0 else EndedElsewhere):
+                gather(refuse)
+        if rank == 0:
+            with pytest.raises(UserError, match="rank 1: one\nrank 1: two"):
+                world.on_each(lambda: 0)
+        else:
+            with pytest.raises(EndedElsewhere):
+                world.on_each(refuse)
+
+
+def test_what_all_agree_on_and_how_a_failure_is_shared():
+    assert side_by_side(2, talks) == [Ended(0, "", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ALONE),
+        (
+            {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            Ranks(1, 1, 2, 2),
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ALONE),
+        ({"RANK": "x", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ALONE),
+    ],
+)
+def test_the_ranks_are_those_of_the_environment(monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.of_environment() == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "devices", "expected"),
+    [
+        ("auto", 0, "cpu"),
+        ("auto", 2, "cuda:1"),
+        ("cuda", 2, "cuda:1"),
+        ("cpu", 2, "cpu"),
+        ("auto", 1, "need a CUDA device each, and PyTorch sees 1"),
+        ("cuda:1", 2, "is one device, and there are 2 processes"),
+        ("mps", 0, "is one device, and there are 2 processes"),
+    ],
+)
+def test_each_process_takes_a_device_of_its_own(monkeypatch, requested, devices, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    ranks = Ranks(1, 1, 2, 2)
+    if " " in expected:
+        with pytest.raises(UserError, match=expected):
+            choose_device(requested, ranks)
+    else:
+        assert choose_device(requested, ranks) == torch.device(expected)
