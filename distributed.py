@@ -11,6 +11,7 @@ The NCCL branches are short because they have not been run where Folio is develo
 """
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -155,7 +156,17 @@ def open_world(config: ModelConfig) -> Iterator[World]:
             yield World(ranks.rank, ranks.size)
             distributed.barrier()  # torchrun ends the others when one has left
         finally:
+            _keep_for_good(distributed.group.WORLD)
             distributed.destroy_process_group()
+
+
+def _keep_for_good(group: object) -> None:
+    """Keep Python from ever freeing an object.
+
+    PyTorch 2.13 frees a gloo group with Python's lock held, and waits there for a thread that may
+    be waiting for that lock: a process whose neighbour has died would hang instead of ending.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 @contextlib.contextmanager
@@ -236,15 +247,15 @@ def shared(learner: Callable, device: torch.device, world: World) -> Callable:
         )
 
 
-def shard(model: LanguageModel, device: torch.device, world: World) -> None:
+def shard(model: LanguageModel, device: torch.device) -> None:
     """Leave each process its part of every weight, in place (FSDP2, arxiv.org/abs/2304.11277).
 
     A block's weights are gathered when it is computed, and let go again.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = DeviceMesh.from_group(distributed.group.WORLD, device.type)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -152,7 +152,7 @@ def create_setup(
     if bundle is not None:
         load_weights(bundle, model)
     if world.size > 1 and config.parallel == "fsdp":
-        shard(model, device, world)
+        shard(model, device)
     model.to(device)
     if world.rank > 0:  # each process drops out other activations
         torch.manual_seed(seed_of(config.seed, world.rank, start.step))

@@ -6,6 +6,7 @@ torch is imported already, which is all that torchrun would do otherwise.
 python -m pytest tests/test_distributed.py
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -112,6 +113,7 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     )
     for descriptor, name in ((1, "out"), (2, "error")):
         os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
+    faulthandler.dump_traceback_later(DEAD_WITHIN - 5, exit=False)  # for one that hangs
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(work(ranks.rank, *arguments))

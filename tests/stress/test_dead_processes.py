@@ -1,0 +1,59 @@
+"""Processes that train one model together, killed at random moments: one of them, or all.
+
+make test-stress
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY_FLAGS, assert_same_bits
+from stress.test_sigkill import left_half_written, newest_step
+from test_distributed import DEAD_WITHIN, Processes, side_by_side, trains
+
+from bundle import checkpoints_in, runs_in
+
+KILLS = 25
+STEPS = 10_000  # more than all processes together will come to
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_killed_again_and_again_lose_nothing_and_end_with_the_same_bits(
+    text_file, parallel, capsys
+):
+    flags = [*TINY_FLAGS, f"--data={text_file}", "--dropout=0.2", f"--parallel={parallel}"]
+    flags += ["--lr-decay-iters=100", "--checkpoint-interval=2", "--eval-interval=3"]
+    chance = random.Random(parallel)
+    step = in_publication = 0
+    longest = 0.0
+    for _ in range(KILLS):
+        more = [f"--max-iters={STEPS}", "--runs-dir=killed", "--resume=auto"]
+        processes = Processes(2, trains, [*flags, *more])
+        time.sleep(chance.uniform(0.5, 2.5))
+        victims = chance.choice([[0], [1], [0, 1]])
+        for rank in victims:
+            processes.all[rank].kill()
+        killed = time.monotonic()
+        ended = processes.end(within=DEAD_WITHIN)
+        longest = max(longest, time.monotonic() - killed)
+        for rank, process in enumerate(ended):
+            assert process.status == (-signal.SIGKILL if rank in victims else 1), ended
+        in_publication += bool(left_half_written(Path("killed")))
+        reached = newest_step(Path("killed"))
+        assert reached >= step, "a checkpoint was lost"
+        step = reached
+
+    end = step + 5
+    for place in ("killed", "whole"):
+        more = [f"--max-iters={end}", f"--runs-dir={place}", "--resume=auto"]
+        assert [p.status for p in side_by_side(2, trains, [*flags, *more])] == [0, 0]
+    last, whole = (checkpoints_in(runs_in(Path(d))[0])[-1] for d in ("killed", "whole"))
+    assert_same_bits(whole, last)
+    assert left_half_written(Path("killed")) == []
+    assert step > KILLS // 4, "the processes were killed before they could work"
+    with capsys.disabled():
+        print(f"\n{KILLS} kills, {in_publication} within a publication, {end} steps; ", end="")
+        print(f"the others ended within {longest:.1f} s")
