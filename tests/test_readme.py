@@ -65,7 +65,7 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
     ran = 0
     for command in COMMANDS:
         words = shlex.split(command)
-        if words[0] != "python" or words[1] == "-m":
+        if words[0] not in ("python", "torchrun") or words[1] == "-m":
             continue
         if "--aim-logging" in words and not importlib.util.find_spec("aim"):
             continue
@@ -108,7 +108,7 @@ def test_every_other_command_of_the_readme_is_known():
         elif words[:2] == ["python", "-m"]:
             assert words[2] in ("venv", "benchmarks", "benchmarks.time_to_loss")
         else:
-            assert words[0] in ("python", "git", "cd", "source"), command
+            assert words[0] in ("python", "torchrun", "git", "cd", "source"), command
 
 
 def test_the_readme_tells_of_every_metric_as_it_is_declared():
