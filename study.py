@@ -4,9 +4,11 @@ The space is a YAML file of settings, each with a list of choices or a range. It
 the same schema as every value, and by the same rules for what goes together, before any trial runs.
 """
 
+import itertools
+import math
 import random
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +35,7 @@ SEARCHED = (set(Architecture.model_fields) | set(Training.model_fields) | {"toke
     *("epochs", "max_minutes", "micro_batch_size"),
 }
 DRAWS = 300  # combinations that are tried to see which of a space's are possible
+COUNTED = 1000  # combinations of a space, of which each is looked at
 
 
 class StudySettings(Settings):
@@ -69,6 +72,11 @@ class Choices:
         return generator.choice(self.values)
 
     @property
+    def all(self) -> Sequence[Any]:
+        """All of them."""
+        return self.values
+
+    @property
     def declared(self) -> list[Any]:
         """As the file has it."""
         return list(self.values)
@@ -85,12 +93,17 @@ class Range:
 
     def draw(self, generator: random.Random) -> int | float:
         """Any of them; which are likelier is the sampler's business."""
-        if self.step is not None:
-            steps = round((self.high - self.low) / self.step)
-            return self.low + self.step * generator.randint(0, steps)
+        return generator.choice(self.all) if self.all else generator.uniform(self.low, self.high)
+
+    @property
+    def all(self) -> Sequence[int | float] | None:
+        """All of them; None where they cannot be counted."""
         if isinstance(self.low, int):
-            return generator.randint(self.low, int(self.high))
-        return generator.uniform(self.low, self.high)
+            return range(self.low, int(self.high) + 1, int(self.step or 1))
+        if self.step is None:
+            return None
+        steps = round((self.high - self.low) / self.step)
+        return [self.low + self.step * number for number in range(steps + 1)]
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -238,6 +251,7 @@ class Recipe:
     storage: Path
     preset: Path
     base: ModelConfig  # the settings of one combination that is possible
+    combinations: Sequence[dict[str, Any]] | None = None  # all possible ones, if they are few
 
     @property
     def measure(self) -> str:
@@ -262,6 +276,14 @@ class Recipe:
     def settled(self, params: Mapping[str, Any]) -> LoadedConfig:
         """The settings of the trial that tries `params`. Raises `UserError` for conflicts."""
         return self._with(params, f"study {self.study}").merged(self.start.saved_settings)
+
+    def is_possible(self, params: Mapping[str, Any]) -> bool:
+        """Whether these go together."""
+        try:
+            self.settled(params)
+        except UserError:
+            return False
+        return True
 
     def plan(
         self, params: Mapping[str, Any], number: int, checkpoint: Path | None
@@ -315,7 +337,13 @@ def create_recipe(order: StudySettings, space: Space, layers: Layers) -> Recipe:
                 wrong.append(f"{shown} is possible in no trial: {error.problems[0]}")
     if wrong:
         raise UserError(*wrong)
-    return recipe
+    values = [searched.all for searched in space.values()]
+    if None in values or math.prod(map(len, values)) > COUNTED:
+        return recipe
+    combinations = [dict(zip(space, each, strict=True)) for each in itertools.product(*values)]
+    combinations = [each for each in combinations if recipe.is_possible(each)]
+    trials = min(recipe.trials, len(combinations))
+    return replace(recipe, combinations=combinations, trials=trials)
 
 
 def _possible(recipe: Recipe, pinned: Mapping[str, Any]) -> ModelConfig:

@@ -76,7 +76,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -122,7 +122,7 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 # a run has two evaluations, while successive halving would need several rungs of them.
 TRIALS_BEFORE_PRUNING = 5
 RANDOM_TRIALS = 10  # before TPE has something to go by
-TRIES = 100  # proposals of TPE, until one is possible
+TRIES = 50  # proposals of TPE, until one is possible
 DEATHS = 3  # of workers in a trial, after which it is given up
 FAILURES = 3  # one after another, which end a worker
 WORTH_COMPARING = 6  # complete trials, for importances
@@ -147,6 +147,8 @@ def work(
         UserError: the storage cannot be used, or has a study of that name with another space.
         RunError: trials failed one after another, or the storage can no longer be written.
     """
+    if recipe.combinations is not None and len(recipe.combinations) == recipe.trials:
+        output.line(f"Note: the space has {plural(recipe.trials, 'combination')}, and no more")
     with _quiet_optuna(), Worker(workers_of(recipe.storage)) as worker:
         with _explained(recipe.storage):
             study = open_study(recipe)
@@ -222,14 +224,14 @@ def open_study(recipe: Recipe) -> optuna.Study:
     """
     with _claim_lock(recipe.storage):  # as two that make the same tables get into each other's way
         storage = open_storage(recipe.storage)
-        study = optuna.create_study(
-            storage=storage, study_name=recipe.study, direction="minimize", load_if_exists=True
-        )
-        study.pruner = optuna.pruners.MedianPruner(
+        pruner = optuna.pruners.MedianPruner(
             n_startup_trials=TRIALS_BEFORE_PRUNING,
             # Before a run's half its rank says little: rates that end well are behind at first.
             n_warmup_steps=(recipe.base.max_iters or 0) // 2,
         )
+        is_there = recipe.study in optuna.get_all_study_names(storage)
+        begin = optuna.load_study if is_there else optuna.create_study
+        study = begin(study_name=recipe.study, storage=storage, pruner=pruner)
         now = {"space": recipe.declared, "fixed": recipe.fixed, "measure": recipe.measure}
         then = study.user_attrs.get("folio")
         if then is None:
@@ -499,8 +501,17 @@ class PossibleSampler(BaseSampler):
         self._random = RandomSampler(seed)
         with warnings.catch_warnings():  # they were experimental before Optuna 5
             warnings.simplefilter("ignore", ExperimentalWarning)
-            self._tpe = TPESampler(
-                n_startup_trials=RANDOM_TRIALS, seed=seed, multivariate=True, constant_liar=True
+            # The best of many candidates; where that is impossible, as it may be time and again,
+            # any that TPE holds for good.
+            self._best, self._any = (
+                TPESampler(
+                    n_startup_trials=RANDOM_TRIALS,
+                    n_ei_candidates=candidates,
+                    seed=seed,
+                    multivariate=True,
+                    constant_liar=True,
+                )
+                for candidates in (24, 1)
             )
 
     def infer_relative_search_space(
@@ -512,17 +523,23 @@ class PossibleSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A combination that is possible."""
+        """A combination that is possible, and new where that can be."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING)
+        trials = study.get_trials(deepcopy=False, states=states)
+        tried = [settings_of(each) for each in trials if each.number != trial.number]
         for number in range(TRIES + DRAWS):
             params = {}
             if number < TRIES:
-                params = self._tpe.sample_relative(study, trial, search_space)
+                sampler = self._any if number else self._best
+                params = sampler.sample_relative(study, trial, search_space)
             for name in search_space if not params else ():
                 params[name] = self.sample_independent(study, trial, name, search_space[name])
-            with contextlib.suppress(UserError):
-                self._recipe.settled(params)
+            if params not in tried and self._recipe.is_possible(params):
                 return params
-        raise UserError(f"study {self._recipe.study}: no combination was found that is possible")
+        left = [each for each in self._recipe.combinations or () if each not in tried]
+        if not left:
+            raise UserError(f"study {self._recipe.study}: no new combination was found")
+        return left[0]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
@@ -543,6 +560,7 @@ class Watch:
         self.run_dir: Path | None = None
         self.max_iters = math.inf
         self.is_pruned = False
+        self.is_given_away = False
         self.problem: UserError | None = None
         self._desk = desk
         self._trial = trial
@@ -554,7 +572,6 @@ class Watch:
         if self.run_dir is not None:
             return None
         self.run_dir, self.max_iters = step.run_dir, step.config.max_iters
-        self._trial.set_user_attr("run_dir", str(step.run_dir))
         text = read_record(step.run_dir)["run"]["data"]
         study = self._desk.study
         if (first := study.user_attrs.get("data")) is None:
@@ -565,21 +582,28 @@ class Watch:
                 "another SHA-256): name that with --data FILE, or another study with --study NAME"
             )
             return str(self.problem)
-        return None
+        return self._told(lambda: self._trial.set_user_attr("run_dir", str(step.run_dir)))
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Report the loss; a sentence where the run is worse than half of the others were."""
         recipe, study = self._desk.recipe, self._desk.study
         value = getattr(evaluation, recipe.measure)
         self.values[evaluation.step] = value
-        try:
-            self._trial.report(value, evaluation.step)
-        except UpdateFinishedTrialError:  # this machine was asleep, and taken for dead
-            return "its trial was given to another worker meanwhile"
+        if given_away := self._told(lambda: self._trial.report(value, evaluation.step)):
+            return given_away
         if evaluation.step >= self.max_iters or not self._trial.should_prune():
             return None
         self.is_pruned = True
         return f"behind the median of study {study.study_name} at this step"
+
+    def _told(self, tell: Callable[[], None]) -> str | None:
+        """Tell the study; a sentence where it has given the trial away."""
+        try:
+            tell()
+        except UpdateFinishedTrialError:  # this machine was asleep, and taken for dead
+            self.is_given_away = True
+            return "its trial was given to another worker meanwhile"
+        return None
 
 
 def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str, Maker]) -> End:
@@ -613,6 +637,8 @@ def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str
     if result.exit_status and result.stopped_by is None and result.step < watch.max_iters:
         reason = f"it was stopped after step {result.step}"
         return End(TrialState.FAIL, reason=reason, is_handed_back=True, **about)
+    if watch.is_given_away:
+        return End(TrialState.FAIL, reason=result.stopped_by, **about)
     value = min(watch.values.values(), default=math.nan)
     if not math.isfinite(value):
         error = RunError(f"val loss {value}")
