@@ -314,7 +314,7 @@ def mend_journal(path: Path, lock: JournalFileSymlinkLock | JournalFileOpenLock)
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content and (whole or content.startswith(b"{")):
-            with open(path, "r+b") as file:
+            with open(path, "rb+") as file:
                 file.truncate(len(whole))
             content = whole
     finally:
