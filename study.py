@@ -16,8 +16,8 @@ from typing import Any, get_args
 from config import ConfigLoader, Layer, Layers, LoadedConfig, read_config_file
 from parameters import (
     DERIVED,
-    GROUPS,
     Architecture,
+    Data,
     ModelConfig,
     ModelName,
     Positive,
@@ -267,8 +267,8 @@ class Recipe:
     def fixed(self) -> dict[str, Any]:
         """The settings that decide what a trial learns, and are the same in all of them."""
         derived = DERIVED if "architecture" in self.space else frozenset()
-        names = [*SEARCHED, *GROUPS["data"].model_fields, *GROUPS["training"].model_fields]
-        names = set(names) - {"data", "micro_batch_size"} - self.space.keys() - derived
+        names = {*SEARCHED, *Data.model_fields, *Training.model_fields, "init_from"}
+        names -= {"data", "micro_batch_size", *self.space, *derived}
         return {
             name: getattr(self.base, name) for name in ModelConfig.model_fields if name in names
         }

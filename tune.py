@@ -117,6 +117,7 @@ from utils.run_manager import read_record
 from utils.workers import Worker, is_alive
 
 SQLITE = (".db", ".sqlite", ".sqlite3")
+STORAGE_ERRORS = (OSError, ValueError, KeyError, SQLAlchemyError, OptunaError)
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 # The median rule needs some trials to compare with, and no more than that: it serves as well where
 # a run has two evaluations, while successive halving would need several rungs of them.
@@ -162,7 +163,7 @@ def work(
             desk.finish(claim, end)
             output.line(described_end(claim, end, time.monotonic() - began, recipe))
             if end.exit_status:
-                output.line("Stopped. The same command goes on with this trial and the study.")
+                output.line("Stopped: the same command goes on from here.")
                 return end.exit_status
             failures = failures + 1 if end.error else 0
             if failures == FAILURES:
@@ -200,7 +201,7 @@ def _explained(storage: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SQLAlchemyError, OptunaError) as error:
+    except STORAGE_ERRORS as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise RunError(
             f"{storage} cannot be used: {reason}; the runs are all there, and what was recorded "
@@ -224,11 +225,7 @@ def open_study(recipe: Recipe) -> optuna.Study:
     """
     with _claim_lock(recipe.storage):  # as two that make the same tables get into each other's way
         storage = open_storage(recipe.storage)
-        pruner = optuna.pruners.MedianPruner(
-            n_startup_trials=TRIALS_BEFORE_PRUNING,
-            # Before a run's half its rank says little: rates that end well are behind at first.
-            n_warmup_steps=(recipe.base.max_iters or 0) // 2,
-        )
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=TRIALS_BEFORE_PRUNING)
         is_there = recipe.study in optuna.get_all_study_names(storage)
         begin = optuna.load_study if is_there else optuna.create_study
         study = begin(study_name=recipe.study, storage=storage, pruner=pruner)
@@ -402,9 +399,9 @@ class Desk:
                 if owed := self._owed(trials):
                     study.enqueue_trial(settings_of(owed[0]), {"continues": owed[0].number})
             study.sampler = PossibleSampler(recipe, len(trials))
-            trial = study.ask()
+            trial = study.ask({name: distribution(v) for name, v in recipe.space.items()})
             trial.set_user_attr("worker", self._worker)
-            params = {name: suggested(trial, name, recipe.space[name]) for name in recipe.space}
+            params = {name: trial.params[name] for name in recipe.space}
             return Claim(trial, params, self._earlier(trial.user_attrs.get("continues")))
 
     def finish(self, claim: Claim, end: End) -> None:
@@ -414,6 +411,13 @@ class Desk:
         """
         with _explained(self.recipe.storage):
             self._tell(claim.trial._trial_id, claim.number, end)
+
+    def agreed(self, name: str, value: Any) -> Any:
+        """What the first worker to come here had for `name`, and so all must have."""
+        with _claim_lock(self.recipe.storage):
+            if name not in self.study.user_attrs:
+                self.study.set_user_attr(name, value)
+            return self.study.user_attrs[name]
 
     def counted(self, *states: TrialState) -> int:
         """How many trials are in one of these states."""
@@ -481,11 +485,6 @@ def distribution(values: Choices | Range) -> BaseDistribution:
     if isinstance(values.low, int):
         return IntDistribution(values.low, int(values.high), values.log, int(values.step or 1))
     return FloatDistribution(values.low, values.high, values.log, values.step)
-
-
-def suggested(trial: optuna.Trial, name: str, values: Choices | Range) -> Any:
-    """The value that the sampler, or the trial that is gone on with, has for a setting."""
-    return trial._suggest(name, distribution(values))
 
 
 class PossibleSampler(BaseSampler):
@@ -573,37 +572,42 @@ class Watch:
             return None
         self.run_dir, self.max_iters = step.run_dir, step.config.max_iters
         text = read_record(step.run_dir)["run"]["data"]
-        study = self._desk.study
-        if (first := study.user_attrs.get("data")) is None:
-            study.set_user_attr("data", text)
-        elif first["sha256"] != text["sha256"]:
+        first = self._desk.agreed("data", text)
+        if first["sha256"] != text["sha256"]:
+            study = self._desk.recipe.study
             self.problem = UserError(
-                f"{text['name']} is not the text of study {study.study_name} ({first['name']}, "
-                "another SHA-256): name that with --data FILE, or another study with --study NAME"
+                f"{text['name']} is not the text of study {study} ({first['name']}, another "
+                "SHA-256): name that with --data FILE, or another study with --study NAME"
             )
             return str(self.problem)
         return self._told(lambda: self._trial.set_user_attr("run_dir", str(step.run_dir)))
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Report the loss; a sentence where the run is worse than half of the others were."""
-        recipe, study = self._desk.recipe, self._desk.study
-        value = getattr(evaluation, recipe.measure)
+        value = getattr(evaluation, self._desk.recipe.measure)
         self.values[evaluation.step] = value
-        if given_away := self._told(lambda: self._trial.report(value, evaluation.step)):
-            return given_away
-        if evaluation.step >= self.max_iters or not self._trial.should_prune():
+        return self._told(lambda: self._reported(value, evaluation.step))
+
+    def _reported(self, value: float, step: int) -> str | None:
+        self._trial.report(value, step)
+        # Before a run's half its rank says little: rates that end well are behind at first.
+        if not self.max_iters / 2 <= step < self.max_iters or not self._trial.should_prune():
             return None
         self.is_pruned = True
-        return f"behind the median of study {study.study_name} at this step"
+        return f"behind the median of study {self._desk.recipe.study} at this step"
 
-    def _told(self, tell: Callable[[], None]) -> str | None:
-        """Tell the study; a sentence where it has given the trial away."""
+    def _told(self, tell: Callable[[], str | None]) -> str | None:
+        """Tell the study; a sentence where the run is to stop.
+
+        A storage that cannot be written just now costs no run: its end will tell the value.
+        """
         try:
-            tell()
+            return tell()
         except UpdateFinishedTrialError:  # this machine was asleep, and taken for dead
             self.is_given_away = True
             return "its trial was given to another worker meanwhile"
-        return None
+        except STORAGE_ERRORS:
+            return None
 
 
 def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str, Maker]) -> End:

@@ -80,7 +80,7 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
         if "--interactive" in words:
             words += ["--max-new-tokens", "5"]
         if EXAMPLE_RUN in command:
-            newest = max(path.name for path in (clone / "runs").iterdir())
+            newest = max(path.parent.name for path in (clone / "runs").glob("*/artifacts"))
             words = [word.replace(EXAMPLE_RUN, newest) for word in words]
         done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

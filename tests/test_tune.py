@@ -371,8 +371,11 @@ def test_a_worker_that_died_while_it_claimed_a_trial_costs_nothing(command, trai
     assert command("--trials", "5") == 0
     trials = trials_of()
     assert len(done(trials)) == 5
-    (again,) = [trial for trial in trials if "continues" in trial.user_attrs]
-    assert again.params == trials[again.user_attrs["continues"]].params
+    again = [trial for trial in trials if "continues" in trial.user_attrs]
+    assert [trial.params for trial in again] == [
+        trials[trial.user_attrs["continues"]].params for trial in again
+    ]
+    assert len(again) == len(trials) - 5 == 2
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(command, trained):
@@ -402,7 +405,7 @@ def test_a_trial_that_is_stopped_is_handed_back(command, trained, capsys, number
     trained.after = after
     trained.losses = lambda call, config: [3.0] if call == 1 else losses(call, config)
     assert command("--trials", "3") == status
-    assert "The same command goes on" in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().out
     assert trials_of()[1].user_attrs["reason"] == "it was stopped after step 10"
     assert command("--trials", "3") == 0
     trials = trials_of()
@@ -436,6 +439,15 @@ def test_a_trial_that_was_given_away_is_left_alone(command, trained, monkeypatch
     trials = trials_of()
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert len({trial.user_attrs["worker"] for trial in trials[1:]}) == 2
+
+
+def test_a_storage_that_cannot_be_written_for_a_while_costs_no_run(command, trained, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Trial, "report", lambda *_: (_ for _ in ()).throw(OSError))
+        assert command("--trials", "2") == 0
+    assert [trial.value for trial in trials_of()] == [
+        t.params["learning_rate"] for t in trials_of()
+    ]
 
 
 def test_whether_a_worker_is_alive(tmp_path, monkeypatch):
