@@ -307,8 +307,13 @@ def create_recipe(order: StudySettings, space: Space, layers: Layers) -> Recipe:
 
     Raises `UserError` with a line for each problem.
     """
-    if layers.problems:
-        raise UserError(*layers.problems)
+    problems = [
+        f"{name} ({layers.origin(name)}): each run of a study is named by its trial: leave it out"
+        for name in ("run_tag", "model_name")
+        if layers.setting(name) is not None
+    ]
+    if layers.problems or problems:
+        raise UserError(*layers.problems, *problems)
     assert order.space is not None
     name = order.study or Path(order.space).stem
     _, wrong = checked(StudySettings, {"study": name}, strings=False, label=flag_of)

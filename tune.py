@@ -17,7 +17,7 @@ from callbacks import load_makers
 from config import ConfigLoader
 from parameters import ALIASES, GROUPS, ModelConfig
 from study import StudySettings, create_recipe, read_space
-from utils.command_line import Action, CommandLine, flag_of
+from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
 
@@ -44,9 +44,6 @@ def main(argv: Sequence[str]) -> int:
     flags, actions, problems = command_line.parse(argv)
     own = {name: flags.pop(name) for name in StudySettings.model_fields if name in flags}
     order = StudySettings(**own)
-    for name in ("run_tag", "model_name"):
-        if flags.get(name) is not None:
-            problems.append(f"{flag_of(name)}: each run of a study is named by its trial")
     space = read_space(order.space, flags, problems)
     layers = ConfigLoader().read(flags, actions.get("config"), problems)
     recipe = create_recipe(order, space, layers)
@@ -564,14 +561,17 @@ class Watch:
         self._desk = desk
         self._trial = trial
         for step, value in values.items():
-            trial.report(value, step)
+            self._told(lambda step=step, value=value: trial.report(value, step))
 
     def after_step(self, step: Step) -> str | None:
         """Record which run is the trial's, and see that all trials learn from one text."""
         if self.run_dir is not None:
             return None
         self.run_dir, self.max_iters = step.run_dir, step.config.max_iters
-        text = read_record(step.run_dir)["run"]["data"]
+        return self._told(lambda: self._begun(step.run_dir))
+
+    def _begun(self, run_dir: Path) -> str | None:
+        text = read_record(run_dir)["run"]["data"]
         first = self._desk.agreed("data", text)
         if first["sha256"] != text["sha256"]:
             study = self._desk.recipe.study
@@ -580,7 +580,8 @@ class Watch:
                 "SHA-256): name that with --data FILE, or another study with --study NAME"
             )
             return str(self.problem)
-        return self._told(lambda: self._trial.set_user_attr("run_dir", str(step.run_dir)))
+        self._trial.set_user_attr("run_dir", str(run_dir))
+        return None
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Report the loss; a sentence where the run is worse than half of the others were."""
@@ -626,8 +627,9 @@ def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str
             callbacks={f"study {desk.recipe.study}": lambda _: watch, **makers},
         )
     except NothingToDo:  # its worker died after the last step, before it could tell
-        value = min(values.values(), default=None)
-        return End(TrialState.COMPLETE, value, run_dir=earlier_run(claim))
+        if not values:
+            return End(TrialState.FAIL, reason="its worker ended, and no val loss is known")
+        return End(TrialState.COMPLETE, min(values.values()), run_dir=earlier_run(claim))
     except (UserError, RunError) as error:
         return End(TrialState.FAIL, reason=reason_of(error), run_dir=watch.run_dir, error=error)
     except (KeyboardInterrupt, SystemExit):

@@ -173,7 +173,7 @@ def test_all_problems_are_told_together(command, trained, capsys):
     assert "error: space.yaml: n_layer is searched, and --n-layer fixes it: leave one out" in told
     assert "unknown key n_hed; did you mean n_head?" in told
     assert "--n-embd must be a whole number" in told
-    assert "--run-tag: each run of a study is named by its trial" in told
+    assert "run_tag (--run-tag): each run of a study is named by its trial: leave it out" in told
 
 
 def test_a_space_that_cannot_be_had_and_a_missing_optuna(command, trained, capsys, monkeypatch):
@@ -227,14 +227,13 @@ def test_the_seed_decides_what_is_proposed(command, trained):
 # Trials
 
 
-@pytest.mark.parametrize("storage", ["runs/studies/space.log", "elsewhere/mine.db"])
 def test_a_study_has_its_trials_its_best_as_a_preset_and_says_what_comes_next(
-    command, trained, capsys, storage
+    command, trained, capsys
 ):
-    flags = ["--max-iters", "30", "--trials", "8", "--storage", storage]
+    flags = ["--max-iters", "30", "--trials", "8"]
     assert command(*flags) == 0
     printed = capsys.readouterr().out
-    trials = trials_of(storage)
+    trials = trials_of()
     assert len(done(trials)) == len(trials) == len(trained.calls) == 8
     runs = [trial.user_attrs["run_dir"] for trial in trials]
     assert len(set(runs)) == 8
@@ -242,8 +241,7 @@ def test_a_study_has_its_trials_its_best_as_a_preset_and_says_what_comes_next(
     best = min((t for t in trials if t.state is TrialState.COMPLETE), key=lambda t: t.value)
     assert f"\n{best.number:>5}" in printed
     assert "Importances, of 1 in all" in printed
-    url = "sqlite:///elsewhere/mine.db" if storage.endswith("db") else storage
-    assert f"optuna-dashboard {url}" in printed
+    assert "optuna-dashboard runs/studies/space.log" in printed
     preset = Path("runs/studies/space.yaml")
     assert f"train.py --config {preset}" in printed
     loaded = ConfigLoader().load(config_file=str(preset))
@@ -258,7 +256,17 @@ def test_a_study_has_its_trials_its_best_as_a_preset_and_says_what_comes_next(
     assert "8 of 8 trials done" in capsys.readouterr().out
     assert len(trained.calls) == 8
     assert command(*flags, "--trials", "10") == 0  # more may be asked for
-    assert len(done(trials_of(storage))) == len(trained.calls) == 10
+    assert len(done(trials_of())) == len(trained.calls) == 10
+
+
+def test_a_study_in_sqlite(command, trained, capsys):
+    flags = ["--storage", "elsewhere/mine.db"]
+    assert command(*flags, "--trials", "1") == 0
+    assert "optuna-dashboard sqlite:///elsewhere/mine.db" in capsys.readouterr().out
+    assert command(*flags, "--trials", "2") == 0
+    trials = trials_of("elsewhere/mine.db")
+    assert len(done(trials)) == len(trained.calls) == 2
+    assert [trial.params["n_layer"] for trial in trials] == [c.n_layer for c, *_ in trained.calls]
 
 
 def test_a_trial_that_lags_behind_is_pruned(command, trained):
