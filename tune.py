@@ -737,11 +737,12 @@ def results(desk: Desk) -> str:
     recipe = desk.recipe
     with _explained(recipe.storage):
         complete = desk.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        pruned, failed, running = (
-            desk.counted(state)
-            for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
-        )
+        pruned, running = desk.counted(TrialState.PRUNED), desk.counted(TrialState.RUNNING)
+        ended = desk.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    handed_on = sum(bool(trial.user_attrs.get("handed_back")) for trial in ended)
+    failed = len(ended) - handed_on
     counts = [f"{len(complete)} complete", f"{pruned} pruned"]
+    counts += [f"{handed_on} handed on to another worker"] if handed_on else []
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{running} still running in other workers"] if running else []
     lines = ["", f"Study {recipe.study}: {', '.join(counts)}."]

@@ -420,6 +420,7 @@ def test_a_trial_that_is_stopped_is_handed_back(command, trained, capsys, number
     assert len(done(trials)) == 3
     assert trials[2].user_attrs["continues"] == 1
     assert trials[2].params == trials[1].params
+    assert "3 complete, 0 pruned, 1 handed on to another worker." in capsys.readouterr().out
 
 
 def test_a_trial_that_is_aborted_is_handed_back(command, trained):
