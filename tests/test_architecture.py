@@ -31,7 +31,7 @@ ORDER = [
         "prepare",
         "report",
     ),
-    *("train", "inference", "evaluate", "inspect_model", "profile_model"),
+    *("train", "inference", "evaluate", "inspect_model", "profile_model", "study", "tune"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]
@@ -65,7 +65,7 @@ def test_utils_are_leaves(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["parameters", "config", "bundle", "start", "inspect_model", "report"]
+    "name", ["parameters", "config", "bundle", "start", "inspect_model", "report", "study", "tune"]
 )
 def test_what_runs_before_training_never_imports_torch(name):
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
