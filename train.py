@@ -109,7 +109,7 @@ from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, read_state,
 from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainResult
 from checkpoint import Checkpoints
 from data import Dataset
-from distributed import World, explained_losses, gathered, open_world
+from distributed import ALONE, World, explained_losses, gathered, open_world
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
@@ -304,7 +304,7 @@ def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> 
     return session.callbacks.after_step(told)
 
 
-def weights_and_gradients(model: LanguageModel, world: World) -> dict[str, Tensor]:
+def weights_and_gradients(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]:
     """Every parameter, and its gradient as it was clipped for the last step: for rank 0, whole."""
     parameters = dict(model.named_parameters())
     gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
