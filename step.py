@@ -77,6 +77,7 @@ def training_step(
                 batch_size=config.batch_size,
                 block_size=config.block_size,
                 rows=rows,
+                order=config.window_order,
             )
             inputs, targets = inputs.to(setup.device), targets.to(setup.device)
         with phase("forward"), autocast(setup.device, setup.precision):

@@ -23,7 +23,6 @@ from data import load_data
 from evaluate import (
     HEAT,
     Piece,
-    cut,
     harmless,
     heat_style,
     heat_view,
@@ -36,6 +35,7 @@ from evaluate import (
 )
 from model import LanguageModel
 from step import estimate_loss
+from store import Encoded
 from tokenizer import CharTokenizer, create_tokenizer
 from train import train
 from utils.errors import UserError
@@ -169,9 +169,9 @@ def test_the_splits_are_those_of_training(tiny):
     config = tiny(train_split=0.61, test_split=0.17)
     splits = load_data(config).splits
     ids = np.concatenate(list(splits.values()))
+    ranges = Encoded(ids, create_tokenizer("ab"), [ids.size]).splits(config)
     for split, expected in splits.items():
-        np.testing.assert_array_equal(cut(ids, split, config), expected)
-    assert cut(ids, None, config).size == ids.size
+        np.testing.assert_array_equal(ids[slice(*ranges[split])], expected)
 
 
 def test_bits_are_counted_by_character_and_by_byte_of_what_was_predicted():
@@ -360,7 +360,7 @@ def test_people_read_the_score_in_aligned_lines(saved, abc_file, capsys, results
         (["--split", "dev"], "--split must be train, val or test, got"),
         (["--split", "test"], "--split test: the model was trained without one (test_split 0)"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
-        (["--data", "."], ".: a directory, where a file is wanted"),
+        (["--data", "void"], "void: a directory, in which no file with text is found"),
         (["--data", "binary"], "binary: not UTF-8 text (byte 0xff in line 2): convert it"),
         (["--data", "empty"], "empty: the file is empty"),
         (["--data", "mark"], "mark: the file is empty"),
@@ -382,6 +382,7 @@ def test_a_users_mistake_is_one_clear_line(saved, tmp_path, flags, words):
     files |= {"binary": b"ab\n\xff\xfe", "accents": "abcéaü".encode()}
     for name, content in files.items():
         (tmp_path / "cwd" / name).write_bytes(content)
+    (tmp_path / "cwd" / "void").mkdir()
     with pytest.raises(UserError) as caught:
         evaluate.main([saved(data=str(tmp_path / "gone.txt")), *flags])
     assert words in str(caught.value)
