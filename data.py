@@ -32,7 +32,7 @@ DEFAULT_FILE = "input.txt"
 _TRAINING_STREAM, _EVALUATION_STREAM, _SHUFFLING_STREAM = 0, 1, 2
 _EVALUATION_SEED = 0
 _ROUNDS = 6  # of the Feistel network that shuffles windows
-_LEAST_HALF = 4  # bits in either half: it mixes no fewer than 256 numbers
+_LEAST_BITS = 6  # of its numbers: with fewer it would mix them less well
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,11 @@ def _window_starts(count: int, step: int, seed: int, batch_size: int, stream: in
 def _shuffled(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Which of `count` windows comes at each place of an endless row of passes, `(B,)` int64.
 
-    A pass is a permutation that nobody writes down: a Feistel network on the next power of 4,
+    A pass is a permutation that nobody writes down: a Feistel network on the next power of 2,
     applied again to what lands beyond the last window (Black and Rogaway 2002,
     doi.org/10.1007/3-540-45760-7_9). Its keys are a function of the seed and of the pass.
     """
-    half = np.uint64(max(_LEAST_HALF, ((count - 1).bit_length() + 1) // 2))  # bits
+    bits = max(_LEAST_BITS, (count - 1).bit_length())
     windows = np.empty_like(numbers)
     for number in np.unique(numbers // count).tolist():
         philox = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, number, 0, 0])
@@ -220,22 +220,24 @@ def _shuffled(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
         places = (numbers[here] % count).astype(np.uint64)
         outside = np.ones(places.shape, dtype=bool)
         while outside.any():
-            places[outside] = _permuted(places[outside], half, keys)
+            places[outside] = _permuted(places[outside], bits, keys)
             outside = places >= count
         windows[here] = places.astype(np.int64)
     return windows
 
 
-def _permuted(places: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers below 4 ** half, `(N,)` uint64; its mixing is SplitMix64's."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = places >> half, places & mask
+def _permuted(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of so many bits, `(N,)` uint64; its mixing is SplitMix64's."""
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)  # they change places each round
+    one = np.uint64(1)
+    left, right = numbers >> low, numbers & ((one << low) - one)
     for key in keys:
         mixed = right + key
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-    return (left << half) | right
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & ((one << high) - one))
+        low, high = high, low
+    return (left << low) | right
 
 
 def evaluation_batches(

@@ -42,6 +42,7 @@ from corpus import (
     file_sha256,
     find_files,
     is_large,
+    is_pattern,
     keep_standard_input,
     parts,
     text_problem,
@@ -51,6 +52,7 @@ from tokenizer import GPT2Tokenizer, Tokenizer, characters_in, create_tokenizer
 from utils.checks import printable
 from utils.errors import RunError, UserError
 from utils.files import (
+    is_directory,
     make_directory,
     open_at,
     remove_file,
@@ -320,7 +322,10 @@ class _Record(BaseModel):
 
 
 class Source(_Record):
-    """A file of a text, as it was when the text was read. `size` is in bytes, as it lies there."""
+    """A file of a text, as it was when the text was read. `size` is in bytes, as it lies there.
+
+    `path` is relative to the text's, if that is a directory; "" for a text of one file.
+    """
 
     path: str
     size: Count
@@ -389,7 +394,7 @@ class StoredText:
     ):
         self.name, self.path = name, path
         self._files, self._sizes = files, sizes
-        self._tell = tell or (lambda line: None)
+        self._tell = tell if tell is not None else lambda line: None
         whole = absolute(path)
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole)[:16]}"
@@ -469,7 +474,7 @@ class StoredText:
 
     def _as_it_was(self, known: Manifest) -> Manifest | None:
         """The manifest with the times of now, if no file's content has changed since."""
-        if [source.path for source in known.sources] != [str(path) for path in self._files]:
+        if [source.path for source in known.sources] != self._names():
             return None
         sources = []
         for path, source in zip(self._files, known.sources, strict=True):
@@ -507,12 +512,14 @@ class StoredText:
             hashes = [digest.hexdigest()]
         sources = [
             Source(
-                path=str(path),
+                path=name,
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
                 sha256=file_sha256(path) if path.suffix in COMPRESSED else sha256,
             )
-            for path, status, sha256 in zip(self._files, before, hashes, strict=True)
+            for name, path, status, sha256 in zip(
+                self._names(), self._files, before, hashes, strict=True
+            )
         ]
         manifest = Manifest(
             data=whole,
@@ -524,6 +531,14 @@ class StoredText:
         )
         self._check_still(manifest)
         return manifest
+
+    def _names(self) -> list[str]:
+        """The files as the manifest has them: in the same words from whatever directory."""
+        if is_directory(Path(self.path)):
+            return [path.relative_to(self.path).as_posix() for path in self._files]
+        if is_pattern(self.path):
+            return [str(path.absolute()) for path in self._files]
+        return [""]
 
     def _check_still(self, manifest: Manifest) -> None:
         for path, source in zip(self._files, manifest.sources, strict=True):
@@ -621,7 +636,12 @@ class StoredText:
         return {name: each for name, each in known.items() if each.text_sha256 == self.sha256}
 
     def _clean_up(self) -> None:
-        """Remove the encodings of what the text was before. Who has them mapped keeps them."""
+        """Remove what killed processes left, and the encodings of what the text was before.
+
+        Who has those mapped keeps them.
+        """
+        for left in self.directory.rglob(".*.tmp"):
+            remove_file(left)
         for old in self.directory.iterdir():
             if old.is_dir() and not old.name.startswith(self.sha256[:16]):
                 for path in old.iterdir():

@@ -146,10 +146,7 @@ BAD = {
     ),
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",
-        [
-            "the cache {0}/file cannot be written: File exists; "
-            "name another place with --cache-dir"
-        ],
+        ["the cache {0}/file cannot be written: File exists; name another place with --cache-dir"],
     ),
     "short text": (
         "--data {0}/short.txt --block-size 8",
