@@ -33,10 +33,14 @@ _WORD_ENDS = re.compile(r"(?<=\S)[ \n]")
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a text. It ends `end` bytes into what file number `file` holds, decompressed."""
+    """Some of a text, and its bytes in UTF-8.
+
+    It ends `end` bytes into what file number `file` holds, decompressed.
+    """
 
     file: int
     end: int
+    size: int
     text: str
 
 
@@ -166,7 +170,7 @@ def _parts_of(
 ) -> Iterator[Part]:
     blocks = _blocks(path, size, skip)
     read, pending, rest = skip, b"", ""  # what is pending is part of a character, rest of a word
-    is_first, is_last = skip == 0, False
+    begin, is_first, is_last = skip, skip == 0, False
     while not is_last:
         block = next(blocks, b"")
         is_last = not block
@@ -183,12 +187,16 @@ def _parts_of(
             ) from None
         read, pending = read + len(block), raw[used:]
         if is_first and text:
-            text, is_first = text.removeprefix("\ufeff"), False
+            is_first = False
+            if text[0] == "\ufeff":
+                text, begin = text[1:], len(codecs.BOM_UTF8)
         text = rest + text
         cut = _last_word_end(text) if whole_words and not is_last else len(text)
         text, rest = text[:cut], text[cut:]
         if text:
-            yield Part(number, read - len(pending) - len(rest.encode("utf-8")), text)
+            end = read - len(pending) - len(rest.encode("utf-8"))
+            yield Part(number, end, end - begin, text)
+            begin = end
 
 
 def _last_word_end(text: str) -> int:

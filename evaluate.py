@@ -183,16 +183,16 @@ def read_passage(
                 f"{printable(text.name)} has changed since the model was trained on it (another "
                 "SHA-256): this is the loss on the text as it is now"
             )
-    left_out = sum(text.unknown(tokenizer).values()) if skip else 0
-    try:
-        encoded = text.encode(tokenizer, drop=left_out > 0)
-    except UserError as error:
-        if isinstance(text, MemoryText) or text.unknown(tokenizer):
+    unknown = text.unknown(tokenizer)
+    if unknown and not skip:
+        try:
+            tokenizer.encode("".join(unknown))
+        except UserError as error:
             raise UserError(
                 f"{printable(text.name)}: {error}; --on-unknown skip leaves out what it does not "
                 "know"
             ) from None
-        raise
+    encoded, left_out = text.encode(tokenizer, drop=bool(unknown)), sum(unknown.values())
     if left_out:
         count = plural(left_out, "character")
         output.remark(f"{printable(text.name)}: left out {count} that the model does not know")

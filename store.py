@@ -258,6 +258,8 @@ def open_text(
         raise UserError(f"{printable(data)}: {problem}")
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
+        if tell is not None:
+            tell(f"Standard input is kept as {path}")
     files = find_files(path)
     if token_store == "off" or (token_store == "auto" and not is_large(files, large)):
         return MemoryText.read(name, path, files)
@@ -430,6 +432,8 @@ class StoredText:
                 has just changed; or the cache cannot be written.
             RunError: the disk is full. What was encoded is kept.
         """
+        if not drop:
+            tokenizer.encode(self._found.characters)  # raises where it lacks one of them
         identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
         name = f"{self.sha256[:16]}-{_digest(identity)[:8]}"
         with contextlib.suppress(OSError):  # of another process, which makes it again just now
@@ -609,7 +613,7 @@ class StoredText:
                 start=(done.file, done.end),
             ):
                 ids = tokenizer.encode(part.text, drop)
-                size = int(token_bytes[ids].sum()) if drop else _utf8_size(part.text)
+                size = int(token_bytes[ids].sum()) if drop else part.size
                 writer.add(part, ids, size)
             self._check_still(manifest)
             writer.note()
@@ -768,10 +772,6 @@ def shard_name(number: int) -> str:
 
 def _shard_sizes(tokens: int, shard: int) -> list[int]:
     return [min(shard, tokens - start) for start in range(0, tokens, shard)]
-
-
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def _digest(text: str) -> str:

@@ -13,7 +13,15 @@ from datetime import date
 from benchmarks import current_commit
 from utils.device import processor_name
 
-BENCHMARKS = ("startup", "encoding", "logging_cost", "saving", "generation", "nanogpt_cpu")
+BENCHMARKS = (
+    "startup",
+    "encoding",
+    "corpus",
+    "logging_cost",
+    "saving",
+    "generation",
+    "nanogpt_cpu",
+)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaluate.py
 """
 
+import gzip
 import io
 import json
 import math
@@ -254,6 +255,40 @@ def test_a_model_of_the_sample_corpus_is_evaluated_on_it(
     assert error == ""
     assert json.loads(out)["data"] == "Shakespeare's plays"
     assert json.loads(out)["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("token_store", ["on", "off"])
+def test_a_model_of_several_files_is_evaluated_on_the_files_that_it_did_not_see(
+    tiny, quiet, capsys, tmp_path, token_store
+):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "abcde":
+        (folder / f"{name}.txt").write_text(f"{name}: To be, or not to be.\n" * 40)
+    settings = {"data": str(folder), "split_by": "file", "eval_iters": 0, "token_store": "on"}
+    run = train(tiny(**settings), output=quiet)
+    flags = ["--json", "--device=cpu", f"--token-store={token_store}"]
+    assert evaluate.main(flags) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    result = json.loads(out)
+    assert (result["tokens"], result["data"]) == (24 * 40 - 1, str(folder))
+    assert result["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+    with gzip.open(tmp_path / "e.gz", "wb") as packed:
+        packed.write((folder / "e.txt").read_bytes())
+    assert evaluate.main([*flags, "--data", str(tmp_path / "e.gz")]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["loss"], again["bits_per_byte"]) == (result["loss"], result["bits_per_byte"])
+
+
+def test_a_stored_text_with_unknown_characters_is_an_error_or_they_are_skipped(saved, results):
+    Path("accents").write_text("abcéaü" * 9, encoding="utf-8")
+    flags = [saved(), "--data", "accents", "--token-store", "on"]
+    with pytest.raises(UserError, match=r"accents: the model does not know 'é' 'ü': .*skip"):
+        evaluate.main(flags)
+    skipped = results(*flags, "--on-unknown", "skip")
+    assert skipped["tokens"] == 4 * 9 - 1
+    assert skipped == {**results(*flags[:3], "--on-unknown=skip"), "seconds": skipped["seconds"]}
 
 
 def test_a_model_of_byte_pairs_scores_as_its_training_did(tiny, quiet, results, gpt2_vocabulary):
