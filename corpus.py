@@ -21,10 +21,9 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from utils.errors import UserError
-from utils.files import is_directory, spool, text_file_problem
+from utils.files import files_below, is_directory, spool, text_file_problem
 
 STANDARD_INPUT = "-"
-COMPRESSED = (".gz", ".zst")
 PART = 1 << 20  # bytes read at once
 # Zstandard makes at most 128 KB of each four bytes: this bounds what a hostile file can ask for.
 _COMPRESSED_PART = 1 << 12
@@ -60,28 +59,38 @@ def text_problem(data: str) -> str | None:
     if not is_directory(Path(data)) and not is_pattern(data):
         return text_file_problem(Path(data))
     try:
-        files = find_files(data)
-        has_text = any(path.stat().st_size for path in files)
+        has_text = any(path.stat().st_size for path in _found(data))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if not has_text:
-        is_there = "a directory, in which" if is_directory(Path(data)) else "a pattern, for which"
-        return f"{is_there} no file with text is found"
-    wrong = [path for path in files if not str(path).isprintable()]
-    return f"a file's name is no text: {str(wrong[0])!a}: rename it" if wrong else None
+    if has_text:
+        return None
+    is_there = "a directory, in which" if is_directory(Path(data)) else "a pattern, for which"
+    return f"{is_there} no file with text is found"
 
 
 def find_files(data: str) -> list[Path]:
     """The files that make up a text, in their order; hidden ones are not among those found.
 
-    Raises `OSError` for a directory that cannot be read.
+    Raises `UserError` for a directory that cannot be read, or a name that is no text.
     """
+    if not is_directory(Path(data)) and not is_pattern(data):
+        return [Path(data)]
+    try:
+        files = sorted(_found(data), key=str)
+    except OSError as error:
+        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
+    if wrong := [name for name in map(str, files) if not name.isprintable()]:
+        raise UserError(f"{data}: a file's name is no text: {wrong[0]!a}: rename it")
+    return files
+
+
+def _found(data: str) -> Iterator[Path]:
+    """The files of a directory or a pattern, in any order."""
     if is_directory(Path(data)):
-        return [Path(data, name) for name in sorted(_names_below(data))]
-    if is_pattern(data):
-        names = glob.glob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
-        return [Path(name) for name in sorted(names) if _is_file(name)]
-    return [Path(data)]
+        yield from (Path(data, name) for name in files_below(data))
+    else:
+        names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
+        yield from (path for path in map(Path, names) if path.is_file())
 
 
 def is_pattern(data: str) -> bool:
@@ -96,22 +105,6 @@ def absolute(data: str) -> str:
     if is_pattern(data):
         return data if Path(data).is_absolute() else str(Path(glob.escape(str(Path.cwd())), data))
     return str(Path(data).resolve())
-
-
-def _names_below(directory: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(directory, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith(".") and _is_file(path):
-                yield path.relative_to(directory).as_posix()
-
-
-def _is_file(path: str | Path) -> bool:
-    return Path(path).is_file()
 
 
 def keep_standard_input(cache: Path) -> Path:
@@ -231,7 +224,7 @@ def is_large(files: Sequence[Path], limit: int) -> bool:
     """
     total = 0
     for path in files:
-        if path.suffix in COMPRESSED:
+        if is_compressed(path):
             for block in _blocks(path, PART, 0):
                 total += len(block)
                 if total >= limit:
@@ -243,6 +236,11 @@ def is_large(files: Sequence[Path], limit: int) -> bool:
     return False
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file is decompressed when it is read, as its name says."""
+    return path.suffix.lower() in (".gz", ".zst")
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file as it lies there."""
     with open(path, "rb") as file:
@@ -252,10 +250,10 @@ def file_sha256(path: Path) -> str:
 def _blocks(path: Path, size: int, skip: int) -> Iterator[bytes]:
     """The bytes of a file from `skip` on, decompressed, about `size` at a time; none is empty."""
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as file:
                 yield from _after(skip, iter(lambda: file.read(size), b""))
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             yield from _after(skip, _grouped(_decompressed(path), size))
         else:
             with open(path, "rb", buffering=0) as file:

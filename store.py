@@ -34,13 +34,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from corpus import (
-    COMPRESSED,
     STANDARD_INPUT,
     Part,
     absolute,
     cache_path,
     file_sha256,
     find_files,
+    is_compressed,
     is_large,
     is_pattern,
     keep_standard_input,
@@ -261,7 +261,11 @@ def open_text(
         if tell is not None:
             tell(f"Standard input is kept as {path}")
     files = find_files(path)
-    if token_store == "off" or (token_store == "auto" and not is_large(files, large)):
+    try:
+        is_kept = token_store == "on" or (token_store == "auto" and is_large(files, large))
+    except OSError as error:  # a file was there a moment ago
+        raise UserError(f"{printable(data)}: cannot be read: {error.strerror}") from None
+    if not is_kept:
         return MemoryText.read(name, path, files)
     return StoredText(name, path, files, cache / "texts", tell, sizes or Sizes())
 
@@ -341,7 +345,7 @@ class Encoding(_Record):
     text_sha256: str
     tokenizer: dict[str, Any]
     drop: bool
-    dtype: str
+    dtype: Literal["|u1", "<u2", "<u4"]
     shard: int
     tokens: int
     ends: list[int]
@@ -502,7 +506,7 @@ class StoredText:
             nonlocal size
             size += len(block)
             digest.update(block)
-            if len(self._files) > 1 and self._files[file].suffix not in COMPRESSED:
+            if len(self._files) > 1 and not is_compressed(self._files[file]):
                 hashes[file] = hashes[file] or hashlib.sha256()
                 hashes[file].update(block)
                 if not block:  # the file's end
@@ -519,7 +523,7 @@ class StoredText:
                 path=name,
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
-                sha256=file_sha256(path) if path.suffix in COMPRESSED else sha256,
+                sha256=file_sha256(path) if is_compressed(path) else sha256,
             )
             for name, path, status, sha256 in zip(
                 self._names(), self._files, before, hashes, strict=True
@@ -539,7 +543,8 @@ class StoredText:
     def _names(self) -> list[str]:
         """The files as the manifest has them: in the same words from whatever directory."""
         if is_directory(Path(self.path)):
-            return [path.relative_to(self.path).as_posix() for path in self._files]
+            begin = len(str(Path(self.path, "x"))) - 1  # pathlib's own way takes seconds for many
+            return [str(path)[begin:] for path in self._files]
         if is_pattern(self.path):
             return [str(path.absolute()) for path in self._files]
         return [""]

@@ -7,7 +7,7 @@ operating system at a time: `tests/test_crash.py` stops a process at each one of
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +51,25 @@ def decode_text(raw: bytes, name: str) -> str:
     if not text:
         raise UserError(f"{name}: the file is empty")
     return text
+
+
+def files_below(directory: str) -> Iterator[str]:
+    """The names of all files in a directory and those in it, relative to it, in any order.
+
+    Hidden ones are left out, and so is what is no file. Raises `OSError` where one can't be read.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(directory, folder)) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif entry.is_file():
+                    yield name
 
 
 def is_directory(path: Path) -> bool:
