@@ -105,7 +105,7 @@ def load_data(
             tokenizer = tokenizer.extended(list(unknown))
         else:
             raise _new_characters(text.name, unknown, may_extend)
-    encoded = text.encode(tokenizer, drop=bool(left_out))
+    encoded = text.encode(tokenizer, left_out)
     ranges = _split(encoded, config)
     return Dataset(
         name=text.name,

@@ -192,7 +192,7 @@ def read_passage(
                 f"{printable(text.name)}: {error}; --on-unknown skip leaves out what it does not "
                 "know"
             ) from None
-    encoded, left_out = text.encode(tokenizer, drop=bool(unknown)), sum(unknown.values())
+    encoded, left_out = text.encode(tokenizer, unknown), sum(unknown.values())
     if left_out:
         count = plural(left_out, "character")
         output.remark(f"{printable(text.name)}: left out {count} that the model does not know")

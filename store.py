@@ -24,7 +24,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -298,9 +298,12 @@ class MemoryText:
         """The text's characters that the tokenizer lacks, sorted, and how often each stands."""
         return count_unknown(tokenizer, self.texts)
 
-    def encode(self, tokenizer: Tokenizer, drop: bool = False) -> Encoded:
-        """The ids; characters that the tokenizer lacks are an error, or left out if `drop`."""
-        ids = [tokenizer.encode(text, drop) for text in self.texts]
+    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
+        """The ids, without the characters that the tokenizer lacks where `left_out` has these.
+
+        Raises `UserError` where it lacks some, and `left_out` has none.
+        """
+        ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
         ends = np.cumsum([part.size for part in ids]).tolist()
         return Encoded(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
 
@@ -340,11 +343,14 @@ class Source(_Record):
 
 
 class Encoding(_Record):
-    """A text's ids by one tokenizer. `ends` are the tokens up to the end of each file."""
+    """A text's ids by one tokenizer, without the characters that are `left_out`.
+
+    `ends` are the tokens up to the end of each file.
+    """
 
     text_sha256: str
     tokenizer: dict[str, Any]
-    drop: bool
+    left_out: dict[str, int]
     dtype: Literal["|u1", "<u2", "<u4"]
     shard: int
     tokens: int
@@ -422,24 +428,31 @@ class StoredText:
     def unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
         """The text's characters that the tokenizer lacks, sorted, and how often each stands.
 
-        The text is read where there are any.
+        The text is read where there are any, and it was not yet encoded without them.
         """
         if not tokenizer.unknown(self._found.characters):
             return {}
+        known = self._found.encodings.get(self._encoding_name(tokenizer, drop=True))
+        if known is not None and known.left_out:
+            return known.left_out
         return count_unknown(tokenizer, (part.text for part in parts(self._files)))
 
-    def encode(self, tokenizer: Tokenizer, drop: bool = False) -> Encoded:
+    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
         """The ids, mapped; they are made first where they are not there, or not whole.
 
+        Args:
+            tokenizer: what makes the ids.
+            left_out: the characters that it lacks, if they are to be left out, as `unknown` has
+                them.
+
         Raises:
-            UserError: the text has characters that the tokenizer lacks, and `drop` is not set; it
-                has just changed; or the cache cannot be written.
+            UserError: the tokenizer lacks characters, and `left_out` has none; the text has just
+                changed; or the cache cannot be written.
             RunError: the disk is full. What was encoded is kept.
         """
-        if not drop:
+        if not left_out:
             tokenizer.encode(self._found.characters)  # raises where it lacks one of them
-        identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
-        name = f"{self.sha256[:16]}-{_digest(identity)[:8]}"
+        name = self._encoding_name(tokenizer, drop=bool(left_out))
         with contextlib.suppress(OSError):  # of another process, which makes it again just now
             if self._problem(name, self._found.encodings.get(name), tokenizer) is None:
                 return self._mapped(name, tokenizer)
@@ -452,7 +465,7 @@ class StoredText:
                 if known is not None:
                     self._tell(f"{self.directory / name}: {problem}: encoding {self.name} again")
                     self._withdraw(name)
-                self._encode(name, tokenizer, drop)
+                self._encode(name, tokenizer, dict(left_out or {}))
             return self._mapped(name, tokenizer)
 
     # The text
@@ -594,6 +607,10 @@ class StoredText:
         marks = np.fromfile(self.directory / name / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
         return Encoded(tokens, tokenizer, encoding.ends, marks)
 
+    def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
+        identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
+        return f"{self.sha256[:16]}-{_digest(identity)[:8]}"
+
     def _withdraw(self, name: str) -> None:
         """Take an encoding out of the manifest, and forget how it was made."""
         remove_file(self.directory / name / PROGRESS_FILE)
@@ -601,7 +618,7 @@ class StoredText:
         self._found = self._found.model_copy(update={"encodings": known})
         self._publish(self._found)
 
-    def _encode(self, name: str, tokenizer: Tokenizer, drop: bool) -> None:
+    def _encode(self, name: str, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
         """Write the ids, from where an earlier try has come to, and publish them."""
         directory, manifest = self.directory / name, self._found
         make_directory(directory)
@@ -617,8 +634,8 @@ class StoredText:
                 whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
                 start=(done.file, done.end),
             ):
-                ids = tokenizer.encode(part.text, drop)
-                size = int(token_bytes[ids].sum()) if drop else part.size
+                ids = tokenizer.encode(part.text, bool(left_out))
+                size = int(token_bytes[ids].sum()) if left_out else part.size
                 writer.add(part, ids, size)
             self._check_still(manifest)
             writer.note()
@@ -626,7 +643,7 @@ class StoredText:
         encoding = Encoding(
             text_sha256=manifest.sha256,
             tokenizer=tokenizer.state(),
-            drop=drop,
+            left_out=left_out,
             dtype=writer.dtype.str,
             shard=self._sizes.shard,
             tokens=writer.progress.tokens,

@@ -53,9 +53,9 @@ def stored(data, told=None, sizes=SMALL) -> StoredText:
     return open_text(str(data), token_store="on", tell=told, sizes=sizes)
 
 
-def encoded(data, told=None, sizes=SMALL, tokenizer=None, drop=False) -> Encoded:
+def encoded(data, told=None, sizes=SMALL, tokenizer=None) -> Encoded:
     text = stored(data, told, sizes)
-    return text.encode(tokenizer or text.create_tokenizer("char"), drop)
+    return text.encode(tokenizer or text.create_tokenizer("char"))
 
 
 def decoded(result: Encoded) -> str:
@@ -133,17 +133,21 @@ def test_small_texts_leave_nothing_and_large_ones_a_store(text, tmp_path):
     assert not isinstance(open_text(str(text), large=size, token_store="off"), StoredText)
 
 
-def test_unknown_characters_are_counted_and_left_out(text):
+def test_unknown_characters_are_counted_and_left_out(text, monkeypatch):
     tokenizer = CharTokenizer(sorted(set(TEXT) - set("Êê漢字")))
     found = stored(text)
     unknown = found.unknown(tokenizer)
     assert unknown == open_text(str(text)).unknown(tokenizer) == {"Ê": 1, "ê": 1, "字": 1, "漢": 1}
     with pytest.raises(UserError, match="the model does not know 'Ê'"):
         found.encode(tokenizer)
-    result = found.encode(tokenizer, drop=True)
+    result = found.encode(tokenizer, unknown)
     kept = "".join(char for char in TEXT if char not in unknown)
     assert decoded(result) == kept
     assert result.count_bytes(0, len(kept)) == len(kept.encode())
+    monkeypatch.setattr(store, "parts", None)  # what is known is not counted again
+    again = stored(text)
+    assert again.unknown(tokenizer) == unknown
+    assert decoded(again.encode(tokenizer, unknown)) == kept
 
 
 @pytest.mark.parametrize("sizes", [SMALL, Sizes(), Sizes(shard=64, part=7, note=9)])
