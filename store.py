@@ -68,6 +68,7 @@ MANIFEST_FILE, PROGRESS_FILE, MARKS_FILE = "manifest.json", "progress.json", "ma
 LARGE = 64 << 20  # bytes of text, from which on `token_store` auto keeps a store
 _COUNTED_AT_ONCE = 1 << 20  # tokens; bincount makes eight bytes of each
 _MARK = np.dtype("<i8")
+_MARK_SIZE = 3 * _MARK.itemsize
 _NO_MARKS = np.zeros((0, 3), dtype=_MARK)
 
 
@@ -354,6 +355,7 @@ class Encoding(_Record):
     dtype: Literal["|u1", "<u2", "<u4"]
     shard: int
     tokens: int
+    marks: int
     ends: list[int]
 
 
@@ -372,6 +374,7 @@ class Manifest(_Record):
 class Progress(_Record):
     """`progress.json`: the last place in the text up to which all is on the disk."""
 
+    shard: int
     file: int = 0
     end: int = 0
     tokens: int = 0
@@ -590,7 +593,7 @@ class StoredText:
             if size != tokens * itemsize:
                 return f"{path.name} has {size:,} bytes, and should have {tokens * itemsize:,}"
         marks = self.directory / name / MARKS_FILE
-        if not marks.is_file() or marks.stat().st_size % (3 * _MARK.itemsize):
+        if not marks.is_file() or marks.stat().st_size != encoding.marks * _MARK_SIZE:
             return f"{MARKS_FILE} is not whole"
         return None
 
@@ -603,7 +606,9 @@ class StoredText:
             )
             for number, size in enumerate(_shard_sizes(encoding.tokens, encoding.shard))
         ]
-        tokens = shards[0] if len(shards) == 1 else ShardedTokens(shards, encoding.shard)
+        tokens: Tokens = shards[0] if shards else np.empty(0, dtype)
+        if len(shards) > 1:
+            tokens = ShardedTokens(shards, encoding.shard)
         marks = np.fromfile(self.directory / name / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
         return Encoded(tokens, tokenizer, encoding.ends, marks)
 
@@ -647,6 +652,7 @@ class StoredText:
             dtype=writer.dtype.str,
             shard=self._sizes.shard,
             tokens=writer.progress.tokens,
+            marks=writer.progress.marks,
             ends=ends,
         )
         self._found = manifest.model_copy(update={"encodings": self._current() | {name: encoding}})
@@ -718,7 +724,7 @@ class _Writer:
         self._directory, self._sizes = directory, sizes
         self.progress = self._noted()
         self._unnoted = 0  # bytes of text
-        self._marks = open_at(directory / MARKS_FILE, self.progress.marks * 3 * _MARK.itemsize)
+        self._marks = open_at(directory / MARKS_FILE, self.progress.marks * _MARK_SIZE)
         self._shard: IO[bytes] | None = None
 
     def add(self, part: Part, ids: np.ndarray, size: int) -> None:
@@ -738,6 +744,7 @@ class _Writer:
                 with file:
                     sync_file(file)
         self.progress = Progress(
+            shard=shard,
             file=part.file,
             end=part.end,
             tokens=done.tokens + ids.size,
@@ -774,17 +781,20 @@ class _Writer:
 
     def _noted(self) -> Progress:
         """How far an earlier try has come; nowhere, where what it noted is not there."""
+        nowhere = Progress(shard=self._sizes.shard)
         try:
             noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
+            if noted.shard != self._sizes.shard:
+                return nowhere
             for number, ids in enumerate(_shard_sizes(noted.tokens, self._sizes.shard)):
                 path = self._directory / shard_name(number)
                 if path.stat().st_size < ids * self.dtype.itemsize:
-                    return Progress()
+                    return nowhere
             marks = self._directory / MARKS_FILE
-            whole = marks.stat().st_size >= noted.marks * 3 * _MARK.itemsize
-            return noted if whole else Progress()
+            whole = marks.stat().st_size >= noted.marks * _MARK_SIZE
+            return noted if whole else nowhere
         except (OSError, ValidationError):
-            return Progress()
+            return nowhere
 
 
 def shard_name(number: int) -> str:

@@ -150,6 +150,13 @@ def test_unknown_characters_are_counted_and_left_out(text, monkeypatch):
     assert decoded(again.encode(tokenizer, unknown)) == kept
 
 
+def test_a_text_of_which_nothing_is_left_has_no_tokens(text):
+    for token_store in ("on", "off"):
+        found, tokenizer = open_text(str(text), token_store=token_store), CharTokenizer(["☃"])
+        result = found.encode(tokenizer, found.unknown(tokenizer))
+        assert (result.tokens.size, list(result.ends)) == (0, [0])
+
+
 @pytest.mark.parametrize("sizes", [SMALL, Sizes(), Sizes(shard=64, part=7, note=9)])
 def test_bytes_are_counted_over_any_stretch(text, sizes):
     result = encoded(text, sizes=sizes)
@@ -321,12 +328,14 @@ def test_what_is_not_on_the_disk_of_what_was_noted_is_encoded_again(text, tmp_pa
     (marks,) = files_of(tmp_path / "cache", "marks.bin")
     content = json.loads(manifest.read_text(encoding="utf-8"))
     manifest.write_text(json.dumps({**content, "encodings": {}}), encoding="utf-8")
-    note = {"file": 0, "end": 300, "tokens": 300, "bytes": 300, "marks": 5}
+    note = {"shard": 97, "file": 0, "end": 300, "tokens": 300, "bytes": 300, "marks": 5}
     for path in (marks, marks.with_name("shard_00001.bin"), marks.with_name("shard_00003.bin")):
         os.truncate(path, 3)
         marks.with_name("progress.json").write_text(json.dumps(note), encoding="utf-8")
         assert decoded(encoded(text)) == TEXT
         manifest.write_text(json.dumps({**content, "encodings": {}}), encoding="utf-8")
+    marks.with_name("progress.json").write_text(json.dumps({**note, "shard": 96}))
+    assert decoded(encoded(text)) == TEXT  # of shards of another size, nothing is of use
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
