@@ -773,7 +773,10 @@ class _Writer:
         return np.concatenate(([0], marks[:, 1]))[last].tolist()
 
     def close(self) -> None:
-        """Close the files. Where the disk is full, what they still hold is not written."""
+        """Note how far it has come, and close the files; where the disk is full, as they are."""
+        if self._unnoted:
+            with contextlib.suppress(OSError):
+                self.note()
         for file in (self._shard, self._marks):
             if file is not None:
                 with contextlib.suppress(OSError):

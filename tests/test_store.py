@@ -322,6 +322,22 @@ def test_an_encoding_killed_at_any_call_goes_on_to_the_same_ids(text, tmp_path, 
         assert went_on > 2
 
 
+def test_an_encoding_that_is_interrupted_goes_on_where_it_was(text, told, monkeypatch):
+    real, calls = CharTokenizer.encode, []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(CharTokenizer, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(text, sizes=Sizes(part=60))
+    assert decoded(encoded(text, told, sizes=Sizes(part=60))) == TEXT
+    assert "of which 180 B are there" in told[0]
+
+
 def test_what_is_not_on_the_disk_of_what_was_noted_is_encoded_again(text, tmp_path):
     encoded(text)
     (manifest,) = files_of(tmp_path / "cache", "manifest.json")
