@@ -385,7 +385,7 @@ def test_the_order_of_windows_is_the_models_and_a_resume_keeps_it(go):
 def test_a_model_of_the_sample_corpus_goes_on_with_it_beside_an_input_txt(
     go, quiet, monkeypatch, tiny
 ):
-    monkeypatch.setattr("data.sample_corpus", lambda cache: LINES * 40)
+    monkeypatch.setattr("data.sample_corpus", lambda cache, **where: LINES * 40)
     first = go(fresh=True, data=None, max_iters=2)
     Path("input.txt").write_text("something else\n" * 100, encoding="utf-8")
     second = go(str(first.run_dir), max_iters=4)
