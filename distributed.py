@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from corpus import STANDARD_INPUT
 from model import LanguageModel
 from parameters import ModelConfig
 from utils.device import choose_device
@@ -107,18 +108,19 @@ class World:
         failure: BaseException | None = None
         try:
             made = make()
-        except (UserError, NothingToDo) as error:
+        except (UserError, RunError, NothingToDo) as error:
             failure = error
         told: list[Any] = [None] * self.size
-        problems = failure and (failure.exit_status, getattr(failure, "problems", ()))
+        problems = failure and (type(failure), getattr(failure, "problems", (str(failure),)))
         distributed.all_gather_object(told, problems)
         if failure is not None and self.is_main:
             raise failure
         for rank, problems in enumerate(told):
             if problems is not None and self.is_main:
-                raise UserError(*(f"rank {rank}: {problem}" for problem in problems[1]))
+                kind, lines = problems
+                raise kind(*(f"rank {rank}: {line}" for line in lines))
             if problems is not None:
-                raise EndedElsewhere(problems[0])
+                raise EndedElsewhere(problems[0].exit_status)
         return made
 
     @contextlib.contextmanager
@@ -195,6 +197,8 @@ def check_shared(config: ModelConfig, size: int) -> None:
             f"{size} processes cannot share a batch_size of {config.batch_size}: take a batch_size "
             f"of {batches}, or start {_or(sizes)} processes"
         )
+    if config.data == STANDARD_INPUT:
+        raise UserError("standard input goes to one process alone: keep the text in a file")
     if config.parallel == "fsdp":
         if config.precision == "fp16":
             raise UserError("parallel fsdp does not go with precision fp16: take bf16 or fp32")

@@ -25,7 +25,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,13 +33,14 @@ from rich.console import Console
 from rich.text import Text
 
 from bundle import WEIGHTS_FILE, Bundle, read_bundle
+from corpus import text_problem
 from inference import find_model
-from parameters import Count, Data, Device, ModelName, Positive, Settings
-from tokenizer import Tokenizer, from_state, known_part
+from parameters import Count, Data, Device, ModelName, Positive, Settings, Switch
+from store import MemoryText, StoredText, Tokens, open_text
+from tokenizer import Tokenizer, from_state
 from utils.checks import printable
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
-from utils.files import decode_text, read_file, text_file_problem
 from utils.output import Output, aligned, plural, run_command
 
 if TYPE_CHECKING:  # torch is imported when all mistakes have been answered
@@ -63,13 +63,19 @@ class EvaluateConfig(Settings):
     """Where named models are looked for."""
 
     data: str | None = Field(default=None, min_length=1)
-    """A text file in UTF-8, all of it if no split is named. null: the text it was trained on."""
+    """A text, as train.py takes it; all of it if no split is named. null: that of its training."""
 
     split: Literal["train", "val", "test"] | None = None
     """A part of the text, cut as in training. null: val, or all of what --data names."""
 
     on_unknown: Literal["error", "skip"] = "error"
     """Characters that the model does not know: error, or skip them."""
+
+    token_store: Switch = "auto"
+    """Keep the text's ids on disk, in cache_dir, and map them. auto: from 64 MB of text on."""
+
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Where token stores and standard input are kept. null: the user's cache."""
 
     stride: Positive | None = None
     """Tokens from one window to the next, at most the model's block_size. null: block_size."""
@@ -149,7 +155,7 @@ class Passage:
 
     name: str
     split: str | None
-    ids: np.ndarray
+    ids: Tokens
 
 
 def read_passage(
@@ -169,67 +175,58 @@ def read_passage(
             "--split test: the model was trained without one (test_split 0): "
             "choose --split val, or a text that it has not seen with --data FILE"
         )
-    if config.data is not None:
-        name, raw = config.data, read_file(Path(config.data))
-    else:
-        name, raw = read_trained_text(trained.data)
+    text = open_passage(config, trained.data, output)
+    if config.data is None:
         skip = skip or trained.on_new_chars == "drop"  # as training did
-        if hashlib.sha256(raw).hexdigest() != bundle.state.fact("data_sha256"):
+        if text.sha256 != bundle.state.fact("data_sha256"):
             output.warning(
-                f"{printable(name)} has changed since the model was trained on it (another "
+                f"{printable(text.name)} has changed since the model was trained on it (another "
                 "SHA-256): this is the loss on the text as it is now"
             )
-    ids, left_out = encoded(decode_text(raw, name), name, tokenizer, skip)
+    unknown = text.unknown(tokenizer)
+    if unknown and not skip:
+        try:
+            tokenizer.encode("".join(unknown))
+        except UserError as error:
+            raise UserError(
+                f"{printable(text.name)}: {error}; --on-unknown skip leaves out what it does not "
+                "know"
+            ) from None
+    encoded, left_out = text.encode(tokenizer, unknown), sum(unknown.values())
     if left_out:
         count = plural(left_out, "character")
-        output.remark(f"{printable(name)}: left out {count} that the model does not know")
-    ids = cut(ids, split, trained)
-    if ids.size < 2:
+        output.remark(f"{printable(text.name)}: left out {count} that the model does not know")
+    start, stop = encoded.splits(trained)[split] if split else (0, encoded.tokens.size)
+    if stop - start < 2:
         what = f"its {split} split" if split else "it"
         raise UserError(
-            f"{printable(name)}: {what} has {plural(ids.size, tokenizer.unit)}, and what is "
-            "predicted is each one after the first: take a longer text"
+            f"{printable(text.name)}: {what} has {plural(stop - start, tokenizer.unit)}, and what "
+            "is predicted is each one after the first: take a longer text"
         )
-    return Passage(name, split, ids)
+    return Passage(text.name, split, encoded.tokens[start:stop])
 
 
-def read_trained_text(path: str | None) -> tuple[str, bytes]:
-    """The name and the bytes of the text that a model was trained on; no path: the sample corpus.
+def open_passage(
+    config: EvaluateConfig, recorded: str | None, output: Output
+) -> MemoryText | StoredText:
+    """The text that the settings name, or that was recorded; no path: the sample corpus.
 
     Raises `UserError` that says what to do where it is no longer there.
     """
-    if path is None:
+    data = config.data or recorded
+    if data is None:
         from data import sample_corpus  # here, as it brings torch
 
-        return "Shakespeare's plays", sample_corpus().encode("utf-8")
-    if problem := text_file_problem(Path(path)):
+        plays = sample_corpus(cache_dir=config.cache_dir)
+        sha256 = hashlib.sha256(plays.encode("utf-8")).hexdigest()
+        return MemoryText("Shakespeare's plays", None, [plays], sha256)
+    if config.data is None and (problem := text_problem(data)):
         raise UserError(
-            f"{printable(path)}, the text that the model was trained on: {problem}: "
+            f"{printable(data)}, the text that the model was trained on: {problem}: "
             "say where it is now, or name another, with --data FILE"
         )
-    return path, read_file(Path(path))
-
-
-def encoded(text: str, name: str, tokenizer: Tokenizer, skip: bool) -> tuple[np.ndarray, int]:
-    """The ids of a text, `(N,)`, and how many characters were left out as nobody knows them.
-
-    Raises `UserError` that lists those, unless they may be skipped.
-    """
-    text, left_out = known_part(tokenizer, text, replace=False) if skip else (text, 0)
-    try:
-        return tokenizer.encode(text), left_out
-    except UserError as error:
-        raise UserError(
-            f"{printable(name)}: {error}; --on-unknown skip leaves out what it does not know"
-        ) from None
-
-
-def cut(ids: np.ndarray, split: str | None, trained: Data) -> np.ndarray:
-    """A split of a text's tokens, where training would cut it; None: all of them."""
-    train_end = int(ids.size * trained.train_split)
-    val_end = ids.size - int(ids.size * trained.test_split)
-    parts = {"train": ids[:train_end], "val": ids[train_end:val_end], "test": ids[val_end:]}
-    return parts[split] if split else ids
+    where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
+    return open_text(data, **where, tell=output.remark)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -245,7 +242,7 @@ def window_starts(tokens: int, block_size: int, stride: int) -> np.ndarray:
 
 def token_losses(
     model: "LanguageModel",
-    ids: np.ndarray,
+    ids: Tokens,
     stride: int,
     tell: Callable[[int], None] = lambda windows: None,
 ) -> np.ndarray:
@@ -300,6 +297,9 @@ def window_batches(
         yield starts[-1:], int(tokens - 1 - starts[-1])
 
 
+COUNTED_AT_ONCE = 1 << 20  # tokens
+
+
 @dataclass(frozen=True)
 class Score:
     """How well a text was predicted; `characters` and `bytes` are those of the `tokens` predicted.
@@ -317,13 +317,17 @@ class Score:
     bits_per_byte: float
 
 
-def scored(losses: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> Score:
+def scored(losses: np.ndarray, ids: Tokens, tokenizer: Tokenizer) -> Score:
     """The means of the losses `(N - 1,)` of a text `(N,)`, in float64."""
-    predicted = ids[1:]
     total = float(losses.sum(dtype=np.float64))
     loss = total / losses.size
-    characters = len(tokenizer.decode(predicted))
-    size = int(tokenizer.token_bytes[predicted].sum())
+    decode, token_bytes = tokenizer.stream_decoder(), tokenizer.token_bytes
+    characters = size = 0
+    for start in range(1, ids.size, COUNTED_AT_ONCE):
+        predicted = np.asarray(ids[start : start + COUNTED_AT_ONCE])
+        characters += len(decode(predicted.tolist()))
+        size += int(token_bytes[predicted].sum())
+    characters += len(decode([]))
     return Score(
         tokens=losses.size,
         characters=characters,
@@ -403,9 +407,7 @@ class Piece:
     bits: float
 
 
-def pieces(
-    ids: np.ndarray, losses: np.ndarray, tokenizer: Tokenizer, characters: int
-) -> list[Piece]:
+def pieces(ids: Tokens, losses: np.ndarray, tokenizer: Tokenizer, characters: int) -> list[Piece]:
     """The tokens of the first so many characters, each with its surprise.
 
     A character that byte pairs spell in several tokens is one piece.

@@ -82,13 +82,22 @@ class Data(Settings):
     """The text, and how it is divided."""
 
     data: Annotated[str, Field(min_length=1)] | None = None
-    """The text file to train on, in UTF-8. null: input.txt if there is one, else Shakespeare."""
+    """UTF-8 text: file, directory, glob or - (stdin). null: input.txt if any, else Shakespeare."""
 
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Fraction of the text, from its beginning, to learn from. What is left is for validation."""
 
     test_split: Fraction = 0.0
     """Fraction of the text, at its end, held out of both training and validation."""
+
+    split_by: Literal["position", "file"] = "position"
+    """Cut the text where the fractions say, or at the nearest end of a file."""
+
+    window_order: Literal["random", "shuffled"] = "random"
+    """Windows at random, or shuffled: side by side, each once in a pass, in an order of its own."""
+
+    token_store: Switch = "auto"
+    """Keep the text's ids on disk, in cache_dir, and map them. auto: from 64 MB of text on."""
 
     tokenizer: Literal["char", "gpt2"] = "char"
     """char: a token for each character of the text. gpt2: GPT-2's byte pairs (extra gpt2)."""
@@ -232,6 +241,9 @@ class Run(Settings):
 
     checkpoints_dir: str = Field(default="checkpoints", min_length=1)
     """Where named models are kept."""
+
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Where token stores, standard input and the sample corpus are kept. null: the user's cache."""
 
 
 class Beginning(Settings):

@@ -18,9 +18,9 @@ import torch
 from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, read_state
 from callbacks import Best, Maker, describe_makers
 from checkpoint import load_tokenizer, load_training, load_weights
-from config import CHECKOUT, LoadedConfig
+from config import CHECKOUT, LoadedConfig, as_of_now
+from corpus import absolute
 from data import (
-    SPLITS,
     Dataset,
     count_windows,
     get_batch,
@@ -42,6 +42,7 @@ from start import (
     start_of,
 )
 from step import Setup, estimate_loss, training_step
+from store import SPLITS
 from utils.device import (
     DTYPES,
     Compiled,
@@ -99,6 +100,7 @@ def set_up(
             # A model that began with the sample corpus goes on with it, whatever else is there now.
             sample=start.is_resume and sources["data"] == str(start.bundle.path),
             cache=cache,
+            tell=tell,
         )
     )
     if loaded is not None:
@@ -247,11 +249,12 @@ def measures_alike(
     config: ModelConfig, data: Dataset, precision: str, state: TrainingState
 ) -> bool:
     """Whether the val losses of a run of `config` compare with those of `state`."""
-    measure = ("eval_iters", "train_split", "test_split", "on_new_chars")
+    measure = ("eval_iters", "train_split", "test_split", "split_by", "on_new_chars")
+    recorded = as_of_now(state.settings)
     return (
         data.sha256 == state.fact("data_sha256")
         and precision == (state.fact("computed_in") or "fp32")
-        and all(state.settings.get(name) == getattr(config, name) for name in measure)
+        and all(recorded.get(name) == getattr(config, name) for name in measure)
     )
 
 
@@ -402,7 +405,7 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
 
 def recorded_path(data: Dataset) -> str | None:
     """The text's whole path, so that a record serves from any directory."""
-    return data.path and str(Path(data.path).resolve())
+    return data.path and absolute(data.path)
 
 
 def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:

@@ -81,6 +81,7 @@ def training_step(
                 batch_size=config.batch_size,
                 block_size=config.block_size,
                 rows=rows,
+                order=config.window_order,
             )
             inputs, targets = inputs.to(setup.device), targets.to(setup.device)
         with accumulating(setup.learner, is_last=rows.stop == mine.stop):

@@ -46,6 +46,9 @@ class CharTokenizer:
         # code points beyond the largest known one are sent too, says "unknown" with the id V.
         self._ids = np.full(int(self._code_points.max()) + 2, self.vocab_size, dtype=self.dtype)
         self._ids[self._code_points] = np.arange(self.vocab_size)
+        # The same for bytes of ASCII, where an id is a byte too.
+        ascii_ids = self._ids.take(np.arange(256), mode="clip").tobytes()
+        self._ascii_ids = ascii_ids if self.dtype == np.uint8 else None
 
     @property
     def vocab_size(self) -> int:
@@ -72,19 +75,29 @@ class CharTokenizer:
         """What to begin with where nobody gives a prompt: a new line, if the text had lines."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, drop: bool = False) -> np.ndarray:
         """The ids of `text`, `(len(text),)` of `dtype`.
 
+        Characters that the vocabulary lacks are left out if `drop` is set.
+
         Raises:
-            UserError: `text` has characters that the vocabulary lacks; they are listed.
+            UserError: `text` has such characters, and `drop` is not set; they are listed.
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHUNK):
-            code_points = _code_points(text[start : start + _CHUNK])
-            self._ids.take(code_points, mode="clip", out=ids[start : start + _CHUNK])
+            self._look_up(text[start : start + _CHUNK], ids[start : start + _CHUNK])
         if ids.size and ids.max() == self.vocab_size:
-            raise self._unknown_characters(text)
+            if not drop:
+                raise self._unknown_characters(text)
+            return ids[ids != self.vocab_size]
         return ids
+
+    def _look_up(self, text: str, ids: np.ndarray) -> None:
+        """Write the ids of `text` into `ids`, `(len(text),)`; V where it is unknown."""
+        if self._ascii_ids is not None and text.isascii():
+            ids[:] = np.frombuffer(text.encode("ascii").translate(self._ascii_ids), dtype=np.uint8)
+        else:
+            self._ids.take(_code_points(text), mode="clip", out=ids)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of a sequence of ids; the inverse of `encode`."""
@@ -101,8 +114,14 @@ class CharTokenizer:
 
     def unknown(self, text: str) -> dict[str, int]:
         """The characters of `text` that the vocabulary lacks, sorted, and how often each stands."""
-        counts = Counter(text)
-        return {char: counts[char] for char in sorted(counts.keys() - set(self.chars))}
+        counts: Counter[int] = Counter()
+        for start in range(0, len(text), _CHUNK):
+            chunk = text[start : start + _CHUNK]
+            ids = np.empty(len(chunk), dtype=self.dtype)
+            self._look_up(chunk, ids)
+            if ids.max() == self.vocab_size:
+                counts.update(_code_points(chunk)[ids == self.vocab_size].tolist())
+        return {chr(code_point): counts[code_point] for code_point in sorted(counts)}
 
     def extended(self, chars: Sequence[str]) -> "CharTokenizer":
         """A tokenizer that knows `chars` too; the ids of the others stay as they are."""
@@ -156,8 +175,8 @@ class GPT2Tokenizer:
             lengths[token] = len(self._encoding.decode_single_token_bytes(token))
         return lengths
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, `(N,)` uint16."""
+    def encode(self, text: str, drop: bool = False) -> np.ndarray:
+        """The ids of `text`, `(N,)` uint16. There is nothing that they could not spell."""
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -165,10 +184,13 @@ class GPT2Tokenizer:
         return self._encoding.decode([int(token) for token in ids])
 
     def stream_decoder(self) -> Callable[[Sequence[int]], str]:
-        """`decode` for ids that come a few at a time: a character is given when it is whole."""
+        """`decode` for ids that come a few at a time: a character is given when it is whole.
+
+        No ids at all are the end: what is left of a character becomes U+FFFD.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         spell = self._encoding.decode_single_token_bytes
-        return lambda ids: decoder.decode(b"".join(spell(token) for token in ids))
+        return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
 
     def unknown(self, text: str) -> dict[str, int]:
         """Nothing: byte pairs can spell any text."""
@@ -193,19 +215,32 @@ def known_part(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int
     return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
 
 
-def create_tokenizer(text: str, kind: str = "char") -> Tokenizer:
+def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer:
     """The tokenizer of that `token_kind`; a character tokenizer knows the characters of `text`.
 
     Raises `UserError` where `text` is empty, or GPT-2's tokenizer is not to be had.
     """
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
-    if not text:
+    chars = characters_in([text] if isinstance(text, str) else text)
+    if not chars:
         raise UserError("there is no text to make a tokenizer from")
+    return CharTokenizer(chars)
+
+
+def characters_in(texts: Iterable[str]) -> list[str]:
+    """All different characters of some texts, sorted. Each text is looked at once."""
     seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
-    for start in range(0, len(text), _CHUNK):
-        seen[_code_points(text[start : start + _CHUNK])] = True
-    return CharTokenizer([chr(code_point) for code_point in np.flatnonzero(seen)])
+    known = b""  # of ASCII: what is left of a text without them is new, and soon nothing is
+    for text in texts:
+        for start in range(0, len(text), _CHUNK):
+            chunk = text[start : start + _CHUNK]
+            if not chunk.isascii():
+                seen[_code_points(chunk)] = True
+            elif new := chunk.encode("ascii").translate(None, known):
+                seen[np.frombuffer(new, dtype=np.uint8)] = True
+                known = bytes(np.flatnonzero(seen[:128]).tolist())
+    return [chr(code_point) for code_point in np.flatnonzero(seen)]
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     from train import dry_run, train
 
     if "dry_run" in actions:
-        output.line(dry_run(loaded, start))
+        output.line(dry_run(loaded, start, output.line))
         return 0
     result = train(
         loaded.config,
@@ -98,7 +98,7 @@ import platform
 import shlex
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -531,11 +531,16 @@ def callback_flags(setup: Setup) -> str:
 # What a run would take
 
 
-def dry_run(loaded: LoadedConfig, start: Start | None = None) -> str:
-    """Every setting, and what the run would take. Leaves nothing behind."""
+def dry_run(
+    loaded: LoadedConfig, start: Start | None = None, tell: Callable[[str], None] | None = None
+) -> str:
+    """Every setting, and what the run would take. `tell` hears of what takes a while.
+
+    Leaves nothing behind but what the run will find: a large text's ids, or standard input.
+    """
     quiet = Output(quiet=True)
     with explained_failures(loaded.config, quiet), open_world(loaded.config) as world:
-        setup = set_up(loaded.config, loaded, start, world=world, cache=False)
+        setup = set_up(loaded.config, loaded, start, world=world, cache=False, tell=tell)
         config, data = setup.config, setup.data
         speed = measure_speed(config, data, setup.device, world)
     steps = config.max_iters - setup.start.step

@@ -16,6 +16,7 @@ from utils.device import processor_name
 BENCHMARKS = (
     "startup",
     "encoding",
+    "corpus",
     "logging_cost",
     "saving",
     "generation",

@@ -15,8 +15,10 @@ from conftest import CHECKOUT
 ORDER = [
     *(
         "parameters",
+        "corpus",
         "config",
         "tokenizer",
+        "store",
         "data",
         "sampling",
         "model",
@@ -65,7 +67,11 @@ def test_utils_are_leaves(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["parameters", "config", "bundle", "start", "inspect_model", "report", "study", "tune"]
+    "name",
+    [
+        *("parameters", "corpus", "config", "store", "bundle", "start", "inspect_model", "report"),
+        *("study", "tune"),
+    ],
 )
 def test_what_runs_before_training_never_imports_torch(name):
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"

@@ -6,10 +6,10 @@ python -m pytest tests/test_benchmarks.py
 import re
 
 import pytest
-from conftest import TINY_FLAGS
+from conftest import CHECKOUT, TINY_FLAGS
 
 import benchmarks.logging_cost
-from benchmarks import generation, time_to_loss
+from benchmarks import corpus, generation, time_to_loss
 
 LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
 
@@ -98,5 +98,20 @@ def test_how_fast_models_generate_is_measured(monkeypatch, capsys):
         r"3 texts, fp32, plain: [\d,]+ characters/s, \d+\.\d times one by the plain path",
         r"50 characters of the default model, plain, each tenth: ([\d,]+(, )?){10} characters/s",
         r"the first character of the default model, from the shell: \d\.\d\d s",
+    ):
+        assert re.search(words, told), words
+
+
+@pytest.mark.slow
+def test_what_a_large_text_costs_is_measured(monkeypatch, capsys):
+    for name, value in {"BYTES": 3_000_000, "SMALL_BYTES": 200_000, "REPEATS": 1}.items():
+        monkeypatch.setattr(corpus, name, value)
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    corpus.run(None)
+    told = capsys.readouterr().out
+    for words in (
+        r"0\.003 GB encoded in \d+\.\d s: \d+ MB/s, at most \d+ MB in memory",
+        r"the first step: after \d+\.\d\d s on 1 MB, and after \d+\.\d\d s on it",
+        r"anonymous memory of training: [+-]\d+\.\d MB over that on 1 MB",
     ):
         assert re.search(words, told), words

@@ -135,7 +135,7 @@ def test_help_is_generated_from_the_schema(command_line, capsys):
     assert page.isascii()  # terminals that know nothing else shall show it too
     for name, info in ModelConfig.model_fields.items():
         is_switch = bool in (info.annotation, *get_args(info.annotation))
-        is_switch = is_switch or name == "torch_compile"
+        is_switch = is_switch or name in ("torch_compile", "token_store")
         flag = f"--[no-]{name}" if is_switch else f"--{name}"
         assert flag.replace("_", "-") in page
         assert " ".join(info.description.split()) in page

@@ -80,6 +80,7 @@ def bad_files(tmp_path):
     (tmp_path / "unknown.json").write_text('{"max_itres": 3}')
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "void").mkdir()
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 500)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "file").touch()
@@ -135,9 +136,17 @@ BAD = {
             "for example with iconv"
         ],
     ),
-    "directory for a text": (
-        "--data {0}",
-        ["{0} (--data): a directory, where a file is wanted"],
+    "empty directory": (
+        "--data {0}/void",
+        ["{0}/void (--data): a directory, in which no file with text is found"],
+    ),
+    "pattern without a match": (
+        "--data {0}/*.md",
+        ["{0}/*.md (--data): a pattern, for which no file with text is found"],
+    ),
+    "cache_dir is a file": (
+        "--data {1} --cache-dir {0}/file --token-store on",
+        ["the cache {0}/file cannot be written: File exists; name another place with --cache-dir"],
     ),
     "short text": (
         "--data {0}/short.txt --block-size 8",

@@ -86,7 +86,7 @@ class Faults:
 
     def open_file(self, path, mode="r", **options):
         file = builtins.open(path, mode, **options)
-        if "w" not in mode:
+        if mode in ("r", "rb"):
             return file
         self.unsynced.add(Path(path))
         real = file.write

@@ -22,6 +22,7 @@ from data import (
     sample_corpus,
 )
 from parameters import ModelConfig
+from tokenizer import CharTokenizer
 from utils.errors import UserError
 
 TOKENS = np.arange(200, dtype=np.uint8)
@@ -102,6 +103,44 @@ def test_bytes_per_token_counts_utf8(tmp_path):
     assert dataset.bytes_per_token == {"train": 1.5, "val": 1.5}
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_a_stored_text_is_the_same_dataset_as_one_in_memory(tmp_path, gpt2_vocabulary, tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        write(folder / name, f"{name}: Être, ou ne pas être. 漢字\n" * 30)
+    settings = {"data": str(folder), "block_size": 8, "test_split": 0.2, "tokenizer": tokenizer}
+    for split_by in ("position", "file"):
+        config = ModelConfig(**settings, split_by=split_by, train_split=0.4)
+        one, other = (
+            load_data(config.model_copy(update={"token_store": token_store}))
+            for token_store in ("off", "on")
+        )
+        assert one.bytes_per_token == other.bytes_per_token
+        assert (one.sha256, one.num_tokens) == (other.sha256, other.num_tokens)
+        assert one.tokenizer.state() == other.tokenizer.state()
+        assert list(one.splits) == list(other.splits) == ["train", "val", "test"]
+        for split in one.splits:
+            np.testing.assert_array_equal(one.splits[split], other.splits[split])
+        assert not other.splits["train"].flags.writeable
+    assert one.tokenizer.decode(one.splits["val"]).startswith("b.txt: Être")
+    assert one.tokenizer.decode(one.splits["test"]).startswith("c.txt: Être")
+
+
+def test_of_a_stored_text_unknown_characters_are_dropped_or_learned(tmp_path):
+    path = write(tmp_path / "t.txt", "abcab" * 20 + "é" + "abc" * 20)
+    config = ModelConfig(data=path, block_size=4, token_store="on")
+    parent = CharTokenizer(["c", "b", "a"])
+    with pytest.raises(UserError, match="the model has never seen 'é' \\(once\\)"):
+        load_data(config, tokenizer=parent)
+    dropped = load_data(config.model_copy(update={"on_new_chars": "drop"}), tokenizer=parent)
+    assert (dropped.left_out, dropped.num_tokens) == ({"é": 1}, 160)
+    extend = config.model_copy(update={"on_new_chars": "extend"})
+    learned = load_data(extend, tokenizer=parent, may_extend=True)
+    assert learned.tokenizer.chars == ["c", "b", "a", "é"]
+    assert learned.num_tokens == 161
+
+
 # Batches --------------------------------------------------------------------------------------
 
 
@@ -154,6 +193,62 @@ def test_windows_are_drawn_uniformly():
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_any_legal_seed_draws(seed):
     assert get_batch(TOKENS, 2**40, **{**DRAW, "seed": seed})[0].shape == (8, 10)
+
+
+SHUFFLED = {**DRAW, "order": "shuffled"}
+
+
+@pytest.mark.parametrize("size", [11, 21, 200, 1024, 8193])
+@pytest.mark.parametrize("batch_size", [1, 8, 50])
+def test_shuffled_windows_come_once_in_a_pass_whatever_the_batches(size, batch_size):
+    tokens = np.arange(size, dtype=np.uint16)
+    count, draw = (size - 1) // 10, {**SHUFFLED, "batch_size": batch_size}
+    steps = -(-3 * count // batch_size)
+    starts = [int(s) for i in range(steps) for s in get_batch(tokens, i, **draw)[0][:, 0]]
+    passes = [starts[i * count : (i + 1) * count] for i in range(3)]
+    for one in passes:
+        assert sorted(one) == list(range(0, count * 10, 10))
+    if count > 10:
+        assert len({tuple(one) for one in passes}) == 3
+        other = {**draw, "seed": 2}
+        assert (
+            starts[:count]
+            != [int(s) for i in range(steps) for s in get_batch(tokens, i, **other)[0][:, 0]][
+                :count
+            ]
+        )
+
+
+def test_shuffled_batches_are_the_same_in_every_release_and_for_whoever_asks():
+    whole = get_batch(TOKENS, 5, **SHUFFLED)
+    assert whole[0][:, 0].tolist() == [100, 80, 40, 20, 110, 70, 50, 90]
+    assert torch.equal(whole[1], whole[0] + 1)
+    parts = [get_batch(TOKENS, 5, **SHUFFLED, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
+    assert torch.equal(whole[0], torch.cat(parts))
+
+
+def test_shuffled_windows_are_spread_evenly():
+    """Each window is as likely as any other to be the first of a pass, or to follow another."""
+    tokens, draw = np.arange(101, dtype=np.uint8), {**DRAW, "batch_size": 10, "order": "shuffled"}
+    passes = [get_batch(tokens, i, **draw)[0][:, 0].numpy() // 10 for i in range(1000)]
+    firsts = np.bincount([one[0] for one in passes], minlength=10)
+    assert ((firsts - 100) ** 2 / 100).sum() < 9 + 5 * math.sqrt(18)
+    steps = np.bincount([(one[1] - one[0]) % 10 for one in passes], minlength=10)[1:]
+    assert ((steps - 1000 / 9) ** 2 / (1000 / 9)).sum() < 8 + 5 * math.sqrt(16)
+
+
+def test_shuffling_takes_no_memory_of_the_texts_length():
+    class Endless:
+        size, dtype = 10**15, np.dtype(np.uint8)
+
+        def __getitem__(self, index):
+            assert 0 <= index.min() <= index.max() < self.size
+            return np.zeros(index.shape, self.dtype)
+
+    assert get_batch(Endless(), 10**9, **SHUFFLED)[0].shape == (8, 10)
+    config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
+    assert next(evaluation_batches(Endless(), config))[0].shape == (4, 10)
+    assert len(list(evaluation_batches(Endless(), config, most=9))) == 3
 
 
 @pytest.mark.parametrize(
@@ -273,6 +368,12 @@ def test_the_corpus_is_cached_outside_the_checkout_and_follows_its_source(plays,
     assert sample_corpus() == "from the cache"
     (plays / "comedies" / "b-play.md").write_text(PLAY, encoding="utf-8")
     assert sample_corpus() not in (text, "from the cache")
+
+
+def test_the_corpus_is_cached_where_the_setting_says(plays, tmp_path):
+    sample_corpus(cache_dir=str(tmp_path / "mine"))
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_dry_run_leaves_no_cache(plays, tmp_path):

@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaluate.py
 """
 
+import gzip
 import io
 import json
 import math
@@ -23,7 +24,6 @@ from data import load_data
 from evaluate import (
     HEAT,
     Piece,
-    cut,
     harmless,
     heat_style,
     heat_view,
@@ -36,6 +36,7 @@ from evaluate import (
 )
 from model import LanguageModel
 from step import estimate_loss
+from store import Encoded
 from tokenizer import CharTokenizer, create_tokenizer
 from train import train
 from utils.errors import UserError
@@ -169,9 +170,9 @@ def test_the_splits_are_those_of_training(tiny):
     config = tiny(train_split=0.61, test_split=0.17)
     splits = load_data(config).splits
     ids = np.concatenate(list(splits.values()))
+    ranges = Encoded(ids, create_tokenizer("ab"), [ids.size]).splits(config)
     for split, expected in splits.items():
-        np.testing.assert_array_equal(cut(ids, split, config), expected)
-    assert cut(ids, None, config).size == ids.size
+        np.testing.assert_array_equal(ids[slice(*ranges[split])], expected)
 
 
 def test_bits_are_counted_by_character_and_by_byte_of_what_was_predicted():
@@ -254,6 +255,40 @@ def test_a_model_of_the_sample_corpus_is_evaluated_on_it(
     assert error == ""
     assert json.loads(out)["data"] == "Shakespeare's plays"
     assert json.loads(out)["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("token_store", ["on", "off"])
+def test_a_model_of_several_files_is_evaluated_on_the_files_that_it_did_not_see(
+    tiny, quiet, capsys, tmp_path, token_store
+):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "abcde":
+        (folder / f"{name}.txt").write_text(f"{name}: To be, or not to be.\n" * 40)
+    settings = {"data": str(folder), "split_by": "file", "eval_iters": 0, "token_store": "on"}
+    run = train(tiny(**settings), output=quiet)
+    flags = ["--json", "--device=cpu", f"--token-store={token_store}"]
+    assert evaluate.main(flags) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    result = json.loads(out)
+    assert (result["tokens"], result["data"]) == (24 * 40 - 1, str(folder))
+    assert result["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
+    with gzip.open(tmp_path / "e.gz", "wb") as packed:
+        packed.write((folder / "e.txt").read_bytes())
+    assert evaluate.main([*flags, "--data", str(tmp_path / "e.gz")]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["loss"], again["bits_per_byte"]) == (result["loss"], result["bits_per_byte"])
+
+
+def test_a_stored_text_with_unknown_characters_is_an_error_or_they_are_skipped(saved, results):
+    Path("accents").write_text("abcéaü" * 9, encoding="utf-8")
+    flags = [saved(), "--data", "accents", "--token-store", "on"]
+    with pytest.raises(UserError, match=r"accents: the model does not know 'é' 'ü': .*skip"):
+        evaluate.main(flags)
+    skipped = results(*flags, "--on-unknown", "skip")
+    assert skipped["tokens"] == 4 * 9 - 1
+    assert skipped == {**results(*flags[:3], "--on-unknown=skip"), "seconds": skipped["seconds"]}
 
 
 def test_a_model_of_byte_pairs_scores_as_its_training_did(tiny, quiet, results, gpt2_vocabulary):
@@ -360,7 +395,7 @@ def test_people_read_the_score_in_aligned_lines(saved, abc_file, capsys, results
         (["--split", "dev"], "--split must be train, val or test, got"),
         (["--split", "test"], "--split test: the model was trained without one (test_split 0)"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
-        (["--data", "."], ".: a directory, where a file is wanted"),
+        (["--data", "void"], "void: a directory, in which no file with text is found"),
         (["--data", "binary"], "binary: not UTF-8 text (byte 0xff in line 2): convert it"),
         (["--data", "empty"], "empty: the file is empty"),
         (["--data", "mark"], "mark: the file is empty"),
@@ -382,6 +417,7 @@ def test_a_users_mistake_is_one_clear_line(saved, tmp_path, flags, words):
     files |= {"binary": b"ab\n\xff\xfe", "accents": "abcéaü".encode()}
     for name, content in files.items():
         (tmp_path / "cwd" / name).write_bytes(content)
+    (tmp_path / "cwd" / "void").mkdir()
     with pytest.raises(UserError) as caught:
         evaluate.main([saved(data=str(tmp_path / "gone.txt")), *flags])
     assert words in str(caught.value)

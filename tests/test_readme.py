@@ -3,6 +3,7 @@
 python -m pytest tests/test_readme.py
 """
 
+import gzip
 import importlib.util
 import os
 import re
@@ -74,7 +75,13 @@ def test_every_command_of_the_readme_works_in_its_order(clone):
             words[index] = str(max(1, int(words[index]) // 100))
         if "--data" in words:
             text = clone / words[words.index("--data") + 1]
-            text.write_text(LINES * 20, encoding="utf-8")
+            if text.parts[len(clone.parts)] == "texts":
+                (clone / "texts").mkdir(exist_ok=True)
+                for name in ("one.txt", "two.txt"):
+                    (clone / "texts" / name).write_text(LINES * 20, encoding="utf-8")
+            else:
+                content = (LINES * 20).encode()
+                text.write_bytes(gzip.compress(content) if text.suffix == ".gz" else content)
         if words[1] == "profile_model.py":
             words += ["--steps", "3"]
         if "--interactive" in words:

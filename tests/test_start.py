@@ -5,6 +5,9 @@ That what goes on is exactly the same is the subject of test_resume.py.
 python -m pytest tests/test_start.py
 """
 
+import gzip
+import hashlib
+import io
 import json
 import os
 import re
@@ -17,10 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
+import store
 import train as train_module
 from bundle import BUNDLE_FILES, get_model_info
 from callbacks import TrainResult
@@ -32,6 +37,7 @@ from utils.errors import NothingToDo, RunError, UserError
 from utils.stop import StopRequest
 
 DANTE = Path("checkpoints/dante")
+SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test in test_store.py
 
 
 @pytest.fixture
@@ -326,10 +332,60 @@ def test_a_text_that_has_gone_is_asked_for(go, text_file, tmp_path):
     assert go(str(first.run_dir), max_iters=4, data=moved).step == 4
 
 
+@pytest.mark.parametrize(
+    "kind", ["glob", "stdin", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW_KINDS)]
+)
+def test_a_text_of_any_kind_trains_as_one_file_does_and_is_found_again(
+    go, tmp_path, tiny, monkeypatch, kind
+):
+    text = Path(tiny().data).read_bytes()
+    whole = go(fresh=True, max_iters=4)
+    if kind == "stdin":
+        data = "-"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+    elif kind in ("directory", "glob"):
+        (tmp_path / "cwd" / "texts").mkdir()
+        Path("texts/a.txt").write_bytes(text[:2000])
+        Path("texts/b.txt").write_bytes(text[2000:])
+        data = "texts" if kind == "directory" else "texts/*.txt"
+    else:
+        packed = gzip.compress(text) if kind == "gz" else zstandard.compress(text)
+        data = f"play.{kind}"
+        Path(data).write_bytes(packed)
+    first = go(fresh=True, max_iters=2, data=data, token_store="on")
+    assert (
+        state(first.checkpoint)["training_config"]["data_sha256"]
+        == hashlib.sha256(text).hexdigest()
+    )
+    run = str(first.run_dir.resolve())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "parts", None)  # nothing is read again
+    second = go(run, max_iters=4)
+    assert "ANOTHER TEXT" not in console(second)
+    assert second.val_loss == whole.val_loss
+
+
+def test_where_the_cache_is_belongs_to_the_machine_and_not_to_the_model(go, tmp_path):
+    first = go(fresh=True, max_iters=2, cache_dir=str(tmp_path / "here"), token_store="on")
+    assert "cache_dir" not in state(first.checkpoint)["training_config"]
+    record = json.loads((first.run_dir / "meta" / "full_config.json").read_bytes())
+    assert "cache_dir" not in record["config"]
+    (tmp_path / "here").rename(tmp_path / "gone")
+    assert go(str(first.run_dir), max_iters=3).step == 3
+    assert (tmp_path / "cache" / "folio" / "texts").is_dir()
+
+
+def test_the_order_of_windows_is_the_models_and_a_resume_keeps_it(go):
+    whole = go(fresh=True, max_iters=3, window_order="shuffled")
+    first = go(fresh=True, max_iters=1, window_order="shuffled")
+    second = go(str(first.run_dir), max_iters=3)
+    assert_same_bits(whole.checkpoint, second.checkpoint)
+
+
 def test_a_model_of_the_sample_corpus_goes_on_with_it_beside_an_input_txt(
     go, quiet, monkeypatch, tiny
 ):
-    monkeypatch.setattr("data.sample_corpus", lambda cache: LINES * 40)
+    monkeypatch.setattr("data.sample_corpus", lambda cache, **where: LINES * 40)
     first = go(fresh=True, data=None, max_iters=2)
     Path("input.txt").write_text("something else\n" * 100, encoding="utf-8")
     second = go(str(first.run_dir), max_iters=4)

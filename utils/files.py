@@ -7,8 +7,9 @@ operating system at a time: `tests/test_crash.py` stops a process at each one of
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from utils.errors import UserError
 
@@ -50,6 +51,25 @@ def decode_text(raw: bytes, name: str) -> str:
     if not text:
         raise UserError(f"{name}: the file is empty")
     return text
+
+
+def files_below(directory: str) -> Iterator[str]:
+    """The names of all files in a directory and those in it, relative to it, in any order.
+
+    Hidden ones are left out, and so is what is no file. Raises `OSError` where one can't be read.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(directory, folder)) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif entry.is_file():
+                    yield name
 
 
 def is_directory(path: Path) -> bool:
@@ -103,6 +123,54 @@ def copy_durable(source: Path, target: Path) -> str:
         writer.flush()
         os.fsync(writer.fileno())
     return digest.hexdigest()
+
+
+def spool(reader: IO[bytes], directory: Path) -> Path:
+    """Copy what `reader` gives to a file named for its SHA-256, and return that.
+
+    Raises `ValueError` where it gives nothing.
+    """
+    make_directory(directory)
+    for left in directory.glob(".*.tmp"):  # by a process that was killed
+        if left.name.split(".")[1].isdigit() and not is_running(int(left.name.split(".")[1])):
+            remove_file(left)
+    temporary, digest, size = directory / f".{os.getpid()}.tmp", hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as writer:
+            while part := reader.read(_COPIED_AT_ONCE):
+                digest.update(part)
+                size += len(part)
+                writer.write(part)
+            writer.flush()
+            os.fsync(writer.fileno())
+        if size == 0:
+            raise ValueError("nothing to keep")
+        target = directory / f"{digest.hexdigest()}.txt"
+        if not target.exists():  # else what was made of it stays as new as it is
+            os.replace(temporary, target)
+            sync(directory)
+    finally:
+        remove_file(temporary)
+    return target
+
+
+def open_at(path: Path, size: int) -> IO[bytes]:
+    """Open a file to write on after its first `size` bytes; what it had after them is dropped.
+
+    Where that is all, it is another file: whoever has mapped the one that was there keeps it.
+    """
+    if size == 0:
+        remove_file(path)
+    file = open(path, "r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

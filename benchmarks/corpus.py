@@ -1,0 +1,87 @@
+"""What a large text costs: encoding 2 GB into a store, and training on that beside 1 MB.
+
+Words of random letters, lines of random length, and an accent in some of them. Each process is a
+new one; those that train are taken in turns, and the store is there already. Memory is read from
+/proc, which Linux has.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+BYTES = 2_000_000_000
+SMALL_BYTES = 1_000_000
+REPEATS = 3
+_BLOCK = 16_000_000
+
+ENCODE = """
+import json, sys, time
+from store import open_text
+began = time.perf_counter()
+text = open_text(sys.argv[1], cache_dir=sys.argv[2], token_store="on")
+encoded = text.encode(text.create_tokenizer("char"))
+seconds = time.perf_counter() - began
+with open("/proc/self/status", encoding="utf-8") as status:
+    lines = dict(line.split(":", 1) for line in status)
+print(json.dumps({"seconds": seconds, "peak": int(lines["VmHWM"].split()[0]) * 1024}))
+"""
+TRAIN = """
+import json, sys, time
+began = time.perf_counter()
+from parameters import ModelConfig
+from prepare import set_up
+from step import estimate_loss, training_step
+setup = set_up(ModelConfig(data=sys.argv[1], cache_dir=sys.argv[2], max_iters=20))
+training_step(setup, 0)[0].item()
+seconds = time.perf_counter() - began
+for step in range(1, 10):
+    training_step(setup, step)
+estimate_loss(setup.model, setup.data, setup.config)
+with open("/proc/self/status", encoding="utf-8") as status:
+    lines = dict(line.split(":", 1) for line in status)
+anonymous = int(lines["RssAnon"].split()[0]) * 1024
+print(json.dumps({"seconds": seconds, "anonymous": anonymous}))
+"""
+
+
+def run(data: str | None) -> None:
+    with tempfile.TemporaryDirectory(dir=".") as directory:
+        large, small = Path(directory) / "large.txt", Path(directory) / "small.txt"
+        write_text(large, BYTES)
+        write_text(small, SMALL_BYTES)
+        encoding = _measured(ENCODE, large, directory)
+        speed = large.stat().st_size / encoding["seconds"] / 1e6
+        print(
+            f"  {large.stat().st_size / 1e9:.3f} GB encoded in {encoding['seconds']:.1f} s: "
+            f"{speed:.0f} MB/s, at most {encoding['peak'] / 1e6:.0f} MB in memory"
+        )
+        turns = [
+            [_measured(TRAIN, text, directory) for text in (small, large)] for _ in range(REPEATS)
+        ]
+        first = [median(pair[i]["seconds"] for pair in turns) for i in (0, 1)]
+        grown = median(pair[1]["anonymous"] - pair[0]["anonymous"] for pair in turns)
+        print(f"  the first step: after {first[0]:.2f} s on 1 MB, and after {first[1]:.2f} s on it")
+        print(f"  anonymous memory of training: {grown / 1e6:+.1f} MB over that on 1 MB")
+
+
+def write_text(path: Path, size: int) -> None:
+    """Write `size` bytes of synthetic text, or some less, as it ends with a line."""
+    rng = np.random.default_rng(0)
+    block = rng.choice(np.frombuffer(b"eetaoinshrdlu    .,", np.uint8), size=min(_BLOCK, size))
+    block[rng.integers(80, size=block.size) == 0] = ord("\n")
+    lines = block.tobytes().replace(b".\n", " é.\n".encode())
+    with open(path, "wb") as file:
+        for _ in range(size // len(lines)):
+            file.write(lines)
+        file.write(lines[: size % len(lines)].rpartition(b"\n")[0])
+
+
+def _measured(script: str, text: Path, cache: str) -> dict[str, float]:
+    command = [sys.executable, "-c", script, str(text), str(Path(cache) / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

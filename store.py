@@ -1,0 +1,820 @@
+"""A text as token ids: in memory, or, where it is large, in files that are mapped into it.
+
+`open_text` opens what a `data` setting names. A small text is encoded in memory, anew in each run.
+A large one has a directory in the cache:
+
+    manifest.json                  its files (size, mtime, SHA-256), its characters, its encodings
+    <text>-<tokenizer>/            an encoding, by the digests of the text and of the tokenizer
+        shard_00000.bin …          ids, little-endian, in the smallest type that holds them
+        marks.bin                  rows of int64: after so many tokens, so many bytes of that file
+        progress.json              how far an encoding has come that is not in the manifest yet
+
+The text is read twice: once for its characters and its SHA-256, once for its ids. An encoding is
+there when the manifest names it, which is replaced in one piece. Until then what was encoded is
+noted every 64 MB, and whoever comes next goes on from there. Where splits are cut is no part of a
+store: it is arithmetic on the number of tokens. Nothing here needs torch.
+"""
+
+import bisect
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from corpus import (
+    STANDARD_INPUT,
+    Part,
+    absolute,
+    cache_path,
+    file_sha256,
+    find_files,
+    is_compressed,
+    is_large,
+    is_pattern,
+    keep_standard_input,
+    parts,
+    text_problem,
+)
+from parameters import Count, Data
+from tokenizer import GPT2Tokenizer, Tokenizer, characters_in, create_tokenizer
+from utils.checks import printable
+from utils.errors import RunError, UserError
+from utils.files import (
+    is_directory,
+    make_directory,
+    open_at,
+    remove_file,
+    remove_if_empty,
+    sync,
+    sync_file,
+    write_atomic,
+)
+from utils.output import byte_size
+
+SPLITS = ("train", "val", "test")
+MANIFEST_FILE, PROGRESS_FILE, MARKS_FILE = "manifest.json", "progress.json", "marks.bin"
+LARGE = 64 << 20  # bytes of text, from which on `token_store` auto keeps a store
+_COUNTED_AT_ONCE = 1 << 20  # tokens; bincount makes eight bytes of each
+_MARK = np.dtype("<i8")
+_MARK_SIZE = 3 * _MARK.itemsize
+_NO_MARKS = np.zeros((0, 3), dtype=_MARK)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a store is divided: tokens in a shard, bytes read at once, bytes from note to note."""
+
+    shard: int = 1 << 30
+    part: int = 1 << 20
+    note: int = 64 << 20
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokens
+
+
+class ShardedTokens:
+    """The ids of several shards as one array `(N,)` to read: slices, and gathering by index.
+
+    Args:
+        shards: arrays of one type, all but the last of `shard_size` ids.
+        shard_size: in ids.
+        start: where this view begins in the shards.
+        size: N; all that follows `start` by default.
+    """
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], shard_size: int, start: int = 0, size: int | None = None
+    ):
+        total = shard_size * (len(shards) - 1) + shards[-1].size
+        self._shards, self._shard_size, self._start = shards, shard_size, start
+        self.size = total - start if size is None else size
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        """A view for a slice, which is an array where it lies in one shard; else a copy."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.size)
+            assert step == 1, "only whole stretches are views"
+            return self._view(self._start + start, self._start + max(start, stop))
+        index = np.asarray(index)
+        if index.size and (index.min() < 0 or index.max() >= self.size):
+            raise IndexError(f"an index is not within the {self.size} tokens")
+        shards, places = np.divmod(index + self._start, self._shard_size)
+        ids = np.empty(index.shape, dtype=self.dtype)
+        for shard in np.unique(shards):
+            here = shards == shard
+            ids[here] = self._shards[shard][places[here]]
+        return ids[()]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        first, last = (
+            self._start // self._shard_size,
+            -(-(self._start + self.size) // self._shard_size),
+        )
+        whole = np.concatenate([np.asarray(shard) for shard in self._shards[first:last]])
+        begins = self._start - first * self._shard_size
+        return whole[begins : begins + self.size].astype(dtype or self.dtype, copy=False)
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """All ids as an array in memory."""
+        return np.asarray(self, dtype=dtype)
+
+    def _view(self, start: int, stop: int) -> "np.ndarray | ShardedTokens":
+        shard, place = divmod(start, self._shard_size)
+        if shard < len(self._shards) and place + stop - start <= self._shard_size:
+            return self._shards[shard][place : place + stop - start]
+        if start == stop:
+            return self._shards[-1][:0]
+        return ShardedTokens(self._shards, self._shard_size, start, stop - start)
+
+
+Tokens = np.ndarray | ShardedTokens
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's ids `(N,)`, and where its files end: `ends[i]` tokens have come by file i's end.
+
+    `marks` has a row for each of some places in the text, `(M, 3)`: the number of a file, how many
+    tokens there are up to here, and how many bytes of UTF-8 they stand for.
+    """
+
+    tokens: Tokens
+    tokenizer: Tokenizer
+    ends: Sequence[int]
+    marks: np.ndarray = field(default_factory=lambda: _NO_MARKS)
+
+    def count_bytes(self, start: int, stop: int) -> int:
+        """The bytes of UTF-8 that the tokens from `start` to `stop` stand for.
+
+        Between marks it is known; only what is left at either end is looked at.
+        """
+        places = self.marks[:, 1]
+        first = int(np.searchsorted(places, start))
+        last = int(np.searchsorted(places, stop, side="right")) - 1
+        if first >= last:
+            return self._counted(start, stop)
+        between = int(self.marks[last, 2] - self.marks[first, 2])
+        head = self._counted(start, int(places[first]))
+        return head + between + self._counted(int(places[last]), stop)
+
+    def _counted(self, start: int, stop: int) -> int:
+        counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for begin in range(start, stop, _COUNTED_AT_ONCE):
+            part = self.tokens[begin : min(begin + _COUNTED_AT_ONCE, stop)]
+            counts += np.bincount(part, minlength=counts.size)
+        return int(counts @ self.tokenizer.token_bytes)
+
+    def splits(self, config: Data) -> dict[str, tuple[int, int]]:
+        """Where train, val and test begin and end, in tokens; any of them may be empty.
+
+        Raises `UserError` where `config.split_by` is file, and there are too few files.
+        """
+        size = self.tokens.size
+        train_end = int(size * config.train_split)
+        val_end = size - int(size * config.test_split)
+        if config.split_by == "file":
+            train_end, val_end = cuts_between_files(self.ends, train_end, val_end)
+        return dict(
+            zip(SPLITS, ((0, train_end), (train_end, val_end), (val_end, size)), strict=True)
+        )
+
+
+def cuts_between_files(ends: Sequence[int], train_end: int, val_end: int) -> tuple[int, int]:
+    """The ends of files, in tokens, that are nearest to where two cuts should be.
+
+    The second is the text's end where it should be; else there are files on all three sides.
+    """
+    size = ends[-1]
+    between = sorted({end for end in ends if 0 < end < size})
+    needed = 1 if val_end == size else 2
+    if len(between) < needed:
+        files = len(between) + 1
+        raise UserError(
+            f"split_by file: there are {needed + 1} splits, and {files} "
+            f"file{'s that have' if files > 1 else ' that has'} text: take more files, or "
+            "split_by position"
+        )
+    if needed == 1:
+        return _nearest(between, train_end), size
+    first, second = _nearest(between, train_end), _nearest(between, val_end)
+    if first < second:
+        return first, second
+    at = between.index(first)  # both want the same one: move the one that has less far to go
+    pairs = [(between[i], between[i + 1]) for i in (at - 1, at) if 0 <= i < len(between) - 1]
+    return min(pairs, key=lambda pair: abs(pair[0] - train_end) + abs(pair[1] - val_end))
+
+
+def _nearest(ends: Sequence[int], wanted: int) -> int:
+    at = bisect.bisect_left(ends, wanted)
+    return min(ends[max(0, at - 1) : at + 1], key=lambda end: abs(end - wanted))
+
+
+# ----------------------------------------------------------------------------------------------
+# Texts
+
+
+def open_text(
+    data: str,
+    *,
+    cache_dir: str | None = None,
+    token_store: str = "auto",
+    tell: Callable[[str], None] | None = None,
+    large: int = LARGE,
+    sizes: Sizes | None = None,
+) -> "MemoryText | StoredText":
+    """Open the text that a `data` setting names.
+
+    Args:
+        data: a file, a directory, a glob, or `-`, which is read and kept.
+        cache_dir: as the setting is.
+        token_store: whether a store is kept: on, off, or auto, where the text is large.
+        tell: hears of what takes a while, and of a store that is made again, and why.
+        large: the bytes of text that are large.
+        sizes: how a store is divided.
+
+    Raises:
+        UserError: no such text, an empty one, one that is not UTF-8, or a cache that cannot be
+            written.
+        RunError: the cache's disk is full.
+    """
+    cache, path, name = cache_path(cache_dir), data, data
+    if problem := text_problem(data):
+        raise UserError(f"{printable(data)}: {problem}")
+    if data == STANDARD_INPUT:
+        path, name = str(keep_standard_input(cache)), "standard input"
+        if tell is not None:
+            tell(f"Standard input is kept as {path}")
+    files = find_files(path)
+    try:
+        is_kept = token_store == "on" or (token_store == "auto" and is_large(files, large))
+    except OSError as error:  # a file was there a moment ago
+        raise UserError(f"{printable(data)}: cannot be read: {error.strerror}") from None
+    if not is_kept:
+        return MemoryText.read(name, path, files)
+    return StoredText(name, path, files, cache / "texts", tell, sizes or Sizes())
+
+
+@dataclass(frozen=True)
+class MemoryText:
+    """A text in memory, by its files. `sha256` is of all bytes as they were read, decompressed."""
+
+    name: str
+    path: str | None
+    texts: Sequence[str]
+    sha256: str
+
+    @classmethod
+    def read(cls, name: str, path: str, files: Sequence[Path]) -> "MemoryText":
+        """Read a text. Raises `UserError` where it is empty, or a file is not UTF-8."""
+        digest = hashlib.sha256()
+        read: list[list[str]] = [[] for _ in files]
+        for part in parts(files, hear=lambda _, block: digest.update(block)):
+            read[part.file].append(part.text)
+        if not any(read):
+            raise empty(name, files)
+        return cls(name, path, ["".join(texts) for texts in read], digest.hexdigest())
+
+    def create_tokenizer(self, kind: str) -> Tokenizer:
+        """The tokenizer of that `token_kind`; a character tokenizer knows this text's."""
+        return create_tokenizer(self.texts, kind)
+
+    def unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """The text's characters that the tokenizer lacks, sorted, and how often each stands."""
+        return count_unknown(tokenizer, self.texts)
+
+    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
+        """The ids, without the characters that the tokenizer lacks where `left_out` has these.
+
+        Raises `UserError` where it lacks some, and `left_out` has none.
+        """
+        ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
+        ends = np.cumsum([part.size for part in ids]).tolist()
+        return Encoded(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
+
+
+def empty(name: str, files: Sequence[Path]) -> UserError:
+    """What is said of a text without a character."""
+    what = "the file is empty" if len(files) == 1 else "its files are empty"
+    return UserError(f"{printable(name)}: {what}")
+
+
+def count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """The characters that the tokenizer lacks, sorted, and how often each stands in the texts."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokenizer.unknown(text))
+    return dict(sorted(counts.items()))
+
+
+# ----------------------------------------------------------------------------------------------
+# The store
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Record):
+    """A file of a text, as it was when the text was read. `size` is in bytes, as it lies there.
+
+    `path` is relative to the text's, if that is a directory; "" for a text of one file.
+    """
+
+    path: str
+    size: Count
+    mtime_ns: int
+    sha256: str
+
+
+class Encoding(_Record):
+    """A text's ids by one tokenizer, without the characters that are `left_out`.
+
+    `ends` are the tokens up to the end of each file.
+    """
+
+    text_sha256: str
+    tokenizer: dict[str, Any]
+    left_out: dict[str, int]
+    dtype: Literal["|u1", "<u2", "<u4"]
+    shard: int
+    tokens: int
+    marks: int
+    ends: list[int]
+
+
+class Manifest(_Record):
+    """`manifest.json`. `sha256` and `bytes` are those of the text, decompressed."""
+
+    format_version: Literal[1] = 1
+    data: str
+    sources: list[Source]
+    sha256: str
+    bytes: int
+    characters: str
+    encodings: dict[str, Encoding] = {}
+
+
+class Progress(_Record):
+    """`progress.json`: the last place in the text up to which all is on the disk."""
+
+    shard: int
+    file: int = 0
+    end: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    marks: int = 0
+
+
+class StoredText:
+    """A text with a directory in the cache. It is read where it has changed since the last time.
+
+    Args:
+        name: what to call it.
+        path: what was asked for, which names the directory.
+        files: its files.
+        stores: where the directories are.
+        tell: hears what takes a while, and why something is done again.
+        sizes: how its encodings are divided.
+
+    Raises:
+        UserError: it is empty or not UTF-8, or the cache cannot be written.
+        RunError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        files: Sequence[Path],
+        stores: Path,
+        tell: Callable[[str], None] | None,
+        sizes: Sizes,
+    ):
+        self.name, self.path = name, path
+        self._files, self._sizes = files, sizes
+        self._tell = tell if tell is not None else lambda line: None
+        whole = absolute(path)
+        word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).name).strip("._") or "text"
+        self.directory = stores / f"{word[:40]}-{_digest(whole)[:16]}"
+        found = self._manifest(said=False)
+        if found is None or self._as_it_was(found) != found:
+            with self._locked():
+                found = self._settled(whole)
+        self._found = found
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes of the text, decompressed."""
+        return self._found.sha256
+
+    def create_tokenizer(self, kind: str) -> Tokenizer:
+        """The tokenizer of that `token_kind`; a character tokenizer knows this text's."""
+        return create_tokenizer(self._found.characters, kind)
+
+    def unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """The text's characters that the tokenizer lacks, sorted, and how often each stands.
+
+        The text is read where there are any, and it was not yet encoded without them.
+        """
+        if not tokenizer.unknown(self._found.characters):
+            return {}
+        known = self._found.encodings.get(self._encoding_name(tokenizer, drop=True))
+        if known is not None and known.left_out:
+            return known.left_out
+        return count_unknown(tokenizer, (part.text for part in parts(self._files)))
+
+    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
+        """The ids, mapped; they are made first where they are not there, or not whole.
+
+        Args:
+            tokenizer: what makes the ids.
+            left_out: the characters that it lacks, if they are to be left out, as `unknown` has
+                them.
+
+        Raises:
+            UserError: the tokenizer lacks characters, and `left_out` has none; the text has just
+                changed; or the cache cannot be written.
+            RunError: the disk is full. What was encoded is kept.
+        """
+        if not left_out:
+            tokenizer.encode(self._found.characters)  # raises where it lacks one of them
+        name = self._encoding_name(tokenizer, drop=bool(left_out))
+        with contextlib.suppress(OSError):  # of another process, which makes it again just now
+            if self._problem(name, self._found.encodings.get(name), tokenizer) is None:
+                return self._mapped(name, tokenizer)
+        with self._locked():
+            before, self._found = self.sha256, self._settled(self._found.data)
+            if self.sha256 != before:
+                raise UserError(f"{printable(self.name)} was changed while it was read: try again")
+            known = self._found.encodings.get(name)
+            if problem := self._problem(name, known, tokenizer):
+                if known is not None:
+                    self._tell(f"{self.directory / name}: {problem}: encoding {self.name} again")
+                    self._withdraw(name)
+                self._encode(name, tokenizer, dict(left_out or {}))
+            return self._mapped(name, tokenizer)
+
+    # The text
+
+    def _manifest(self, said: bool = True) -> Manifest | None:
+        path = self.directory / MANIFEST_FILE
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError):
+            if said:
+                self._tell(f"{path} cannot be read: encoding {self.name} again")
+            return None
+
+    def _settled(self, whole: str) -> Manifest:
+        """The manifest of the text as it is now, on the disk too. Only under the lock."""
+        known = self._manifest()
+        manifest = known and self._as_it_was(known)
+        if manifest is None:
+            if known is not None:
+                self._tell(f"{self.name} has changed since it was encoded: encoding it again")
+            manifest = self._read(whole, known.encodings if known else {})
+        if manifest != known:
+            self._publish(manifest)
+        return manifest
+
+    def _as_it_was(self, known: Manifest) -> Manifest | None:
+        """The manifest with the times of now, if no file's content has changed since."""
+        if [source.path for source in known.sources] != self._names():
+            return None
+        sources = []
+        for path, source in zip(self._files, known.sources, strict=True):
+            status = _status(path)
+            is_same_time = status.st_mtime_ns == source.mtime_ns
+            if status.st_size != source.size:
+                return None
+            if not is_same_time and file_sha256(path) != source.sha256:
+                return None
+            sources.append(source.model_copy(update={"mtime_ns": status.st_mtime_ns}))
+        return known.model_copy(update={"sources": sources})
+
+    def _read(self, whole: str, encodings: dict[str, Encoding]) -> Manifest:
+        """Look at all of the text once: its characters, its size, its SHA-256."""
+        before = [_status(path) for path in self._files]
+        self._tell(f"Reading {self.name}, which takes a while the first time …")
+        digest, size = hashlib.sha256(), 0
+        hashes: list[Any] = [None] * len(self._files)
+
+        def hear(file: int, block: bytes) -> None:
+            nonlocal size
+            size += len(block)
+            digest.update(block)
+            if len(self._files) > 1 and not is_compressed(self._files[file]):
+                hashes[file] = hashes[file] or hashlib.sha256()
+                hashes[file].update(block)
+                if not block:  # the file's end
+                    hashes[file] = hashes[file].hexdigest()
+
+        texts = (part.text for part in parts(self._files, size=self._sizes.part, hear=hear))
+        characters = "".join(characters_in(texts))
+        if not characters:
+            raise empty(self.name, self._files)
+        if len(self._files) == 1:
+            hashes = [digest.hexdigest()]
+        sources = [
+            Source(
+                path=name,
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                sha256=file_sha256(path) if is_compressed(path) else sha256,
+            )
+            for name, path, status, sha256 in zip(
+                self._names(), self._files, before, hashes, strict=True
+            )
+        ]
+        manifest = Manifest(
+            data=whole,
+            sources=sources,
+            sha256=digest.hexdigest(),
+            bytes=size,
+            characters=characters,
+            encodings=encodings,
+        )
+        self._check_still(manifest)
+        return manifest
+
+    def _names(self) -> list[str]:
+        """The files as the manifest has them: in the same words from whatever directory."""
+        if is_directory(Path(self.path)):
+            begin = len(str(Path(self.path, "x"))) - 1  # pathlib's own way takes seconds for many
+            return [str(path)[begin:] for path in self._files]
+        if is_pattern(self.path):
+            return [str(path.absolute()) for path in self._files]
+        return [""]
+
+    def _check_still(self, manifest: Manifest) -> None:
+        for path, source in zip(self._files, manifest.sources, strict=True):
+            status = _status(path)
+            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+                raise UserError(f"{path} was changed while it was read: try again")
+
+    def _publish(self, manifest: Manifest) -> None:
+        make_directory(self.directory)
+        write_atomic(self.directory / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
+        sync(self.directory)
+
+    # An encoding
+
+    def _problem(self, name: str, encoding: Encoding | None, tokenizer: Tokenizer) -> str | None:
+        """What keeps an encoding from being used, or None. Looks at sizes alone."""
+        if encoding is None:
+            return "it is not there"
+        if encoding.tokenizer != tokenizer.state():
+            return "made with another tokenizer"
+        if encoding.text_sha256 != self.sha256:
+            return "made from another text"
+        itemsize = np.dtype(encoding.dtype).itemsize
+        for number, tokens in enumerate(_shard_sizes(encoding.tokens, encoding.shard)):
+            path = self.directory / name / shard_name(number)
+            size = path.stat().st_size if path.is_file() else 0
+            if size != tokens * itemsize:
+                return f"{path.name} has {size:,} bytes, and should have {tokens * itemsize:,}"
+        marks = self.directory / name / MARKS_FILE
+        if not marks.is_file() or marks.stat().st_size != encoding.marks * _MARK_SIZE:
+            return f"{MARKS_FILE} is not whole"
+        return None
+
+    def _mapped(self, name: str, tokenizer: Tokenizer) -> Encoded:
+        encoding = self._found.encodings[name]
+        dtype = np.dtype(encoding.dtype)
+        shards = [
+            np.asarray(
+                np.memmap(self.directory / name / shard_name(number), dtype, "r", shape=size)
+            )
+            for number, size in enumerate(_shard_sizes(encoding.tokens, encoding.shard))
+        ]
+        tokens: Tokens = shards[0] if shards else np.empty(0, dtype)
+        if len(shards) > 1:
+            tokens = ShardedTokens(shards, encoding.shard)
+        marks = np.fromfile(self.directory / name / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
+        return Encoded(tokens, tokenizer, encoding.ends, marks)
+
+    def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
+        identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
+        return f"{self.sha256[:16]}-{_digest(identity)[:8]}"
+
+    def _withdraw(self, name: str) -> None:
+        """Take an encoding out of the manifest, and forget how it was made."""
+        remove_file(self.directory / name / PROGRESS_FILE)
+        known = {other: each for other, each in self._found.encodings.items() if other != name}
+        self._found = self._found.model_copy(update={"encodings": known})
+        self._publish(self._found)
+
+    def _encode(self, name: str, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
+        """Write the ids, from where an earlier try has come to, and publish them."""
+        directory, manifest = self.directory / name, self._found
+        make_directory(directory)
+        writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes)
+        done = writer.progress
+        since = f", of which {byte_size(done.bytes)} are there" if done.tokens else ""
+        self._tell(f"Encoding {self.name} ({byte_size(manifest.bytes)}{since}) into {directory} …")
+        began, token_bytes = time.monotonic(), tokenizer.token_bytes
+        with contextlib.closing(writer):
+            for part in parts(
+                self._files,
+                size=self._sizes.part,
+                whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
+                start=(done.file, done.end),
+            ):
+                ids = tokenizer.encode(part.text, bool(left_out))
+                size = int(token_bytes[ids].sum()) if left_out else part.size
+                writer.add(part, ids, size)
+            self._check_still(manifest)
+            writer.note()
+            ends = writer.ends(len(self._files))
+        encoding = Encoding(
+            text_sha256=manifest.sha256,
+            tokenizer=tokenizer.state(),
+            left_out=left_out,
+            dtype=writer.dtype.str,
+            shard=self._sizes.shard,
+            tokens=writer.progress.tokens,
+            marks=writer.progress.marks,
+            ends=ends,
+        )
+        self._found = manifest.model_copy(update={"encodings": self._current() | {name: encoding}})
+        self._publish(self._found)
+        remove_file(directory / PROGRESS_FILE)
+        self._clean_up()
+        seconds = max(time.monotonic() - began, 1e-3)
+        speed = byte_size((manifest.bytes - done.bytes) / seconds)
+        self._tell(f"Encoded {self.name}: {encoding.tokens:,} tokens, {speed} a second")
+
+    def _current(self) -> dict[str, Encoding]:
+        known = self._found.encodings
+        return {name: each for name, each in known.items() if each.text_sha256 == self.sha256}
+
+    def _clean_up(self) -> None:
+        """Remove what killed processes left, and the encodings of what the text was before.
+
+        Who has those mapped keeps them.
+        """
+        for left in self.directory.rglob(".*.tmp"):
+            remove_file(left)
+        for old in self.directory.iterdir():
+            if old.is_dir() and not old.name.startswith(self.sha256[:16]):
+                for path in old.iterdir():
+                    remove_file(path)
+                remove_if_empty(old)
+
+    # The cache
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the store's lock, and explain what the cache refuses."""
+        try:
+            make_directory(self.directory.parent)
+            lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                self._tell(f"Another process is encoding {self.name}: waiting for it …")
+                lock.acquire()
+            try:
+                yield
+            finally:
+                lock.release()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise RunError(
+                    f"{self.directory}: {error.strerror}: {self.name} is not all encoded; what "
+                    "there is of it is kept, and the next try goes on from there: free some "
+                    "space, or name another place with --cache-dir"
+                ) from None
+            raise UserError(
+                f"the cache {self.directory.parent.parent} cannot be written: "
+                f"{error.strerror or error}; name another place with --cache-dir"
+            ) from None
+
+
+class _Writer:
+    """Writes shards and marks, from where an earlier try has come to, and notes how far it comes.
+
+    Args:
+        directory: where.
+        dtype: of the ids, little-endian.
+        sizes: of shards, and from note to note.
+    """
+
+    def __init__(self, directory: Path, dtype: np.dtype, sizes: Sizes):
+        self.dtype = dtype
+        self._directory, self._sizes = directory, sizes
+        self.progress = self._noted()
+        self._unnoted = 0  # bytes of text
+        self._marks = open_at(directory / MARKS_FILE, self.progress.marks * _MARK_SIZE)
+        self._shard: IO[bytes] | None = None
+
+    def add(self, part: Part, ids: np.ndarray, size: int) -> None:
+        """Write the ids `(n,)` of a part, which stand for `size` bytes of UTF-8."""
+        done, shard = self.progress, self._sizes.shard
+        ids, written = ids.astype(self.dtype, copy=False), 0
+        while written < ids.size:
+            number, place = divmod(done.tokens + written, shard)
+            if self._shard is None:
+                path = self._directory / shard_name(number)
+                self._shard = open_at(path, place * self.dtype.itemsize)
+            some = ids[written : written + shard - place]
+            self._shard.write(some.data)
+            written += some.size
+            if place + some.size == shard:
+                file, self._shard = self._shard, None
+                with file:
+                    sync_file(file)
+        self.progress = Progress(
+            shard=shard,
+            file=part.file,
+            end=part.end,
+            tokens=done.tokens + ids.size,
+            bytes=done.bytes + size,
+            marks=done.marks + 1,
+        )
+        mark = (part.file, self.progress.tokens, self.progress.bytes)
+        self._marks.write(np.array(mark, dtype=_MARK).data)
+        self._unnoted += size
+        if self._unnoted >= self._sizes.note:
+            self.note()
+
+    def note(self) -> None:
+        """See what was written to the disk, and then the note of it."""
+        for file in (self._shard, self._marks):
+            if file is not None:
+                sync_file(file)
+        sync(self._directory)
+        write_atomic(self._directory / PROGRESS_FILE, self.progress.model_dump_json())
+        self._unnoted = 0
+
+    def ends(self, files: int) -> list[int]:
+        """How many tokens there are up to the end of each file."""
+        marks = np.fromfile(self._directory / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
+        last = np.searchsorted(marks[:, 0], np.arange(files), side="right")
+        return np.concatenate(([0], marks[:, 1]))[last].tolist()
+
+    def close(self) -> None:
+        """Note how far it has come, and close the files; where the disk is full, as they are."""
+        if self._unnoted:
+            with contextlib.suppress(OSError):
+                self.note()
+        for file in (self._shard, self._marks):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def _noted(self) -> Progress:
+        """How far an earlier try has come; nowhere, where what it noted is not there."""
+        nowhere = Progress(shard=self._sizes.shard)
+        try:
+            noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
+            if noted.shard != self._sizes.shard:
+                return nowhere
+            for number, ids in enumerate(_shard_sizes(noted.tokens, self._sizes.shard)):
+                path = self._directory / shard_name(number)
+                if path.stat().st_size < ids * self.dtype.itemsize:
+                    return nowhere
+            marks = self._directory / MARKS_FILE
+            whole = marks.stat().st_size >= noted.marks * _MARK_SIZE
+            return noted if whole else nowhere
+        except (OSError, ValidationError):
+            return nowhere
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's file."""
+    return f"shard_{number:05}.bin"
+
+
+def _shard_sizes(tokens: int, shard: int) -> list[int]:
+    return [min(shard, tokens - start) for start in range(0, tokens, shard)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
