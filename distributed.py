@@ -268,14 +268,13 @@ def shard(model: LanguageModel, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def accumulating(learner: Callable, is_last: bool) -> Iterator[None]:
-    """Around a micro-batch: only after the last one are gradients shared."""
-    if isinstance(learner, DistributedDataParallel) and not is_last:
-        with learner.no_sync():
-            yield
-        return
-    if hasattr(learner, "set_requires_gradient_sync"):  # sharded
-        learner.set_requires_gradient_sync(is_last)
-    yield
+    """Around a micro-batch: only after the last one does DDP share gradients.
+
+    FSDP shares those of each, as it has no room for whole ones to wait in.
+    """
+    waits = isinstance(learner, DistributedDataParallel) and not is_last
+    with learner.no_sync() if waits else contextlib.nullcontext():
+        yield
 
 
 def is_sharded(tensor: Tensor) -> bool:

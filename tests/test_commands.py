@@ -243,6 +243,7 @@ def test_torch_compile_on_with_a_broken_compiler_is_one_line(folio, text_file, t
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_auto_with_a_broken_compiler_trains_all_the_same_and_says_why(text_file, tmp_path):
     env = {**os.environ, **BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     code = (

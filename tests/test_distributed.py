@@ -173,10 +173,16 @@ KINDS = [
 ]
 
 
+SOME_SLOW = [
+    pytest.param(*kind.values, id=kind.id, marks=[] if fast else [pytest.mark.slow])
+    for kind, fast in zip(KINDS, (True, False, False, True), strict=True)
+]
+
+
 # The same training ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_SLOW)
 def test_two_processes_learn_what_one_does_and_leave_one_record(flags, kind):
     flags = [*flags, *kind, "--sample-interval=3", "--histogram-interval=3"]
     assert_went_well(side_by_side(1, trains, flags))
@@ -209,6 +215,16 @@ def test_the_loss_curves_of_one_two_and_four_processes_agree_over_100_steps(flag
         assert max(abs(curve[key] - value) for key, value in curves[0].items()) < 1e-4
 
 
+def test_processes_share_one_store_of_a_text_that_one_of_them_makes(flags):
+    flags = [*flags, "--token-store=on", "--cache-dir=cache", "--window-order=shuffled"]
+    ended = side_by_side(2, trains, flags)
+    assert_went_well(ended)
+    assert len(list(Path("cache").rglob("shard_*.bin"))) == 1
+    both = logged(newest())
+    assert_went_well(side_by_side(1, trains, [*flags, "--token-store=off"]))
+    assert both == pytest.approx(logged(newest()), abs=1e-5)
+
+
 def test_all_of_a_split_is_evaluated_however_many_share_it(flags):
     # 31 windows and a rest do not divide by two.
     flags = [*flags, "--eval-iters=0", "--max-iters=2", "--block-size=13"]
@@ -230,15 +246,7 @@ def test_each_process_drops_out_other_activations(flags):
 # Going on -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        KINDS[0],
-        pytest.param(KINDS[1].values[0], marks=pytest.mark.slow),
-        pytest.param(KINDS[2].values[0], marks=pytest.mark.slow),
-        KINDS[3],
-    ],
-)
+@pytest.mark.parametrize("kind", SOME_SLOW)
 def test_as_many_processes_go_on_to_the_same_bits(flags, kind):
     flags = [*flags, *kind, "--dropout=0.2"]
     assert_went_well(side_by_side(2, trains, flags))

@@ -207,6 +207,7 @@ def test_the_command_prints_a_table_and_takes_all_settings(folio, text_file):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
     flags = ["--steps=3", "--json", "--chrome-trace", tmp_path / "trace.json", "--compile"]
     flags += ["--compile-backend=aot_eager"]

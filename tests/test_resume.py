@@ -252,6 +252,7 @@ def test_a_bundle_moved_away_on_its_own_goes_on_to_the_same_bits(
 # SIGKILL --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_killed_again_and_again_ends_with_the_same_bits(text_file):
     """Real processes, killed at moments that nobody chose, and `--resume auto` until it is done."""
     flags = [*TINY_FLAGS, "--data", str(text_file), "--dropout=0.2", "--max-iters=1000"]
