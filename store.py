@@ -609,7 +609,7 @@ class StoredText:
         tokens: Tokens = shards[0] if shards else np.empty(0, dtype)
         if len(shards) > 1:
             tokens = ShardedTokens(shards, encoding.shard)
-        marks = np.fromfile(self.directory / name / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
+        marks = _read_marks(self.directory / name)
         return Encoded(tokens, tokenizer, encoding.ends, marks)
 
     def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
@@ -768,7 +768,8 @@ class _Writer:
 
     def ends(self, files: int) -> list[int]:
         """How many tokens there are up to the end of each file."""
-        marks = np.fromfile(self._directory / MARKS_FILE, dtype=_MARK).reshape(-1, 3)
+        self._marks.flush()
+        marks = _read_marks(self._directory)
         last = np.searchsorted(marks[:, 0], np.arange(files), side="right")
         return np.concatenate(([0], marks[:, 1]))[last].tolist()
 
@@ -803,6 +804,14 @@ class _Writer:
 def shard_name(number: int) -> str:
     """The name of a shard's file."""
     return f"shard_{number:05}.bin"
+
+
+def _read_marks(directory: Path) -> np.ndarray:
+    """The marks of an encoding, mapped: of a very large text there are many."""
+    path = directory / MARKS_FILE
+    if not path.stat().st_size:
+        return _NO_MARKS
+    return np.asarray(np.memmap(path, _MARK, "r")).reshape(-1, 3)
 
 
 def _shard_sizes(tokens: int, shard: int) -> list[int]:

@@ -169,7 +169,10 @@ def train(
     try:
         with explained_failures(config, output), open_world(config) as world:
             setup = set_up(config, loaded, start, callbacks, world=world, tell=output.line)
-            with world.within(name_locked(setup.start.named_model)), stop_request(world) as stop:
+            with (
+                world.within(name_locked(setup.start.named_model)),
+                StopRequest(is_one_of_several=world.size > 1) as stop,
+            ):
                 world.on_main(lambda: check_unchanged(setup.start))
                 with open_callbacks(setup, output) as called:
                     run = world.on_main(lambda: open_run(setup, loaded, argv, output))
@@ -200,7 +203,7 @@ class Session:
 
 def run_steps(session: Session) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
-    setup, run, log, stop = session.setup, session.run, session.log, session.stop
+    setup, run, log = session.setup, session.run, session.log
     config = setup.config
     best = setup.world.on_main(lambda: bring_best(setup, run, session.output))
     losses: dict[str, float | None] = {"train": None, "val": None}
@@ -221,12 +224,11 @@ def run_steps(session: Session) -> TrainResult:
             why_stop = after_step(session, done, loss, grad_norm)
             if time.monotonic() - began > time_limit:
                 why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
-            why_stop = agreed(session, why_stop)
+            stopping, why_stop = agreed(session, why_stop)
 
             is_last = done == config.max_iters or why_stop is not None
             is_evaluated = is_last or is_due(done, config.eval_interval)
             is_saved = is_due(done, config.checkpoint_interval) or is_due(done, config.keep_every)
-            stopping = stop.requested
             if not (is_evaluated or is_saved or stopping):
                 continue
             log.fetch()  # before anything is saved: a loss that is not finite stops the run here
@@ -238,9 +240,8 @@ def run_steps(session: Session) -> TrainResult:
             if is_evaluated:
                 evaluated = done
                 losses, best, reason = evaluate(session, done, best)
-                why_stop = agreed(session, why_stop or reason)
+                stopping, why_stop = agreed(session, why_stop or reason)
                 is_last = is_last or why_stop is not None
-                stopping = stopping or stop.requested
             if is_saved or is_last or stopping or best.step == done:
                 save(done)
             if stopping:
@@ -281,15 +282,19 @@ def result_of(
     )
 
 
-def agreed(session: Session, why_stop: str | None) -> str | None:
-    """What all processes do next: whoever is asked to stop, or has a reason to, stops them all."""
+def agreed(session: Session, why_stop: str | None) -> tuple[bool, str | None]:
+    """Whether the run was asked to stop, and rank 0's reason to: the same for all processes.
+
+    A signal that comes after this is heard the next time. Whoever heeded it alone would leave the
+    others waiting.
+    """
     world, stop = session.setup.world, session.stop
     if world.size == 1:
-        return why_stop
+        return stop.requested, why_stop
     signal, has_reason = world.largest(stop.signal, int(why_stop is not None and world.is_main))
     if signal:
         stop.ask(signal)
-    return world.on_main(lambda: why_stop) if has_reason else None
+    return bool(signal), world.on_main(lambda: why_stop) if has_reason else None
 
 
 def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> str | None:
@@ -446,14 +451,6 @@ def open_callbacks(setup: Setup, output: Output) -> Iterator[Callbacks]:
         yield callbacks
     finally:
         callbacks.at_end(None)  # those who have heard of a result already are not told again
-
-
-def stop_request(world: World) -> StopRequest:
-    """How a run hears of signals: of several processes' second ones not at all.
-
-    torchrun passes on to all what the terminal may have sent to each already.
-    """
-    return StopRequest(may_abort=world.size == 1)
 
 
 # ----------------------------------------------------------------------------------------------

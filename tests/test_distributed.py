@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +21,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, assert_same_bits, loaded_step
+from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits, loaded_step
 
 import train as train_module
+import utils.output as output_module
 from bundle import checkpoints_in, is_bundle, runs_in
 from distributed import World, check_shared, open_world, seed_of
 from parameters import ModelConfig
+from prepare import set_up
+from start import plan
 from step import training_step
 from utils.device import choose_device
 from utils.errors import EndedElsewhere, UserError
@@ -135,6 +139,7 @@ def trains(
         return training_step(setup, step, *rest)
 
     train_module.training_step = struck
+    output_module.SILENCE = 0.0  # nobody ends these when one has ended
     return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
 
 
@@ -235,6 +240,29 @@ def test_all_of_a_split_is_evaluated_however_many_share_it(flags):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def counts_what_it_shares(rank: int, flags: list[str]) -> int:
+    """One step of two micro-batches, in which DDP shares each bucket of gradients once."""
+    shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 16, "device": "cpu"}
+    loaded, start = plan({"data": flags[0], "micro_batch_size": 1, "batch_size": 4, **shape})
+    shared = []
+    with open_world(loaded.config) as world:
+        setup = set_up(loaded.config, loaded, start, world=world)
+
+        def hook(_, bucket):
+            shared.append(bucket.index())
+            return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future(
+            ).then(lambda done: done.value()[0])  # fmt: skip
+
+        setup.learner.register_comm_hook(None, hook)
+        training_step(setup, 0)
+    assert shared == sorted(set(shared)) and shared, shared
+    return 0
+
+
+def test_accumulated_gradients_are_shared_once_a_step(text_file):
+    assert side_by_side(2, counts_what_it_shares, [str(text_file)]) == [Ended(0, "", "")] * 2
+
+
 def test_each_process_drops_out_other_activations(flags):
     assert_went_well(side_by_side(2, trains, [*flags, "--dropout=0.2", "--max-iters=2"]))
     saved = torch.load(checkpoints_in(newest())[-1] / "optimizer.pt", weights_only=True)
@@ -304,6 +332,27 @@ def test_a_signal_to_any_process_ends_all_with_one_bundle_to_go_on_with(
     assert_same_bits(checkpoints_in(whole)[-1], checkpoints_in(newest())[-1])
 
 
+def is_late(rank: int, flags: list[str]) -> int:
+    """Rank 1 gets its signal when all have just agreed to go on after step 4."""
+    agreed, calls = train_module.agreed, []
+
+    def then_signalled(*arguments):
+        answer = agreed(*arguments)
+        calls.append(answer)
+        if rank == 1 and len(calls) == 5:  # the fourth step's, as step 3 is evaluated too
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    train_module.agreed = then_signalled
+    return trains(rank, flags)
+
+
+def test_a_signal_that_comes_too_late_for_a_step_ends_all_after_the_next(flags):
+    ended = side_by_side(2, is_late, flags)
+    assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert checkpoints_in(newest())[-1].name == "step_00000005"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_dead_process_ends_the_others_and_the_last_bundle_goes_on(flags, rank, parallel):
@@ -346,6 +395,42 @@ def test_a_limit_of_minutes_is_one_for_all(flags):
     ended = side_by_side(2, trains, [*flags, "--max-minutes=0.01"])
     assert_went_well(ended)
     assert "Done" in ended[0].out or "Stopped" in ended[0].out
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_ends_it_and_goes_on_with_it(flags):
+    """The program itself, whose agent passes signals on and ends what is left of a dead rank."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def begin(*more: str) -> subprocess.Popen:
+        command = [*torchrun, str(CHECKOUT / "train.py"), *more]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    many = [*flags, "--max-iters=100000", "--log-interval=1"]
+    for number in (signal.SIGTERM, signal.SIGKILL):  # to the agent, and to a rank
+        with begin(*many) as process:
+            told = iter(process.stdout)
+            next(line for line in told if line.startswith("step      9/"))
+            if number == signal.SIGTERM:
+                process.send_signal(number)
+            else:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                os.kill(int(children.read_text(encoding="utf-8").split()[1]), number)
+            struck = time.monotonic()
+            rest = "".join(told)
+            assert process.wait(DEAD_WITHIN) != 0 and time.monotonic() - struck < DEAD_WITHIN
+        loaded_step(newest())
+        stopped = number == signal.SIGTERM
+        assert ("Stopped after step" if stopped else "another process of this run") in rest, rest
+        assert "torchrun --nproc-per-node=2" in rest
+    with begin(*flags, "--batch-size=3") as process:
+        assert "error: 2 processes cannot share a batch_size of 3" in process.stdout.read()
+    step = int(checkpoints_in(newest())[-1].name.partition("_")[2])
+    with begin("--resume=last", "--device=cpu", f"--max-iters={step + 3}") as process:
+        assert f"Done: {step + 3} steps" in process.stdout.read()
+    assert process.returncode == 0
 
 
 # Mistakes -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from utils.errors import RunError, UserError
+from utils.errors import EndedElsewhere, RunError, UserError
 from utils.output import Output, byte_size, command_for, duration, run_command
 
 AWKWARD = "[bold]not markup[/bold] :smile: " + "long " * 80 + "\x1b[0m 'quoted' https://x.org 😀"
@@ -157,3 +157,18 @@ def test_next_commands_start_this_python_from_here(monkeypatch, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "tensorboard").touch()
     assert command_for("tensorboard") == ".venv/bin/tensorboard"
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), EndedElsewhere(2)])
+def test_a_process_without_a_word_leaves_the_end_to_the_one_that_has_it(monkeypatch, capsys, error):
+    """torchrun ends all processes when one has: the silent ones must not be the first."""
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+
+    def fail(argv):
+        raise error
+
+    assert run_command(fail, []) == 2
+    assert slept == [10] and capsys.readouterr() == ("", "")

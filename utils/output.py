@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
 from utils.ranks import Ranks
+
+SILENCE = 10.0  # seconds that a process without a word gives to the one that has it
 
 
 class Output:
@@ -166,7 +169,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     """Run a command's body and turn what it raises into lines on stderr and an exit status.
 
     0 is success; 2 a user's mistake, a line each; 1 a run that failed; 130 Ctrl-C. Of several
-    processes, one on each machine tells of a mistake, and any of what happened to itself alone.
+    processes, one on each machine tells of a mistake, and any of what happened to itself alone;
+    those that are silent wait to be ended, as torchrun ends all when one has.
     """
     ranks = Ranks.of_environment()
     output = Output(quiet=ranks.rank > 0)
@@ -174,7 +178,10 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        for problem in error.problems if ranks.local_rank == 0 else ():
+        if ranks.local_rank > 0:
+            time.sleep(SILENCE)
+            return error.exit_status
+        for problem in error.problems:
             output.error(f"{who}{problem}")
         return error.exit_status
     except RunError as error:
@@ -184,6 +191,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
         output.line(str(reason))
         return reason.exit_status
     except EndedElsewhere as reason:
+        time.sleep(SILENCE)
         return reason.exit_status
     except KeyboardInterrupt:
         output.error("interrupted")

@@ -14,14 +14,16 @@ class StopRequest:
     thread, where Python lets nobody handle signals, nothing changes.
 
     Args:
-        may_abort: whether a second signal aborts. torchrun passes each one on to all its
-            processes, which may have had it from the terminal already.
+        is_one_of_several: whether torchrun has started this process. It passes each signal on to
+            all, who may have had it from the terminal already, so a second one does not abort. And
+            it sends SIGTERM to those that are left as soon as one has ended, so that goes on being
+            unheard after the block: a process may say how the run ended.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, *, may_abort: bool = True) -> None:
-        self._may_abort = may_abort
+    def __init__(self, *, is_one_of_several: bool = False) -> None:
+        self._is_one_of_several = is_one_of_several
         self._signal: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -34,7 +36,8 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if not (number == signal.SIGTERM and self._is_one_of_several):
+                signal.signal(number, handler)
 
     @property
     def requested(self) -> bool:
@@ -56,7 +59,7 @@ class StopRequest:
         return 0 if self._signal is None else 128 + self._signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested or not self._may_abort:
+        if not self.requested or self._is_one_of_several:
             self.ask(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
