@@ -12,6 +12,7 @@ The NCCL branches are short because they have not been run where Folio is develo
 
 import contextlib
 import ctypes
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +37,10 @@ _T = TypeVar("_T")
 # How long a process waits for the others: for as long as one may take to encode a large text. It
 # need not be short. A process that dies is noticed at once, as its connections close.
 PATIENCE = timedelta(hours=12)
+# Seconds in which gloo's thread can let go of the last messages. PyTorch 2.13 frees the connections
+# with Python's lock held, and waits there for that thread, which may be waiting for the lock: the
+# process would hang. Where a neighbour has died, some messages never come: then nothing is freed.
+FREED_AFTER = 0.1
 
 
 @dataclass(frozen=True)
@@ -158,22 +163,16 @@ def open_world(config: ModelConfig) -> Iterator[World]:
             yield World(ranks.rank, ranks.size)
             distributed.barrier()  # torchrun ends the others when one has left
         finally:
-            _keep_for_good(distributed.group.WORLD)
+            time.sleep(FREED_AFTER)
             distributed.destroy_process_group()
-
-
-def _keep_for_good(group: object) -> None:
-    """Keep Python from ever freeing an object.
-
-    PyTorch 2.13 frees a gloo group with Python's lock held, and waits there for a thread that may
-    be waiting for that lock: a process whose neighbour has died would hang instead of ending.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 @contextlib.contextmanager
 def explained_losses() -> Iterator[None]:
-    """Turn what PyTorch says where another process is gone into a `RunError`."""
+    """Turn what PyTorch says where another process is gone into a `RunError`.
+
+    The connections are kept until the process ends: see `FREED_AFTER`.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -181,6 +180,8 @@ def explained_losses() -> Iterator[None]:
         is_lost = isinstance(error, distributed.DistError) or any(w in str(error) for w in words)
         if isinstance(error, RunError) or not is_lost:
             raise
+        if distributed.is_initialized():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
         raise RunError(
             "another process of this run has ended, and the others cannot go on without it; "
             "--resume goes on from the last checkpoint"

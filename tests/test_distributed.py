@@ -443,7 +443,8 @@ def test_what_processes_cannot_share_is_one_line_before_anything_begins(flags):
         "error: 3 processes cannot share a batch_size of 4: take a batch_size of 3 or 6, or start "
         "1, 2 or 4 processes"
     ]
-    assert not ended[1].error and not Path("runs").exists()
+    assert ended[1].error == ended[0].error.replace("error: ", "error: rank 1: ")  # if it lives on
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -548,6 +549,19 @@ def talks(rank: int) -> None:
 
 def test_what_all_agree_on_and_how_a_failure_is_shared():
     assert side_by_side(2, talks) == [Ended(0, "", "")] * 2
+
+
+def leaves_early(rank: int) -> None:
+    began = time.monotonic()
+    with open_world(ModelConfig()):
+        if rank == 0:
+            time.sleep(1)
+    assert time.monotonic() - began >= 1
+
+
+def test_nobody_leaves_before_all_are_done():
+    """As torchrun ends whoever is left when one has left."""
+    assert side_by_side(2, leaves_early) == [Ended(0, "", "")] * 2
 
 
 @pytest.mark.parametrize(

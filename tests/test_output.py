@@ -159,16 +159,20 @@ def test_next_commands_start_this_python_from_here(monkeypatch, tmp_path):
     assert command_for("tensorboard") == ".venv/bin/tensorboard"
 
 
-@pytest.mark.parametrize("error", [UserError("wrong"), EndedElsewhere(2)])
-def test_a_process_without_a_word_leaves_the_end_to_the_one_that_has_it(monkeypatch, capsys, error):
-    """torchrun ends all processes when one has: the silent ones must not be the first."""
+@pytest.mark.parametrize(
+    ("error", "told"), [(UserError("wrong"), "error: rank 1: wrong\n"), (EndedElsewhere(2), "")]
+)
+def test_a_process_leaves_the_word_and_the_end_to_the_one_that_speaks_for_all(
+    monkeypatch, capsys, error, told
+):
+    """torchrun ends all when one has: if this one is left, nobody has spoken, and it does."""
     for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     slept = []
-    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("time.sleep", lambda s: slept.append((s, *capsys.readouterr())))
 
     def fail(argv):
         raise error
 
     assert run_command(fail, []) == 2
-    assert slept == [10] and capsys.readouterr() == ("", "")
+    assert slept == [(10, "", "")] and capsys.readouterr() == ("", told)

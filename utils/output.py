@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
 from utils.ranks import Ranks
 
-SILENCE = 10.0  # seconds that a process without a word gives to the one that has it
+SILENCE = 10.0  # seconds that a process gives to the one that speaks for all
 
 
 class Output:
@@ -170,7 +170,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
 
     0 is success; 2 a user's mistake, a line each; 1 a run that failed; 130 Ctrl-C. Of several
     processes, one on each machine tells of a mistake, and any of what happened to itself alone;
-    those that are silent wait to be ended, as torchrun ends all when one has.
+    the others wait to be ended, as torchrun ends all when one has, and speak if nobody did.
     """
     ranks = Ranks.of_environment()
     output = Output(quiet=ranks.rank > 0)
@@ -180,12 +180,13 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except UserError as error:
         if ranks.local_rank > 0:
             time.sleep(SILENCE)
-            return error.exit_status
         for problem in error.problems:
             output.error(f"{who}{problem}")
         return error.exit_status
     except RunError as error:
         output.error(f"{who}{error}")
+        if ranks.size > 1:  # what is left of connections that broke must not be looked at again
+            os._exit(error.exit_status)
         return error.exit_status
     except NothingToDo as reason:
         output.line(str(reason))
