@@ -158,6 +158,7 @@ class RunFacts(_Facts):
     lineage: list[Ancestor] = []
     parameters: int | None = None
     device: str | None = None
+    processes: int = 1
     threads: int | None = None
     precision: str | None = None
     torch_compile: str | None = None
@@ -481,6 +482,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
             "text SHA-256": run.facts.data.sha256[:12],
             "parameters": run.facts.parameters,
             "device": run.facts.device,
+            "processes": run.facts.processes,
             "threads": run.facts.threads,
             "precision": run.facts.precision,
             "torch.compile": run.facts.torch_compile,

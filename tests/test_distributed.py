@@ -201,6 +201,7 @@ def test_two_processes_learn_what_one_does_and_leave_one_record(flags, kind):
     for key, value in logged(alone).items():
         assert logged(both)[key] == pytest.approx(value, abs=1e-5), key
     assert json.loads((both / "meta" / "result.json").read_bytes())["step"] == 6
+    assert "2 processes" in (both / "report.html").read_text(encoding="utf-8")
     assert json.loads((both / "meta" / "full_config.json").read_bytes())["run"]["processes"] == 2
     names = [{p.name for p in (run / "artifacts/export").iterdir()} for run in (alone, both)]
     assert names[0] == names[1]
