@@ -124,6 +124,7 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 TRIALS_BEFORE_PRUNING = 5
 RANDOM_TRIALS = 10  # before TPE has something to go by
 TRIES = 50  # proposals of TPE, until one is possible
+FINE = 10**6  # values of a range
 DEATHS = 3  # of workers in a trial, after which it is given up
 FAILURES = 3  # one after another, which end a worker
 WORTH_COMPARING = 6  # complete trials, for importances
@@ -484,7 +485,9 @@ def distribution(values: Choices | Range) -> BaseDistribution:
         return CategoricalDistribution(values.values)
     if isinstance(values.low, int):
         return IntDistribution(values.low, int(values.high), values.log, int(values.step or 1))
-    return FloatDistribution(values.low, values.high, values.log, values.step)
+    # Of finer steps Optuna's arithmetic cannot tell that they are steps: the sampler sees to them.
+    is_fine = values.count is not None and values.count > FINE
+    return FloatDistribution(values.low, values.high, values.log, None if is_fine else values.step)
 
 
 class PossibleSampler(BaseSampler):
@@ -533,6 +536,9 @@ class PossibleSampler(BaseSampler):
                 params = sampler.sample_relative(study, trial, search_space)
             for name in search_space if not params else ():
                 params[name] = self.sample_independent(study, trial, name, search_space[name])
+            for name, values in self._recipe.space.items():
+                if isinstance(values, Range):
+                    params[name] = values.nearest(params[name])
             if params not in tried and self._recipe.is_possible(params):
                 return params
         left = [each for each in self._recipe.combinations or () if each not in tried]

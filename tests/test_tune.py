@@ -146,6 +146,9 @@ def killed_in(number: int):
             "n_layer has low, high, log and step, and not stop",
         ),
         ("n_layer: {low: 2, high: 5, step: 2}", "high 5 is not low 2 and a multiple of 2"),
+        ("beta1: {low: 0.1, high: 0.7, step: 0.25}", "high 0.7 is not low 0.1 and a multiple of"),
+        ("beta1: {low: 0.1, high: 0.7, step: .inf}", "step must be a number above 0"),
+        ("beta1: {low: 0.1, high: 0.7, step: 1.0e-20}", "step 1e-20 is too small for 0.1 to 0.7"),
         ("n_layer: {low: 2, high: 5, step: 0}", "step must be a whole number above 0, got 0"),
         ("n_layer: {low: 2, high: 6, step: 1, log: true}", "log and step do not go together"),
         ("n_layer: {low: 2, high: 6, log: 1}", "log must be true or false, got 1"),
@@ -198,6 +201,30 @@ def test_the_shipped_spaces_are_right():
         order = study_module.StudySettings(space=str(path))
         study_module.create_recipe(order, space, ConfigLoader().read())
         assert f"python tune.py --space configs/search/{path.name}" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "low, high, step", [(0.1, 0.7, 0.2), (0.0, 0.3, 0.1), (0.2, 0.9, 0.07), (0, 6, 3), (2, 5, None)]
+)
+def test_a_range_has_all_its_steps_and_ends_exactly_at_its_high(low, high, step):
+    values = study_module.Range(low, high, step=step)
+    assert values.count == len(values.all) == len(set(values.all))
+    assert (values.all[0], values.all[-1]) == (low, high)
+    assert values.all == pytest.approx([low + (step or 1) * n for n in range(values.count)])
+    generator = study_module.random.Random(0)
+    assert {values.draw(generator) for _ in range(500)} == set(values.all)
+    assert [values.nearest(value) for value in values.all] == values.all
+    assert values.nearest(high - 1e-9) == high
+
+
+def test_a_range_of_very_many_steps_is_never_listed(command, trained, monkeypatch):
+    monkeypatch.setattr(study_module.Range, "all", property(lambda _: pytest.fail("is listed")))
+    space = "learning_rate: {low: 1.0e-12, high: 1.0e-3, step: 1.0e-12}\nn_layer: [1, 2]"
+    assert command("--trials", "12", space=space) == 0
+    rates = [trial.params["learning_rate"] for trial in trials_of()]
+    assert len(set(rates)) == 12
+    assert all(rate == 1e-12 + 1e-12 * round((rate - 1e-12) / 1e-12) for rate in rates)
+    assert [config.learning_rate for config, *_ in trained.calls] == rates
 
 
 def test_only_combinations_that_go_together_are_proposed(command, trained):
