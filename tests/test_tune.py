@@ -595,6 +595,71 @@ def test_a_damaged_journal_is_told_and_one_that_was_cut_off_is_mended(command, t
     assert Path("a.log").read_bytes() == damaged
 
 
+def without_line(storage: str, *words: str) -> None:
+    """Take the first line that has all the words out of a journal."""
+    lines = Path(storage).read_bytes().splitlines(keepends=True)
+    first = next(line for line in lines if all(word.encode() in line for word in words))
+    lines.remove(first)
+    Path(storage).write_bytes(b"".join(lines))
+
+
+def test_a_trial_of_which_a_setting_is_lost_is_left_out(command, trained, capsys):
+    assert command("--trials", "11", "--storage", "a.log") == 0
+    best = min(trials_of("a.log"), key=lambda trial: trial.value or 9).number
+    without_line("a.log", f'"trial_id":{best},', '"param_name":"n_layer"')
+    capsys.readouterr()
+    assert command("--trials", "12", "--storage", "a.log") == 0  # claim and results
+    printed = capsys.readouterr().out
+    trials = trials_of("a.log")
+    assert len(done(trials)) == len(trials) == 12
+    assert "a.log is damaged: 1 complete trial left out, as not all settings are" in printed
+    listed = re.findall(r"^ +(\d+)  +\d\.\d{4} ", printed, re.MULTILINE)
+    assert listed
+    assert str(best) not in listed
+    assert all(f"\n  {name} " in printed for name in ("learning_rate", "n_layer", "n_head"))
+    assert f"trial {best}," not in Path("runs/studies/space.yaml").read_text("utf-8")
+
+
+def test_a_dead_workers_trial_of_which_a_setting_is_lost_is_not_gone_on_with(command, trained):
+    def before(number, config):
+        if number == 0:
+            raise KeyboardInterrupt
+
+    trained.before = before
+    assert command("--trials", "1", "--storage", "a.log") == 130
+    without_line("a.log", '"param_name":"n_layer"')
+    assert command("--trials", "1", "--storage", "a.log") == 0
+    trials = trials_of("a.log")
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
+    assert "continues" not in trials[1].user_attrs
+    # Nor does one go on with itself, where the line is missing that began the one before.
+    trained.before = killed_in(2)
+    with pytest.raises(Killed):
+        command("--trials", "2", "--storage", "a.log")
+    number = {"op_code": 8, "worker_id": "a", "trial_id": 2, "user_attr": {"continues": 2}}
+    with open("a.log", "a") as file:
+        file.write(json.dumps(number) + "\n")
+    assert command("--trials", "2", "--storage", "a.log") == 0
+    assert len(done(trials_of("a.log"))) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, words", [("study", ("study_name",)), ("trial", ("datetime_start",))]
+)
+def test_a_journal_without_the_line_of_a_study_or_a_trial_is_refused(
+    command, trained, capsys, kind, words
+):
+    assert command("--trials", "2", "--storage", "a.log") == 0
+    without_line("a.log", *words)
+    damaged = Path("a.log").read_bytes()
+    capsys.readouterr()
+    assert command("--trials", "3", "--storage", "a.log") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"damaged, as the line that begins its {kind} is missing: put back a copy" in line
+    assert Path("a.log").read_bytes() == damaged
+    assert len(trained.calls) == 2
+
+
 def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys):
     Path("directory").mkdir()
     assert command("--trials", "1", "--output", "directory") == 2
