@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import optuna
@@ -306,6 +308,14 @@ def test_a_trial_that_lags_behind_is_pruned(command, trained):
     assert last.user_attrs["reason"] == "behind the median of study space at this step"
 
 
+def test_a_trial_is_never_pruned_at_its_last_evaluation(command, trained):
+    trained.losses = lambda number, config: [3, 2, 1] if number < 5 else [3, 2, 9]
+    assert command("--max-iters", "30", "--trials", "6") == 0
+    last = trials_of()[5]
+    assert last.intermediate_values == {10: 3, 20: 2, 30: 9}
+    assert (last.state, last.value) == (TrialState.COMPLETE, 2)
+
+
 def test_tokenizers_are_compared_in_bits_per_byte(command, trained, capsys):
     assert command("--trials", "9", space="tokenizer: [char, gpt2]") == 0
     assert len(trained.calls) == 2
@@ -475,6 +485,56 @@ def test_a_trial_that_was_given_away_is_left_alone(command, trained, monkeypatch
     trials = trials_of()
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert len({trial.user_attrs["worker"] for trial in trials[1:]}) == 2
+
+
+def test_what_was_reported_after_the_checkpoint_is_not_carried_over(command, trained, monkeypatch):
+    def after(number, result):
+        if number == 0:
+            raise Killed
+        return result
+
+    def planned(recipe, params, number, checkpoint):
+        loaded, start = real(recipe, params, number, None)
+        return loaded, types.SimpleNamespace(run_tag=start.run_tag, step=10 if checkpoint else 0)
+
+    real = study_module.Recipe.plan
+    monkeypatch.setattr(study_module.Recipe, "plan", planned)
+    monkeypatch.setattr(tune, "checkpoints_of", lambda *_: [Path("step-10")])
+    trained.after = after
+    trained.losses = lambda number, config: [3.0, 2.0] if number else [2.5, 1.0, 0.1]
+    with pytest.raises(Killed):
+        command("--trials", "1")
+    assert command("--trials", "1") == 0
+    dead, again = trials_of()
+    assert dead.intermediate_values == {10: 2.5, 20: 1.0, 30: 0.1}
+    assert again.intermediate_values == {10: 2.5, 20: 2.0}
+    assert again.value == 2.0
+
+
+def test_two_workers_that_come_at_once_agree_on_one_text(tmp_path):
+    """The other one comes while the first has seen that there is none, and not yet put its own."""
+    had = []
+
+    class Study:
+        _storage = None
+
+        def __init__(self):
+            self.user_attrs = {}
+            self.calls = 0
+
+        def set_user_attr(self, name, value):
+            self.calls += 1
+            if self.calls == 1:
+                other.start()
+                other.join(0.2)
+            self.user_attrs[name] = value
+
+    recipe = types.SimpleNamespace(storage=tmp_path / "a.log")
+    desk = tune.Desk(recipe, Study(), "any")
+    other = threading.Thread(target=lambda: had.append(desk.agreed("data", "theirs")), daemon=True)
+    had.append(desk.agreed("data", "ours"))
+    other.join(10)
+    assert had == ["ours", "ours"]
 
 
 def test_a_storage_that_cannot_be_written_for_a_while_costs_no_run(command, trained, monkeypatch):
