@@ -487,6 +487,7 @@ def test_a_trial_that_was_given_away_is_left_alone(command, trained, monkeypatch
     assert len({trial.user_attrs["worker"] for trial in trials[1:]}) == 2
 
 
+@pytest.mark.filterwarnings("ignore:The reported value is ignored")  # that of the first step
 def test_what_was_reported_after_the_checkpoint_is_not_carried_over(command, trained, monkeypatch):
     def after(number, result):
         if number == 0:
