@@ -10,6 +10,7 @@ import random
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +37,7 @@ SEARCHED = (set(Architecture.model_fields) | set(Training.model_fields) | {"toke
 }
 DRAWS = 300  # combinations that are tried to see which of a space's are possible
 COUNTED = 1000  # combinations of a space, of which each is looked at
+STEPS = 10**12  # in a range: with more, its numbers could not be told from each other
 
 
 class StudySettings(Settings):
@@ -72,6 +74,11 @@ class Choices:
         return generator.choice(self.values)
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.values)
+
+    @property
     def all(self) -> Sequence[Any]:
         """All of them."""
         return self.values
@@ -93,17 +100,32 @@ class Range:
 
     def draw(self, generator: random.Random) -> int | float:
         """Any of them; which are likelier is the sampler's business."""
-        return generator.choice(self.all) if self.all else generator.uniform(self.low, self.high)
+        if self.count is None:
+            return generator.uniform(self.low, self.high)
+        return self._at(generator.randrange(self.count))
+
+    @property
+    def count(self) -> int | None:
+        """How many there are; None where they cannot be counted."""
+        if isinstance(self.low, int):
+            return int(self.high - self.low) // int(self.step or 1) + 1
+        return None if self.step is None else round((self.high - self.low) / self.step) + 1
 
     @property
     def all(self) -> Sequence[int | float] | None:
-        """All of them; None where they cannot be counted."""
-        if isinstance(self.low, int):
-            return range(self.low, int(self.high) + 1, int(self.step or 1))
-        if self.step is None:
-            return None
-        steps = round((self.high - self.low) / self.step)
-        return [self.low + self.step * number for number in range(steps + 1)]
+        """All of them, which may be very many; None where they cannot be counted."""
+        return None if self.count is None else [self._at(number) for number in range(self.count)]
+
+    def nearest(self, value: int | float) -> int | float:
+        """The one that is nearest to `value`."""
+        if self.count is None:
+            return value
+        return self._at(round((value - self.low) / (self.step or 1)))
+
+    def _at(self, number: int) -> int | float:
+        # Not what the sum is rounded to: 0.1 + 3 * 0.2 is more than 0.7.
+        is_last = self.count is not None and number == self.count - 1
+        return self.high if is_last else self.low + (self.step or 1) * number
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -190,7 +212,8 @@ def _range(name: str, values: Mapping[str, Any], label: str, problems: list[str]
     log, step = values.get("log", False), values.get("step")
     if not isinstance(log, bool):
         problems.append(f"{label}: log must be true or false, got {as_written(log)}")
-    is_step = isinstance(step, (int, kind)) and not isinstance(step, bool) and step > 0
+    is_step = isinstance(step, (int, kind)) and not isinstance(step, bool)
+    is_step = is_step and 0 < step < math.inf
     if step is not None and not is_step:
         what = "whole number" if kind is int else "number"
         problems.append(f"{label}: step must be a {what} above 0, got {as_written(step)}")
@@ -204,9 +227,18 @@ def _range(name: str, values: Mapping[str, Any], label: str, problems: list[str]
         problems.append(f"{label}: log and step do not go together: leave one out")
     elif log and low <= 0:
         problems.append(f"{label}: with log, low must be above 0, got {low:g}")
-    elif step is not None and abs((high - low) / step - round((high - low) / step)) > 1e-6:
+    elif step is not None and (high - low) / step > STEPS:
+        problems.append(
+            f"{label}: step {step:g} is too small for {low:g} to {high:g}: leave it out"
+        )
+    elif step is not None and (_exact(high) - _exact(low)) % _exact(step):
         problems.append(f"{label}: high {high:g} is not low {low:g} and a multiple of {step:g}")
     return Range(low, high, log, step)
+
+
+def _exact(number: int | float) -> Fraction:
+    """The number that the file has, and not the float that is nearest to it."""
+    return Fraction(str(number))
 
 
 def _legal(name: str, value: Any, label: str, problems: list[str]) -> Any:
@@ -342,9 +374,10 @@ def create_recipe(order: StudySettings, space: Space, layers: Layers) -> Recipe:
                 wrong.append(f"{shown} is possible in no trial: {error.problems[0]}")
     if wrong:
         raise UserError(*wrong)
-    values = [searched.all for searched in space.values()]
-    if None in values or math.prod(map(len, values)) > COUNTED:
+    counts = [searched.count for searched in space.values()]
+    if None in counts or math.prod(counts) > COUNTED:
         return recipe
+    values = [searched.all for searched in space.values()]
     combinations = [dict(zip(space, each, strict=True)) for each in itertools.product(*values)]
     combinations = [each for each in combinations if recipe.is_possible(each)]
     trials = min(recipe.trials, len(combinations))

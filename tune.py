@@ -118,12 +118,14 @@ from utils.workers import Worker, is_alive
 
 SQLITE = (".db", ".sqlite", ".sqlite3")
 STORAGE_ERRORS = (OSError, ValueError, KeyError, SQLAlchemyError, OptunaError)
+BEGINS = {0: "study", 4: "trial"}  # the op_code of a journal's lines, which number them
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 # The median rule needs some trials to compare with, and no more than that: it serves as well where
 # a run has two evaluations, while successive halving would need several rungs of them.
 TRIALS_BEFORE_PRUNING = 5
 RANDOM_TRIALS = 10  # before TPE has something to go by
 TRIES = 50  # proposals of TPE, until one is possible
+FINE = 10**6  # values of a range
 DEATHS = 3  # of workers in a trial, after which it is given up
 FAILURES = 3  # one after another, which end a worker
 WORTH_COMPARING = 6  # complete trials, for importances
@@ -302,7 +304,7 @@ def mend_journal(path: Path, lock: JournalFileSymlinkLock | JournalFileOpenLock)
     """Cut off the part of a line that a crash has left at a journal's end.
 
     The next line would be added to it, and neither could be read. Raises `UserError` where another
-    line is damaged.
+    line is damaged, or one is missing without which the trials that follow have wrong numbers.
     """
     if not path.exists():
         return
@@ -316,14 +318,25 @@ def mend_journal(path: Path, lock: JournalFileSymlinkLock | JournalFileOpenLock)
             content = whole
     finally:
         lock.release()
+    begun = dict.fromkeys(BEGINS.values(), 0)
     for number, line in enumerate(content.splitlines(), start=1):
+        problem = None
         try:
-            json.loads(line)
+            entry = json.loads(line)
         except ValueError:
+            problem = "not a journal of Optuna's, or damaged there"
+            entry = None
+        if isinstance(entry, dict):
+            if entry.get("op_code") in BEGINS:
+                begun[BEGINS[entry["op_code"]]] += 1
+            for kind, count in begun.items():
+                if entry.get(f"{kind}_id", -1) >= count:
+                    problem = f"damaged, as the line that begins its {kind} is missing"
+        if problem is not None:
             raise UserError(
-                f"{path}, line {number}: not a journal of Optuna's, or damaged there: put back a "
-                "copy, or begin anew with another --storage FILE; the runs are all there"
-            ) from None
+                f"{path}, line {number}: {problem}: put back a copy, or begin anew with another "
+                "--storage FILE; the runs are all there"
+            )
 
 
 def _claim_lock(storage: Path) -> FileLock:
@@ -423,6 +436,10 @@ class Desk:
         """How many trials are in one of these states."""
         return len(self.study.get_trials(deepcopy=False, states=states))
 
+    def knows(self, trial: FrozenTrial) -> bool:
+        """Whether all that a trial tries is recorded; a journal may lack a line."""
+        return settings_of(trial).keys() == self.recipe.space.keys()
+
     def _tell(self, trial_id: int, number: int, end: End) -> None:
         told = {"reason": end.reason, "handed_back": end.is_handed_back, "lost": end.is_lost}
         told["run_dir"] = end.run_dir and str(end.run_dir)
@@ -439,7 +456,7 @@ class Desk:
             if name is not None and is_alive(directory, name):
                 continue
             died = [each for each in self._earlier(trial.number) if each.user_attrs.get("lost")]
-            is_owed = settings_of(trial).keys() == self.recipe.space.keys()
+            is_owed = self.knows(trial)
             reason = (
                 f"its worker {name} ended in it" if name else "its worker ended before it began"
             )
@@ -458,14 +475,16 @@ class Desk:
             if trial.state is TrialState.FAIL
             and trial.user_attrs.get("handed_back")
             and trial.number not in continued
+            and self.knows(trial)
         ]
 
     def _earlier(self, number: int | None) -> tuple[FrozenTrial, ...]:
         """The trial of that number, that with which it goes on, and so on."""
         trials, chain = self.study.get_trials(deepcopy=False), []
-        while isinstance(number, int):
+        later = len(trials)
+        while isinstance(number, int) and number < later:  # or a line is missing
             chain.append(trials[number])
-            number = trials[number].user_attrs.get("continues")
+            later, number = number, trials[number].user_attrs.get("continues")
         return tuple(chain)
 
 
@@ -484,7 +503,9 @@ def distribution(values: Choices | Range) -> BaseDistribution:
         return CategoricalDistribution(values.values)
     if isinstance(values.low, int):
         return IntDistribution(values.low, int(values.high), values.log, int(values.step or 1))
-    return FloatDistribution(values.low, values.high, values.log, values.step)
+    # Of finer steps Optuna's arithmetic cannot tell that they are steps: the sampler sees to them.
+    is_fine = values.count is not None and values.count > FINE
+    return FloatDistribution(values.low, values.high, values.log, None if is_fine else values.step)
 
 
 class PossibleSampler(BaseSampler):
@@ -533,6 +554,9 @@ class PossibleSampler(BaseSampler):
                 params = sampler.sample_relative(study, trial, search_space)
             for name in search_space if not params else ():
                 params[name] = self.sample_independent(study, trial, name, search_space[name])
+            for name, values in self._recipe.space.items():
+                if isinstance(values, Range):
+                    params[name] = values.nearest(params[name])
             if params not in tried and self._recipe.is_possible(params):
                 return params
         left = [each for each in self._recipe.combinations or () if each not in tried]
@@ -749,16 +773,20 @@ def results(desk: Desk) -> str:
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{running} still running in other workers"] if running else []
     lines = ["", f"Study {recipe.study}: {', '.join(counts)}."]
+    known = [trial for trial in complete if desk.knows(trial)]
+    if left_out := len(complete) - len(known):
+        trials = plural(left_out, "complete trial")
+        lines += [f"{recipe.storage} is damaged: {trials} left out, as not all settings are there."]
     dashboard = dashboard_command(recipe.storage)
-    if not complete:
+    if not known:
         return "\n".join([*lines, "No trial is complete, and so none is the best.", *dashboard])
-    best = sorted(complete, key=lambda trial: (trial.value, trial.number))[:LISTED]
+    best = sorted(known, key=lambda trial: (trial.value, trial.number))[:LISTED]
     rows = [["trial", unit(recipe), *recipe.space, "run"]]
     for trial in best:
-        values = [shown(trial.params[name]) for name in recipe.space]
+        values = [shown(settings_of(trial)[name]) for name in recipe.space]
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_of_trial(trial)])
     lines += ["", aligned(rows, right=range(len(recipe.space) + 2)), ""]
-    lines += [importances(desk.study, len(complete)), ""]
+    lines += [importances(desk.study, list(recipe.space), len(known)), ""]
     write_preset(recipe, best[0])
     preset = shlex.quote(str(recipe.preset))
     runs = " ".join(shlex.quote(run_of_trial(trial)) for trial in best[:3])
@@ -773,13 +801,14 @@ def run_of_trial(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("run_dir", "–"))
 
 
-def importances(study: optuna.Study, complete: int) -> str:
+def importances(study: optuna.Study, settings: list[str], complete: int) -> str:
     """How much each setting has to do with being among the best trials (PED-ANOVA)."""
     if complete < WORTH_COMPARING:
         return f"Importances of the settings need {WORTH_COMPARING} complete trials."
     with warnings.catch_warnings():  # they say what is said above
         warnings.simplefilter("ignore")
-        shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        evaluator = PedAnovaImportanceEvaluator()
+        shares = get_param_importances(study, evaluator=evaluator, params=settings)
     rows = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
     return f"Importances, of 1 in all, from {complete} complete trials:\n" + aligned(
         rows, right=[1]
@@ -802,7 +831,7 @@ def write_preset(recipe: Recipe, best: FrozenTrial) -> None:
 
     Raises `UserError` where it cannot be written.
     """
-    loaded = recipe.settled({name: best.params[name] for name in recipe.space})
+    loaded = recipe.settled(settings_of(best))
     values = {
         name: getattr(loaded.config, name)
         for name, info in ModelConfig.model_fields.items()

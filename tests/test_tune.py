@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import optuna
@@ -146,6 +148,9 @@ def killed_in(number: int):
             "n_layer has low, high, log and step, and not stop",
         ),
         ("n_layer: {low: 2, high: 5, step: 2}", "high 5 is not low 2 and a multiple of 2"),
+        ("beta1: {low: 0.1, high: 0.7, step: 0.25}", "high 0.7 is not low 0.1 and a multiple of"),
+        ("beta1: {low: 0.1, high: 0.7, step: .inf}", "step must be a number above 0"),
+        ("beta1: {low: 0.1, high: 0.7, step: 1.0e-20}", "step 1e-20 is too small for 0.1 to 0.7"),
         ("n_layer: {low: 2, high: 5, step: 0}", "step must be a whole number above 0, got 0"),
         ("n_layer: {low: 2, high: 6, step: 1, log: true}", "log and step do not go together"),
         ("n_layer: {low: 2, high: 6, log: 1}", "log must be true or false, got 1"),
@@ -198,6 +203,30 @@ def test_the_shipped_spaces_are_right():
         order = study_module.StudySettings(space=str(path))
         study_module.create_recipe(order, space, ConfigLoader().read())
         assert f"python tune.py --space configs/search/{path.name}" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "low, high, step", [(0.1, 0.7, 0.2), (0.0, 0.3, 0.1), (0.2, 0.9, 0.07), (0, 6, 3), (2, 5, None)]
+)
+def test_a_range_has_all_its_steps_and_ends_exactly_at_its_high(low, high, step):
+    values = study_module.Range(low, high, step=step)
+    assert values.count == len(values.all) == len(set(values.all))
+    assert (values.all[0], values.all[-1]) == (low, high)
+    assert values.all == pytest.approx([low + (step or 1) * n for n in range(values.count)])
+    generator = study_module.random.Random(0)
+    assert {values.draw(generator) for _ in range(500)} == set(values.all)
+    assert [values.nearest(value) for value in values.all] == values.all
+    assert values.nearest(high - 1e-9) == high
+
+
+def test_a_range_of_very_many_steps_is_never_listed(command, trained, monkeypatch):
+    monkeypatch.setattr(study_module.Range, "all", property(lambda _: pytest.fail("is listed")))
+    space = "learning_rate: {low: 1.0e-12, high: 1.0e-3, step: 1.0e-12}\nn_layer: [1, 2]"
+    assert command("--trials", "12", space=space) == 0
+    rates = [trial.params["learning_rate"] for trial in trials_of()]
+    assert len(set(rates)) == 12
+    assert all(rate == 1e-12 + 1e-12 * round((rate - 1e-12) / 1e-12) for rate in rates)
+    assert [config.learning_rate for config, *_ in trained.calls] == rates
 
 
 def test_only_combinations_that_go_together_are_proposed(command, trained):
@@ -277,6 +306,14 @@ def test_a_trial_that_lags_behind_is_pruned(command, trained):
     assert last.state is TrialState.PRUNED
     assert last.intermediate_values == {10: 4, 20: 3}  # before its half it is left alone
     assert last.user_attrs["reason"] == "behind the median of study space at this step"
+
+
+def test_a_trial_is_never_pruned_at_its_last_evaluation(command, trained):
+    trained.losses = lambda number, config: [3, 2, 1] if number < 5 else [3, 2, 9]
+    assert command("--max-iters", "30", "--trials", "6") == 0
+    last = trials_of()[5]
+    assert last.intermediate_values == {10: 3, 20: 2, 30: 9}
+    assert (last.state, last.value) == (TrialState.COMPLETE, 2)
 
 
 def test_tokenizers_are_compared_in_bits_per_byte(command, trained, capsys):
@@ -450,6 +487,57 @@ def test_a_trial_that_was_given_away_is_left_alone(command, trained, monkeypatch
     assert len({trial.user_attrs["worker"] for trial in trials[1:]}) == 2
 
 
+@pytest.mark.filterwarnings("ignore:The reported value is ignored")  # that of the first step
+def test_what_was_reported_after_the_checkpoint_is_not_carried_over(command, trained, monkeypatch):
+    def after(number, result):
+        if number == 0:
+            raise Killed
+        return result
+
+    def planned(recipe, params, number, checkpoint):
+        loaded, start = real(recipe, params, number, None)
+        return loaded, types.SimpleNamespace(run_tag=start.run_tag, step=10 if checkpoint else 0)
+
+    real = study_module.Recipe.plan
+    monkeypatch.setattr(study_module.Recipe, "plan", planned)
+    monkeypatch.setattr(tune, "checkpoints_of", lambda *_: [Path("step-10")])
+    trained.after = after
+    trained.losses = lambda number, config: [3.0, 2.0] if number else [2.5, 1.0, 0.1]
+    with pytest.raises(Killed):
+        command("--trials", "1")
+    assert command("--trials", "1") == 0
+    dead, again = trials_of()
+    assert dead.intermediate_values == {10: 2.5, 20: 1.0, 30: 0.1}
+    assert again.intermediate_values == {10: 2.5, 20: 2.0}
+    assert again.value == 2.0
+
+
+def test_two_workers_that_come_at_once_agree_on_one_text(tmp_path):
+    """The other one comes while the first has seen that there is none, and not yet put its own."""
+    had = []
+
+    class Study:
+        _storage = None
+
+        def __init__(self):
+            self.user_attrs = {}
+            self.calls = 0
+
+        def set_user_attr(self, name, value):
+            self.calls += 1
+            if self.calls == 1:
+                other.start()
+                other.join(0.2)
+            self.user_attrs[name] = value
+
+    recipe = types.SimpleNamespace(storage=tmp_path / "a.log")
+    desk = tune.Desk(recipe, Study(), "any")
+    other = threading.Thread(target=lambda: had.append(desk.agreed("data", "theirs")), daemon=True)
+    had.append(desk.agreed("data", "ours"))
+    other.join(10)
+    assert had == ["ours", "ours"]
+
+
 def test_a_storage_that_cannot_be_written_for_a_while_costs_no_run(command, trained, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Trial, "report", lambda *_: (_ for _ in ()).throw(OSError))
@@ -566,6 +654,71 @@ def test_a_damaged_journal_is_told_and_one_that_was_cut_off_is_mended(command, t
     (line,) = capsys.readouterr().err.splitlines()
     assert "a.log, line 5: not a journal of Optuna's, or damaged there" in line
     assert Path("a.log").read_bytes() == damaged
+
+
+def without_line(storage: str, *words: str) -> None:
+    """Take the first line that has all the words out of a journal."""
+    lines = Path(storage).read_bytes().splitlines(keepends=True)
+    first = next(line for line in lines if all(word.encode() in line for word in words))
+    lines.remove(first)
+    Path(storage).write_bytes(b"".join(lines))
+
+
+def test_a_trial_of_which_a_setting_is_lost_is_left_out(command, trained, capsys):
+    assert command("--trials", "11", "--storage", "a.log") == 0
+    best = min(trials_of("a.log"), key=lambda trial: trial.value or 9).number
+    without_line("a.log", f'"trial_id":{best},', '"param_name":"n_layer"')
+    capsys.readouterr()
+    assert command("--trials", "12", "--storage", "a.log") == 0  # claim and results
+    printed = capsys.readouterr().out
+    trials = trials_of("a.log")
+    assert len(done(trials)) == len(trials) == 12
+    assert "a.log is damaged: 1 complete trial left out, as not all settings are" in printed
+    listed = re.findall(r"^ +(\d+)  +\d\.\d{4} ", printed, re.MULTILINE)
+    assert listed
+    assert str(best) not in listed
+    assert all(f"\n  {name} " in printed for name in ("learning_rate", "n_layer", "n_head"))
+    assert f"trial {best}," not in Path("runs/studies/space.yaml").read_text("utf-8")
+
+
+def test_a_dead_workers_trial_of_which_a_setting_is_lost_is_not_gone_on_with(command, trained):
+    def before(number, config):
+        if number == 0:
+            raise KeyboardInterrupt
+
+    trained.before = before
+    assert command("--trials", "1", "--storage", "a.log") == 130
+    without_line("a.log", '"param_name":"n_layer"')
+    assert command("--trials", "1", "--storage", "a.log") == 0
+    trials = trials_of("a.log")
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
+    assert "continues" not in trials[1].user_attrs
+    # Nor does one go on with itself, where the line is missing that began the one before.
+    trained.before = killed_in(2)
+    with pytest.raises(Killed):
+        command("--trials", "2", "--storage", "a.log")
+    number = {"op_code": 8, "worker_id": "a", "trial_id": 2, "user_attr": {"continues": 2}}
+    with open("a.log", "a") as file:
+        file.write(json.dumps(number) + "\n")
+    assert command("--trials", "2", "--storage", "a.log") == 0
+    assert len(done(trials_of("a.log"))) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, words", [("study", ("study_name",)), ("trial", ("datetime_start",))]
+)
+def test_a_journal_without_the_line_of_a_study_or_a_trial_is_refused(
+    command, trained, capsys, kind, words
+):
+    assert command("--trials", "2", "--storage", "a.log") == 0
+    without_line("a.log", *words)
+    damaged = Path("a.log").read_bytes()
+    capsys.readouterr()
+    assert command("--trials", "3", "--storage", "a.log") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"damaged, as the line that begins its {kind} is missing: put back a copy" in line
+    assert Path("a.log").read_bytes() == damaged
+    assert len(trained.calls) == 2
 
 
 def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys):
