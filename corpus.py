@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -143,33 +144,44 @@ def parts(
         whole_words: end a part only before the space or line end that follows a word, where no
             token of GPT-2's is cut in two.
         start: the number of a file and bytes in it, decompressed, as a part's `file` and `end`.
-        hear: is given all bytes that are read, decompressed, and the number of their file.
+        hear: is given a file's number and all its bytes, decompressed, those before `start` too:
+            with each part the bytes up to its end, and at the file's end none.
 
     Raises:
         UserError: a file that cannot be read, is damaged, or is not UTF-8.
     """
-    for number in range(start[0], len(files)):
+    hear = hear or (lambda number, block: None)
+    for number, path in enumerate(files):
+        blocks = _blocks(path, size)
         skip = start[1] if number == start[0] else 0
-        yield from _parts_of(files[number], number, size, whole_words, skip, hear)
+        if number < start[0]:
+            for block in blocks:
+                hear(number, block)
+        else:
+            yield from _parts_of(path, number, blocks, whole_words, skip, hear)
+        hear(number, b"")
 
 
 def _parts_of(
     path: Path,
     number: int,
-    size: int,
+    blocks: Iterator[bytes],
     whole_words: bool,
     skip: int,
-    hear: Callable[[int, bytes], None] | None,
+    hear: Callable[[int, bytes], None],
 ) -> Iterator[Part]:
-    blocks = _blocks(path, size, skip)
-    read, pending, rest = skip, b"", ""  # what is pending is part of a character, rest of a word
+    read, unheard, pending, rest = 0, b"", b"", ""  # pending: of a character, rest: of a word
     begin, is_first, is_last = skip, skip == 0, False
+    while read < skip and (block := next(blocks, b"")):
+        hear(number, block[: skip - read])
+        if skip < read + len(block):
+            blocks = chain([block[skip - read :]], blocks)
+        read = min(skip, read + len(block))
     while not is_last:
         block = next(blocks, b"")
         is_last = not block
-        if hear is not None:
-            hear(number, block)
-        raw = pending + block
+        unheard += block
+        raw = unheard[len(unheard) - len(pending) - len(block) :]
         try:
             text, used = codecs.utf_8_decode(raw, "strict", is_last)
         except UnicodeDecodeError as error:
@@ -188,8 +200,13 @@ def _parts_of(
         text, rest = text[:cut], text[cut:]
         if text:
             end = read - len(pending) - len(rest.encode("utf-8"))
+            upto = len(unheard) - (read - end)
+            hear(number, unheard[:upto])
+            unheard = unheard[upto:]
             yield Part(number, end, end - begin, text)
             begin = end
+    if unheard:  # a byte order mark and no more
+        hear(number, unheard)
 
 
 def _last_word_end(text: str) -> int:
@@ -209,7 +226,7 @@ def _last_word_end(text: str) -> int:
 
 def _line_of(path: Path, position: int) -> int:
     lines = 1
-    for block in _blocks(path, PART, 0):
+    for block in _blocks(path, PART):
         lines += block.count(b"\n", 0, position)
         position -= len(block)
         if position <= 0:
@@ -225,7 +242,7 @@ def is_large(files: Sequence[Path], limit: int) -> bool:
     total = 0
     for path in files:
         if is_compressed(path):
-            for block in _blocks(path, PART, 0):
+            for block in _blocks(path, PART):
                 total += len(block)
                 if total >= limit:
                     break
@@ -247,29 +264,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _blocks(path: Path, size: int, skip: int) -> Iterator[bytes]:
-    """The bytes of a file from `skip` on, decompressed, about `size` at a time; none is empty."""
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, about `size` at a time; none is empty."""
     try:
         if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as file:
-                yield from _after(skip, iter(lambda: file.read(size), b""))
+                yield from iter(lambda: file.read(size), b"")
         elif path.suffix.lower() == ".zst":
-            yield from _after(skip, _grouped(_decompressed(path), size))
+            yield from _grouped(_decompressed(path), size)
         else:
             with open(path, "rb", buffering=0) as file:
-                file.seek(skip)
                 yield from iter(lambda: file.read(size), b"")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole {path.suffix} file: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _after(skip: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    for block in blocks:
-        if skip < len(block):
-            yield block[skip:]
-        skip = max(0, skip - len(block))
 
 
 def _grouped(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:

@@ -4,15 +4,18 @@
 A large one has a directory in the cache:
 
     manifest.json                  its files (size, mtime, SHA-256), its characters, its encodings
-    <text>-<tokenizer>/            an encoding, by the digests of the text and of the tokenizer
+    <text>-<tokenizer>/            an encoding, by the digests of the text, with where its files
+                                   end, and of the tokenizer
         shard_00000.bin …          ids, little-endian, in the smallest type that holds them
         marks.bin                  rows of int64: after so many tokens, so many bytes of that file
         progress.json              how far an encoding has come that is not in the manifest yet
 
 The text is read twice: once for its characters and its SHA-256, once for its ids. An encoding is
-there when the manifest names it, which is replaced in one piece. Until then what was encoded is
-noted every 64 MB, and whoever comes next goes on from there. Where splits are cut is no part of a
-store: it is arithmetic on the number of tokens. Nothing here needs torch.
+there when the manifest names it, which is replaced in one piece, and only if the second reading
+had the SHA-256 of the first. Until then what was encoded is noted every 64 MB, with the SHA-256 of
+the text so far; whoever comes next reads that again, and if it is the same goes on from there.
+Where splits are cut is no part of a store: it is arithmetic on the number of tokens. Nothing here
+needs torch.
 """
 
 import bisect
@@ -26,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -332,13 +336,15 @@ class _Record(BaseModel):
 
 
 class Source(_Record):
-    """A file of a text, as it was when the text was read. `size` is in bytes, as it lies there.
+    """A file of a text, as it was when the text was read.
 
-    `path` is relative to the text's, if that is a directory; "" for a text of one file.
+    `path` is relative to the text's, if that is a directory; "" for a text of one file. `size` is
+    in bytes, as it lies there, `bytes` decompressed.
     """
 
     path: str
     size: Count
+    bytes: Count
     mtime_ns: int
     sha256: str
 
@@ -346,10 +352,10 @@ class Source(_Record):
 class Encoding(_Record):
     """A text's ids by one tokenizer, without the characters that are `left_out`.
 
-    `ends` are the tokens up to the end of each file.
+    `text` is the manifest's `identity`. `ends` are the tokens up to the end of each file.
     """
 
-    text_sha256: str
+    text: str
     tokenizer: dict[str, Any]
     left_out: dict[str, int]
     dtype: Literal["|u1", "<u2", "<u4"]
@@ -370,11 +376,25 @@ class Manifest(_Record):
     characters: str
     encodings: dict[str, Encoding] = {}
 
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the text and of where its files end: the same ids and ends follow from it."""
+        return _digest(json.dumps([self.sha256, *self.layout]))
+
+    @property
+    def layout(self) -> list[int]:
+        """The bytes of each file, decompressed."""
+        return [source.bytes for source in self.sources]
+
 
 class Progress(_Record):
-    """`progress.json`: the last place in the text up to which all is on the disk."""
+    """`progress.json`: the last place in the text up to which all is on the disk.
+
+    `sha256` is that of the text's bytes up to there, from which the ids were made.
+    """
 
     shard: int
+    sha256: str
     file: int = 0
     end: int = 0
     tokens: int = 0
@@ -460,9 +480,9 @@ class StoredText:
             if self._problem(name, self._found.encodings.get(name), tokenizer) is None:
                 return self._mapped(name, tokenizer)
         with self._locked():
-            before, self._found = self.sha256, self._settled(self._found.data)
-            if self.sha256 != before:
-                raise UserError(f"{printable(self.name)} was changed while it was read: try again")
+            before, self._found = self._found, self._settled(self._found.data)
+            if self._found.identity != before.identity:
+                raise _ChangedError(self.name)
             known = self._found.encodings.get(name)
             if problem := self._problem(name, known, tokenizer):
                 if known is not None:
@@ -515,12 +535,11 @@ class StoredText:
         """Look at all of the text once: its characters, its size, its SHA-256."""
         before = [_status(path) for path in self._files]
         self._tell(f"Reading {self.name}, which takes a while the first time …")
-        digest, size = hashlib.sha256(), 0
+        digest, layout = hashlib.sha256(), [0] * len(self._files)
         hashes: list[Any] = [None] * len(self._files)
 
         def hear(file: int, block: bytes) -> None:
-            nonlocal size
-            size += len(block)
+            layout[file] += len(block)
             digest.update(block)
             if len(self._files) > 1 and not is_compressed(self._files[file]):
                 hashes[file] = hashes[file] or hashlib.sha256()
@@ -538,18 +557,19 @@ class StoredText:
             Source(
                 path=name,
                 size=status.st_size,
+                bytes=size,
                 mtime_ns=status.st_mtime_ns,
                 sha256=file_sha256(path) if is_compressed(path) else sha256,
             )
-            for name, path, status, sha256 in zip(
-                self._names(), self._files, before, hashes, strict=True
+            for name, path, status, size, sha256 in zip(
+                self._names(), self._files, before, layout, hashes, strict=True
             )
         ]
         manifest = Manifest(
             data=whole,
             sources=sources,
             sha256=digest.hexdigest(),
-            bytes=size,
+            bytes=sum(layout),
             characters=characters,
             encodings=encodings,
         )
@@ -569,7 +589,7 @@ class StoredText:
         for path, source in zip(self._files, manifest.sources, strict=True):
             status = _status(path)
             if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise UserError(f"{path} was changed while it was read: try again")
+                raise _ChangedError(str(path))
 
     def _publish(self, manifest: Manifest) -> None:
         make_directory(self.directory)
@@ -584,7 +604,7 @@ class StoredText:
             return "it is not there"
         if encoding.tokenizer != tokenizer.state():
             return "made with another tokenizer"
-        if encoding.text_sha256 != self.sha256:
+        if encoding.text != self._found.identity or len(encoding.ends) != len(self._files):
             return "made from another text"
         itemsize = np.dtype(encoding.dtype).itemsize
         for number, tokens in enumerate(_shard_sizes(encoding.tokens, encoding.shard)):
@@ -614,7 +634,7 @@ class StoredText:
 
     def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
         identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
-        return f"{self.sha256[:16]}-{_digest(identity)[:8]}"
+        return f"{self._found.identity[:16]}-{_digest(identity)[:8]}"
 
     def _withdraw(self, name: str) -> None:
         """Take an encoding out of the manifest, and forget how it was made."""
@@ -627,26 +647,21 @@ class StoredText:
         """Write the ids, from where an earlier try has come to, and publish them."""
         directory, manifest = self.directory / name, self._found
         make_directory(directory)
-        writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes)
+        writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes, manifest)
         done = writer.progress
         since = f", of which {byte_size(done.bytes)} are there" if done.tokens else ""
         self._tell(f"Encoding {self.name} ({byte_size(manifest.bytes)}{since}) into {directory} …")
-        began, token_bytes = time.monotonic(), tokenizer.token_bytes
+        began = time.monotonic()
         with contextlib.closing(writer):
-            for part in parts(
-                self._files,
-                size=self._sizes.part,
-                whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
-                start=(done.file, done.end),
-            ):
-                ids = tokenizer.encode(part.text, bool(left_out))
-                size = int(token_bytes[ids].sum()) if left_out else part.size
-                writer.add(part, ids, size)
-            self._check_still(manifest)
+            try:
+                self._write(writer, tokenizer, bool(left_out))
+            except _ChangedError:
+                writer.forget()
+                raise
             writer.note()
             ends = writer.ends(len(self._files))
         encoding = Encoding(
-            text_sha256=manifest.sha256,
+            text=manifest.identity,
             tokenizer=tokenizer.state(),
             left_out=left_out,
             dtype=writer.dtype.str,
@@ -663,9 +678,28 @@ class StoredText:
         speed = byte_size((manifest.bytes - done.bytes) / seconds)
         self._tell(f"Encoded {self.name}: {encoding.tokens:,} tokens, {speed} a second")
 
+    def _write(self, writer: "_Writer", tokenizer: Tokenizer, drop: bool) -> None:
+        """Have the ids written of all that is not yet there."""
+        done, token_bytes = writer.progress, tokenizer.token_bytes
+        try:
+            for part in parts(
+                self._files,
+                size=self._sizes.part,
+                whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
+                start=(done.file, done.end),
+                hear=writer.hear,
+            ):
+                ids = tokenizer.encode(part.text, drop)
+                writer.add(part, ids, int(token_bytes[ids].sum()) if drop else part.size)
+            if not writer.has_heard_all():
+                raise _ChangedError(self.name)
+        except UserError:  # whatever it says, a file that has changed is why
+            self._check_still(self._found)
+            raise
+
     def _current(self) -> dict[str, Encoding]:
         known = self._found.encodings
-        return {name: each for name, each in known.items() if each.text_sha256 == self.sha256}
+        return {name: each for name, each in known.items() if each.text == self._found.identity}
 
     def _clean_up(self) -> None:
         """Remove what killed processes left, and the encodings of what the text was before.
@@ -675,7 +709,7 @@ class StoredText:
         for left in self.directory.rglob(".*.tmp"):
             remove_file(left)
         for old in self.directory.iterdir():
-            if old.is_dir() and not old.name.startswith(self.sha256[:16]):
+            if old.is_dir() and not old.name.startswith(self._found.identity[:16]):
                 for path in old.iterdir():
                     remove_file(path)
                 remove_if_empty(old)
@@ -710,6 +744,13 @@ class StoredText:
             ) from None
 
 
+class _ChangedError(UserError):
+    """A text is not the one any more that it was a moment ago."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{printable(name)} was changed while it was read: try again")
+
+
 class _Writer:
     """Writes shards and marks, from where an earlier try has come to, and notes how far it comes.
 
@@ -717,15 +758,33 @@ class _Writer:
         directory: where.
         dtype: of the ids, little-endian.
         sizes: of shards, and from note to note.
+        manifest: of the text.
     """
 
-    def __init__(self, directory: Path, dtype: np.dtype, sizes: Sizes):
+    def __init__(self, directory: Path, dtype: np.dtype, sizes: Sizes, manifest: Manifest):
         self.dtype = dtype
-        self._directory, self._sizes = directory, sizes
-        self.progress = self._noted()
+        self._directory, self._sizes, self._manifest = directory, sizes, manifest
+        self._digest, self._heard = hashlib.sha256(), [0] * len(manifest.sources)
+        self._begun = self.progress = self._noted()
         self._unnoted = 0  # bytes of text
         self._marks = open_at(directory / MARKS_FILE, self.progress.marks * _MARK_SIZE)
         self._shard: IO[bytes] | None = None
+
+    def hear(self, file: int, block: bytes) -> None:
+        """Take in the text's bytes from its beginning; before a part is added, those up to its end.
+
+        Raises `_ChangedError` where ids that are there were made from others.
+        """
+        self._digest.update(block)
+        self._heard[file] += len(block)
+        is_there = (file, self._heard[file]) == (self._begun.file, self._begun.end)
+        if is_there and self._digest.hexdigest() != self._begun.sha256:
+            raise _ChangedError(self._manifest.data)
+
+    def has_heard_all(self) -> bool:
+        """Whether what was heard is the text that the manifest is of."""
+        known = self._manifest
+        return (self._digest.hexdigest(), self._heard) == (known.sha256, known.layout)
 
     def add(self, part: Part, ids: np.ndarray, size: int) -> None:
         """Write the ids `(n,)` of a part, which stand for `size` bytes of UTF-8."""
@@ -745,6 +804,7 @@ class _Writer:
                     sync_file(file)
         self.progress = Progress(
             shard=shard,
+            sha256=self._digest.hexdigest(),
             file=part.file,
             end=part.end,
             tokens=done.tokens + ids.size,
@@ -766,6 +826,11 @@ class _Writer:
         write_atomic(self._directory / PROGRESS_FILE, self.progress.model_dump_json())
         self._unnoted = 0
 
+    def forget(self) -> None:
+        """Leave no note of what was written."""
+        self._unnoted = 0
+        remove_file(self._directory / PROGRESS_FILE)
+
     def ends(self, files: int) -> list[int]:
         """How many tokens there are up to the end of each file."""
         self._marks.flush()
@@ -785,7 +850,7 @@ class _Writer:
 
     def _noted(self) -> Progress:
         """How far an earlier try has come; nowhere, where what it noted is not there."""
-        nowhere = Progress(shard=self._sizes.shard)
+        nowhere = Progress(shard=self._sizes.shard, sha256=self._digest.hexdigest())
         try:
             noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
             if noted.shard != self._sizes.shard:
