@@ -31,11 +31,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from corpus import (
     STANDARD_INPUT,
@@ -51,7 +51,7 @@ from corpus import (
     parts,
     text_problem,
 )
-from parameters import Count, Data
+from parameters import Data
 from tokenizer import GPT2Tokenizer, Tokenizer, characters_in, create_tokenizer
 from utils.checks import printable
 from utils.errors import RunError, UserError
@@ -331,6 +331,9 @@ def count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
 # The store
 
 
+_Number = Annotated[int, Field(ge=0)]  # of bytes or tokens, of which there may be very many
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -343,8 +346,8 @@ class Source(_Record):
     """
 
     path: str
-    size: Count
-    bytes: Count
+    size: _Number
+    bytes: _Number
     mtime_ns: int
     sha256: str
 
@@ -359,10 +362,16 @@ class Encoding(_Record):
     tokenizer: dict[str, Any]
     left_out: dict[str, int]
     dtype: Literal["|u1", "<u2", "<u4"]
-    shard: int
-    tokens: int
-    marks: int
-    ends: list[int]
+    shard: Annotated[int, Field(ge=1)]
+    tokens: _Number
+    marks: _Number
+    ends: list[_Number]
+
+    @model_validator(mode="after")
+    def _files_end_one_after_another(self) -> Self:
+        if not self.ends or self.ends != sorted(self.ends) or self.ends[-1] != self.tokens:
+            raise ValueError("the files' ends are not those of the tokens")
+        return self
 
 
 class Manifest(_Record):
@@ -372,7 +381,7 @@ class Manifest(_Record):
     data: str
     sources: list[Source]
     sha256: str
-    bytes: int
+    bytes: _Number
     characters: str
     encodings: dict[str, Encoding] = {}
 
@@ -395,11 +404,11 @@ class Progress(_Record):
 
     shard: int
     sha256: str
-    file: int = 0
-    end: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    marks: int = 0
+    file: _Number = 0
+    end: _Number = 0
+    tokens: _Number = 0
+    bytes: _Number = 0
+    marks: _Number = 0
 
 
 class StoredText:
@@ -606,7 +615,11 @@ class StoredText:
             return "made with another tokenizer"
         if encoding.text != self._found.identity or len(encoding.ends) != len(self._files):
             return "made from another text"
-        itemsize = np.dtype(encoding.dtype).itemsize
+        itemsize = tokenizer.dtype.itemsize
+        if np.dtype(encoding.dtype).itemsize != itemsize:
+            return (
+                f"of {np.dtype(encoding.dtype).itemsize} bytes a token, and should be of {itemsize}"
+            )
         for number, tokens in enumerate(_shard_sizes(encoding.tokens, encoding.shard)):
             path = self.directory / name / shard_name(number)
             size = path.stat().st_size if path.is_file() else 0
@@ -738,6 +751,11 @@ class StoredText:
                     "there is of it is kept, and the next try goes on from there: free some "
                     "space, or name another place with --cache-dir"
                 ) from None
+            if isinstance(error, IsADirectoryError):
+                where = error.filename2 or error.filename
+                raise UserError(
+                    f"{where}: a directory, where a file is wanted: remove it"
+                ) from None
             raise UserError(
                 f"the cache {self.directory.parent.parent} cannot be written: "
                 f"{error.strerror or error}; name another place with --cache-dir"
@@ -853,15 +871,20 @@ class _Writer:
         nowhere = Progress(shard=self._sizes.shard, sha256=self._digest.hexdigest())
         try:
             noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
+            marks = _read_marks(self._directory)[: noted.marks]
+            place = [noted.file, noted.tokens, noted.bytes]
+            if len(marks) != noted.marks or marks[-1:].tolist() != [place]:
+                return nowhere
+            layout = self._manifest.layout
+            if noted.file >= len(layout) or noted.end > layout[noted.file]:
+                return nowhere
             if noted.shard != self._sizes.shard:
                 return nowhere
             for number, ids in enumerate(_shard_sizes(noted.tokens, self._sizes.shard)):
                 path = self._directory / shard_name(number)
                 if path.stat().st_size < ids * self.dtype.itemsize:
                     return nowhere
-            marks = self._directory / MARKS_FILE
-            whole = marks.stat().st_size >= noted.marks * _MARK_SIZE
-            return noted if whole else nowhere
+            return noted
         except (OSError, ValidationError):
             return nowhere
 
@@ -874,13 +897,12 @@ def shard_name(number: int) -> str:
 def _read_marks(directory: Path) -> np.ndarray:
     """The marks of an encoding, mapped: of a very large text there are many."""
     path = directory / MARKS_FILE
-    if not path.stat().st_size:
-        return _NO_MARKS
-    return np.asarray(np.memmap(path, _MARK, "r")).reshape(-1, 3)
+    rows = path.stat().st_size // _MARK_SIZE
+    return np.asarray(np.memmap(path, _MARK, "r", shape=(rows, 3))) if rows else _NO_MARKS
 
 
-def _shard_sizes(tokens: int, shard: int) -> list[int]:
-    return [min(shard, tokens - start) for start in range(0, tokens, shard)]
+def _shard_sizes(tokens: int, shard: int) -> Iterator[int]:
+    return (min(shard, tokens - start) for start in range(0, tokens, shard))
 
 
 def _digest(text: str) -> str:

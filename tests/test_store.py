@@ -3,6 +3,7 @@
 python -m pytest tests/test_store.py
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -273,6 +274,14 @@ DAMAGES = {
         lambda cache: damaged_manifest(cache, lambda known: known.update(text="0")),
         "made from another text",
     ),
+    "another type": (
+        lambda cache: damaged_manifest(cache, lambda known: known.update(dtype="<u4")),
+        "of 4 bytes a token, and should be of 1",
+    ),
+    "files that are not the text's": (
+        lambda cache: damaged_manifest(cache, lambda known: known["ends"].append(known["tokens"])),
+        "made from another text",
+    ),
     "no manifest": (
         lambda cache: files_of(cache, "manifest.json")[0].write_text("{"),
         "manifest.json cannot be read: encoding",
@@ -282,6 +291,24 @@ DAMAGES = {
         "manifest.json cannot be read: encoding",
     ),
 }
+
+
+WRONG = [
+    ("shard", 0),
+    ("tokens", -5),
+    ("marks", -1),
+    ("ends", []),
+    ("ends", [600, 547]),
+    ("ends", [546]),
+    ("dtype", "<f4"),
+]
+for key, value in WRONG:
+    DAMAGES[f"{key} {value}"] = (
+        lambda cache, key=key, value=value: damaged_manifest(
+            cache, lambda known: known.update({key: value})
+        ),
+        "manifest.json cannot be read: encoding",
+    )
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
@@ -361,6 +388,48 @@ def test_what_is_not_on_the_disk_of_what_was_noted_is_encoded_again(text, told, 
         assert ("of which 300 B are there" in told[0]) == (path is None or path.name == "gone")
         told.clear()
         unpublished(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": 9},
+        {"file": -1},
+        {"end": 10**9},
+        {"end": 240},
+        {"tokens": -5},
+        {"tokens": 10**15},
+        {"bytes": 1},
+        {"marks": 0},
+        {"marks": 4},
+        {"sha256": ""},
+    ],
+    ids=str,
+)
+def test_a_damaged_note_never_makes_other_ids(text, tmp_path, change):
+    encoded(text)
+    marks, note = unpublished(tmp_path / "cache")
+    marks.with_name("progress.json").write_text(json.dumps({**note, **change}), encoding="utf-8")
+    with contextlib.suppress(UserError):
+        encoded(text)
+    assert decoded(encoded(text)) == TEXT
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json", "marks.bin", "shard_00002.bin"])
+def test_a_directory_where_a_file_should_be_is_named(text, tmp_path, name):
+    encoded(text)
+    marks, _ = unpublished(tmp_path / "cache")
+    at = marks.parent.parent / name if name == "manifest.json" else marks.with_name(name)
+    at.unlink(missing_ok=True)
+    at.mkdir()
+    with pytest.raises(UserError, match=rf"/{name}: a directory, where a file is wanted: remove"):
+        encoded(text)
+    at.rmdir()
+    assert decoded(encoded(text)) == TEXT
+
+
+def test_a_file_may_be_of_any_size():
+    assert store.Source(path="", size=1 << 45, bytes=1 << 46, mtime_ns=0, sha256="").size == 1 << 45
 
 
 def test_of_shards_of_another_size_nothing_is_of_use(text, told, tmp_path):
