@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -92,6 +92,32 @@ def _found(data: str) -> Iterator[Path]:
     else:
         names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
         yield from (path for path in map(Path, names) if path.is_file())
+
+
+def overlap_problem(
+    data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
+) -> str | None:
+    """What is wrong with a text among whose files are, or will be, such as Folio writes; or None.
+
+    Args:
+        data: what names the text.
+        files: its files.
+        written: settings, and directories below which each has something written.
+    """
+    root = Path(data).resolve() if is_directory(Path(data)) else None
+    found = [str(path.resolve()) for path in files] if is_pattern(data) else []
+    for setting, directory in written:
+        place = directory.resolve()
+        if root is not None and place.is_relative_to(root):
+            is_read = not any(name.startswith(".") for name in place.relative_to(root).parts)
+        else:
+            is_read = any(name.startswith(f"{place}{os.sep}") for name in found)
+        if is_read:
+            return (
+                f"{setting} {directory} lies in it, and what Folio writes would be read as text: "
+                f"name the texts alone, or another {setting}"
+            )
+    return None
 
 
 def is_pattern(data: str) -> bool:
@@ -308,4 +334,9 @@ def _decompressed(path: Path) -> Iterator[bytes]:
         if frame is not None:
             raise EOFError("it ends within a frame")
     except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path}: reading it takes more than 128 MB of memory, as it was compressed with "
+                "--long=28 or more: compress it again without"
+            ) from None
         raise UserError(f"{path}: not a whole .zst file: {error}") from None

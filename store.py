@@ -48,6 +48,7 @@ from corpus import (
     is_large,
     is_pattern,
     keep_standard_input,
+    overlap_problem,
     parts,
     text_problem,
 )
@@ -242,6 +243,7 @@ def open_text(
     tell: Callable[[str], None] | None = None,
     large: int = LARGE,
     sizes: Sizes | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> "MemoryText | StoredText":
     """Open the text that a `data` setting names.
 
@@ -252,10 +254,11 @@ def open_text(
         tell: hears of what takes a while, and of a store that is made again, and why.
         large: the bytes of text that are large.
         sizes: how a store is divided.
+        written: directories that are written besides the cache, by their settings.
 
     Raises:
-        UserError: no such text, an empty one, one that is not UTF-8, or a cache that cannot be
-            written.
+        UserError: no such text, an empty one, one that is not UTF-8, one that has a directory in
+            it which is written, or a cache that cannot be written.
         RunError: the cache's disk is full.
     """
     cache, path, name = cache_path(cache_dir), data, data
@@ -266,6 +269,10 @@ def open_text(
         if tell is not None:
             tell(f"Standard input is kept as {path}")
     files = find_files(path)
+    places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
+    places += [(setting, Path(place)) for setting, place in (written or {}).items()]
+    if problem := overlap_problem(path, files, places):
+        raise UserError(f"{printable(data)}: {problem}")
     try:
         is_kept = token_store == "on" or (token_store == "auto" and is_large(files, large))
     except OSError as error:  # a file was there a moment ago
@@ -615,16 +622,15 @@ class StoredText:
             return "made with another tokenizer"
         if encoding.text != self._found.identity or len(encoding.ends) != len(self._files):
             return "made from another text"
-        itemsize = tokenizer.dtype.itemsize
-        if np.dtype(encoding.dtype).itemsize != itemsize:
-            return (
-                f"of {np.dtype(encoding.dtype).itemsize} bytes a token, and should be of {itemsize}"
-            )
+        dtype = tokenizer.dtype.newbyteorder("<")
+        if encoding.dtype != dtype.str:
+            return f"its type is {encoding.dtype}, and should be {dtype.str}"
         for number, tokens in enumerate(_shard_sizes(encoding.tokens, encoding.shard)):
             path = self.directory / name / shard_name(number)
             size = path.stat().st_size if path.is_file() else 0
-            if size != tokens * itemsize:
-                return f"{path.name} has {size:,} bytes, and should have {tokens * itemsize:,}"
+            if size != tokens * dtype.itemsize:
+                wanted = tokens * dtype.itemsize
+                return f"{path.name} has {size:,} bytes, and should have {wanted:,}"
         marks = self.directory / name / MARKS_FILE
         if not marks.is_file() or marks.stat().st_size != encoding.marks * _MARK_SIZE:
             return f"{MARKS_FILE} is not whole"
@@ -873,12 +879,14 @@ class _Writer:
             noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
             marks = _read_marks(self._directory)[: noted.marks]
             place = [noted.file, noted.tokens, noted.bytes]
-            if len(marks) != noted.marks or marks[-1:].tolist() != [place]:
-                return nowhere
             layout = self._manifest.layout
-            if noted.file >= len(layout) or noted.end > layout[noted.file]:
-                return nowhere
-            if noted.shard != self._sizes.shard:
+            if (
+                noted.shard != self._sizes.shard
+                or noted.file >= len(layout)
+                or noted.end > layout[noted.file]
+                or len(marks) != noted.marks
+                or marks[-1:].tolist() != [place]
+            ):
                 return nowhere
             for number, ids in enumerate(_shard_sizes(noted.tokens, self._sizes.shard)):
                 path = self._directory / shard_name(number)

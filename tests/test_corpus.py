@@ -203,6 +203,15 @@ def test_a_damaged_file_is_named(write, name, damage):
         text_of([path])
 
 
+def test_a_window_that_is_too_large_is_said_to_be_one(write):
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    raw = stream.compress(TEXT.encode()) + stream.flush()
+    path = write("wide", raw).rename("wide.zst")
+    with pytest.raises(UserError, match=r"wide\.zst: .* more than 128 MB of memory, .*--long"):
+        text_of([path])
+
+
 def test_large_is_what_holds_much_text_compressed_or_not(write):
     for name in ("a.txt", "a.gz", "a.zst"):
         path = write(name, "0" * 100_000)

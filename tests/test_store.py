@@ -276,7 +276,7 @@ DAMAGES = {
     ),
     "another type": (
         lambda cache: damaged_manifest(cache, lambda known: known.update(dtype="<u4")),
-        "of 4 bytes a token, and should be of 1",
+        "its type is <u4, and should be |u1",
     ),
     "files that are not the text's": (
         lambda cache: damaged_manifest(cache, lambda known: known["ends"].append(known["tokens"])),
@@ -426,6 +426,27 @@ def test_a_directory_where_a_file_should_be_is_named(text, tmp_path, name):
         encoded(text)
     at.rmdir()
     assert decoded(encoded(text)) == TEXT
+
+
+def test_what_folio_writes_is_never_among_what_it_reads(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "runs" / "1").mkdir(parents=True)
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    written = {"runs_dir": str(folder / "runs")}
+    for cache in ("", "cache", "deep/cache", ".."):
+        with pytest.raises(
+            UserError, match=r"texts: cache_dir .* lies in it, .* another cache_dir"
+        ):
+            open_text(str(folder), cache_dir=str(folder / cache))
+    with pytest.raises(UserError, match=r"texts: runs_dir .*runs lies in it"):
+        open_text(str(folder), written=written)
+    pattern = str(folder / "**" / "*.txt")
+    for data in (str(folder / "a.txt"), pattern):
+        open_text(data, cache_dir=str(folder / "cache"), written=written)
+    open_text(str(folder), cache_dir=str(folder / ".cache"))
+    (folder / "runs" / "1" / "log.txt").touch()
+    with pytest.raises(UserError, match=r"txt: runs_dir .*runs lies in it"):
+        open_text(pattern, written=written)
 
 
 def test_a_file_may_be_of_any_size():
