@@ -711,8 +711,9 @@ class StoredText:
                 ids = tokenizer.encode(part.text, drop)
                 writer.add(part, ids, int(token_bytes[ids].sum()) if drop else part.size)
             if not writer.has_heard_all():
+                remove_file(self.directory / MANIFEST_FILE)  # it may be what was read amid a change
                 raise _ChangedError(self.name)
-        except UserError:  # whatever it says, a file that has changed is why
+        except UserError:  # whatever it says, a file that has changed is to be said first
             self._check_still(self._found)
             raise
 

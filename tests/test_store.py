@@ -500,6 +500,21 @@ def test_a_text_that_changes_and_is_put_back_is_never_published(text, tmp_path, 
     assert decoded(encoded(text)) == TEXT
 
 
+def test_a_text_that_was_first_read_amid_a_change_is_read_again(text, monkeypatch):
+    real = store.characters_in
+
+    def changed(texts):
+        rewrite(text, OTHER)
+        found = real(texts)
+        rewrite(text, TEXT)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="try again"):
+        patch.setattr(store, "characters_in", changed)
+        encoded(text)
+    assert decoded(encoded(text)) == TEXT
+
+
 def test_ids_of_what_the_text_never_was_are_not_gone_on_from(text, tmp_path, monkeypatch):
     meanwhile(monkeypatch, lambda: rewrite(text, OTHER), *[lambda: None] * 4, interrupt)
     with pytest.raises(KeyboardInterrupt):
