@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -93,6 +94,32 @@ def _found(data: str) -> Iterator[Path]:
         yield from (path for path in map(Path, names) if path.is_file())
 
 
+def overlap_problem(
+    data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
+) -> str | None:
+    """What is wrong with a text among whose files are, or will be, such as Folio writes; or None.
+
+    Args:
+        data: what names the text.
+        files: its files.
+        written: settings, and directories below which each has something written.
+    """
+    root = Path(data).resolve() if is_directory(Path(data)) else None
+    found = [str(path.resolve()) for path in files] if is_pattern(data) else []
+    for setting, directory in written:
+        place = directory.resolve()
+        if root is not None and place.is_relative_to(root):
+            is_read = not any(name.startswith(".") for name in place.relative_to(root).parts)
+        else:
+            is_read = any(name.startswith(f"{place}{os.sep}") for name in found)
+        if is_read:
+            return (
+                f"{setting} {directory} lies in it, and what Folio writes would be read as text: "
+                f"name the texts alone, or another {setting}"
+            )
+    return None
+
+
 def is_pattern(data: str) -> bool:
     """Whether `data` is a glob, and not the name of a file that happens to look like one."""
     return glob.has_magic(data) and not os.path.lexists(data)
@@ -143,33 +170,44 @@ def parts(
         whole_words: end a part only before the space or line end that follows a word, where no
             token of GPT-2's is cut in two.
         start: the number of a file and bytes in it, decompressed, as a part's `file` and `end`.
-        hear: is given all bytes that are read, decompressed, and the number of their file.
+        hear: is given a file's number and all its bytes, decompressed, those before `start` too:
+            with each part the bytes up to its end, and at the file's end none.
 
     Raises:
         UserError: a file that cannot be read, is damaged, or is not UTF-8.
     """
-    for number in range(start[0], len(files)):
+    hear = hear or (lambda number, block: None)
+    for number, path in enumerate(files):
+        blocks = _blocks(path, size)
         skip = start[1] if number == start[0] else 0
-        yield from _parts_of(files[number], number, size, whole_words, skip, hear)
+        if number < start[0]:
+            for block in blocks:
+                hear(number, block)
+        else:
+            yield from _parts_of(path, number, blocks, whole_words, skip, hear)
+        hear(number, b"")
 
 
 def _parts_of(
     path: Path,
     number: int,
-    size: int,
+    blocks: Iterator[bytes],
     whole_words: bool,
     skip: int,
-    hear: Callable[[int, bytes], None] | None,
+    hear: Callable[[int, bytes], None],
 ) -> Iterator[Part]:
-    blocks = _blocks(path, size, skip)
-    read, pending, rest = skip, b"", ""  # what is pending is part of a character, rest of a word
+    read, unheard, pending, rest = 0, b"", b"", ""  # pending: of a character, rest: of a word
     begin, is_first, is_last = skip, skip == 0, False
+    while read < skip and (block := next(blocks, b"")):
+        hear(number, block[: skip - read])
+        if skip < read + len(block):
+            blocks = chain([block[skip - read :]], blocks)
+        read = min(skip, read + len(block))
     while not is_last:
         block = next(blocks, b"")
         is_last = not block
-        if hear is not None:
-            hear(number, block)
-        raw = pending + block
+        unheard += block
+        raw = unheard[len(unheard) - len(pending) - len(block) :]
         try:
             text, used = codecs.utf_8_decode(raw, "strict", is_last)
         except UnicodeDecodeError as error:
@@ -188,8 +226,13 @@ def _parts_of(
         text, rest = text[:cut], text[cut:]
         if text:
             end = read - len(pending) - len(rest.encode("utf-8"))
+            upto = len(unheard) - (read - end)
+            hear(number, unheard[:upto])
+            unheard = unheard[upto:]
             yield Part(number, end, end - begin, text)
             begin = end
+    if unheard:  # a byte order mark and no more
+        hear(number, unheard)
 
 
 def _last_word_end(text: str) -> int:
@@ -209,7 +252,7 @@ def _last_word_end(text: str) -> int:
 
 def _line_of(path: Path, position: int) -> int:
     lines = 1
-    for block in _blocks(path, PART, 0):
+    for block in _blocks(path, PART):
         lines += block.count(b"\n", 0, position)
         position -= len(block)
         if position <= 0:
@@ -225,7 +268,7 @@ def is_large(files: Sequence[Path], limit: int) -> bool:
     total = 0
     for path in files:
         if is_compressed(path):
-            for block in _blocks(path, PART, 0):
+            for block in _blocks(path, PART):
                 total += len(block)
                 if total >= limit:
                     break
@@ -247,29 +290,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _blocks(path: Path, size: int, skip: int) -> Iterator[bytes]:
-    """The bytes of a file from `skip` on, decompressed, about `size` at a time; none is empty."""
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, about `size` at a time; none is empty."""
     try:
         if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as file:
-                yield from _after(skip, iter(lambda: file.read(size), b""))
+                yield from iter(lambda: file.read(size), b"")
         elif path.suffix.lower() == ".zst":
-            yield from _after(skip, _grouped(_decompressed(path), size))
+            yield from _grouped(_decompressed(path), size)
         else:
             with open(path, "rb", buffering=0) as file:
-                file.seek(skip)
                 yield from iter(lambda: file.read(size), b"")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole {path.suffix} file: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _after(skip: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    for block in blocks:
-        if skip < len(block):
-            yield block[skip:]
-        skip = max(0, skip - len(block))
 
 
 def _grouped(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
@@ -299,4 +334,9 @@ def _decompressed(path: Path) -> Iterator[bytes]:
         if frame is not None:
             raise EOFError("it ends within a frame")
     except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path}: reading it takes more than 128 MB of memory, as it was compressed with "
+                "--long=28 or more: compress it again without"
+            ) from None
         raise UserError(f"{path}: not a whole .zst file: {error}") from None

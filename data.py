@@ -94,7 +94,8 @@ def load_data(
         text = MemoryText("Shakespeare's plays", None, [plays], sha256)
     else:
         where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
-        text = open_text(config.data or DEFAULT_FILE, **where, tell=tell)
+        written = {"runs_dir": config.runs_dir, "checkpoints_dir": config.checkpoints_dir}
+        text = open_text(config.data or DEFAULT_FILE, **where, tell=tell, written=written)
     left_out: dict[str, int] = {}
     if tokenizer is None:
         tokenizer = text.create_tokenizer(config.tokenizer)

@@ -4,15 +4,18 @@
 A large one has a directory in the cache:
 
     manifest.json                  its files (size, mtime, SHA-256), its characters, its encodings
-    <text>-<tokenizer>/            an encoding, by the digests of the text and of the tokenizer
+    <text>-<tokenizer>/            an encoding, by the digests of the text, with where its files
+                                   end, and of the tokenizer
         shard_00000.bin …          ids, little-endian, in the smallest type that holds them
         marks.bin                  rows of int64: after so many tokens, so many bytes of that file
         progress.json              how far an encoding has come that is not in the manifest yet
 
 The text is read twice: once for its characters and its SHA-256, once for its ids. An encoding is
-there when the manifest names it, which is replaced in one piece. Until then what was encoded is
-noted every 64 MB, and whoever comes next goes on from there. Where splits are cut is no part of a
-store: it is arithmetic on the number of tokens. Nothing here needs torch.
+there when the manifest names it, which is replaced in one piece, and only if the second reading
+had the SHA-256 of the first. Until then what was encoded is noted every 64 MB, with the SHA-256 of
+the text so far; whoever comes next reads that again, and if it is the same goes on from there.
+Where splits are cut is no part of a store: it is arithmetic on the number of tokens. Nothing here
+needs torch.
 """
 
 import bisect
@@ -26,12 +29,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from corpus import (
     STANDARD_INPUT,
@@ -44,10 +48,11 @@ from corpus import (
     is_large,
     is_pattern,
     keep_standard_input,
+    overlap_problem,
     parts,
     text_problem,
 )
-from parameters import Count, Data
+from parameters import Data
 from tokenizer import GPT2Tokenizer, Tokenizer, characters_in, create_tokenizer
 from utils.checks import printable
 from utils.errors import RunError, UserError
@@ -238,6 +243,7 @@ def open_text(
     tell: Callable[[str], None] | None = None,
     large: int = LARGE,
     sizes: Sizes | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> "MemoryText | StoredText":
     """Open the text that a `data` setting names.
 
@@ -248,10 +254,11 @@ def open_text(
         tell: hears of what takes a while, and of a store that is made again, and why.
         large: the bytes of text that are large.
         sizes: how a store is divided.
+        written: directories that are written besides the cache, by their settings.
 
     Raises:
-        UserError: no such text, an empty one, one that is not UTF-8, or a cache that cannot be
-            written.
+        UserError: no such text, an empty one, one that is not UTF-8, one that has a directory in
+            it which is written, or a cache that cannot be written.
         RunError: the cache's disk is full.
     """
     cache, path, name = cache_path(cache_dir), data, data
@@ -262,6 +269,10 @@ def open_text(
         if tell is not None:
             tell(f"Standard input is kept as {path}")
     files = find_files(path)
+    places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
+    places += [(setting, Path(place)) for setting, place in (written or {}).items()]
+    if problem := overlap_problem(path, files, places):
+        raise UserError(f"{printable(data)}: {problem}")
     try:
         is_kept = token_store == "on" or (token_store == "auto" and is_large(files, large))
     except OSError as error:  # a file was there a moment ago
@@ -327,18 +338,23 @@ def count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
 # The store
 
 
+_Number = Annotated[int, Field(ge=0)]  # of bytes or tokens, of which there may be very many
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Source(_Record):
-    """A file of a text, as it was when the text was read. `size` is in bytes, as it lies there.
+    """A file of a text, as it was when the text was read.
 
-    `path` is relative to the text's, if that is a directory; "" for a text of one file.
+    `path` is relative to the text's, if that is a directory; "" for a text of one file. `size` is
+    in bytes, as it lies there, `bytes` decompressed.
     """
 
     path: str
-    size: Count
+    size: _Number
+    bytes: _Number
     mtime_ns: int
     sha256: str
 
@@ -346,17 +362,23 @@ class Source(_Record):
 class Encoding(_Record):
     """A text's ids by one tokenizer, without the characters that are `left_out`.
 
-    `ends` are the tokens up to the end of each file.
+    `text` is the manifest's `identity`. `ends` are the tokens up to the end of each file.
     """
 
-    text_sha256: str
+    text: str
     tokenizer: dict[str, Any]
     left_out: dict[str, int]
     dtype: Literal["|u1", "<u2", "<u4"]
-    shard: int
-    tokens: int
-    marks: int
-    ends: list[int]
+    shard: Annotated[int, Field(ge=1)]
+    tokens: _Number
+    marks: _Number
+    ends: list[_Number]
+
+    @model_validator(mode="after")
+    def _files_end_one_after_another(self) -> Self:
+        if not self.ends or self.ends != sorted(self.ends) or self.ends[-1] != self.tokens:
+            raise ValueError("the files' ends are not those of the tokens")
+        return self
 
 
 class Manifest(_Record):
@@ -366,20 +388,34 @@ class Manifest(_Record):
     data: str
     sources: list[Source]
     sha256: str
-    bytes: int
+    bytes: _Number
     characters: str
     encodings: dict[str, Encoding] = {}
 
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the text and of where its files end: the same ids and ends follow from it."""
+        return _digest(json.dumps([self.sha256, *self.layout]))
+
+    @property
+    def layout(self) -> list[int]:
+        """The bytes of each file, decompressed."""
+        return [source.bytes for source in self.sources]
+
 
 class Progress(_Record):
-    """`progress.json`: the last place in the text up to which all is on the disk."""
+    """`progress.json`: the last place in the text up to which all is on the disk.
+
+    `sha256` is that of the text's bytes up to there, from which the ids were made.
+    """
 
     shard: int
-    file: int = 0
-    end: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    marks: int = 0
+    sha256: str
+    file: _Number = 0
+    end: _Number = 0
+    tokens: _Number = 0
+    bytes: _Number = 0
+    marks: _Number = 0
 
 
 class StoredText:
@@ -460,9 +496,9 @@ class StoredText:
             if self._problem(name, self._found.encodings.get(name), tokenizer) is None:
                 return self._mapped(name, tokenizer)
         with self._locked():
-            before, self._found = self.sha256, self._settled(self._found.data)
-            if self.sha256 != before:
-                raise UserError(f"{printable(self.name)} was changed while it was read: try again")
+            before, self._found = self._found, self._settled(self._found.data)
+            if self._found.identity != before.identity:
+                raise _ChangedError(self.name)
             known = self._found.encodings.get(name)
             if problem := self._problem(name, known, tokenizer):
                 if known is not None:
@@ -515,12 +551,11 @@ class StoredText:
         """Look at all of the text once: its characters, its size, its SHA-256."""
         before = [_status(path) for path in self._files]
         self._tell(f"Reading {self.name}, which takes a while the first time …")
-        digest, size = hashlib.sha256(), 0
+        digest, layout = hashlib.sha256(), [0] * len(self._files)
         hashes: list[Any] = [None] * len(self._files)
 
         def hear(file: int, block: bytes) -> None:
-            nonlocal size
-            size += len(block)
+            layout[file] += len(block)
             digest.update(block)
             if len(self._files) > 1 and not is_compressed(self._files[file]):
                 hashes[file] = hashes[file] or hashlib.sha256()
@@ -538,18 +573,19 @@ class StoredText:
             Source(
                 path=name,
                 size=status.st_size,
+                bytes=size,
                 mtime_ns=status.st_mtime_ns,
                 sha256=file_sha256(path) if is_compressed(path) else sha256,
             )
-            for name, path, status, sha256 in zip(
-                self._names(), self._files, before, hashes, strict=True
+            for name, path, status, size, sha256 in zip(
+                self._names(), self._files, before, layout, hashes, strict=True
             )
         ]
         manifest = Manifest(
             data=whole,
             sources=sources,
             sha256=digest.hexdigest(),
-            bytes=size,
+            bytes=sum(layout),
             characters=characters,
             encodings=encodings,
         )
@@ -569,7 +605,7 @@ class StoredText:
         for path, source in zip(self._files, manifest.sources, strict=True):
             status = _status(path)
             if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise UserError(f"{path} was changed while it was read: try again")
+                raise _ChangedError(str(path))
 
     def _publish(self, manifest: Manifest) -> None:
         make_directory(self.directory)
@@ -584,14 +620,17 @@ class StoredText:
             return "it is not there"
         if encoding.tokenizer != tokenizer.state():
             return "made with another tokenizer"
-        if encoding.text_sha256 != self.sha256:
+        if encoding.text != self._found.identity or len(encoding.ends) != len(self._files):
             return "made from another text"
-        itemsize = np.dtype(encoding.dtype).itemsize
+        dtype = tokenizer.dtype.newbyteorder("<")
+        if encoding.dtype != dtype.str:
+            return f"its type is {encoding.dtype}, and should be {dtype.str}"
         for number, tokens in enumerate(_shard_sizes(encoding.tokens, encoding.shard)):
             path = self.directory / name / shard_name(number)
             size = path.stat().st_size if path.is_file() else 0
-            if size != tokens * itemsize:
-                return f"{path.name} has {size:,} bytes, and should have {tokens * itemsize:,}"
+            if size != tokens * dtype.itemsize:
+                wanted = tokens * dtype.itemsize
+                return f"{path.name} has {size:,} bytes, and should have {wanted:,}"
         marks = self.directory / name / MARKS_FILE
         if not marks.is_file() or marks.stat().st_size != encoding.marks * _MARK_SIZE:
             return f"{MARKS_FILE} is not whole"
@@ -614,7 +653,7 @@ class StoredText:
 
     def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
         identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
-        return f"{self.sha256[:16]}-{_digest(identity)[:8]}"
+        return f"{self._found.identity[:16]}-{_digest(identity)[:8]}"
 
     def _withdraw(self, name: str) -> None:
         """Take an encoding out of the manifest, and forget how it was made."""
@@ -627,26 +666,21 @@ class StoredText:
         """Write the ids, from where an earlier try has come to, and publish them."""
         directory, manifest = self.directory / name, self._found
         make_directory(directory)
-        writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes)
+        writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes, manifest)
         done = writer.progress
         since = f", of which {byte_size(done.bytes)} are there" if done.tokens else ""
         self._tell(f"Encoding {self.name} ({byte_size(manifest.bytes)}{since}) into {directory} …")
-        began, token_bytes = time.monotonic(), tokenizer.token_bytes
+        began = time.monotonic()
         with contextlib.closing(writer):
-            for part in parts(
-                self._files,
-                size=self._sizes.part,
-                whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
-                start=(done.file, done.end),
-            ):
-                ids = tokenizer.encode(part.text, bool(left_out))
-                size = int(token_bytes[ids].sum()) if left_out else part.size
-                writer.add(part, ids, size)
-            self._check_still(manifest)
+            try:
+                self._write(writer, tokenizer, bool(left_out))
+            except _ChangedError:
+                writer.forget()
+                raise
             writer.note()
             ends = writer.ends(len(self._files))
         encoding = Encoding(
-            text_sha256=manifest.sha256,
+            text=manifest.identity,
             tokenizer=tokenizer.state(),
             left_out=left_out,
             dtype=writer.dtype.str,
@@ -663,9 +697,29 @@ class StoredText:
         speed = byte_size((manifest.bytes - done.bytes) / seconds)
         self._tell(f"Encoded {self.name}: {encoding.tokens:,} tokens, {speed} a second")
 
+    def _write(self, writer: "_Writer", tokenizer: Tokenizer, drop: bool) -> None:
+        """Have the ids written of all that is not yet there."""
+        done, token_bytes = writer.progress, tokenizer.token_bytes
+        try:
+            for part in parts(
+                self._files,
+                size=self._sizes.part,
+                whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
+                start=(done.file, done.end),
+                hear=writer.hear,
+            ):
+                ids = tokenizer.encode(part.text, drop)
+                writer.add(part, ids, int(token_bytes[ids].sum()) if drop else part.size)
+            if not writer.has_heard_all():
+                remove_file(self.directory / MANIFEST_FILE)  # it may be what was read amid a change
+                raise _ChangedError(self.name)
+        except UserError:  # whatever it says, a file that has changed is to be said first
+            self._check_still(self._found)
+            raise
+
     def _current(self) -> dict[str, Encoding]:
         known = self._found.encodings
-        return {name: each for name, each in known.items() if each.text_sha256 == self.sha256}
+        return {name: each for name, each in known.items() if each.text == self._found.identity}
 
     def _clean_up(self) -> None:
         """Remove what killed processes left, and the encodings of what the text was before.
@@ -675,7 +729,7 @@ class StoredText:
         for left in self.directory.rglob(".*.tmp"):
             remove_file(left)
         for old in self.directory.iterdir():
-            if old.is_dir() and not old.name.startswith(self.sha256[:16]):
+            if old.is_dir() and not old.name.startswith(self._found.identity[:16]):
                 for path in old.iterdir():
                     remove_file(path)
                 remove_if_empty(old)
@@ -704,10 +758,22 @@ class StoredText:
                     "there is of it is kept, and the next try goes on from there: free some "
                     "space, or name another place with --cache-dir"
                 ) from None
+            if isinstance(error, IsADirectoryError):
+                where = error.filename2 or error.filename
+                raise UserError(
+                    f"{where}: a directory, where a file is wanted: remove it"
+                ) from None
             raise UserError(
                 f"the cache {self.directory.parent.parent} cannot be written: "
                 f"{error.strerror or error}; name another place with --cache-dir"
             ) from None
+
+
+class _ChangedError(UserError):
+    """A text is not the one any more that it was a moment ago."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{printable(name)} was changed while it was read: try again")
 
 
 class _Writer:
@@ -717,15 +783,33 @@ class _Writer:
         directory: where.
         dtype: of the ids, little-endian.
         sizes: of shards, and from note to note.
+        manifest: of the text.
     """
 
-    def __init__(self, directory: Path, dtype: np.dtype, sizes: Sizes):
+    def __init__(self, directory: Path, dtype: np.dtype, sizes: Sizes, manifest: Manifest):
         self.dtype = dtype
-        self._directory, self._sizes = directory, sizes
-        self.progress = self._noted()
+        self._directory, self._sizes, self._manifest = directory, sizes, manifest
+        self._digest, self._heard = hashlib.sha256(), [0] * len(manifest.sources)
+        self._begun = self.progress = self._noted()
         self._unnoted = 0  # bytes of text
         self._marks = open_at(directory / MARKS_FILE, self.progress.marks * _MARK_SIZE)
         self._shard: IO[bytes] | None = None
+
+    def hear(self, file: int, block: bytes) -> None:
+        """Take in the text's bytes from its beginning; before a part is added, those up to its end.
+
+        Raises `_ChangedError` where ids that are there were made from others.
+        """
+        self._digest.update(block)
+        self._heard[file] += len(block)
+        is_there = (file, self._heard[file]) == (self._begun.file, self._begun.end)
+        if is_there and self._digest.hexdigest() != self._begun.sha256:
+            raise _ChangedError(self._manifest.data)
+
+    def has_heard_all(self) -> bool:
+        """Whether what was heard is the text that the manifest is of."""
+        known = self._manifest
+        return (self._digest.hexdigest(), self._heard) == (known.sha256, known.layout)
 
     def add(self, part: Part, ids: np.ndarray, size: int) -> None:
         """Write the ids `(n,)` of a part, which stand for `size` bytes of UTF-8."""
@@ -745,6 +829,7 @@ class _Writer:
                     sync_file(file)
         self.progress = Progress(
             shard=shard,
+            sha256=self._digest.hexdigest(),
             file=part.file,
             end=part.end,
             tokens=done.tokens + ids.size,
@@ -766,6 +851,11 @@ class _Writer:
         write_atomic(self._directory / PROGRESS_FILE, self.progress.model_dump_json())
         self._unnoted = 0
 
+    def forget(self) -> None:
+        """Leave no note of what was written."""
+        self._unnoted = 0
+        remove_file(self._directory / PROGRESS_FILE)
+
     def ends(self, files: int) -> list[int]:
         """How many tokens there are up to the end of each file."""
         self._marks.flush()
@@ -785,18 +875,25 @@ class _Writer:
 
     def _noted(self) -> Progress:
         """How far an earlier try has come; nowhere, where what it noted is not there."""
-        nowhere = Progress(shard=self._sizes.shard)
+        nowhere = Progress(shard=self._sizes.shard, sha256=self._digest.hexdigest())
         try:
             noted = Progress.model_validate_json((self._directory / PROGRESS_FILE).read_bytes())
-            if noted.shard != self._sizes.shard:
+            marks = _read_marks(self._directory)[: noted.marks]
+            place = [noted.file, noted.tokens, noted.bytes]
+            layout = self._manifest.layout
+            if (
+                noted.shard != self._sizes.shard
+                or noted.file >= len(layout)
+                or noted.end > layout[noted.file]
+                or len(marks) != noted.marks
+                or marks[-1:].tolist() != [place]
+            ):
                 return nowhere
             for number, ids in enumerate(_shard_sizes(noted.tokens, self._sizes.shard)):
                 path = self._directory / shard_name(number)
                 if path.stat().st_size < ids * self.dtype.itemsize:
                     return nowhere
-            marks = self._directory / MARKS_FILE
-            whole = marks.stat().st_size >= noted.marks * _MARK_SIZE
-            return noted if whole else nowhere
+            return noted
         except (OSError, ValidationError):
             return nowhere
 
@@ -809,13 +906,12 @@ def shard_name(number: int) -> str:
 def _read_marks(directory: Path) -> np.ndarray:
     """The marks of an encoding, mapped: of a very large text there are many."""
     path = directory / MARKS_FILE
-    if not path.stat().st_size:
-        return _NO_MARKS
-    return np.asarray(np.memmap(path, _MARK, "r")).reshape(-1, 3)
+    rows = path.stat().st_size // _MARK_SIZE
+    return np.asarray(np.memmap(path, _MARK, "r", shape=(rows, 3))) if rows else _NO_MARKS
 
 
-def _shard_sizes(tokens: int, shard: int) -> list[int]:
-    return [min(shard, tokens - start) for start in range(0, tokens, shard)]
+def _shard_sizes(tokens: int, shard: int) -> Iterator[int]:
+    return (min(shard, tokens - start) for start in range(0, tokens, shard))
 
 
 def _digest(text: str) -> str:

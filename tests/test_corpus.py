@@ -144,6 +144,23 @@ def test_whoever_begins_at_the_end_of_a_part_reads_the_rest(write, name, whole_w
         assert rest == "".join(part.text for part in found[index + 1 :])
 
 
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("start", [(0, 0), (0, 20), (1, 0), (1, 300), (2, 6)])
+def test_all_bytes_are_heard_and_with_a_part_those_up_to_its_end(write, whole_words, start):
+    contents = ["\ufeff" + TEXT, TEXT, "\ufeffend", "\ufeff", ""]
+    files = [write(name, text) for name, text in zip("abcde", contents, strict=True)]
+    heard = [b""] * len(files)
+
+    def hear(file: int, block: bytes) -> None:
+        heard[file] += block
+
+    for part in parts(files, size=50, whole_words=whole_words, start=start, hear=hear):
+        before = [text.encode() for text in contents[: part.file]]
+        assert heard[: part.file] == before
+        assert heard[part.file] == contents[part.file].encode()[: part.end]
+    assert heard == [text.encode() for text in contents]
+
+
 def test_files_are_one_text_each_without_its_byte_order_mark(write):
     files = [write("a", "\ufeffone\r\n"), write("b", ""), write("c.gz", "\ufefftwo \ufeff")]
     assert text_of(files) == "one\r\ntwo \ufeff"
@@ -183,6 +200,15 @@ def test_a_damaged_file_is_named(write, name, damage):
     raw = path.read_bytes()
     path.write_bytes(raw[:-20] if damage == "cut" else b"no archive at all")
     with pytest.raises(UserError, match=rf"{name}: not a whole \.{name[2:]} file: "):
+        text_of([path])
+
+
+def test_a_window_that_is_too_large_is_said_to_be_one(write):
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    raw = stream.compress(TEXT.encode()) + stream.flush()
+    path = write("wide", raw).rename("wide.zst")
+    with pytest.raises(UserError, match=r"wide\.zst: .* more than 128 MB of memory, .*--long"):
         text_of([path])
 
 

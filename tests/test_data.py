@@ -127,6 +127,17 @@ def test_a_stored_text_is_the_same_dataset_as_one_in_memory(tmp_path, gpt2_vocab
     assert one.tokenizer.decode(one.splits["test"]).startswith("c.txt: Être")
 
 
+@pytest.mark.parametrize("setting", ["runs_dir", "checkpoints_dir", "cache_dir"])
+def test_a_directory_that_is_written_is_no_text(tmp_path, setting):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write(folder / "a.txt", "A text of some length.")
+    config = ModelConfig(data=str(folder), block_size=1, cache_dir=str(folder / ".cache"))
+    load_data(config)
+    with pytest.raises(UserError, match=f"{setting} .*written lies in it"):
+        load_data(config.model_copy(update={setting: str(folder / "written")}))
+
+
 def test_of_a_stored_text_unknown_characters_are_dropped_or_learned(tmp_path):
     path = write(tmp_path / "t.txt", "abcab" * 20 + "é" + "abc" * 20)
     config = ModelConfig(data=path, block_size=4, token_store="on")

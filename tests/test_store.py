@@ -3,7 +3,9 @@
 python -m pytest tests/test_store.py
 """
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -269,7 +271,15 @@ DAMAGES = {
         "made with another tokenizer",
     ),
     "another text": (
-        lambda cache: damaged_manifest(cache, lambda known: known.update(text_sha256="0")),
+        lambda cache: damaged_manifest(cache, lambda known: known.update(text="0")),
+        "made from another text",
+    ),
+    "another type": (
+        lambda cache: damaged_manifest(cache, lambda known: known.update(dtype="<u4")),
+        "its type is <u4, and should be |u1",
+    ),
+    "files that are not the text's": (
+        lambda cache: damaged_manifest(cache, lambda known: known["ends"].append(known["tokens"])),
         "made from another text",
     ),
     "no manifest": (
@@ -281,6 +291,24 @@ DAMAGES = {
         "manifest.json cannot be read: encoding",
     ),
 }
+
+
+WRONG = [
+    ("shard", 0),
+    ("tokens", -5),
+    ("marks", -1),
+    ("ends", []),
+    ("ends", [600, 547]),
+    ("ends", [546]),
+    ("dtype", "<f4"),
+]
+for key, value in WRONG:
+    DAMAGES[f"{key} {value}"] = (
+        lambda cache, key=key, value=value: damaged_manifest(
+            cache, lambda known: known.update({key: value})
+        ),
+        "manifest.json cannot be read: encoding",
+    )
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
@@ -338,20 +366,194 @@ def test_an_encoding_that_is_interrupted_goes_on_where_it_was(text, told, monkey
     assert "of which 180 B are there" in told[0]
 
 
-def test_what_is_not_on_the_disk_of_what_was_noted_is_encoded_again(text, tmp_path):
-    encoded(text)
-    (manifest,) = files_of(tmp_path / "cache", "manifest.json")
-    (marks,) = files_of(tmp_path / "cache", "marks.bin")
+def unpublished(cache: Path) -> tuple[Path, dict]:
+    """Take the encoding out of the manifest; its marks, and a note as it was made amid it."""
+    (manifest,), (marks,) = files_of(cache, "manifest.json"), files_of(cache, "marks.bin")
     content = json.loads(manifest.read_text(encoding="utf-8"))
     manifest.write_text(json.dumps({**content, "encodings": {}}), encoding="utf-8")
-    note = {"shard": 97, "file": 0, "end": 300, "tokens": 300, "bytes": 300, "marks": 5}
-    for path in (marks, marks.with_name("shard_00001.bin"), marks.with_name("shard_00003.bin")):
-        os.truncate(path, 3)
+    _, tokens, size = np.fromfile(marks, "<i8").reshape(-1, 3)[4].tolist()
+    digest = hashlib.sha256(TEXT.encode()[:size]).hexdigest()
+    place = {"file": 0, "end": size, "tokens": tokens, "bytes": size, "marks": 5}
+    return marks, {"shard": 97, "sha256": digest, **place}
+
+
+def test_what_is_not_on_the_disk_of_what_was_noted_is_encoded_again(text, told, tmp_path):
+    encoded(text)
+    marks, note = unpublished(tmp_path / "cache")
+    for path in (None, marks, marks.with_name("shard_00001.bin"), marks.with_name("gone")):
+        if path is not None and path.exists():
+            os.truncate(path, 3)
         marks.with_name("progress.json").write_text(json.dumps(note), encoding="utf-8")
-        assert decoded(encoded(text)) == TEXT
-        manifest.write_text(json.dumps({**content, "encodings": {}}), encoding="utf-8")
-    marks.with_name("progress.json").write_text(json.dumps({**note, "shard": 96}))
-    assert decoded(encoded(text)) == TEXT  # of shards of another size, nothing is of use
+        assert decoded(encoded(text, told)) == TEXT
+        assert ("of which 300 B are there" in told[0]) == (path is None or path.name == "gone")
+        told.clear()
+        unpublished(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": 9},
+        {"file": -1},
+        {"end": 10**9},
+        {"end": 240},
+        {"tokens": -5},
+        {"tokens": 10**15},
+        {"bytes": 1},
+        {"marks": 0},
+        {"marks": 4},
+        {"sha256": ""},
+    ],
+    ids=str,
+)
+def test_a_damaged_note_never_makes_other_ids(text, tmp_path, change):
+    encoded(text)
+    marks, note = unpublished(tmp_path / "cache")
+    marks.with_name("progress.json").write_text(json.dumps({**note, **change}), encoding="utf-8")
+    with contextlib.suppress(UserError):
+        encoded(text)
+    assert decoded(encoded(text)) == TEXT
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json", "marks.bin", "shard_00002.bin"])
+def test_a_directory_where_a_file_should_be_is_named(text, tmp_path, name):
+    encoded(text)
+    marks, _ = unpublished(tmp_path / "cache")
+    at = marks.parent.parent / name if name == "manifest.json" else marks.with_name(name)
+    at.unlink(missing_ok=True)
+    at.mkdir()
+    with pytest.raises(UserError, match=rf"/{name}: a directory, where a file is wanted: remove"):
+        encoded(text)
+    at.rmdir()
+    assert decoded(encoded(text)) == TEXT
+
+
+def test_what_folio_writes_is_never_among_what_it_reads(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "runs" / "1").mkdir(parents=True)
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    written = {"runs_dir": str(folder / "runs")}
+    for cache in ("", "cache", "deep/cache", ".."):
+        with pytest.raises(
+            UserError, match=r"texts: cache_dir .* lies in it, .* another cache_dir"
+        ):
+            open_text(str(folder), cache_dir=str(folder / cache))
+    with pytest.raises(UserError, match=r"texts: runs_dir .*runs lies in it"):
+        open_text(str(folder), written=written)
+    pattern = str(folder / "**" / "*.txt")
+    for data in (str(folder / "a.txt"), pattern):
+        open_text(data, cache_dir=str(folder / "cache"), written=written)
+    open_text(str(folder), cache_dir=str(folder / ".cache"))
+    (folder / "runs" / "1" / "log.txt").touch()
+    with pytest.raises(UserError, match=r"txt: runs_dir .*runs lies in it"):
+        open_text(pattern, written=written)
+
+
+def test_a_file_may_be_of_any_size():
+    assert store.Source(path="", size=1 << 45, bytes=1 << 46, mtime_ns=0, sha256="").size == 1 << 45
+
+
+def test_of_shards_of_another_size_nothing_is_of_use(text, told, tmp_path):
+    encoded(text)
+    marks, note = unpublished(tmp_path / "cache")
+    marks.with_name("progress.json").write_text(json.dumps(note), encoding="utf-8")
+    assert decoded(encoded(text, told, Sizes(shard=50, part=60))) == TEXT
+    assert "of which" not in told[0]
+
+
+OTHER = TEXT.translate(str.maketrans("et", "te"))  # as long, and of the same characters
+
+
+def meanwhile(monkeypatch, *steps) -> None:
+    """Call a step before each part that is encoded, as many as there are."""
+    real, left = CharTokenizer.encode, [lambda: None, *steps]  # first, the characters are looked at
+
+    def encode(self, *arguments):
+        if left:
+            left.pop(0)()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(CharTokenizer, "encode", encode)
+
+
+def rewrite(path: Path, content: str) -> None:
+    """Change a file, and leave it the time that it had."""
+    status = path.stat()
+    path.write_text(content, encoding="utf-8")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_text_that_changes_and_is_put_back_is_never_published(text, tmp_path, monkeypatch):
+    meanwhile(
+        monkeypatch,
+        lambda: rewrite(text, OTHER),
+        *[lambda: None] * 4,
+        lambda: rewrite(text, TEXT),
+    )
+    with pytest.raises(UserError, match=r"text\.txt was changed while it was read: try again"):
+        encoded(text)
+    assert not files_of(tmp_path / "cache", "progress.json")
+    assert decoded(encoded(text)) == TEXT
+
+
+def test_a_text_that_was_first_read_amid_a_change_is_read_again(text, monkeypatch):
+    real = store.characters_in
+
+    def changed(texts):
+        rewrite(text, OTHER)
+        found = real(texts)
+        rewrite(text, TEXT)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="try again"):
+        patch.setattr(store, "characters_in", changed)
+        encoded(text)
+    assert decoded(encoded(text)) == TEXT
+
+
+def test_ids_of_what_the_text_never_was_are_not_gone_on_from(text, tmp_path, monkeypatch):
+    meanwhile(monkeypatch, lambda: rewrite(text, OTHER), *[lambda: None] * 4, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(text)
+    assert files_of(tmp_path / "cache", "progress.json")
+    rewrite(text, TEXT)
+    with pytest.raises(UserError, match=r"text\.txt was changed while it was read: try again"):
+        encoded(text)
+    assert decoded(encoded(text)) == TEXT
+
+
+def test_a_text_that_grows_while_it_is_encoded_is_named_and_said_so(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_text(TEXT, encoding="utf-8")
+    meanwhile(monkeypatch, lambda: (folder / "b").write_text(TEXT + "ζ", encoding="utf-8"))
+    with pytest.raises(UserError, match=r"folder/b was changed while it was read: try again"):
+        encoded(folder)
+    assert not files_of(tmp_path / "cache", "progress.json")
+
+
+@pytest.mark.parametrize("how", ["whole", "interrupted"])
+def test_the_same_bytes_in_other_files_are_another_text(tmp_path, monkeypatch, how):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    first, second = TEXT[:200], "\ufeff" + TEXT[200:]
+    for parts in ((first, second), (first + second, ""), (first[:-9], first[-9:] + second)):
+        for name, content in zip("ab", parts, strict=True):
+            (folder / name).write_text(content, encoding="utf-8")
+        if how == "interrupted":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                meanwhile(patch, *[lambda: None] * 5, interrupt)
+                encoded(folder)
+        in_memory = open_text(str(folder), token_store="off")
+        expected = in_memory.encode(in_memory.create_tokenizer("char"))
+        found = encoded(folder)
+        assert decoded(found) == decoded(expected)
+        assert list(found.ends) == list(expected.ends)
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
