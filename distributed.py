@@ -159,12 +159,13 @@ def open_world(config: ModelConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with explained_losses():
         distributed.init_process_group(backend, timeout=PATIENCE)
-        try:
+    try:
+        with explained_losses():
             yield World(ranks.rank, ranks.size)
             distributed.barrier()  # torchrun ends the others when one has left
-        finally:
-            time.sleep(FREED_AFTER)
-            distributed.destroy_process_group()
+    finally:
+        time.sleep(FREED_AFTER)
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

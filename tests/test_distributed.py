@@ -400,7 +400,7 @@ def test_a_limit_of_minutes_is_one_for_all(flags):
 
 @pytest.mark.slow
 def test_torchrun_starts_it_ends_it_and_goes_on_with_it(flags):
-    """The program itself, whose agent passes signals on and ends what is left of a dead rank."""
+    """The program itself, which passes signals on and ends what is left when a rank is dead."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     def begin(*more: str) -> subprocess.Popen:
@@ -410,7 +410,7 @@ def test_torchrun_starts_it_ends_it_and_goes_on_with_it(flags):
         )
 
     many = [*flags, "--max-iters=100000", "--log-interval=1"]
-    for number in (signal.SIGTERM, signal.SIGKILL):  # to the agent, and to a rank
+    for number in (signal.SIGTERM, signal.SIGKILL):  # to torchrun, and to a rank
         with begin(*many) as process:
             told = iter(process.stdout)
             next(line for line in told if line.startswith("step      9/"))
