@@ -130,7 +130,7 @@ class World:
 
     @contextlib.contextmanager
     def within(self, manager: AbstractContextManager) -> Iterator[None]:
-        """Within what rank 0 alone enters: a lock, or a record of how the block ends."""
+        """Within what rank 0 alone enters, such as a lock."""
         with contextlib.ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(manager) and None)
             yield

@@ -465,21 +465,26 @@ def computed_otherwise(setup: Setup) -> str | None:
     if not setup.start.is_resume:
         return None
     state = setup.start.bundle.state
-    before = (
-        state.fact("computed_in") or "fp32",
-        state.fact("compiled_by"),
-        state.fact("processes") or 1,
-    )
-    now = (setup.precision, setup.compiled.mode, setup.world.size)
-    if before[1] is None or before == now:  # an older model does not say how
+    if state.fact("compiled_by") is None:  # an older model does not say how
         return None
-    described = [
-        f"in {precision}, torch.compile {mode}, by {plural(size, 'process', 'processes')}"
-        for precision, mode, size in (before, now)
-    ]
+
+    def described(precision: str, mode: str, size: int) -> list[str]:
+        return [
+            f"in {precision}",
+            f"with torch.compile {mode}",
+            f"by {plural(size, 'process', 'processes')}",
+        ]
+
+    known = (state.fact("computed_in") or "fp32", state.fact("compiled_by"))
+    before = described(*known, state.fact("processes") or 1)
+    now = described(setup.precision, setup.compiled.mode, setup.world.size)
+    pairs = [pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]]
+    if not pairs:
+        return None
+    was, becomes = (", ".join(words) for words in zip(*pairs, strict=True))
     return (
-        f"Note: computed {described[0]} until now, and {described[1]} from here on: as good, and "
-        "not the same to the bit\n"
+        f"Note: computed {was} until now, and {becomes} from here on: as good, and not the same "
+        "to the bit\n"
     )
 
 

@@ -33,7 +33,7 @@ from start import plan
 from step import training_step
 from utils.device import choose_device
 from utils.errors import EndedElsewhere, UserError
-from utils.output import run_command
+from utils.output import plural, run_command
 from utils.ranks import ALONE, Ranks
 
 FORKING = multiprocessing.get_context("forkserver")
@@ -300,7 +300,11 @@ def test_another_number_of_processes_goes_on_with_the_same_training_and_says_so(
     assert_went_well(side_by_side(before, trains, [*flags, "--max-iters=3"]))
     ended = side_by_side(after, trains, ["--resume=last", "--device=cpu", "--max-iters=6"])
     assert_went_well(ended)
-    assert f"by {before} process" in ended[0].out and "not the same to the bit" in ended[0].out
+    was, becomes = (plural(size, "process", "processes") for size in (before, after))
+    assert (
+        f"Note: computed by {was} until now, and by {becomes} from here on: as good, and not the "
+        "same to the bit\n"
+    ) in ended[0].out
     for key, value in logged(newest()).items():
         assert value == pytest.approx(whole[key], abs=1e-5), key
 

@@ -211,6 +211,18 @@ def test_what_was_saved_with_torch_compile_goes_on_without_and_the_other_way_rou
     assert list(both.values()) == pytest.approx([one[key] for key in both], rel=1e-4)
 
 
+def test_a_resume_says_in_what_else_it_computes_and_nothing_of_what_stays(tiny, quiet, resume):
+    first = train(tiny(**SETTINGS, max_iters=N), output=quiet)
+    changed = {"precision": "bf16", "torch_compile": "on", "compile_backend": "aot_eager"}
+    second = resume(first.run_dir, max_iters=N + 1, **changed)
+    assert (
+        "Note: computed in fp32, with torch.compile off until now, and in bf16, with torch.compile "
+        "aot_eager from here on: as good, and not the same to the bit\n"
+    ) in (second.run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
+    third = resume(second.run_dir, max_iters=N + 2)
+    assert "Note: computed" not in (third.run_dir / "logs/console.txt").read_text(encoding="utf-8")
+
+
 def test_a_named_model_goes_on_to_the_same_bits(tiny, quiet, in_one_go, resume):
     whole = in_one_go(dropout=0.2)
     config = tiny(**{**SETTINGS, "max_iters": N, "dropout": 0.2, "model_name": "dante"})
