@@ -89,6 +89,9 @@ class Processes:
         for process in self.all:
             process.join(max(0.0, deadline - time.monotonic()))
         still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
+        for rank in still:
+            os.kill(self.all[rank].pid, signal.SIGUSR1)
+            time.sleep(1)  # in which it writes where it hangs
         for process in self.all:
             process.kill()
         said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
@@ -117,14 +120,16 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     )
     for descriptor, name in ((1, "out"), (2, "error")):
         os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    faulthandler.dump_traceback_later(DEAD_WITHIN - 5, exit=False)  # for one that hangs
+    # For one that hangs. A timer of faulthandler's would read the stacks of one that works, too,
+    # without Python's lock: that has ended a long run by a segmentation fault.
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(work(ranks.rank, *arguments))
 
 
-def side_by_side(size: int, work: Callable, *arguments) -> list[Ended]:
-    return Processes(size, work, *arguments).end()
+def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS) -> list[Ended]:
+    return Processes(size, work, *arguments).end(within)
 
 
 def trains(
