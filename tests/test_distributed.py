@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,7 @@ class Processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.place = Path(f"printed-{port}").resolve()
-        self.place.mkdir()
+        self.place = Path(tempfile.mkdtemp(prefix="printed-", dir=Path.cwd()))
         environment = dict(os.environ)
         self.all = [
             FORKING.Process(
