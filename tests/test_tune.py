@@ -812,11 +812,13 @@ def test_two_workers_one_killed_and_started_again_make_twenty_trials(tmp_path, s
 
     def in_the_middle(process: subprocess.Popen) -> list:
         """Its trial, if that has been evaluated and is the fourth or later."""
-        if not Path(storage).exists():
+        if not tune.workers_of(Path(storage)).is_dir():
             return []
+        with tune._claim_lock(Path(storage)):  # whoever opens a storage first makes its tables
+            trials = trials_of(storage) if Path(storage).exists() else []
         return [
             trial
-            for trial in trials_of(storage)
+            for trial in trials
             if trial.state is TrialState.RUNNING
             and f"-{process.pid}-" in trial.user_attrs.get("worker", "")
             and trial.number > 3
