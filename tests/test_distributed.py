@@ -121,7 +121,7 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     for descriptor, name in ((1, "out"), (2, "error")):
         os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
     # For one that hangs. A timer of faulthandler's would read the stacks of one that works, too,
-    # without Python's lock: that has ended a long run by a segmentation fault.
+    # without Python's lock: one such dump in 26 ends it by a segmentation fault.
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
