@@ -20,6 +20,7 @@ import tiktoken.load
 import torch
 from safetensors.torch import load_file
 
+import train
 from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
@@ -46,13 +47,17 @@ LINES = (
 )
 
 
+FEW_TOKENS = 40  # of a run's last sample: 400 take half of a tiny run's time
+
+
 @pytest.fixture(autouse=True)
 def _world_of_its_own(tmp_path, monkeypatch):
-    """An empty working directory and cache, one thread, and no network."""
+    """An empty working directory and cache, one thread, short samples, and no network."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.set_num_threads(1)
+    monkeypatch.setattr(train, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
 
     connect = socket.socket.connect
 
