@@ -284,32 +284,54 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor: its class takes half a second to import
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts, which all processes give."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: all of it, where it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def parts_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose part each process gives, sharded as `like` is, if it is."""
-    if not is_sharded(like):
-        return tensor
-    from torch.distributed.tensor import DTensor
+# A sharded tensor's own `full_tensor` is not used for its rows. What it sends is an
+# "ALLGATHER_COALESCED", and in PyTorch 2.13 each of gloo's two threads writes the name of what it
+# has done into the same string, without a lock. A name of more than 15 characters is memory of its
+# own; where both are done at once both free it, and the process crashes, then or later. The names
+# of what is sent here are short. docs/LOG.md has the whole story.
 
-    sizes = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False, **sizes)
+
+def whole(rows: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which each process gives its rows, sharded as `like` is, if it is."""
+    if not is_sharded(like):
+        return rows
+    rows = _as_many_rows(rows, like)
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows)
+    return torch.cat(parts)[: len(like)]
 
 
 def gathered(tensor: Tensor, world: World) -> Tensor | None:
     """The whole of a sharded tensor, on rank 0 and in its main memory; None elsewhere."""
     if not is_sharded(tensor):
         return tensor
-    tensor = tensor.full_tensor()
-    return tensor.cpu() if world.is_main else None
+    rows = _as_many_rows(part(tensor).detach(), tensor)
+    parts = [torch.empty_like(rows) for _ in range(world.size)] if world.is_main else None
+    distributed.gather(rows, parts)
+    if parts is None:
+        return None
+    # A copy, so that no file has the zeros that were sent, too.
+    return torch.cat(parts)[: len(tensor)].to("cpu", copy=True)
+
+
+def _as_many_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """A process's rows of `like`, and as many zeros as make what all processes send equally large.
+
+    FSDP deals the rows out in order: as many to each, until the last have fewer or none.
+    """
+    sent = rows.new_zeros(-(-len(like) // distributed.get_world_size()), *like.shape[1:])
+    sent[: len(rows)] = rows
+    return sent
+
+
+def total(norm: Tensor) -> Tensor:
+    """The norm of all parts together, where each process knows its own's alone."""
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import is_sharded, part, parts_as, sharded_as, whole
+from distributed import is_sharded, part, sharded_as, total, whole
 from model import LanguageModel
 from parameters import ModelConfig
 
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
         torch._foreach_mul_([part(p) for p in matrices], 1 - group["lr"] * group["weight_decay"])
         # What is sharded is made whole for this: all rows of a matrix have a say in each other.
-        ahead = [whole(parts_as(change, p)) for p, change in zip(matrices, ahead, strict=True)]
+        ahead = [whole(change, p) for p, change in zip(matrices, ahead, strict=True)]
         targets = [torch.zeros(p.shape, device=p.device) if is_sharded(p) else p for p in matrices]
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for target, number, change in zip(targets, stacked.values(), ahead, strict=True):
@@ -213,7 +213,7 @@ def clip_gradients(model: nn.Module, longest: float) -> Tensor:
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, grad_norm)
-    return whole(grad_norm)
+    return total(grad_norm)
 
 
 def update(

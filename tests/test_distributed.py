@@ -6,6 +6,7 @@ torch is imported already, which is all that torchrun would do otherwise.
 python -m pytest tests/test_distributed.py
 """
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -16,18 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits, loaded_step
+from conftest import CHECKOUT, FEW_TOKENS, TINY_FLAGS, assert_same_bits, loaded_step
 
 import train as train_module
 import utils.output as output_module
 from bundle import checkpoints_in, is_bundle, runs_in
-from distributed import World, check_shared, open_world, seed_of
+from distributed import World, check_shared, gathered, open_world, part, seed_of, whole
 from parameters import ModelConfig
 from prepare import set_up
 from start import plan
@@ -90,8 +92,9 @@ class Processes:
             process.join(max(0.0, deadline - time.monotonic()))
         still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
         for rank in still:
-            os.kill(self.all[rank].pid, signal.SIGUSR1)
-            time.sleep(1)  # in which it writes where it hangs
+            with contextlib.suppress(ProcessLookupError):  # it has just ended after all
+                os.kill(self.all[rank].pid, signal.SIGUSR1)
+                time.sleep(1)  # in which it writes where it hangs
         for process in self.all:
             process.kill()
         said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
@@ -125,7 +128,20 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    library = torch.library.Library("c10d", "IMPL")  # what it is told lasts as long as it does
+    _refuse_long_names(library)
     sys.exit(work(ranks.rank, *arguments))
+
+
+def _refuse_long_names(library: torch.library.Library) -> None:
+    """Let a message fail that could end a process, seldom: see above `whole` in distributed.py."""
+
+    def refuse(*_):
+        raise AssertionError("the name of this message has more than 15 characters")
+
+    with warnings.catch_warnings(action="ignore"):  # that they did something else before
+        for name in ("allgather_into_tensor", "reduce_scatter_tensor", "allgather", "allreduce"):
+            library.impl(f"{name}_coalesced_", refuse, "CPU", allow_override=True)
 
 
 def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS) -> list[Ended]:
@@ -144,6 +160,7 @@ def trains(
         return training_step(setup, step, *rest)
 
     train_module.training_step = struck
+    train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
     output_module.SILENCE = 0.0  # nobody ends these when one has ended
     return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
 
@@ -559,6 +576,41 @@ def talks(rank: int) -> None:
 
 def test_what_all_agree_on_and_how_a_failure_is_shared():
     assert side_by_side(2, talks) == [Ended(0, "", "")] * 2
+
+
+def holds_some_rows(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    with open_world(ModelConfig(batch_size=3)) as world:
+        for rows in (1, 2, 3, 4, 7):  # of which the last process has 0, 0, 1, 0 and 1
+            layer = torch.nn.Linear(2, rows)
+            before = [tensor.detach().clone() for tensor in layer.parameters()]
+            fully_shard(layer)
+            for tensor, expected in zip(layer.parameters(), before, strict=True):
+                assert torch.equal(whole(part(tensor), tensor), expected)
+                to_save = gathered(tensor, world)
+                assert (to_save is None) == (rank > 0)
+                if to_save is not None:
+                    assert torch.equal(to_save, expected)
+                    assert to_save.untyped_storage().nbytes() == expected.nbytes
+        assert whole(expected, expected) is gathered(expected, world) is expected
+
+
+def test_a_sharded_tensor_is_put_together_however_many_rows_each_has():
+    assert side_by_side(3, holds_some_rows) == [Ended(0, "", "")] * 3
+
+
+def sends_a_long_name(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    with open_world(ModelConfig()):
+        layer = fully_shard(torch.nn.Linear(2, 2))
+        with pytest.raises(AssertionError, match="more than 15 characters"):
+            layer.weight.full_tensor()
+
+
+def test_no_process_here_can_send_what_breaks_the_memory_of_gloo():
+    assert side_by_side(2, sends_a_long_name) == [Ended(0, "", "")] * 2
 
 
 def leaves_early(rank: int) -> None:
