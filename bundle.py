@@ -38,6 +38,7 @@ from utils.files import (
     is_file,
     is_running,
     make_directory,
+    matching,
     move,
     move_if_there,
     remove_file,
@@ -254,16 +255,22 @@ def _publication(directory: Path) -> Iterator[Path]:
 
 def _committed(directory: Path) -> list[Path]:
     """The `.next-PID-HOST/` in a bundle's directory: one at most, unless somebody made another."""
-    return [path for path in directory.glob(".next-*") if _OURS.fullmatch(path.name)]
+    return [path for path in matching(directory, ".next-*") if _OURS.fullmatch(path.name)]
 
 
 def _finish(directory: Path, committed: Path) -> None:
     """Move the files that are committed to where they belong.
 
+    Another process may be at it, too: whichever comes first moves a file.
+
     Raises `UserError` where the committed state is damaged.
     """
-    if is_file(committed / STATE_FILE):
-        files = _parsed_state(committed / STATE_FILE, (committed / STATE_FILE).read_bytes()).files
+    try:
+        content = (committed / STATE_FILE).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):  # the last to move: all have
+        content = None
+    if content is not None:
+        files = _parsed_state(committed / STATE_FILE, content).files
         sync(directory)  # the commit must be on the disk before the old bundle changes
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
             if name in files:
@@ -287,7 +294,7 @@ def _remove_building(directory: Path) -> None:
 
     safetensors writes to a temporary file of its own, which a kill leaves beside the others.
     """
-    for path in directory.glob(".tmp??????"):
+    for path in matching(directory, ".tmp??????"):
         remove_file(path)
     _remove_files(directory)
 
@@ -309,12 +316,13 @@ def clean_up(directory: Path) -> None:
 
     What living processes are doing there is left alone, and so are files of others.
     """
-    for path in directory.glob(".tmp-*"):
+    for path in matching(directory, ".tmp-*"):
         if _is_abandoned(path):
             _remove_building(path)
     for path in _committed(directory):
         if _is_abandoned(path):
-            with contextlib.suppress(UserError):  # damaged since: for a person to look at
+            # Damaged, or another user's: for a person to look at. Or removed by now.
+            with contextlib.suppress(UserError, OSError):
                 _finish(directory, path)
     if is_file(directory / ".removed") and not is_bundle(directory):
         remove_bundle(directory)
@@ -612,7 +620,11 @@ def runs_in(runs_dir: Path) -> list[Path]:
             return run.name[:15], made
         return time.strftime("%Y%m%d_%H%M%S", time.localtime(made / 1e9)), made
 
-    return sorted(filter(is_run, _listed(runs_dir)), key=began, reverse=True)
+    found = {}
+    for run in filter(is_run, _listed(runs_dir)):
+        with contextlib.suppress(FileNotFoundError):  # removed while we look
+            found[run] = began(run)
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def run_of(bundle: Path) -> Path | None:

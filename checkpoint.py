@@ -33,6 +33,7 @@ from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import Tokenizer, from_state
 from utils.errors import RunError, UserError
+from utils.files import matching
 from utils.run_manager import RunDirectory
 
 # ----------------------------------------------------------------------------------------------
@@ -155,9 +156,9 @@ class Checkpoints:
         A run that was killed in its first save is continued by none that could see to it.
         """
         for run in runs_in(self._run.path.parent):
-            for directory in (run / "artifacts").glob("checkpoints/step_*"):
+            of_run = RunDirectory(run)
+            for directory in (*matching(of_run.checkpoints, "step_*"), of_run.export):
                 clean_up(directory)
-            clean_up(run / "artifacts" / "export")
 
 
 def _write_optimizer(path: Path, state: dict[str, Any]) -> None:

@@ -336,18 +336,20 @@ def name_locked(named_model: Path | None) -> Iterator[None]:
         return
     real = named_model.resolve()  # whatever links lead there, the lock is one
     path = real.parent / f".{real.name}.lock"
+    lock = FileLock(path)
     try:
-        make_directory(real)
+        make_directory(real.parent)
+        lock.acquire(blocking=False)
+        make_directory(real)  # with the lock in hand, as is its removal
         if not os.access(real, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        lock = FileLock(path)
-        lock.acquire(blocking=False)
     except Timeout:
         raise UserError(
             f"{named_model} is being trained by another process (which holds {path}): wait for "
             "it, or choose another --model-name"
         ) from None
     except OSError as error:
+        lock.release()
         raise UserError(
             f"{named_model} cannot be written: {error.strerror}; name another place with "
             "--checkpoints-dir"

@@ -72,6 +72,14 @@ def files_below(directory: str) -> Iterator[str]:
                     yield name
 
 
+def matching(directory: Path, pattern: str) -> list[Path]:
+    """What is in a directory by names like `pattern`; nothing where the directory is not there."""
+    try:
+        return list(directory.glob(pattern))
+    except FileNotFoundError:  # removed just after pathlib had seen it (Python 3.11)
+        return []
+
+
 def is_directory(path: Path) -> bool:
     """Whether a directory is there; False too for a path that no system takes."""
     return os.path.isdir(path)
@@ -131,7 +139,7 @@ def spool(reader: IO[bytes], directory: Path) -> Path:
     Raises `ValueError` where it gives nothing.
     """
     make_directory(directory)
-    for left in directory.glob(".*.tmp"):  # by a process that was killed
+    for left in matching(directory, ".*.tmp"):  # by a process that was killed
         if left.name.split(".")[1].isdigit() and not is_running(int(left.name.split(".")[1])):
             remove_file(left)
     temporary, digest, size = directory / f".{os.getpid()}.tmp", hashlib.sha256(), 0
