@@ -61,9 +61,10 @@ class Processes:
     """Processes side by side, as torchrun would start them, each with its own work."""
 
     def __init__(self, size: int, work: Callable, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Bound until all have ended: nobody else is given this port, and rank 0 may listen at it.
+        self.port = socket.socket()
+        self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.port.bind(("127.0.0.1", 0))
         self.place = Path(tempfile.mkdtemp(prefix="printed-", dir=Path.cwd()))
         environment = dict(os.environ)
         self.all = [
@@ -71,7 +72,7 @@ class Processes:
                 target=_begin,
                 args=(
                     Ranks(rank, rank, size, size),
-                    port,
+                    self.port.getsockname()[1],
                     self.place,
                     environment,
                     work,
@@ -86,6 +87,13 @@ class Processes:
             for process in self.all:
                 process.start()
 
+    def meet(self) -> None:
+        """Wait until all are connected: one that ends before that, torchrun alone would notice."""
+        deadline = time.monotonic() + SECONDS
+        while len(list(self.place.glob("met-*"))) < len(self.all):
+            assert time.monotonic() < deadline, "they do not meet"
+            time.sleep(0.01)
+
     def end(self, within: float = SECONDS) -> list[Ended]:
         deadline = time.monotonic() + within
         for process in self.all:
@@ -97,6 +105,7 @@ class Processes:
                 time.sleep(1)  # in which it writes where it hangs
         for process in self.all:
             process.kill()
+        self.port.close()
         said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
         assert not still, (still, [path.read_text(encoding="utf-8") for path in said])
         return [
@@ -128,6 +137,13 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    connect = torch.distributed.init_process_group
+
+    def connect_and_tell(*arguments, **options):
+        connect(*arguments, **options)
+        (place / f"met-{ranks.rank}").touch()
+
+    torch.distributed.init_process_group = connect_and_tell
     library = torch.library.Library("c10d", "IMPL")  # what it is told lasts as long as it does
     _refuse_long_names(library)
     sys.exit(work(ranks.rank, *arguments))

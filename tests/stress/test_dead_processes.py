@@ -32,7 +32,8 @@ def test_processes_killed_again_and_again_lose_nothing_and_end_with_the_same_bit
     for _ in range(KILLS):
         more = [f"--max-iters={STEPS}", "--runs-dir=killed", "--resume=auto"]
         processes = Processes(2, trains, [*flags, *more])
-        time.sleep(chance.uniform(0.5, 2.5))
+        processes.meet()
+        time.sleep(chance.uniform(0.0, 2.0))
         victims = chance.choice([[0], [1], [0, 1]])
         for rank in victims:
             processes.all[rank].kill()
