@@ -258,8 +258,15 @@ def test_a_process_killed_at_any_call_leaves_the_old_bundle_or_the_new_one(
     assert NEW in outcomes, "the later calls come after the commit"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize(
+    ("number", "lasting"),
+    [
+        pytest.param(errno.ENOSPC, True, id="full from then on"),
+        pytest.param(errno.EIO, False, id="broken once"),
+        pytest.param(errno.ENOSPC, False, id="full once", marks=pytest.mark.slow),
+        pytest.param(errno.EIO, True, id="broken from then on", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("before", "work"), SITUATIONS.values(), ids=SITUATIONS.keys())
 def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
     place, before, work, number, lasting, tmp_path
