@@ -265,10 +265,10 @@ def _finish(directory: Path, committed: Path) -> None:
 
     Raises `UserError` where the committed state is damaged.
     """
-    try:
-        content = (committed / STATE_FILE).read_bytes()
-    except (FileNotFoundError, IsADirectoryError):  # the last to move: all have
-        content = None
+    content = None
+    if is_file(committed / STATE_FILE):  # the last to move: else all have
+        with contextlib.suppress(FileNotFoundError):
+            content = (committed / STATE_FILE).read_bytes()
     if content is not None:
         files = _parsed_state(committed / STATE_FILE, content).files
         sync(directory)  # the commit must be on the disk before the old bundle changes

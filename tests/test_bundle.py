@@ -239,13 +239,16 @@ def test_nothing_that_loads_writes(bundle, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_directories_of_a_user_are_left_alone_whatever_they_are_called(bundle):
+def test_what_a_user_keeps_there_is_left_alone_whatever_it_is_called(bundle):
+    (bundle[0] / ".next-2-notes").write_text("mine", encoding="utf-8")
     for name in (".tmp-notes", ".next-steps", ".tmp-1-notes"):
         (bundle[0] / name).mkdir()
         (bundle[0] / name / "mine.txt").write_text("mine", encoding="utf-8")
         os.utime(bundle[0] / name, (0, 0))
     save_bundle(bundle[0], step=8)
     assert len(list(bundle[0].glob(".*/mine.txt"))) == 3
+    assert (bundle[0] / ".next-2-notes").read_text(encoding="utf-8") == "mine"
+    assert loaded_step(bundle[0]) == 8
 
 
 def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other(bundle, tmp_path):
