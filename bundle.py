@@ -34,18 +34,18 @@ from parameters import GROUPS, Architecture, Count, ModelConfig
 from utils.errors import UserError
 from utils.files import (
     copy_durable,
+    glob_files,
     is_directory,
     is_file,
-    is_running,
+    is_process_running,
     make_directory,
-    matching,
     move,
-    move_if_there,
+    move_if_exists,
     remove_file,
     remove_if_empty,
     sync,
-    write_by_library,
     write_durable,
+    write_with,
 )
 
 FORMAT_VERSION = 1
@@ -126,12 +126,12 @@ class TrainingState(_Strict):
         """The settings in `training_config`."""
         return {k: v for k, v in self.training_config.items() if k not in TRAINING_FACTS}
 
-    def fact(self, name: str) -> Any:
+    def get_fact(self, name: str) -> Any:
         """One of `TRAINING_FACTS`; None where it is not known."""
         return self.training_config.get(name)
 
 
-class NoModel(UserError):
+class NoModelError(UserError):
     """A run that has saved no model yet."""
 
 
@@ -181,7 +181,7 @@ def write_bundle(
         _write_json(building / CONFIG_FILE, {**architecture, **recorded})
         _write_json(building / TOKENIZER_FILE, tokenizer)
         for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
-            write_by_library(building / name, save, like=building / CONFIG_FILE)
+            write_with(building / name, save, like=building / CONFIG_FILE)
         files = {name: _sha256(building / name) for name in (*MODEL_FILES, OPTIMIZER_FILE)}
         _write_state(building, state, files)
 
@@ -209,11 +209,11 @@ def _write_state(building: Path, state: TrainingState, files: dict[str, str]) ->
     optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in files else None
     update = {"files": files, "optimizer_file": optimizer_file}
     content = state.model_copy(update=update).model_dump()
-    content["training_config"]["state_sha256"] = state_digest(content)
+    content["training_config"]["state_sha256"] = compute_state_digest(content)
     _write_json(building / STATE_FILE, content)
 
 
-def state_digest(content: Mapping[str, Any]) -> str:
+def compute_state_digest(content: Mapping[str, Any]) -> str:
     """The SHA-256 of `training_state.json` itself: of its values, but for this one."""
     training = {k: v for k, v in content["training_config"].items() if k != "state_sha256"}
     values = {**content, "training_config": training, "format_version": FORMAT_VERSION}
@@ -255,7 +255,7 @@ def _publication(directory: Path) -> Iterator[Path]:
 
 def _committed(directory: Path) -> list[Path]:
     """The `.next-PID-HOST/` in a bundle's directory: one at most, unless somebody made another."""
-    return [path for path in matching(directory, ".next-*") if _OURS.fullmatch(path.name)]
+    return [path for path in glob_files(directory, ".next-*") if _OURS.fullmatch(path.name)]
 
 
 def _finish(directory: Path, committed: Path) -> None:
@@ -274,11 +274,11 @@ def _finish(directory: Path, committed: Path) -> None:
         sync(directory)  # the commit must be on the disk before the old bundle changes
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
             if name in files:
-                move_if_there(committed / name, directory / name)
+                move_if_exists(committed / name, directory / name)
             else:
                 remove_file(directory / name)
         sync(directory)  # and all others before the state, without which the rest says nothing
-        move_if_there(committed / STATE_FILE, directory / STATE_FILE)
+        move_if_exists(committed / STATE_FILE, directory / STATE_FILE)
     remove_if_empty(committed)
 
 
@@ -294,7 +294,7 @@ def _remove_building(directory: Path) -> None:
 
     safetensors writes to a temporary file of its own, which a kill leaves beside the others.
     """
-    for path in matching(directory, ".tmp??????"):
+    for path in glob_files(directory, ".tmp??????"):
         remove_file(path)
     _remove_files(directory)
 
@@ -304,7 +304,7 @@ def remove_bundle(directory: Path) -> None:
     removed = directory / ".removed"
     places = [*_committed(directory), directory]
     for place in places:
-        move_if_there(place / STATE_FILE, removed)  # from here on, this is no bundle
+        move_if_exists(place / STATE_FILE, removed)  # from here on, this is no bundle
     for place in places:
         _remove_files(place)
     remove_file(removed)
@@ -316,7 +316,7 @@ def clean_up(directory: Path) -> None:
 
     What living processes are doing there is left alone, and so are files of others.
     """
-    for path in matching(directory, ".tmp-*"):
+    for path in glob_files(directory, ".tmp-*"):
         if _is_abandoned(path):
             _remove_building(path)
     for path in _committed(directory):
@@ -350,7 +350,7 @@ def _is_abandoned(temporary: Path) -> bool:
     if ours is None:
         return False
     if ours["host"] == _host():
-        return int(ours["process"]) == os.getpid() or not is_running(int(ours["process"]))
+        return int(ours["process"]) == os.getpid() or not is_process_running(int(ours["process"]))
     with contextlib.suppress(OSError):
         return time.time() - temporary.stat().st_mtime > 86_400
     return False
@@ -444,7 +444,7 @@ def _parsed_state(path: Path, content: bytes) -> TrainingState:
     except ValidationError as error:
         problem = _first_problem(error)
         raise UserError(f"{path}: not the state of a Folio model: {problem}") from None
-    if state.fact("state_sha256") != state_digest(values):
+    if state.get_fact("state_sha256") != compute_state_digest(values):
         raise UserError(f"{path}: damaged, or changed by hand: it is not as it was saved")
     if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
         raise UserError(f"{path}: does not record the files of a Folio model")
@@ -518,14 +518,14 @@ def get_model_info(
     """All that a bundle says of its model, without its weights: what `inspect_model.py` shows.
 
     `reference` is a named model's name, a run's id, or a path. The dict has `path`, `config`,
-    `tokenizer`, `parameters` (`total`, and by part), `bytes`, `saved` (seconds since 1970), and
+    `tokenizer`, `parameters` (`reduce_norm`, and by part), `bytes`, `saved` (seconds since 1970), and
     `training_state`, as in
     `info["training_state"]["training_config"]["learning_rate"]`.
 
     Raises `UserError` where there is no such model, or it is damaged.
     """
     found = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    directory = usable_bundle(found)
+    directory = find_usable_bundle(found)
     return _undisturbed(directory, lambda: _model_info(directory))
 
 
@@ -610,7 +610,7 @@ def is_run(directory: Path) -> bool:
     return is_directory(directory / "artifacts")
 
 
-def runs_in(runs_dir: Path) -> list[Path]:
+def list_runs(runs_dir: Path) -> list[Path]:
     """The run directories in `runs_dir`, the newest first."""
 
     def began(run: Path) -> tuple[str, int]:
@@ -627,7 +627,7 @@ def runs_in(runs_dir: Path) -> list[Path]:
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
-def run_of(bundle: Path) -> Path | None:
+def find_run_of(bundle: Path) -> Path | None:
     """The run directory that a checkpoint or an export is in, if it is in one."""
     for path in (bundle, bundle.resolve()):
         if path.name == "export" and path.parent.name == "artifacts":
@@ -638,19 +638,19 @@ def run_of(bundle: Path) -> Path | None:
     return None
 
 
-def checkpoints_in(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, by their steps."""
     found = [path for path in _listed(run / "artifacts" / "checkpoints") if is_bundle(path)]
     named = [path for path in found if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(named, key=step_of)
+    return sorted(named, key=parse_step)
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_step(checkpoint: Path) -> int:
     """The step that a checkpoint's name says."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def named_models_in(checkpoints_dir: Path) -> list[Path]:
+def list_named_models(checkpoints_dir: Path) -> list[Path]:
     """The named models in `checkpoints_dir`, by their names."""
     return sorted(path for path in _listed(checkpoints_dir) if is_bundle(path))
 
@@ -685,7 +685,7 @@ def find_named_model(name: str, checkpoints_dir: Path) -> Path:
     """The named model of that name. Raises `UserError`, which lists those that there are."""
     directory = checkpoints_dir / name
     if not is_directory(directory):
-        others = ", ".join(path.name for path in named_models_in(checkpoints_dir))
+        others = ", ".join(path.name for path in list_named_models(checkpoints_dir))
         raise UserError(
             f"{directory}: no such named model; "
             + (f"there are: {others}" if others else "none yet")
@@ -693,7 +693,7 @@ def find_named_model(name: str, checkpoints_dir: Path) -> Path:
     return directory
 
 
-def usable_bundle(directory: Path) -> Path:
+def find_usable_bundle(directory: Path) -> Path:
     """The bundle to generate with: `directory` itself, or a run's best, or else its newest.
 
     Raises `UserError` where there is none.
@@ -703,18 +703,18 @@ def usable_bundle(directory: Path) -> Path:
     export = directory / "artifacts" / "export"
     if is_bundle(export):
         return export
-    if checkpoints := checkpoints_in(directory):
+    if checkpoints := list_checkpoints(directory):
         return checkpoints[-1]
     if is_run(directory):
-        raise NoModel(f"{directory}: this run has saved no model yet")
+        raise NoModelError(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
 
 
-def newest_usable_bundle(runs_dir: Path) -> Path:
+def find_newest_usable_bundle(runs_dir: Path) -> Path:
     """The model of the newest run that has one. Raises `UserError` where there is none."""
-    for run in runs_in(runs_dir):
+    for run in list_runs(runs_dir):
         with contextlib.suppress(UserError):
-            return usable_bundle(run)
+            return find_usable_bundle(run)
     raise UserError(
         f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
         "or name one with --run or --model-name"

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parameters import ModelConfig
-from utils.errors import UserError, reason_of
+from utils.errors import UserError, format_reason
 from utils.isolation import Isolated
-from utils.output import plural
+from utils.output import pluralize
 
 if TYPE_CHECKING:  # a mistake in --callback is answered before torch is imported
     from torch import Tensor
@@ -117,11 +117,11 @@ class EarlyStopping(Callback):
         best = evaluation.best
         if best.evaluations_since < self.patience:
             return None
-        since = plural(best.evaluations_since, "evaluation")
+        since = pluralize(best.evaluations_since, "evaluation")
         return f"no better val loss in {since} since step {best.step:,} (early_stopping_patience)"
 
 
-Maker = Callable[[ModelConfig], object]
+CallbackFactory = Callable[[ModelConfig], object]
 PLACES = ("after_step", "after_evaluation", "at_end")
 
 
@@ -138,7 +138,7 @@ class Callbacks:
         for name, callback in callbacks.items():
             self._add(name, callback)
 
-    def add(self, makers: Mapping[str, Maker], config: ModelConfig) -> None:
+    def add(self, makers: Mapping[str, CallbackFactory], config: ModelConfig) -> None:
         """Add what each maker makes of the settings. Raises `UserError` where one cannot."""
         for name, make in makers.items():
             try:
@@ -162,13 +162,13 @@ class Callbacks:
 
     def at_end(self, result: TrainResult | None) -> None:
         """Tell all callbacks that the run is over, each once, whoever calls again."""
-        self._callbacks.dismiss(lambda callback: _answer(callback, "at_end", result))
+        self._callbacks.close_each(lambda callback: _answer(callback, "at_end", result))
 
     def _add(self, name: str, callback: object) -> None:
         self._callbacks.add(name, lambda: callback)
 
     def _reason(self, place: str, what: Any) -> str | None:
-        answers = self._callbacks.each(lambda callback: _answer(callback, place, what))
+        answers = self._callbacks.call_each(lambda callback: _answer(callback, place, what))
         return next((answer for answer in answers if answer), None)
 
 
@@ -183,7 +183,7 @@ def _answer(callback: object, place: str, what: Any) -> str | None:
 # --callback module:make
 
 
-def load_makers(references: Sequence[str]) -> dict[str, Maker]:
+def load_callback_factories(references: Sequence[str]) -> dict[str, CallbackFactory]:
     """What `--callback` names, `module:make` each: functions that make a callback of the settings.
 
     Modules are looked for in the working directory first.
@@ -214,7 +214,7 @@ def load_makers(references: Sequence[str]) -> dict[str, Maker]:
     return makers
 
 
-def describe_makers(makers: Mapping[str, Maker]) -> list[dict[str, str | None]]:
+def describe_callbacks(makers: Mapping[str, CallbackFactory]) -> list[dict[str, str | None]]:
     """For the record: each one's name, and the file that it comes from with its SHA-256."""
     described = []
     for name, make in makers.items():
@@ -236,4 +236,4 @@ def _told(name: str, error: BaseException) -> str:
         and "importlib" not in frame.filename
     ]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{name}: {type(error).__name__}: {reason_of(error)}{where}"
+    return f"{name}: {type(error).__name__}: {format_reason(error)}{where}"

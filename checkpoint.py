@@ -16,24 +16,24 @@ from bundle import (
     WEIGHTS_FILE,
     Bundle,
     TrainingState,
-    checkpoints_in,
     clean_up,
     copy_bundle,
     find_directory,
+    find_usable_bundle,
     is_bundle,
+    list_checkpoints,
+    list_runs,
+    parse_step,
     read_bundle,
     remove_bundle,
-    runs_in,
-    step_of,
-    usable_bundle,
     write_bundle,
 )
-from distributed import ALONE, World, gathered, sharded_as
+from distributed import SINGLE_PROCESS, World, gather_to_main, shard_like
 from model import LanguageModel
 from parameters import ModelConfig
-from tokenizer import Tokenizer, from_state
+from tokenizer import Tokenizer, restore_tokenizer
 from utils.errors import RunError, UserError
-from utils.files import matching
+from utils.files import glob_files
 from utils.run_manager import RunDirectory
 
 # ----------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     config: ModelConfig,
     state: TrainingState,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> None:
     """Publish the training as it is now in the bundle `directory`.
 
@@ -58,7 +58,7 @@ def save_checkpoint(
         RunError: the weights are not finite. A model that is beyond help replaces no good one.
         OSError: the disk is full, or refuses. What was saved before is untouched.
     """
-    weights = {name: gathered(tensor, world) for name, tensor in model.state_dict().items()}
+    weights = {name: gather_to_main(tensor, world) for name, tensor in model.state_dict().items()}
     optimizer_state = _optimizer_state(model, optimizer, scaler, world)
     metadata = {"step": str(state.step), "run_id": str(state.run_id)}
 
@@ -73,16 +73,16 @@ def save_checkpoint(
             config=config,
             vocab_size=model.vocab_size,
             device=next(model.parameters()).device.type,
-            tokenizer=tokenizer.state(),
+            tokenizer=tokenizer.get_state(),
             state=state,
             save_weights=lambda path: model.save_safetensors(path, metadata, weights),
             save_optimizer=lambda path: _write_optimizer(path, optimizer_state),
         )
 
-    world.on_main(publish)
+    world.broadcast_from_main(publish)
 
 
-class Checkpoints:
+class CheckpointWriter:
     """The bundles that one run writes: its checkpoints, its export, and its named model.
 
     Args:
@@ -101,7 +101,7 @@ class Checkpoints:
         scaler: torch.amp.GradScaler,
         tokenizer: Tokenizer,
         config: ModelConfig,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):
         self.newest: Path | None = None
         self._run = run
@@ -110,13 +110,15 @@ class Checkpoints:
         self._config = config
         self._world = world
 
-    def begin_named_model(self, state: TrainingState) -> None:
+    def create_named_model(self, state: TrainingState) -> None:
         """Publish the named model before its first step, unless there is one to be replaced.
 
         That one stays until there is something better than new weights in its place.
         """
         named_model = self._named_model
-        if named_model is not None and self._world.on_main(lambda: not is_bundle(named_model)):
+        if named_model is not None and self._world.broadcast_from_main(
+            lambda: not is_bundle(named_model)
+        ):
             save_checkpoint(named_model, *self._saved, state, self._world)
 
     def save(self, state: TrainingState) -> None:
@@ -125,15 +127,15 @@ class Checkpoints:
         Raises what `save_checkpoint` raises.
         """
         if self.newest is None:  # here and not earlier: a run that only loads writes nothing
-            self._world.on_main(self._clean_up_after_others)
-        directory = self._run.checkpoint(state.step)
+            self._world.broadcast_from_main(self._clean_up_after_others)
+        directory = self._run.get_checkpoint(state.step)
         save_checkpoint(directory, *self._saved, state, self._world)
         self.newest = directory
-        self._world.on_main(lambda: self._follow(state))
+        self._world.broadcast_from_main(lambda: self._follow(state))
 
     def _follow(self, state: TrainingState) -> None:
         """Bring what follows the newest checkpoint up to it: the export, the named model."""
-        best_step = state.fact("best_step")
+        best_step = state.get_fact("best_step")
         if best_step == state.step:
             copy_bundle(self.newest, self._run.export, with_optimizer=False)
         if self._named_model is not None:
@@ -142,10 +144,10 @@ class Checkpoints:
 
     def _remove_old(self, best_step: int | None) -> None:
         """Remove the checkpoints of this run that need not be kept."""
-        checkpoints = checkpoints_in(self._run.path)
+        checkpoints = list_checkpoints(self._run.path)
         kept = set(checkpoints[-(self._config.keep_checkpoints or len(checkpoints)) :])
         for path in checkpoints:
-            step = step_of(path)
+            step = parse_step(path)
             every = self._config.keep_every
             if path not in kept and step != best_step and not (every and step % every == 0):
                 remove_bundle(path)
@@ -155,9 +157,9 @@ class Checkpoints:
 
         A run that was killed in its first save is continued by none that could see to it.
         """
-        for run in runs_in(self._run.path.parent):
+        for run in list_runs(self._run.path.parent):
             of_run = RunDirectory(run)
-            for directory in (*matching(of_run.checkpoints, "step_*"), of_run.export):
+            for directory in (*glob_files(of_run.checkpoints, "step_*"), of_run.export):
                 clean_up(directory)
 
 
@@ -186,7 +188,7 @@ def _optimizer_state(
     names = _parameter_names(model, optimizer)
     state = {
         names[index]: {
-            key: gathered(value, world) if isinstance(value, Tensor) else value
+            key: gather_to_main(value, world) if isinstance(value, Tensor) else value
             for key, value in values.items()
         }
         for index, values in saved.items()
@@ -241,11 +243,13 @@ def load_model(
     Raises `UserError` that names the file that is missing or does not fit.
     """
     directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    bundle = read_bundle(usable_bundle(directory), WEIGHTS_FILE)
-    return model_of(bundle, device)
+    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    return load_model_from_bundle(bundle, device)
 
 
-def model_of(bundle: Bundle, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer]:
+def load_model_from_bundle(
+    bundle: Bundle, device: torch.device | str = "cpu"
+) -> tuple[LanguageModel, Tokenizer]:
     """The model whose weights were read with the bundle, in eval mode, and its tokenizer."""
     tokenizer = load_tokenizer(bundle)
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
@@ -255,7 +259,7 @@ def model_of(bundle: Bundle, device: torch.device | str = "cpu") -> tuple[Langua
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """The bundle's tokenizer. Raises `UserError` where it is not that of the bundle's model."""
-    tokenizer = from_state(bundle.tokenizer)
+    tokenizer = restore_tokenizer(bundle.tokenizer)
     if tokenizer.vocab_size != bundle.vocab_size:
         raise UserError(
             f"{bundle.path}: tokenizer.json has {tokenizer.vocab_size} tokens and config.json says "
@@ -279,12 +283,12 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
         raise UserError(f"{path}: not the weights of this model: {reason}") from None
 
 
-def load_training(
+def restore_training_state(
     bundle: Bundle,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> None:
     """Put back what was saved beside the weights: optimizer, scaler, random generators.
 
@@ -346,7 +350,7 @@ def _fitted(
     parameters = dict(model.named_parameters())
     by_index = {
         index: {
-            key: sharded_as(value, parameters[name]) if _is_as_large(value) else value
+            key: shard_like(value, parameters[name]) if _is_as_large(value) else value
             for key, value in state[name].items()
         }
         for index, name in enumerate(names)

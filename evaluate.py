@@ -33,15 +33,15 @@ from rich.console import Console
 from rich.text import Text
 
 from bundle import WEIGHTS_FILE, Bundle, read_bundle
-from corpus import text_problem
+from corpus import find_data_problem
 from inference import find_model
 from parameters import Count, Data, Device, ModelName, Positive, Settings, Switch
-from store import MemoryText, StoredText, Tokens, open_text
-from tokenizer import Tokenizer, from_state
-from utils.checks import printable
+from store import MemoryCorpus, StoredCorpus, Tokens, open_corpus
+from tokenizer import Tokenizer, restore_tokenizer
+from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
-from utils.output import Output, aligned, plural, run_command
+from utils.output import Output, align_columns, pluralize, run_command
 
 if TYPE_CHECKING:  # torch is imported when all mistakes have been answered
     from model import LanguageModel
@@ -105,30 +105,30 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--show draws, and --json prints nothing but one object: choose one")
     output = Output()
     bundle = read_bundle(find_model(config, actions.get("model")), WEIGHTS_FILE)
-    tokenizer = from_state(bundle.tokenizer)
+    tokenizer = restore_tokenizer(bundle.tokenizer)
     stride = chosen_stride(config.stride, bundle)
     passage = read_passage(config, bundle, tokenizer, output)
 
     # Only here is torch imported: help and mistakes are answered at once.
-    from checkpoint import model_of
+    from checkpoint import load_model_from_bundle
     from decoding import quantize
     from utils.device import choose_device
 
-    model, _ = model_of(bundle, choose_device(config.device))
+    model, _ = load_model_from_bundle(bundle, choose_device(config.device))
     if config.quantize == "int8":
         quantize(model)
     windows = window_starts(passage.ids.size, model.block_size, stride).size
     began = time.perf_counter()
-    with nullcontext() if "json" in actions else output.progress(windows):
+    with nullcontext() if "json" in actions else output.show_progress(windows):
         losses = token_losses(
             model, passage.ids, stride, lambda done: output.advance(done, "windows")
         )
     seconds = time.perf_counter() - began
     score = scored(losses, passage.ids, tokenizer)
     if "json" in actions:
-        output.line(as_json(bundle, passage, score, stride, seconds, config.quantize))
+        output.print(as_json(bundle, passage, score, stride, seconds, config.quantize))
         return output.exit_status
-    output.line(described(bundle, passage, score, tokenizer.unit, stride, seconds))
+    output.print(described(bundle, passage, score, tokenizer.unit, stride, seconds))
     if config.show:
         show(output, pieces(passage.ids, losses, tokenizer, config.show), tokenizer.unit)
     return output.exit_status
@@ -178,29 +178,31 @@ def read_passage(
     text = open_passage(config, trained.data, output)
     if config.data is None:
         skip = skip or trained.on_new_chars == "drop"  # as training did
-        if text.sha256 != bundle.state.fact("data_sha256"):
-            output.warning(
-                f"{printable(text.name)} has changed since the model was trained on it (another "
+        if text.sha256 != bundle.state.get_fact("data_sha256"):
+            output.print_warning(
+                f"{format_name(text.name)} has changed since the model was trained on it (another "
                 "SHA-256): this is the loss on the text as it is now"
             )
-    unknown = text.unknown(tokenizer)
+    unknown = text.count_unknown(tokenizer)
     if unknown and not skip:
         try:
             tokenizer.encode("".join(unknown))
         except UserError as error:
             raise UserError(
-                f"{printable(text.name)}: {error}; --on-unknown skip leaves out what it does not "
+                f"{format_name(text.name)}: {error}; --on-unknown skip leaves out what it does not "
                 "know"
             ) from None
     encoded, left_out = text.encode(tokenizer, unknown), sum(unknown.values())
     if left_out:
-        count = plural(left_out, "character")
-        output.remark(f"{printable(text.name)}: left out {count} that the model does not know")
-    start, stop = encoded.splits(trained)[split] if split else (0, encoded.tokens.size)
+        count = pluralize(left_out, "character")
+        output.print_note(
+            f"{format_name(text.name)}: left out {count} that the model does not know"
+        )
+    start, stop = encoded.split(trained)[split] if split else (0, encoded.tokens.size)
     if stop - start < 2:
         what = f"its {split} split" if split else "it"
         raise UserError(
-            f"{printable(text.name)}: {what} has {plural(stop - start, tokenizer.unit)}, and what "
+            f"{format_name(text.name)}: {what} has {pluralize(stop - start, tokenizer.unit)}, and what "
             "is predicted is each one after the first: take a longer text"
         )
     return Passage(text.name, split, encoded.tokens[start:stop])
@@ -208,25 +210,25 @@ def read_passage(
 
 def open_passage(
     config: EvaluateConfig, recorded: str | None, output: Output
-) -> MemoryText | StoredText:
+) -> MemoryCorpus | StoredCorpus:
     """The text that the settings name, or that was recorded; no path: the sample corpus.
 
     Raises `UserError` that says what to do where it is no longer there.
     """
     data = config.data or recorded
     if data is None:
-        from data import sample_corpus  # here, as it brings torch
+        from data import load_sample_corpus  # here, as it brings torch
 
-        plays = sample_corpus(cache_dir=config.cache_dir)
+        plays = load_sample_corpus(cache_dir=config.cache_dir)
         sha256 = hashlib.sha256(plays.encode("utf-8")).hexdigest()
-        return MemoryText("Shakespeare's plays", None, [plays], sha256)
-    if config.data is None and (problem := text_problem(data)):
+        return MemoryCorpus("Shakespeare's plays", None, [plays], sha256)
+    if config.data is None and (problem := find_data_problem(data)):
         raise UserError(
-            f"{printable(data)}, the text that the model was trained on: {problem}: "
+            f"{format_name(data)}, the text that the model was trained on: {problem}: "
             "say where it is now, or name another, with --data FILE"
         )
     where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
-    return open_text(data, **where, tell=output.remark)
+    return open_corpus(data, **where, tell=output.print_note)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ def scored(losses: np.ndarray, ids: Tokens, tokenizer: Tokenizer) -> Score:
     """The means of the losses `(N - 1,)` of a text `(N,)`, in float64."""
     total = float(losses.sum(dtype=np.float64))
     loss = total / losses.size
-    decode, token_bytes = tokenizer.stream_decoder(), tokenizer.token_bytes
+    decode, token_bytes = tokenizer.create_stream_decoder(), tokenizer.token_bytes
     characters = size = 0
     for start in range(1, ids.size, COUNTED_AT_ONCE):
         predicted = np.asarray(ids[start : start + COUNTED_AT_ONCE])
@@ -348,23 +350,23 @@ def described(
 ) -> str:
     """The score as lines for people."""
     T = bundle.config.block_size
-    windows = plural(window_starts(score.tokens + 1, T, stride).size, "window")
-    sizes = [plural(score.tokens, unit)]
+    windows = pluralize(window_starts(score.tokens + 1, T, stride).size, "window")
+    sizes = [pluralize(score.tokens, unit)]
     if unit != "character":
-        sizes.append(plural(score.characters, "character"))
+        sizes.append(pluralize(score.characters, "character"))
     if score.bytes != score.characters:
-        sizes.append(plural(score.bytes, "byte"))
+        sizes.append(pluralize(score.bytes, "byte"))
     split = f", its {passage.split} split" if passage.split else ""
     rows = [
         ("model", f"{bundle.path}, step {bundle.state.step:,}"),
-        ("text", f"{printable(passage.name)}{split}"),
+        ("text", f"{format_name(passage.name)}{split}"),
         ("predicted", f"{', '.join(sizes)}; {windows} of {T}, stride {stride}, {seconds:.1f} s"),
         ("loss", f"{score.loss:.4f} nats per {unit}"),
         ("perplexity", f"{score.perplexity:.4f}"),
         ("bits per character", f"{score.bits_per_character:.4f}"),
         ("bits per byte", f"{score.bits_per_byte:.4f}"),
     ]
-    return aligned(rows)
+    return align_columns(rows)
 
 
 def as_json(
@@ -413,7 +415,7 @@ def pieces(ids: Tokens, losses: np.ndarray, tokenizer: Tokenizer, characters: in
     A character that byte pairs spell in several tokens is one piece.
     """
     found: list[Piece] = []
-    decode = tokenizer.stream_decoder()
+    decode = tokenizer.create_stream_decoder()
     length, bits = 0, 0.0
     costs = np.concatenate(([math.nan], losses / math.log(2)))
     for token, cost in zip(ids, costs, strict=True):
@@ -429,13 +431,13 @@ def pieces(ids: Tokens, losses: np.ndarray, tokenizer: Tokenizer, characters: in
 
 def show(output: Output, shown: Sequence[Piece], unit: str) -> None:
     """The text in colours where the terminal has them, or else what surprised most, as a table."""
-    output.line()
+    output.print()
     if not has_colours(output.console):
-        output.line(most_surprising(shown, unit))
+        output.print(most_surprising(shown, unit))
         return
     with output.console.capture() as captured:
         output.console.print(heat_view(shown), soft_wrap=True)
-    output.line(captured.get().rstrip("\n"))
+    output.print(captured.get().rstrip("\n"))
 
 
 def has_colours(console: Console) -> bool:
@@ -484,8 +486,8 @@ def most_surprising(shown: Sequence[Piece], unit: str) -> str:
             one_line(text[end : end + AFTER]),
         )
         rows.append(row)
-    title = f"The most surprising of the first {plural(len(text), 'character')}:"
-    return f"{title}\n{aligned(rows, right=(0, 1, 2))}"
+    title = f"The most surprising of the first {pluralize(len(text), 'character')}:"
+    return f"{title}\n{align_columns(rows, right=(0, 1, 2))}"
 
 
 def one_line(text: str) -> str:

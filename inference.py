@@ -23,24 +23,23 @@ from pydantic import Field
 
 from bundle import (
     WEIGHTS_FILE,
-    checkpoints_in,
     find_directory,
     find_named_model,
-    newest_usable_bundle,
+    find_newest_usable_bundle,
+    find_run_of,
+    find_usable_bundle,
+    list_checkpoints,
     read_bundle,
-    run_of,
-    usable_bundle,
 )
 from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
-from tokenizer import Tokenizer, known_part
+from tokenizer import Tokenizer, remove_unknown
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.files import decode_text, read_file
-from utils.output import Output, plural, run_command
+from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
-    from model import FastDecode, LanguageModel
-    from sampling import Sampling
+    from model import LanguageModel
 
 STANDARD_INPUT = "-"
 
@@ -129,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     with memory_explained(config):
         speaker = load_speaker(config, directory, may_end_early, output)
         if "json" in actions:
-            output.line(json.dumps(speaker.as_json(prompt, stops)))
+            output.print(json.dumps(speaker.as_json(prompt, stops)))
         elif "interactive" in actions:
             converse(speaker, stops, output)
         else:
@@ -147,7 +146,7 @@ def memory_explained(config: InferenceConfig) -> Iterator[None]:
 
         if not is_out_of_memory(error):
             raise
-        samples = plural(config.num_samples, "sample")
+        samples = pluralize(config.num_samples, "sample")
         raise UserError(f"{samples} at once do not fit into memory: take fewer") from error
 
 
@@ -192,11 +191,11 @@ def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Pa
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} name more than one model: choose one")
     if config.model_name is not None:
-        return usable_bundle(find_named_model(config.model_name, checkpoints_dir))
+        return find_usable_bundle(find_named_model(config.model_name, checkpoints_dir))
     reference = operands[0] if operands else config.run
     if reference is not None:
-        return usable_bundle(find_directory(reference, runs_dir, checkpoints_dir))
-    return newest_usable_bundle(runs_dir)
+        return find_usable_bundle(find_directory(reference, runs_dir, checkpoints_dir))
+    return find_newest_usable_bundle(runs_dir)
 
 
 def given_prompt(config: InferenceConfig) -> str:
@@ -224,23 +223,23 @@ def load_speaker(
 ) -> "Speaker":
     """The model that stands in `directory`, as fast as the settings want it."""
     # Only here is torch imported: help and mistakes are answered at once.
-    from checkpoint import model_of
+    from checkpoint import load_model_from_bundle
     from decoding import choose_decoding, compile_decode, quantize
-    from sampling import Sampling
+    from sampling import SamplingParams
     from utils.device import choose_device
 
     device = choose_device(config.device)
     bundle = read_bundle(directory, WEIGHTS_FILE)
-    model, tokenizer = model_of(bundle, device)
-    output.remark(f"{directory}, step {bundle.state.step}{without_export(directory)}")
+    model, tokenizer = load_model_from_bundle(bundle, device)
+    output.print_note(f"{directory}, step {bundle.state.step}{without_export(directory)}")
     if config.quantize == "int8":
         quantize(model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = Sampling(**{name: getattr(config, name) for name in names})
+    sampling = SamplingParams(**{name: getattr(config, name) for name in names})
     expected = 0 if may_end_early else config.max_new_tokens
     wanted = choose_decoding(config.torch_compile, device, expected)
     if wanted.mode != "off":
-        output.remark("compiling, which may take a minute or two")
+        output.print_note("compiling, which may take a minute or two")
     fast, compiled, seconds = compile_decode(
         model,
         wanted,
@@ -249,9 +248,9 @@ def load_speaker(
         rows=config.num_samples,
     )
     if compiled.fell_back:
-        output.remark(f"not compiled: {compiled.reason}")
+        output.print_note(f"not compiled: {compiled.reason}")
     elif fast is not None:
-        output.remark(f"compiled in {seconds:.0f} s")
+        output.print_note(f"compiled in {seconds:.0f} s")
     facts = {"model": str(directory), "step": bundle.state.step}
     facts |= {**asdict(sampling), "quantize": config.quantize, "compiled_by": compiled.mode}
     return Speaker(model, tokenizer, sampling, config, fast, facts)
@@ -259,10 +258,10 @@ def load_speaker(
 
 def without_export(directory: Path) -> str:
     """A remark where `directory` is a checkpoint that stands in for what its run has not yet."""
-    run = run_of(directory)
+    run = find_run_of(directory)
     if run is None or (run / "artifacts" / "export").exists():
         return ""
-    if directory != checkpoints_in(run)[-1]:  # an older one, which somebody named
+    if directory != list_checkpoints(run)[-1]:  # an older one, which somebody named
         return ""
     return ": its run has no export yet, and this is its newest checkpoint"
 
@@ -274,9 +273,9 @@ class Speaker:
         self,
         model: "LanguageModel",
         tokenizer: Tokenizer,
-        sampling: "Sampling",
+        sampling: "SamplingParams",
         config: InferenceConfig,
-        fast: "FastDecode | None",
+        fast: "FastDecoder | None",
         facts: dict[str, Any],
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -295,13 +294,13 @@ class Speaker:
                 if output.quiet:  # whoever was reading has gone
                     return
         except KeyboardInterrupt:
-            output.line()
+            output.print()
             raise
         printer.write(samples[0].news())
-        output.line()
+        output.print()
         for sample in samples[1:]:
-            output.line("---")
-            output.line((prompt + sample.text).strip("\n"))
+            output.print("---")
+            output.print((prompt + sample.text).strip("\n"))
 
     def as_json(self, prompt: str, stops: Sequence[str]) -> dict[str, Any]:
         """The samples for programs: the first one outermost, and all of several beside it."""
@@ -323,20 +322,22 @@ class Speaker:
         """The prompt as the model can read it, and its ids; says what had to be done for that."""
         if self.config.on_unknown != "error":
             replace = self.config.on_unknown == "replace"
-            prompt, number = known_part(self.tokenizer, prompt, replace)
+            prompt, number = remove_unknown(self.tokenizer, prompt, replace)
             if number:
                 done = "replaced" if replace else "skipped"
-                characters = plural(number, "character")
-                output.remark(f"{done} {characters} of the prompt that the model does not know")
+                characters = pluralize(number, "character")
+                output.print_note(f"{done} {characters} of the prompt that the model does not know")
         if not prompt:
             prompt = self.tokenizer.default_prompt
             begin = "on a new line" if prompt == "\n" else f"with {prompt!r}"
-            output.remark(f"no prompt: it begins {begin}")
+            output.print_note(f"no prompt: it begins {begin}")
         ids = self.tokenizer.encode(prompt)
         T = self.model.block_size
         if len(ids) > T:
             unit = self.tokenizer.unit
-            output.remark(f"the prompt has {plural(len(ids), unit)}: the model sees the last {T}")
+            output.print_note(
+                f"the prompt has {pluralize(len(ids), unit)}: the model sees the last {T}"
+            )
         return prompt, ids
 
     def _continue(self, ids: Any, samples: "Sequence[Sample]") -> Iterator[int]:
@@ -372,7 +373,7 @@ class Sample:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self.ended = False
-        self._decode = tokenizer.stream_decoder()
+        self._decode = tokenizer.create_stream_decoder()
         self._stops, self._held = stops, ""
         self._pieces: list[str] = []
         self._length = self._told = 0  # characters given, and pieces that `news` told of
@@ -442,7 +443,7 @@ class Printer:
         self._new_lines = text[len(shown) :]
         if shown:
             self._has_begun = True
-            self._output.text(shown)
+            self._output.print_piece(shown)
 
 
 def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
@@ -456,24 +457,26 @@ def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
     if is_asked:
         with contextlib.suppress(ImportError):  # Windows has none, and a history of its own
             import readline  # noqa: F401  # gives input() its arrow keys and its history
-        output.remark("type a text to be continued; Ctrl-C ends it, Ctrl-D ends the conversation")
+        output.print_note(
+            "type a text to be continued; Ctrl-C ends it, Ctrl-D ends the conversation"
+        )
     while True:
         try:
             prompt = input("> " if is_asked else "")
         except EOFError:
             if is_asked:
-                output.line()
+                output.print()
             return
         except KeyboardInterrupt:
-            output.line()
+            output.print()
             continue
         try:
             speaker.speak(unescaped(prompt), stops, output)
         except UserError as error:
             for problem in error.problems:
-                output.error(problem)
+                output.print_error(problem)
         except KeyboardInterrupt:
-            output.remark("stopped")
+            output.print_note("stopped")
         speaker.next_seed()
 
 

@@ -18,20 +18,28 @@ from typing import Any
 
 from bundle import (
     TRAINING_FACTS,
-    NoModel,
+    NoModelError,
     check_files,
     find_named_model,
+    find_run_of,
+    find_usable_bundle,
     get_model_info,
-    named_models_in,
-    run_of,
-    runs_in,
-    usable_bundle,
+    list_named_models,
+    list_runs,
 )
 from parameters import Settings
-from utils.checks import as_written, printable
+from utils.checks import format_name, format_value
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
-from utils.output import Output, ago, aligned, byte_size, command_for, plural, run_command
+from utils.output import (
+    Output,
+    align_columns,
+    format_age,
+    format_bytes,
+    format_command,
+    pluralize,
+    run_command,
+)
 
 
 class InspectConfig(Settings):
@@ -70,15 +78,15 @@ def main(argv: Sequence[str]) -> int:
     if not references:
         models, empty, damaged = all_models(config)
         for problem in damaged:
-            output.warning(problem)
+            output.print_warning(problem)
     if "json" in actions:
-        output.line(json.dumps(models[0] if len(references) == 1 else models, indent=2))
+        output.print(json.dumps(models[0] if len(references) == 1 else models, indent=2))
     elif not references:
-        output.line(listed(models, empty))
+        output.print(listed(models, empty))
     elif len(models) == 1:
-        output.line(described(models[0]))
+        output.print(described(models[0]))
     else:
-        output.line(compared(models))
+        output.print(compared(models))
     return 0
 
 
@@ -99,11 +107,11 @@ def all_models(
     That is the runs that have saved no model, and what is wrong with damaged ones.
     """
     models, empty, problems = [], [], []
-    places = [*named_models_in(Path(config.checkpoints_dir)), *runs_in(Path(config.runs_dir))]
+    places = [*list_named_models(Path(config.checkpoints_dir)), *list_runs(Path(config.runs_dir))]
     for place in places:
         try:
-            models.append(get_model_info(usable_bundle(place)))
-        except NoModel:
+            models.append(get_model_info(find_usable_bundle(place)))
+        except NoModelError:
             empty.append(place)
         except UserError as error:
             problems += error.problems
@@ -124,7 +132,7 @@ def _loss(info: Mapping[str, Any]) -> float:
 def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
     """A line for each model, and for each run without one."""
     if not models and not empty:
-        return f"No models yet: train one with `{command_for('train.py')}`"
+        return f"No models yet: train one with `{format_command('train.py')}`"
     rows = [("model", "val loss", "step", "parameters", "size", "saved", "text")]
     for info in models:
         state = info["training_state"]
@@ -134,13 +142,13 @@ def listed(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
             _shown_loss(state),
             f"{state['step']:,}",
             f"{info['parameters']['total']:,}",
-            byte_size(info["bytes"]),
-            ago(time.time() - info["saved"]),
-            printable(Path(text).name) if text else "Shakespeare's plays",
+            format_bytes(info["bytes"]),
+            format_age(time.time() - info["saved"]),
+            format_name(Path(text).name) if text else "Shakespeare's plays",
         )
         rows.append(row)
     rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
-    return aligned(rows, right=(1, 2, 3, 4))
+    return align_columns(rows, right=(1, 2, 3, 4))
 
 
 def described(info: Mapping[str, Any]) -> str:
@@ -154,11 +162,11 @@ def described(info: Mapping[str, Any]) -> str:
         shown.append("rope_theta")
     rows = [
         ("model", info["path"]),
-        ("", f"{byte_size(info['bytes'])}, saved {ago(time.time() - info['saved'])}"),
+        ("", f"{format_bytes(info['bytes'])}, saved {format_age(time.time() - info['saved'])}"),
         (
             "architecture",
-            f"{config['architecture']}: {plural(config['n_layer'], 'layer')}, "
-            f"{plural(config['n_head'], 'head')}, {config['n_embd']} channels, "
+            f"{config['architecture']}: {pluralize(config['n_layer'], 'layer')}, "
+            f"{pluralize(config['n_head'], 'head')}, {config['n_embd']} channels, "
             f"context {config['block_size']}, vocabulary {config['vocab_size']:,}",
         ),
         ("", _settings(config, *shown)),
@@ -168,7 +176,7 @@ def described(info: Mapping[str, Any]) -> str:
         ("training", _training(state)),
         ("", f"run {state['run_id']}, begun at step {training.get('start_step')}"),
         *(("", f"after run {r['run_id']}, up to step {r['step']}") for r in reversed(previous)),
-        ("text", printable(training.get("data") or "Shakespeare's plays")),
+        ("text", format_name(training.get("data") or "Shakespeare's plays")),
         ("", f"SHA-256 {training.get('data_sha256')}"),
     ]
     settings = [name for name in training if name not in (*TRAINING_FACTS, "data")]
@@ -176,24 +184,24 @@ def described(info: Mapping[str, Any]) -> str:
         title = "settings" if first == 0 else ""
         rows.append((title, _settings(training, *settings[first : first + 4])))
     rows += [("lineage" if index == 0 else "", line) for index, line in enumerate(_tree(info))]
-    return aligned(rows)
+    return align_columns(rows)
 
 
 def _settings(values: Mapping[str, Any], *names: str) -> str:
-    return ", ".join(f"{name} {as_written(values[name])}".replace('"', "") for name in names)
+    return ", ".join(f"{name} {format_value(values[name])}".replace('"', "") for name in names)
 
 
 def _tokenizer(info: Mapping[str, Any]) -> str:
     chars = info["tokenizer"].get("chars")
     if chars is None:
         return info["tokenizer"]["token_kind"]
-    shown = as_written("".join(chars))
-    return f"{info['tokenizer']['token_kind']}: {plural(len(chars), 'character')}: {shown}"
+    shown = format_value("".join(chars))
+    return f"{info['tokenizer']['token_kind']}: {pluralize(len(chars), 'character')}: {shown}"
 
 
 def _place(info: Mapping[str, Any]) -> str:
     """The run or the named model that a bundle is of."""
-    return str(run_of(Path(info["path"])) or info["path"])
+    return str(find_run_of(Path(info["path"])) or info["path"])
 
 
 def _shown_loss(state: Mapping[str, Any]) -> str:
@@ -220,7 +228,7 @@ def _training(state: Mapping[str, Any]) -> str:
 def _tree(info: Mapping[str, Any]) -> list[str]:
     """The model and its ancestors, each one a branch of the next."""
     path = Path(info["path"])
-    lines = [f"{(run_of(path) or path.resolve()).name}, step {info['training_state']['step']}"]
+    lines = [f"{(find_run_of(path) or path.resolve()).name}, step {info['training_state']['step']}"]
     for depth, ancestor in enumerate(info["training_state"]["lineage"]):
         lines.append(
             f"{'    ' * depth}└── {ancestor['name']}, step {ancestor['step']}: "
@@ -240,8 +248,8 @@ def compared(models: Sequence[Mapping[str, Any]]) -> str:
         if any(value != values[0] for value in values):
             rows.append([name, *map(_cell, values)])
     if len(rows) == 1:
-        return aligned(rows) + "\nno difference"
-    return aligned(rows)
+        return align_columns(rows) + "\nno difference"
+    return align_columns(rows)
 
 
 def _cell(value: Any) -> str:
@@ -252,7 +260,7 @@ def _cell(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = as_written(value).strip('"')
+    text = format_value(value).strip('"')
     return text if len(text) <= 40 else text[:39] + "…"
 
 

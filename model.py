@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import ModelConfig
-from sampling import AS_THE_MODEL_SAYS, DRAWN_AT_ONCE, Sampling, choose, draws
+from sampling import (
+    DEFAULT_SAMPLING,
+    UNIFORMS_PER_BATCH,
+    SamplingParams,
+    iter_uniforms,
+    sample_token,
+)
 from utils.errors import UserError
 
 RMS_EPSILON = 1e-6  # Qwen3's
@@ -54,18 +60,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., size)` to the same shape, in float32."""
-        return normalised(x.float()) * self.weight
+        return apply_rms_norm(x.float()) * self.weight
 
 
-def normalised(x: Tensor) -> Tensor:
+def apply_rms_norm(x: Tensor) -> Tensor:
     """X / rms(x) along the last dimension."""
     if x.device.type == "cpu":
-        return Normalised.apply(x)
+        return FusedRMSNorm.apply(x)
     return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)  # one kernel there
 
 
-class Normalised(torch.autograd.Function):
-    """`normalised` for the CPU, where PyTorch's makes twice as many passes over memory."""
+class FusedRMSNorm(torch.autograd.Function):
+    """`apply_rms_norm` for the CPU, where PyTorch's makes twice as many passes over memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -84,7 +90,7 @@ class Normalised(torch.autograd.Function):
         return torch.addcmul(gradient, y, along, value=-1).mul_(scale)
 
 
-class Unchanged(nn.Module):
+class NoPositions(nn.Module):
     """Stands where the other architecture does something with positions."""
 
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
@@ -122,13 +128,13 @@ class NormedRotary(nn.Module):
     def forward(self, qk: Tensor, positions: slice | Tensor) -> Tensor:
         """Queries and keys together, `(2, B, H, T, D)`, to the same shape, in float32."""
         weight = torch.stack((self.query_norm.weight, self.key_norm.weight))  # (2, D)
-        x = normalised(qk.float()) * weight[:, None, None, None, :]
+        x = apply_rms_norm(qk.float()) * weight[:, None, None, None, :]
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return x * self.cos[positions] + turned * self.sin[positions]
 
 
-class KeyValueCache:
+class KVCache:
     """The keys and values of the tokens read so far: each is computed once, and then looked up.
 
     It has the size of a full context from the beginning: nothing grows or moves, so that what
@@ -185,7 +191,7 @@ class CausalSelfAttention(nn.Module):
         # GPT-2 drops attention weights too, which no fast kernel for the CPU can do.
         self.dropout = 0.0 if is_modern else config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.queries_and_keys = NormedRotary(config) if is_modern else Unchanged()
+        self.queries_and_keys = NormedRotary(config) if is_modern else NoPositions()
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
@@ -240,7 +246,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden = gated_width(config.n_embd)
+        hidden = compute_gated_width(config.n_embd)
         self.gate = nn.Linear(config.n_embd, hidden, bias=False)
         self.expand = nn.Linear(config.n_embd, hidden, bias=False)
         self.activation = create_activation(config)
@@ -253,7 +259,7 @@ class GatedMLP(nn.Module):
         return self.residual_dropout(self.projection(x))
 
 
-def gated_width(n_embd: int) -> int:
+def compute_gated_width(n_embd: int) -> int:
     """The channels inside a gated MLP: 8/3 C, rounded up to what processors like."""
     return math.ceil(n_embd * 8 / 3 / 32) * 32
 
@@ -284,7 +290,7 @@ class Block(nn.Module):
         return x
 
 
-class FastDecode(NamedTuple):
+class FastDecoder(NamedTuple):
     """`LanguageModel.decode`, made faster."""
 
     decode: Callable[..., tuple[Tensor, Tensor]]
@@ -308,7 +314,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         is_modern = config.architecture == "modern"
         self.position_embedding = (
-            Unchanged() if is_modern else LearnedPositions(config.block_size, config.n_embd)
+            NoPositions() if is_modern else LearnedPositions(config.block_size, config.n_embd)
         )
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -316,7 +322,7 @@ class LanguageModel(nn.Module):
         # A tied head (arxiv.org/abs/1608.05859) has no tensor of its own: nothing to keep in
         # step when the weights are loaded, moved or saved.
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, vocab_size, bias=False)
-        deviation = modern_deviation if is_modern else gpt2_deviation
+        deviation = get_modern_init_std if is_modern else get_gpt2_init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)
@@ -351,7 +357,7 @@ class LanguageModel(nn.Module):
         head = self.token_embedding if self.head is None else self.head
         return F.linear(self.final_norm(x), head.weight)
 
-    def next_logits(self, idx: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+    def compute_next_logits(self, idx: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """What comes after tokens that follow those in the cache: logits `(B, V)`.
 
         Args:
@@ -368,9 +374,9 @@ class LanguageModel(nn.Module):
         self,
         idx: Tensor,
         positions: Tensor,
-        cache: KeyValueCache,
+        cache: KVCache,
         draws: Tensor,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read `idx`, choose the next token and read that, as often as there are draws.
@@ -388,8 +394,8 @@ class LanguageModel(nn.Module):
         """
         tokens, log_probs = [], []
         for draw in draws:
-            logits = self.next_logits(idx, positions, cache)[:, : self.num_tokens]
-            idx, log_prob = choose(logits, draw, sampling, seen)  # (B, 1)
+            logits = self.compute_next_logits(idx, positions, cache)[:, : self.num_tokens]
+            idx, log_prob = sample_token(logits, draw, sampling, seen)  # (B, 1)
             positions = positions[-1:] + 1
             if seen is not None:
                 seen.scatter_(1, idx, True)
@@ -402,10 +408,10 @@ class LanguageModel(nn.Module):
         self,
         prompt: Sequence[int] | np.ndarray | Tensor,
         max_new_tokens: int,
-        sampling: Sampling = AS_THE_MODEL_SAYS,
+        sampling: SamplingParams = DEFAULT_SAMPLING,
         *,
         seeds: Sequence[int] = (0,),
-        fast: FastDecode | None = None,
+        fast: FastDecoder | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Continue a prompt, as many times side by side as there are seeds.
 
@@ -430,12 +436,12 @@ class LanguageModel(nn.Module):
         given = torch.as_tensor(prompt).to(device, torch.int64).expand(len(seeds), -1)
         if given.size(1) == 0:
             raise UserError("a prompt needs one token at least")
-        chances = draws(seeds)
+        chances = iter_uniforms(seeds)
         seen = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros((len(seeds), self.vocab_size), dtype=torch.bool, device=device)
             seen = seen.scatter_(1, given, True)[:, : self.num_tokens]
-        cache = KeyValueCache(self, len(seeds))
+        cache = KVCache(self, len(seeds))
         was_training = self.training
         self.eval()
         try:
@@ -444,11 +450,11 @@ class LanguageModel(nn.Module):
             while done < max_new_tokens:
                 if position == T:  # the cache is full
                     unread, position = recent[:, T // 2 :], 0
-                used = done % DRAWN_AT_ONCE
+                used = done % UNIFORMS_PER_BATCH
                 if used == 0:
                     chance = next(chances).to(device)
                 decode, number = self.decode, 1
-                room = min(T - position, max_new_tokens - done, DRAWN_AT_ONCE - used)
+                room = min(T - position, max_new_tokens - done, UNIFORMS_PER_BATCH - used)
                 if fast is not None and unread.size(1) == 1 and fast.at_once <= room:
                     decode, number = fast
                 elif fast is not None and done > 0 and position == 0:
@@ -473,7 +479,7 @@ class LanguageModel(nn.Module):
         self,
         prompt: Sequence[int] | np.ndarray | Tensor,
         max_new_tokens: int,
-        sampling: Sampling = AS_THE_MODEL_SAYS,
+        sampling: SamplingParams = DEFAULT_SAMPLING,
         *,
         seeds: Sequence[int] = (0,),
     ) -> Tensor:
@@ -483,12 +489,12 @@ class LanguageModel(nn.Module):
         parts = self.stream(given, max_new_tokens, sampling, seeds=seeds)
         return torch.cat([given, *(tokens for tokens, _ in parts)], dim=1)
 
-    def block_matrices(self) -> dict[str, Tensor]:
+    def get_block_matrices(self) -> dict[str, Tensor]:
         """The matrices of the blocks by name, `(outputs, inputs)` each: what Muon is for."""
         named = self.blocks.named_parameters(prefix="blocks")
         return {name: parameter for name, parameter in named if parameter.dim() == 2}
 
-    def num_parameters(self) -> int:
+    def count_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -514,19 +520,19 @@ class LanguageModel(nn.Module):
         Raises RuntimeError where a name or a shape is not this model's.
         """
         tensors = load(content)
-        for name, tensor in self.vocabulary_tensors().items():
+        for name, tensor in self.get_vocab_tensors().items():
             rows = tensors.get(name)
             if rows is not None and rows.size(0) < self.vocab_size:
                 tensors[name] = torch.cat((rows, tensor[rows.size(0) :].to(rows)))
         self.load_state_dict(tensors)
 
-    def vocabulary_tensors(self) -> dict[str, Tensor]:
+    def get_vocab_tensors(self) -> dict[str, Tensor]:
         """The weights that have a row for each token, `(V, C)`."""
         names = ("token_embedding.weight", "head.weight")
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
 
-def gpt2_deviation(name: str, parameter: Tensor, config: ModelConfig) -> float:
+def get_gpt2_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     """GPT-2's first weights: 0.02, and less at the end of each of the 2 L residual branches.
 
     Scaling by 1 / sqrt(2 L) keeps the variance of the branches' sum that of one.
@@ -534,7 +540,7 @@ def gpt2_deviation(name: str, parameter: Tensor, config: ModelConfig) -> float:
     return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02
 
 
-def modern_deviation(name: str, parameter: Tensor, config: ModelConfig) -> float:
+def get_modern_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     """The first weights of `modern`: what ends a branch, and a head of its own, begin at zero.
 
     So the first steps see the tokens alone (arxiv.org/abs/2203.03466 has the reasons), and what

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import is_sharded, part, sharded_as, total, whole
+from distributed import gather_full_tensor, is_sharded, reduce_norm, shard_like, to_local
 from model import LanguageModel
 from parameters import ModelConfig
 
@@ -27,7 +27,7 @@ def create_optimizer(
     AdamW (arxiv.org/abs/1711.05101) has its fused form where the device has one. `dtype` is what
     Muon computes in.
     """
-    matrices = model.block_matrices() if config.optimizer == "muon" else {}
+    matrices = model.get_block_matrices() if config.optimizer == "muon" else {}
     others = [p for name, p in model.named_parameters() if name not in matrices]
     decayed = {"weight_decay": config.weight_decay}
     groups = [
@@ -105,39 +105,39 @@ class Muon(torch.optim.Optimizer):
         if not stacked:
             return
         matrices = list(stacked)
-        gradients = [part(p.grad) for p in matrices]
-        means = [part(mean) for mean in self._states("momentum", matrices)]
+        gradients = [to_local(p.grad) for p in matrices]
+        means = [to_local(mean) for mean in self._states("momentum", matrices)]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
-        torch._foreach_mul_([part(p) for p in matrices], 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(
+            [to_local(p) for p in matrices], 1 - group["lr"] * group["weight_decay"]
+        )
         # What is sharded is made whole for this: all rows of a matrix have a say in each other.
-        ahead = [whole(change, p) for p, change in zip(matrices, ahead, strict=True)]
+        ahead = [gather_full_tensor(change, p) for p, change in zip(matrices, ahead, strict=True)]
         targets = [torch.zeros(p.shape, device=p.device) if is_sharded(p) else p for p in matrices]
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for target, number, change in zip(targets, stacked.values(), ahead, strict=True):
             for pair in zip(target.chunk(number), change.chunk(number), strict=True):
                 by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
         for pairs in by_shape.values():
-            changes = torch.stack([flat(change) for _, change in pairs])
-            for (matrix, _), change in zip(
-                pairs, orthogonalised(changes, self._dtype), strict=True
-            ):
+            changes = torch.stack([as_wide(change) for _, change in pairs])
+            for (matrix, _), change in zip(pairs, orthogonalize(changes, self._dtype), strict=True):
                 # So that the change of an output is as large whatever the matrix's shape.
                 outputs, inputs = matrix.shape
                 rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
-                flat(matrix).add_(change, alpha=-rate)
+                as_wide(matrix).add_(change, alpha=-rate)
         for p, target in zip(matrices, targets, strict=True):
             if is_sharded(p):
-                part(p).add_(part(sharded_as(target, p)))
+                to_local(p).add_(to_local(shard_like(target, p)))
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         """Update by PyTorch's AdamW."""
         parameters = [p for p in group["params"] if p.grad is not None]
         adamw(
-            [part(p) for p in parameters],
-            [part(p.grad) for p in parameters],
-            [part(mean) for mean in self._states("exp_avg", parameters)],
-            [part(mean) for mean in self._states("exp_avg_sq", parameters)],
+            [to_local(p) for p in parameters],
+            [to_local(p.grad) for p in parameters],
+            [to_local(mean) for mean in self._states("exp_avg", parameters)],
+            [to_local(mean) for mean in self._states("exp_avg_sq", parameters)],
             [],
             self._states("step", parameters),
             fused=group["fused"],
@@ -159,12 +159,12 @@ class Muon(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
 
-def flat(matrix: Tensor) -> Tensor:
+def as_wide(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose: whichever has no more rows than columns."""
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
-def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix near 1, `(N, rows, columns)`, by Newton and Schulz.
 
     Five iterations bring them to between 0.7 and 1.2, which is as good as 1 to an optimizer. Of
@@ -213,10 +213,10 @@ def clip_gradients(model: nn.Module, longest: float) -> Tensor:
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, grad_norm)
-    return total(grad_norm)
+    return reduce_norm(grad_norm)
 
 
-def update(
+def apply_update(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int, config: ModelConfig
 ) -> None:
     """Apply the gradients that are there, at the learning rate of `step`.

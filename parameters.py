@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-LARGEST = 2**31 - 1  # of any count: what is larger is a slip of the finger
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
+MAX_COUNT = 2**31 - 1  # of any count: what is larger is a slip of the finger
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
@@ -246,7 +246,7 @@ class Run(Settings):
     """Where token stores, standard input and the sample corpus are kept. null: the user's cache."""
 
 
-class Beginning(Settings):
+class Initialization(Settings):
     """What a new model begins with. Resuming is a flag of its own: --resume."""
 
     init_from: str | None = Field(default=None, min_length=1)
@@ -255,7 +255,7 @@ class Beginning(Settings):
 
 GROUPS: dict[str, type[Settings]] = {
     group.__name__.lower(): group
-    for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Beginning, Run)
+    for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Initialization, Run)
 }
 ALIASES = {"input_file": "data"}
 # What an architecture takes for a setting that is null.
@@ -266,7 +266,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 
 
-class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Architecture):
+class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
 
     @model_validator(mode="before")
@@ -282,7 +282,7 @@ class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Arc
     def _no_conflicts(self, info: ValidationInfo) -> "ModelConfig":
         # One layer of a configuration is checked on its own; its values meet the others' later.
         if not (info.context and info.context.get("one_layer")):
-            if problems := [problem for _, problem in conflicts(self.model_dump())]:
+            if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
                 raise ValueError("; ".join(problems))
             # Settled here, and not among `model_fields_set`: nobody has set them.
             own = ARCHITECTURES[self.architecture].items()
@@ -290,7 +290,7 @@ class ModelConfig(Run, Beginning, Tracking, Runtime, Saving, Training, Data, Arc
         return self
 
 
-def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (settings, problem) for legal values that do not go together.
 
     `values` may lack settings that were already found wrong; rules about them are skipped.
@@ -340,7 +340,7 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         )
 
 
-def json_schema() -> dict[str, Any]:
+def build_json_schema() -> dict[str, Any]:
     """The JSON Schema of a configuration file, for editors."""
     schema = ModelConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -355,4 +355,4 @@ def json_schema() -> dict[str, Any]:
 if __name__ == "__main__":
     import json
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(build_json_schema(), indent=2, ensure_ascii=False))

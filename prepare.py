@@ -16,49 +16,56 @@ from typing import Any
 import torch
 
 from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, read_state
-from callbacks import Best, Maker, describe_makers
-from checkpoint import load_tokenizer, load_training, load_weights
-from config import CHECKOUT, LoadedConfig, as_of_now
-from corpus import absolute
+from callbacks import Best, CallbackFactory, describe_callbacks
+from checkpoint import load_tokenizer, load_weights, restore_training_state
+from config import CHECKOUT, LoadedConfig, upgrade_settings
+from corpus import resolve_data_path
 from data import (
     Dataset,
     count_windows,
+    format_char_counts,
     get_batch,
-    listed_characters,
-    load_data,
-    micro_batches,
+    load_dataset,
+    split_micro_batches,
 )
-from distributed import ALONE, World, check_alike, seed_of, shard, shared
+from distributed import (
+    SINGLE_PROCESS,
+    World,
+    check_same_settings,
+    derive_seed,
+    shard_model,
+    wrap_ddp,
+)
 from model import LanguageModel
 from optim import create_optimizer, learning_rate_at
 from parameters import ModelConfig
 from start import (
-    Start,
+    ResumePlan,
     check_not_stopped_early,
     check_rerun,
     check_steps_left,
-    kept_checkpoint,
-    read_contents,
-    start_of,
+    find_kept_checkpoint,
+    plan_from_config,
+    read_start_bundle,
 )
 from step import Setup, estimate_loss, training_step
 from store import SPLITS
 from utils.device import (
     DTYPES,
-    Compiled,
+    CompileResult,
     autocast,
     choose_backend,
     choose_device,
     choose_precision,
     compile_model,
     describe_device,
-    peak_memory,
-    processor_name,
+    get_peak_memory,
+    get_processor_name,
     set_tf32,
     synchronize,
 )
 from utils.errors import UserError
-from utils.output import Output, plural
+from utils.output import Output, pluralize
 from utils.ranks import Ranks
 from utils.run_manager import MetadataCapture, RunDirectory, RunDirectoryCreator, RunIDGenerator
 from utils.tracking.aim import require_aim
@@ -70,10 +77,10 @@ MINUTES_WORTH_COMPILING = 4.0
 def set_up(
     config: ModelConfig,
     loaded: LoadedConfig | None = None,
-    start: Start | None = None,
-    callbacks: Mapping[str, Maker] | None = None,
+    start: ResumePlan | None = None,
+    callbacks: Mapping[str, CallbackFactory] | None = None,
     *,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     cache: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> Setup:
@@ -84,16 +91,16 @@ def set_up(
 
     Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
-    start = start or start_of(config)
-    check_alike(world, (config, start.bundle and start.bundle.state))
+    start = start or plan_from_config(config)
+    check_same_settings(world, (config, start.bundle and start.bundle.state))
     check_steps_left(config, start)
     if config.aim_logging:
         require_aim(config)
     device = open_device(config)
     sources = dict(loaded.sources) if loaded else sources_in_code(config)
-    bundle = read_contents(start)
-    data = world.on_each(
-        lambda: load_data(
+    bundle = read_start_bundle(start)
+    data = world.run_on_all_ranks(
+        lambda: load_dataset(
             config,
             tokenizer=load_tokenizer(bundle) if bundle else None,
             may_extend=not start.is_resume,
@@ -120,7 +127,7 @@ def open_device(config: ModelConfig) -> torch.device:
     """The device, with the CPU threads and TF32 that the settings say. Raises `UserError`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = choose_device(config.device, Ranks.of_environment())
+    device = choose_device(config.device, Ranks.from_environment())
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # what PyTorch puts there by itself goes there too
     set_tf32(device, config.precision)
@@ -138,10 +145,10 @@ def create_setup(
     sources: dict[str, str],
     data: Dataset,
     device: torch.device,
-    start: Start,
+    start: ResumePlan,
     bundle: Bundle | None = None,
     tell: Callable[[str], None] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Setup:
     """A model and its optimizer as `start` says; new weights are those of the seed, anywhere.
 
@@ -154,16 +161,18 @@ def create_setup(
     if bundle is not None:
         load_weights(bundle, model)
     if world.size > 1 and config.parallel == "fsdp":
-        shard(model, device)
+        shard_model(model, device)
     model.to(device)
     if world.rank > 0:  # each process drops out other activations
-        torch.manual_seed(seed_of(config.seed, world.rank, start.step))
+        torch.manual_seed(derive_seed(config.seed, world.rank, start.step))
     precision = choose_precision(config.precision, device)
     optimizer = create_optimizer(model, config, DTYPES[precision])
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     learner, compiled = create_learner(model, data, config, device, tell, world)
     if bundle is not None and start.is_resume and not start.reset_optimizer:
-        load_training(bundle, model, optimizer, scaler, world)  # dropout's generator among it
+        restore_training_state(
+            bundle, model, optimizer, scaler, world
+        )  # dropout's generator among it
     return Setup(
         config=config,
         sources=sources,
@@ -186,8 +195,8 @@ def create_learner(
     config: ModelConfig,
     device: torch.device,
     tell: Callable[[str], None] | None = None,
-    world: World = ALONE,
-) -> tuple[Callable, Compiled]:
+    world: World = SINGLE_PROCESS,
+) -> tuple[Callable, CompileResult]:
     """What a step calls: the model, compiled where the settings say so and where that works.
 
     Of several processes each compiles its own, and what a step calls shares their gradients.
@@ -195,9 +204,9 @@ def create_learner(
     Raises `UserError` where it does not work and was asked for.
     """
     if world.size > 1 and config.parallel == "fsdp":
-        return model, Compiled("off", "parallel is fsdp")
+        return model, CompileResult("off", "parallel is fsdp")
     tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-    operations = 6.0 * model.num_parameters() * tokens  # forward and backward, about
+    operations = 6.0 * model.count_parameters() * tokens  # forward and backward, about
     if config.max_minutes is not None and config.max_minutes < MINUTES_WORTH_COMPILING:
         operations = 0.0
     wanted = choose_backend(config.torch_compile, config.compile_backend, device, operations)
@@ -207,7 +216,7 @@ def create_learner(
     def probe(learner: Callable) -> None:
         """Go forward and back once with each shape of a step."""
         sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
-        mine = micro_batches(config, world.rows(config.batch_size))
+        mine = split_micro_batches(config, world.get_rows(config.batch_size))
         shapes = {rows.stop - rows.start: rows for rows in mine}
         for rows in shapes.values():
             batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
@@ -218,7 +227,7 @@ def create_learner(
         model.zero_grad()
 
     learner, compiled = compile_model(model, wanted, config.torch_compile, probe)
-    return shared(learner, device, world), compiled
+    return wrap_ddp(learner, device, world), compiled
 
 
 def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
@@ -230,18 +239,21 @@ def bring_best(setup: Setup, run: RunDirectory, output: Output) -> Best:
     if not start.is_resume or start.bundle.state.best_val_loss is None:
         return Best()
     state, config = start.bundle.state, setup.config
-    since = state.fact("evaluations_since_best") or 0
-    best = Best(state.fact("best_step"), state.best_val_loss, since)
+    since = state.get_fact("evaluations_since_best") or 0
+    best = Best(state.get_fact("best_step"), state.best_val_loss, since)
     is_comparable = measures_alike(config, setup.data, setup.precision, state)
     earlier = start.continued_run or Path(config.runs_dir) / str(state.run_id)
-    for place in (RunDirectory(earlier).export, RunDirectory(earlier).checkpoint(best.step or 0)):
+    for place in (
+        RunDirectory(earlier).export,
+        RunDirectory(earlier).get_checkpoint(best.step or 0),
+    ):
         if is_comparable and is_bundle(place):
             with contextlib.suppress(UserError):  # damaged, or removed by its own run meanwhile
                 if read_state(place).step == best.step:
                     copy_bundle(place, run.export, with_optimizer=False)
                     return best
     why = "is not at hand" if is_comparable else "was measured in another way"
-    output.line(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
+    output.print(f"Note: the best model so far (step {best.step}) {why}: the best counts anew\n")
     return Best()
 
 
@@ -250,16 +262,20 @@ def measures_alike(
 ) -> bool:
     """Whether the val losses of a run of `config` compare with those of `state`."""
     measure = ("eval_iters", "train_split", "test_split", "split_by", "on_new_chars")
-    recorded = as_of_now(state.settings)
+    recorded = upgrade_settings(state.settings)
     return (
-        data.sha256 == state.fact("data_sha256")
-        and precision == (state.fact("computed_in") or "fp32")
+        data.sha256 == state.get_fact("data_sha256")
+        and precision == (state.get_fact("computed_in") or "fp32")
         and all(recorded.get(name) == getattr(config, name) for name in measure)
     )
 
 
 def settle_length(
-    config: ModelConfig, data: Dataset, device: torch.device, start: Start, world: World = ALONE
+    config: ModelConfig,
+    data: Dataset,
+    device: torch.device,
+    start: ResumePlan,
+    world: World = SINGLE_PROCESS,
 ) -> tuple[ModelConfig, str]:
     """Turn `epochs` or `max_minutes` into `max_iters`, and name the setting that decided.
 
@@ -274,7 +290,7 @@ def settle_length(
         return config.model_copy(update=settled), "epochs"
     assert config.max_minutes is not None
     speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device, world)
-    seconds = world.on_main(lambda: speed.seconds_per_step_with_evaluation)
+    seconds = world.broadcast_from_main(lambda: speed.seconds_per_step_with_evaluation)
     more = max(1, int(config.max_minutes * 60 / seconds))
     settled = {"max_iters": start.step + more, "max_minutes": None}
     return config.model_copy(update=settled), "max_minutes"
@@ -287,7 +303,7 @@ class Speed:
     step: float
     evaluation: float
     steps_between_evaluations: float
-    peak_memory: int | None
+    get_peak_memory: int | None
 
     @property
     def seconds_per_step_with_evaluation(self) -> float:
@@ -296,24 +312,24 @@ class Speed:
 
 
 def measure_speed(
-    config: ModelConfig, data: Dataset, device: torch.device, world: World = ALONE
+    config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
 ) -> Speed:
     """Time real steps, and a part of an evaluation, of a model that is thrown away."""
-    setup = create_setup(config, {}, data, device, Start(), world=world)
+    setup = create_setup(config, {}, data, device, ResumePlan(), world=world)
     seconds: list[float] = []
     began = time.perf_counter()
 
     def has_time() -> bool:
         return len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5)
 
-    while world.on_main(has_time):
+    while world.broadcast_from_main(has_time):
         start = time.perf_counter()
         training_step(setup, len(seconds))
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     step = sorted(seconds[1:])[len(seconds[1:]) // 2]  # the first one warms up
     evaluation = time_evaluation(setup)
-    return Speed(step, evaluation, config.eval_interval or math.inf, peak_memory(device))
+    return Speed(step, evaluation, config.eval_interval or math.inf, get_peak_memory(device))
 
 
 def time_evaluation(setup: Setup) -> float:
@@ -343,19 +359,19 @@ def open_run(
     run_id = RunIDGenerator.generate(setup.start.run_tag)
     run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
     output.record_to(run.console)
-    output.line(banner(setup, loaded))
-    output.line(f"Run    {run.path}\n")
+    output.print(banner(setup, loaded))
+    output.print(f"Run    {run.path}\n")
     if warning := other_text(setup):
-        output.warning(warning)
+        output.print_warning(warning)
     if note := callbacks_missing(setup, loaded):
-        output.line(note)
+        output.print(note)
     if note := computed_otherwise(setup):
-        output.line(note)
+        output.print(note)
     if setup.compiled.fell_back:
-        output.line(f"Note: trained without torch.compile: {setup.compiled.reason}\n")
+        output.print(f"Note: trained without torch.compile: {setup.compiled.reason}\n")
     if config.warmup_iters > config.max_iters:
         reached = learning_rate_at(config.max_iters - 1, config)
-        output.line(
+        output.print(
             f"Note: the run ends within its warm-up of {config.warmup_iters} steps, at a learning "
             f"rate of {reached:g}; lower warmup_iters to learn faster\n"
         )
@@ -377,12 +393,12 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
             "run_id": start.bundle.state.run_id,
             "step": start.step,
             "weights_sha256": start.bundle.state.files[WEIGHTS_FILE],
-            "path": str(kept_checkpoint(start, Path(setup.config.runs_dir)).resolve()),
+            "path": str(find_kept_checkpoint(start, Path(setup.config.runs_dir)).resolve()),
         }
     return {
         "run_id": run_id,
         "argv": list(argv),
-        "callbacks": describe_makers(setup.callbacks),
+        "callbacks": describe_callbacks(setup.callbacks),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "resumed_from": resumed_from,
         "model_name": start.named_model.name if start.named_model else None,
@@ -393,7 +409,7 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
             "tokens": data.num_tokens,
             "vocab_size": data.tokenizer.vocab_size,
         },
-        "parameters": setup.model.num_parameters(),
+        "parameters": setup.model.count_parameters(),
         "device": str(setup.device),
         "processes": setup.world.size,
         "threads": torch.get_num_threads(),
@@ -405,7 +421,7 @@ def run_record(setup: Setup, run_id: str, argv: Sequence[str]) -> dict[str, Any]
 
 def recorded_path(data: Dataset) -> str | None:
     """The text's whole path, so that a record serves from any directory."""
-    return data.path and absolute(data.path)
+    return data.path and resolve_data_path(data.path)
 
 
 def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
@@ -418,13 +434,13 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
         how += f", {setup.world.size} processes ({config.parallel})"
     unit = data.tokenizer.unit
     lines = [
-        f"Model  {setup.model.num_parameters():,} parameters: {plural(config.n_layer, 'layer')}, "
-        f"{plural(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}",
+        f"Model  {setup.model.count_parameters():,} parameters: {pluralize(config.n_layer, 'layer')}, "
+        f"{pluralize(config.n_head, 'head')}, {config.n_embd} channels, context {config.block_size}",
         f"Text   {data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
         f"{data.tokenizer.num_tokens:,} different",
     ]
     if data.left_out:
-        lines.append(f"       left out: {listed_characters(data.left_out)}")
+        lines.append(f"       left out: {format_char_counts(data.left_out)}")
     if start.is_resume:
         lines.append(
             f"Resume {start.bundle.path}, step {start.step:,}"
@@ -435,7 +451,7 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
         lines.append(f"Parent {start.bundle.path}, step {start.bundle.state.step:,}")
         added = data.tokenizer.num_tokens - start.bundle.vocab_size
         if data.tokenizer.token_kind == "char" and added:
-            lines.append(f"       {plural(added, 'character')} added to its vocabulary")
+            lines.append(f"       {pluralize(added, 'character')} added to its vocabulary")
     if start.named_model is not None:
         lines.append(f"Name   {start.named_model}")
     since = f"{start.step:,} to " if start.step else ""
@@ -450,7 +466,7 @@ def banner(setup: Setup, loaded: LoadedConfig | None = None) -> str:
 def other_text(setup: Setup) -> str | None:
     """A warning, where a model goes on with another text than the one it was trained on."""
     start, data = setup.start, setup.data
-    known = start.bundle.state.fact("data_sha256") if start.is_resume else None
+    known = start.bundle.state.get_fact("data_sha256") if start.is_resume else None
     if known is None or known == data.sha256:
         return None
     before = start.bundle.state.settings.get("data") or "the sample corpus"
@@ -465,18 +481,18 @@ def computed_otherwise(setup: Setup) -> str | None:
     if not setup.start.is_resume:
         return None
     state = setup.start.bundle.state
-    if state.fact("compiled_by") is None:  # an older model does not say how
+    if state.get_fact("compiled_by") is None:  # an older model does not say how
         return None
 
     def described(precision: str, mode: str, size: int) -> list[str]:
         return [
             f"in {precision}",
             f"with torch.compile {mode}",
-            f"by {plural(size, 'process', 'processes')}",
+            f"by {pluralize(size, 'process', 'processes')}",
         ]
 
-    known = (state.fact("computed_in") or "fp32", state.fact("compiled_by"))
-    before = described(*known, state.fact("processes") or 1)
+    known = (state.get_fact("computed_in") or "fp32", state.get_fact("compiled_by"))
+    before = described(*known, state.get_fact("processes") or 1)
     now = described(setup.precision, setup.compiled.mode, setup.world.size)
     pairs = [pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]]
     if not pairs:
@@ -508,7 +524,7 @@ def machine_record(device: torch.device) -> dict[str, str]:
     """What torch knows of the machine, for env.txt."""
     return {
         "device": describe_device(device),
-        "processor": processor_name(),
+        "processor": get_processor_name(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parameters import ALIASES, GROUPS, ModelConfig
-from start import plan
+from start import plan_run
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
@@ -46,14 +46,14 @@ def main(argv: Sequence[str]) -> int:
         problems.append(f"--chrome-trace {trace} is not a file in a directory that exists")
     if problems:
         raise UserError(*problems)
-    loaded, start = plan(flags, actions.get("config"), problems)
+    loaded, start = plan_run(flags, actions.get("config"), problems)
 
     # Only here is torch imported: the rest of this file, as a module.
     from profile_model import as_json, described, profile_inference, profile_training
 
     profile = profile_inference if "inference" in actions else profile_training
     report = profile(loaded.config, int(steps), trace, start)
-    Output().line(as_json(report) if "json" in actions else described(report))
+    Output().print(as_json(report) if "json" in actions else described(report))
     return 0
 
 
@@ -83,12 +83,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import Best
 from checkpoint import load_tokenizer
-from data import load_data
-from model import KeyValueCache
+from data import load_dataset
+from model import KVCache
 from optim import learning_rate_at
 from prepare import create_setup, open_device, time_evaluation
-from sampling import Sampling
-from start import Start, read_contents
+from sampling import SamplingParams
+from start import ResumePlan, read_start_bundle
 from step import PHASES, Setup, training_step
 from train import (
     SAMPLE_TOKENS,
@@ -99,10 +99,10 @@ from train import (
     training_state,
     weights_and_gradients,
 )
-from utils.device import DTYPES, describe_device, peak_memory, synchronize
-from utils.output import aligned, byte_size
+from utils.device import DTYPES, describe_device, get_peak_memory, synchronize
+from utils.output import align_columns, format_bytes
 from utils.run_manager import RunDirectory, RunDirectoryCreator, write_full_config
-from utils.tracking.run_log import RunLog
+from utils.tracking.run_log import RunLogger
 
 LABELS = (*PHASES, "logging")  # of what is timed in a step
 WARM_UP = 5  # steps
@@ -181,7 +181,7 @@ class Report:
     torch_compile: str
     parameters: int
     first_call: float
-    peak_memory: int | None
+    get_peak_memory: int | None
     peak_flops_per_second: float
     sections: list[Section]
     periodic: list[PeriodicWork]
@@ -228,7 +228,7 @@ Work = Callable[[Setup, Phase], None]
 
 
 def profile_training(
-    config: ModelConfig, steps: int, trace: Path | None = None, start: Start | None = None
+    config: ModelConfig, steps: int, trace: Path | None = None, start: ResumePlan | None = None
 ) -> Report:
     """Measure `steps` steps of training, and what stands between them in a run.
 
@@ -252,7 +252,9 @@ def profile_training(
                 number = next(numbers)
                 loss, grad_norm = training_step(setup, number, phase)
                 with phase("logging"):
-                    log.step(number + 1, loss, grad_norm, learning_rate_at(number, setup.config))
+                    log.log_step(
+                        number + 1, loss, grad_norm, learning_rate_at(number, setup.config)
+                    )
 
             tokens = config.batch_size * config.block_size
             title = f"Training: {config.batch_size} x {config.block_size} tokens a step"
@@ -262,7 +264,7 @@ def profile_training(
 
 
 def profile_inference(
-    config: ModelConfig, steps: int, trace: Path | None = None, start: Start | None = None
+    config: ModelConfig, steps: int, trace: Path | None = None, start: ResumePlan | None = None
 ) -> Report:
     """Measure reading a prompt of `block_size` tokens, and each token written after it.
 
@@ -273,15 +275,15 @@ def profile_inference(
         setup = _set_up(config, start)
         model = setup.model.eval()
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
-        draw, cache = torch.zeros(1, 1, device=setup.device), KeyValueCache(model, 1)
+        draw, cache = torch.zeros(1, 1, device=setup.device), KVCache(model, 1)
 
         @torch.inference_mode()
         def prefill(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt, cache.positions, cache, draw, Sampling())
+            model.decode(prompt, cache.positions, cache, draw, SamplingParams())
 
         @torch.inference_mode()
         def decode(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, Sampling())
+            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, SamplingParams())
 
         first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
         length = config.block_size
@@ -295,15 +297,15 @@ def profile_inference(
         return _report(setup, first_call, sections, [])
 
 
-def _set_up(config: ModelConfig, start: Start | None) -> Setup:
+def _set_up(config: ModelConfig, start: ResumePlan | None) -> Setup:
     """A new model of these settings, and all that trains it, with the vocabulary of `start`."""
     settled = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
     config = config.model_copy(update=settled)
     device = open_device(config)
-    bundle = read_contents(start or Start())
+    bundle = read_start_bundle(start or ResumePlan())
     tokenizer = load_tokenizer(bundle) if bundle else None
-    data = load_data(config, tokenizer=tokenizer, may_extend=True)
-    return create_setup(config, {}, data, device, Start())
+    data = load_dataset(config, tokenizer=tokenizer, may_extend=True)
+    return create_setup(config, {}, data, device, ResumePlan())
 
 
 def _section(
@@ -345,14 +347,16 @@ def _seconds(setup: Setup, call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _periodic_work(setup: Setup, run: RunDirectory, log: RunLog, step: float) -> list[PeriodicWork]:
+def _periodic_work(
+    setup: Setup, run: RunDirectory, log: RunLogger, step: float
+) -> list[PeriodicWork]:
     """Time once what a run does between its steps of `step` seconds, and its share of the run."""
     config, model = setup.config, setup.model
     checkpoints = open_checkpoints(setup, run)
     state = training_state(setup, run, 1, None, Best())
     evaluation = time_evaluation(setup)
     checkpoint = _seconds(setup, lambda: checkpoints.save(state))
-    histograms = _seconds(setup, lambda: log.histograms(1, weights_and_gradients(model)))
+    histograms = _seconds(setup, lambda: log.log_histograms(1, weights_and_gradients(model)))
     text = _seconds(setup, lambda: sample(model, setup.data, config, SAMPLE_TOKENS))
     rows = (
         ("evaluation", evaluation, config.eval_interval),
@@ -386,7 +390,7 @@ def _flops(setup: Setup, work: Work) -> int:
     not know the CPU's fused attention, nor what a compiler makes of it.
     """
     config = setup.config.model_copy(update={"torch_compile": "off"})
-    plain = create_setup(config, {}, setup.data, setup.device, Start())
+    plain = create_setup(config, {}, setup.data, setup.device, ResumePlan())
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         work(plain, contextlib.nullcontext)
@@ -400,9 +404,9 @@ def _report(
         device=describe_device(setup.device),
         precision=setup.precision,
         torch_compile=setup.compiled.mode,
-        parameters=setup.model.num_parameters(),
+        parameters=setup.model.count_parameters(),
         first_call=first_call,
-        peak_memory=peak_memory(setup.device),
+        peak_memory=get_peak_memory(setup.device),
         peak_flops_per_second=matrix_product_peak(setup.device, DTYPES[setup.precision]),
         sections=sections,
         periodic=periodic,
@@ -496,7 +500,7 @@ def as_json(report: Report) -> str:
 
 def described(report: Report) -> str:
     """The report for people."""
-    memory = byte_size(report.peak_memory) if report.peak_memory else "unknown"
+    memory = format_bytes(report.peak_memory) if report.peak_memory else "unknown"
     whose = "the process's" if report.device.startswith("CPU") else "the device's"
     lines = [
         f"Device  {report.device}, {report.precision}, torch.compile {report.torch_compile}; "
@@ -519,7 +523,7 @@ def described(report: Report) -> str:
             )
             for each in report.periodic
         ]
-        lines += ["", aligned(rows, right=(1, 2, 3))]
+        lines += ["", align_columns(rows, right=(1, 2, 3))]
     return "\n".join(lines)
 
 
@@ -548,7 +552,7 @@ def _described_section(section: Section, peak: float) -> Iterator[str]:
             )
             for phase in section.phases
         ]
-        yield "\n" + aligned(rows, right=(1, 2, 3, 4))
+        yield "\n" + align_columns(rows, right=(1, 2, 3, 4))
     for title, operators in (
         ("category of operators", section.categories),
         ("operator", section.operators),
@@ -558,4 +562,4 @@ def _described_section(section: Section, peak: float) -> Iterator[str]:
             (each.name, f"{each.seconds * 1000:.2f}", f"{each.calls:g}", f"{each.share * 100:.1f}")
             for each in operators
         ]
-        yield "\n" + aligned(rows, right=(1, 2, 3))
+        yield "\n" + align_columns(rows, right=(1, 2, 3))

@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bundle import Ancestor, find_directory, is_run, run_of, runs_in
+from bundle import Ancestor, find_directory, find_run_of, is_run, list_runs
 from parameters import GROUPS, ModelConfig, Settings
-from utils.charts import Line, Point, line_chart
-from utils.checks import as_written
+from utils.charts import Line, Point, draw_line_chart
+from utils.checks import format_value
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.metrics import metric, tag_of
-from utils.output import Output, duration, plural, run_command
+from utils.metrics import get_metric, get_tag
+from utils.output import Output, format_duration, pluralize, run_command
 from utils.run_manager import RunDirectory, read_git_record, read_record
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -68,13 +68,13 @@ def main(argv: Sequence[str]) -> int:
         write_report(target, runs)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
-    Output().line(str(target))
+    Output().print(str(target))
     return 0
 
 
 def _find_run(reference: str, runs_dir: Path) -> Path:
     if reference == "last":
-        if not (runs := runs_in(runs_dir)):
+        if not (runs := list_runs(runs_dir)):
             raise UserError(f"no run in {runs_dir} yet")
         return runs[0]
     run = find_directory(reference, runs_dir, runs_dir)
@@ -103,8 +103,8 @@ def write_report(target: Path, runs: Sequence[Path]) -> None:
         "count": lambda value: "–" if value is None else f"{value:,}",
         "loss": lambda value: "–" if value is None else f"{value:.4f}",
         "bits": lambda value: "–" if value is None else f"{value:.3f}",
-        "duration": lambda value: "–" if value is None else duration(value),
-        "written": lambda value: as_written(value).strip('"'),
+        "duration": lambda value: "–" if value is None else format_duration(value),
+        "written": lambda value: format_value(value).strip('"'),
     }
     pages = [read_run(path) for path in runs]
     if len(pages) == 1:
@@ -118,9 +118,9 @@ def write_report(target: Path, runs: Sequence[Path]) -> None:
 # ----------------------------------------------------------------------------------------------
 # What a run's files tell
 
-TRAIN, VAL = tag_of("eval_loss", "train"), tag_of("eval_loss", "val")
-VAL_BITS, STEP_LOSS = tag_of("bits_per_byte", "val"), tag_of("loss", "train")
-SPEED = tag_of("tokens_per_second", "train")
+TRAIN, VAL = get_tag("eval_loss", "train"), get_tag("eval_loss", "val")
+VAL_BITS, STEP_LOSS = get_tag("bits_per_byte", "val"), get_tag("loss", "train")
+SPEED = get_tag("tokens_per_second", "train")
 
 
 class _Facts(BaseModel):
@@ -240,7 +240,7 @@ class Run:
     def ended(self) -> str:
         """How far it came, and why no further."""
         of = self.config.get("max_iters")
-        done = plural(self.last_step, "step")
+        done = pluralize(self.last_step, "step")
         if isinstance(of, int) and self.last_step < of:
             done += f" of {of:,}"
         if self.result is None:
@@ -306,7 +306,7 @@ def _training_lines(
     if before is None:
         return lines, []
     beside = path.resolve().parent / str(before.run_id)
-    earlier = (beside if is_run(beside) else run_of(Path(before.path)) or beside).resolve()
+    earlier = (beside if is_run(beside) else find_run_of(Path(before.path)) or beside).resolve()
     if earlier in seen or not is_run(earlier):
         return lines, []
     try:
@@ -370,16 +370,18 @@ def page_of(run: Run) -> dict[str, Any]:
         Line("val", _points(run.evaluations, VAL), 2),
         Line("train", _points(run.evaluations, TRAIN), 1, dashed=True),
     ]
-    rate, norm = tag_of("learning_rate", "train"), tag_of("grad_norm", "train")
+    rate, norm = get_tag("learning_rate", "train"), get_tag("grad_norm", "train")
     small = (
         ("Learning rate", Line("learning rate", _points(run.steps, rate), 1, noisy=True)),
         ("Gradient norm", Line("gradient norm", _points(run.steps, norm), 1, noisy=True)),
         ("Tokens per second", Line("tokens/s", _changes(_points(run.steps, SPEED)), 1)),
     )
-    loss = line_chart(losses, title="Loss", x_label="step", height=380, logarithmic=True, mark=best)
+    loss = draw_line_chart(
+        losses, title="Loss", x_label="step", height=380, logarithmic=True, mark=best
+    )
     return {
         "run": run,
-        "unit": metric("eval_loss").unit,
+        "unit": get_metric("eval_loss").unit,
         "command": shlex.join(["python", "train.py", *run.facts.argv]),
         "settings": settings_of(run),
         "details": [
@@ -390,7 +392,7 @@ def page_of(run: Run) -> dict[str, Any]:
         "loss": loss,
         "loss_lines": losses,
         "small_charts": [
-            (title, line_chart([line], title=title, x_label="step", width=340, height=220))
+            (title, draw_line_chart([line], title=title, x_label="step", width=340, height=220))
             for title, line in small
         ],
     }
@@ -431,10 +433,10 @@ def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
     )
     return {
         "rows": list(zip(by_step, runs, strict=True)),
-        "unit": metric("eval_loss").unit,
+        "unit": get_metric("eval_loss").unit,
         "differences": differences(runs),
         "charts": [
-            (title, line_chart(lines, title=title, x_label=x, logarithmic=True))
+            (title, draw_line_chart(lines, title=title, x_label=x, logarithmic=True))
             for title, x, lines in charts
         ],
     }

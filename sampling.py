@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose, in the order in which it is applied.
 
     Raises `UserError` for a value that means nothing.
@@ -38,12 +38,12 @@ class Sampling:
             raise UserError(f"sampling needs a {' and a '.join(wrong)}")
 
 
-AS_THE_MODEL_SAYS = Sampling()
-DRAWN_AT_ONCE = 1024
+DEFAULT_SAMPLING = SamplingParams()
+UNIFORMS_PER_BATCH = 1024
 
 
-def choose(
-    logits: Tensor, draw: Tensor, sampling: Sampling, seen: Tensor | None = None
+def sample_token(
+    logits: Tensor, draw: Tensor, sampling: SamplingParams, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row.
 
@@ -59,27 +59,27 @@ def choose(
     """
     log_probs = logits.log_softmax(dim=-1)
     if seen is not None:
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         token = logits.argmax(dim=-1, keepdim=True)
     else:
-        logits = divide_by_temperature(logits, sampling.temperature)
+        logits = apply_temperature(logits, sampling.temperature)
         if sampling.top_k is not None:
-            logits = keep_top_k(logits, sampling.top_k)
+            logits = filter_top_k(logits, sampling.top_k)
         if sampling.top_p < 1:
-            logits = keep_top_p(logits, sampling.top_p)
+            logits = filter_top_p(logits, sampling.top_p)
         if sampling.min_p > 0:
-            logits = keep_min_p(logits, sampling.min_p)
-        token = pick(logits.softmax(dim=-1), draw)
+            logits = filter_min_p(logits, sampling.min_p)
+        token = invert_cdf(logits.softmax(dim=-1), draw)
     return token, log_probs.gather(-1, token)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make what was `seen` less likely: arxiv.org/abs/1909.05858, section 4.1."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Below 1 the likely become likelier, above 1 all become alike.
 
     With the largest logit at 0 and the divisor above 0, a tiny temperature gives 0 or -inf to the
@@ -89,13 +89,13 @@ def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
+def filter_top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k likeliest, and what is as likely as the last of them; more than V means all."""
     smallest_kept = logits.topk(min(k, logits.size(-1))).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest_kept, -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def filter_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest likeliest that have the share p together (arxiv.org/abs/1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
@@ -105,12 +105,12 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(dropped, -math.inf)
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
+def filter_min_p(logits: Tensor, p: float) -> Tensor:
     """Keep what is at least p times as likely as the likeliest (arxiv.org/abs/2407.01082)."""
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
 
 
-def pick(probabilities: Tensor, draw: Tensor) -> Tensor:
+def invert_cdf(probabilities: Tensor, draw: Tensor) -> Tensor:
     """The token that `draw` falls on, where each has its share of [0, 1): `(B, 1)` int64.
 
     One number for each row, and no generator: so that a row never depends on its neighbours, nor
@@ -122,12 +122,12 @@ def pick(probabilities: Tensor, draw: Tensor) -> Tensor:
     return (reached <= target).sum(dim=-1, keepdim=True)
 
 
-def draws(seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Numbers in [0, 1) without end, `DRAWN_AT_ONCE` for each seed: `(DRAWN_AT_ONCE, B)`.
+def iter_uniforms(seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Numbers in [0, 1) without end, `UNIFORMS_PER_BATCH` for each seed: `(DRAWN_AT_ONCE, B)`.
 
     They are the seed's own, whatever the others and the device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
-        rows = [torch.rand(DRAWN_AT_ONCE, generator=generator) for generator in generators]
+        rows = [torch.rand(UNIFORMS_PER_BATCH, generator=generator) for generator in generators]
         yield torch.stack(rows, dim=1)

@@ -1,6 +1,6 @@
 """What a run begins with: new weights, a bundle to go on with, or a parent to fine-tune.
 
-`plan` turns a command's flags into settings and a `Start`. It reads small files alone, writes
+`plan_run` turns a command's flags into settings and a `ResumePlan`. It reads small files alone, writes
 nothing and needs no torch, so that a mistake is answered at once.
 """
 
@@ -21,27 +21,27 @@ from bundle import (
     Ancestor,
     Bundle,
     TrainingState,
-    checkpoints_in,
     find_directory,
+    find_run_of,
+    find_usable_bundle,
     has_model_files,
     is_bundle,
     is_run,
+    list_checkpoints,
+    list_runs,
     read_bundle,
     read_state,
-    run_of,
-    runs_in,
-    usable_bundle,
 )
-from config import ConfigLoader, LoadedConfig, SavedSettings, as_of_now
+from config import ConfigLoader, LoadedConfig, SavedSettings, upgrade_settings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import make_directory, remove_if_empty
-from utils.output import plural
+from utils.output import pluralize
 from utils.run_manager import RunDirectory, RunIDGenerator
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePlan:
     """What a run begins with.
 
     `bundle` is what it goes on with (`is_resume`) or is fine-tuned from; without one, the weights
@@ -68,7 +68,7 @@ class Start:
             return []
         state = self.bundle.state
         last = {"run_id": state.run_id, "step": state.step}
-        return [*(state.fact("previous_runs") or []), last]
+        return [*(state.get_fact("previous_runs") or []), last]
 
     @property
     def lineage(self) -> list[Ancestor]:
@@ -79,10 +79,10 @@ class Start:
         if self.is_resume:
             return state.lineage
         parent = Ancestor(
-            name=model_name_of(self.bundle),
+            name=get_model_name(self.bundle),
             step=state.step,
             weights_sha256=state.files[WEIGHTS_FILE],
-            data_sha256=state.fact("data_sha256"),
+            data_sha256=state.get_fact("data_sha256"),
             run_id=state.run_id,
         )
         return [parent, *state.lineage]
@@ -90,7 +90,7 @@ class Start:
     @property
     def continued_run(self) -> Path | None:
         """The directory of the run whose checkpoint this one goes on with."""
-        return run_of(self.bundle.path) if self.bundle and self.is_resume else None
+        return find_run_of(self.bundle.path) if self.bundle and self.is_resume else None
 
     @property
     def saved_settings(self) -> SavedSettings | None:
@@ -104,11 +104,11 @@ class Start:
             binding = frozenset(fixed) - {"dropout"}
             return SavedSettings(str(self.bundle.path), fixed, binding)
         fixed["batch_size"] = config.batch_size
-        values = {**as_of_now(state.settings), **fixed}
+        values = {**upgrade_settings(state.settings), **fixed}
         return SavedSettings(str(self.bundle.path), values, frozenset(fixed))
 
 
-def plan(
+def plan_run(
     flags: Mapping[str, Any] | None = None,
     config_file: str | None = None,
     problems: Sequence[str] = (),
@@ -117,7 +117,7 @@ def plan(
     overwrite: bool = False,
     reset_optimizer: bool = False,
     loader: ConfigLoader | None = None,
-) -> tuple[LoadedConfig, Start]:
+) -> tuple[LoadedConfig, ResumePlan]:
     """Settle what a run begins with, and all its settings.
 
     Args:
@@ -134,7 +134,7 @@ def plan(
     """
     flags = dict(flags or {})
     layers = (loader or ConfigLoader()).read(flags, config_file, problems)
-    start, more_problems = Start(), []
+    start, more_problems = ResumePlan(), []
     if resume is not None and resume != "auto" and flags.get("init_from"):
         more_problems.append("--resume goes on with a model, --init-from begins one: choose one")
     else:
@@ -158,7 +158,7 @@ def choose_start(
     resume: str | None = None,
     overwrite: bool = False,
     reset_optimizer: bool = False,
-) -> Start:
+) -> ResumePlan:
     """What a run with these settings begins with.
 
     `setting(name)` gives the settings that say where to look, `model_name`, `init_from` and so on,
@@ -179,7 +179,7 @@ def choose_start(
     parent = None
     if init_from is not None and (resume is None or resume == "auto"):
         found = find_directory(init_from, runs_dir, checkpoints_dir)
-        parent = read_bundle(usable_bundle(found))
+        parent = read_bundle(find_usable_bundle(found))
 
     there = named_model if exists and not overwrite else None
     if there is not None and init_from is not None and resume is None:
@@ -201,7 +201,7 @@ def choose_start(
     else:
         if resume is None and reset_optimizer:
             raise UserError("--reset-optimizer: there is nothing to resume, and so to reset")
-        start = Start(parent, run_tag=tag)
+        start = ResumePlan(parent, run_tag=tag)
     if overwrite and named_model is None:
         raise UserError("--overwrite needs --model-name, the model to begin anew")
     if parent is not None and named_model is not None and directory is None:
@@ -210,17 +210,17 @@ def choose_start(
     return replace(start, named_model=named_model, replaced=_state_at(named_model))
 
 
-def _resumed(bundle: Bundle, reset_optimizer: bool) -> Start:
+def _resumed(bundle: Bundle, reset_optimizer: bool) -> ResumePlan:
     state = bundle.state
     if state.optimizer_file is None and not reset_optimizer:
         raise UserError(
             f"{bundle.path}: an export, without optimizer state to go on with: resume a "
             "checkpoint, or add --reset-optimizer"
         )
-    return Start(bundle, True, reset_optimizer, run_tag=state.fact("run_tag"))
+    return ResumePlan(bundle, True, reset_optimizer, run_tag=state.get_fact("run_tag"))
 
 
-def start_of(config: ModelConfig) -> Start:
+def plan_from_config(config: ModelConfig) -> ResumePlan:
     """What a run begins with whose settings were made in Python and are complete.
 
     Raises `UserError` where a model that is there has settings of its own.
@@ -244,7 +244,7 @@ def start_of(config: ModelConfig) -> Start:
 # What is checked later, when all is known
 
 
-def check_steps_left(config: ModelConfig, start: Start) -> None:
+def check_steps_left(config: ModelConfig, start: ResumePlan) -> None:
     """Raise `NothingToDo` where a resumed model has had all its steps."""
     if start.is_resume and config.max_iters is not None and config.max_iters <= start.step:
         raise NothingToDo(
@@ -253,23 +253,23 @@ def check_steps_left(config: ModelConfig, start: Start) -> None:
         )
 
 
-def check_not_stopped_early(config: ModelConfig, start: Start) -> None:
+def check_not_stopped_early(config: ModelConfig, start: ResumePlan) -> None:
     """Raise `NothingToDo` where a resumed model has waited for a better val loss long enough."""
     if start.is_resume and is_stopped_early(start.bundle.state, config):
         raise NothingToDo(
             f"{start.bundle.path} was stopped early, as its val loss did not fall in "
-            f"{plural(start.bundle.state.fact('evaluations_since_best'), 'evaluation')}: nothing "
+            f"{pluralize(start.bundle.state.get_fact('evaluations_since_best'), 'evaluation')}: nothing "
             "to do; --early-stopping-patience N waits for more of them (0: for ever)"
         )
 
 
 def is_stopped_early(state: TrainingState, config: ModelConfig) -> bool:
     """Whether a training has waited for a better val loss as long as `config` lets it."""
-    since = state.fact("evaluations_since_best") or 0
+    since = state.get_fact("evaluations_since_best") or 0
     return 0 < config.early_stopping_patience <= since
 
 
-def check_rerun(loaded: LoadedConfig, start: Start, data_name: str, data_sha256: str) -> None:
+def check_rerun(loaded: LoadedConfig, start: ResumePlan, data_name: str, data_sha256: str) -> None:
     """Refuse to call it the same run again where something is not what the record says.
 
     Raises `UserError` for another text, another parent, or a run that went on from a checkpoint.
@@ -303,13 +303,13 @@ def check_rerun(loaded: LoadedConfig, start: Start, data_name: str, data_sha256:
                 )
 
 
-def check_unchanged(start: Start) -> None:
+def check_unchanged(start: ResumePlan) -> None:
     """Raise `UserError` where another process has trained the named model since we looked."""
     if _state_at(start.named_model) != start.replaced:
         raise UserError(f"{start.named_model} was changed by another process just now: try again")
 
 
-def read_contents(start: Start) -> Bundle | None:
+def read_start_bundle(start: ResumePlan) -> Bundle | None:
     """The bundle with the bytes of its weights, and of its optimizer where that is needed.
 
     Raises `UserError` where a file is missing or damaged, or the bundle is another one by now.
@@ -326,7 +326,7 @@ def read_contents(start: Start) -> Bundle | None:
 
 
 @contextlib.contextmanager
-def name_locked(named_model: Path | None) -> Iterator[None]:
+def lock_named_model(named_model: Path | None) -> Iterator[None]:
     """Hold the lock of a named model. It is the operating system's, and dies with the process.
 
     Raises `UserError` where another process holds it, or the model's directory cannot be written.
@@ -365,10 +365,10 @@ def name_locked(named_model: Path | None) -> Iterator[None]:
 # Which bundle
 
 
-def model_name_of(bundle: Bundle) -> str:
+def get_model_name(bundle: Bundle) -> str:
     """What a model is called: its directory's name, the name it was trained under, or its run."""
-    known = bundle.state.fact("model_name") or bundle.state.run_id
-    return str(known) if run_of(bundle.path) and known else bundle.path.resolve().name
+    known = bundle.state.get_fact("model_name") or bundle.state.run_id
+    return str(known) if find_run_of(bundle.path) and known else bundle.path.resolve().name
 
 
 def _resolved(named_model: Path, checkpoints_dir: Path) -> Path:
@@ -391,13 +391,13 @@ def _newest_checkpoint(
 
     Of those with this tag, or of the children of this parent, if there is one.
     """
-    word = RunIDGenerator.sanitised(tag or "")
-    for run in runs_in(runs_dir):
-        for checkpoint in reversed(checkpoints_in(run)):
+    word = RunIDGenerator.sanitize(tag or "")
+    for run in list_runs(runs_dir):
+        for checkpoint in reversed(list_checkpoints(run)):
             state = _state_at(checkpoint)
             if state is None:  # damaged: the one before it will do
                 continue
-            has_tag = not word or RunIDGenerator.sanitised(state.fact("run_tag") or "") == word
+            has_tag = not word or RunIDGenerator.sanitize(state.get_fact("run_tag") or "") == word
             hashes = [ancestor.weights_sha256 for ancestor in state.lineage[:1]]
             if has_tag and (parent is None or hashes == [parent.state.files[WEIGHTS_FILE]]):
                 return checkpoint
@@ -405,18 +405,18 @@ def _newest_checkpoint(
     return None
 
 
-def kept_checkpoint(start: Start, runs_dir: Path) -> Path:
+def find_kept_checkpoint(start: ResumePlan, runs_dir: Path) -> Path:
     """Where what is resumed stays as it is: for a named model, in its run's checkpoint."""
     assert start.bundle is not None
     state = start.bundle.state
-    checkpoint = RunDirectory(runs_dir / str(state.run_id)).checkpoint(state.step)
+    checkpoint = RunDirectory(runs_dir / str(state.run_id)).get_checkpoint(state.step)
     return checkpoint if is_bundle(checkpoint) else start.bundle.path
 
 
 def _checkpoint_meant(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
     """The bundle that `--resume` names: itself, or the last checkpoint of a run."""
     if reference == "last":
-        runs = runs_in(runs_dir)
+        runs = list_runs(runs_dir)
         if not runs:
             raise UserError(f"--resume last: no run in {runs_dir}")
         directory = runs[0]
@@ -424,14 +424,16 @@ def _checkpoint_meant(reference: str, runs_dir: Path, checkpoints_dir: Path) -> 
         directory = find_directory(reference, runs_dir, checkpoints_dir)
     if is_bundle(directory):
         return directory
-    if checkpoints := checkpoints_in(directory):
+    if checkpoints := list_checkpoints(directory):
         return checkpoints[-1]
     if not is_run(directory):
         raise UserError(f"--resume {reference}: {directory} is neither a run nor a bundle")
     other = _newest_checkpoint(runs_dir)
     newest = "no other run has one"
     if other is not None:
-        newest = f"the newest that has one is {run_of(other)} (--resume auto finds it by itself)"
+        newest = (
+            f"the newest that has one is {find_run_of(other)} (--resume auto finds it by itself)"
+        )
     raise UserError(f"--resume {reference}: the run {directory} has no checkpoint; {newest}")
 
 
@@ -446,10 +448,12 @@ def _named_model_of(
     """
     real = bundle.path.resolve()
     if named_model is None:
-        name = bundle.state.fact("model_name")
+        name = bundle.state.get_fact("model_name")
         if real.parent == checkpoints_dir.resolve():
             named_model = checkpoints_dir / real.name
-        elif run_of(bundle.path) and isinstance(name, str) and re.fullmatch(NAME_PATTERN, name):
+        elif (
+            find_run_of(bundle.path) and isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)
+        ):
             named_model = _resolved(checkpoints_dir / name, checkpoints_dir)
     if named_model is None or not is_bundle(named_model) or overwrite:
         return named_model
@@ -459,7 +463,7 @@ def _named_model_of(
         there, here = read_state(named_model), bundle.state
     except UserError as error:
         raise UserError(f"{error}; --overwrite puts {bundle.path} in its place") from None
-    previous = [(run["run_id"], run["step"]) for run in here.fact("previous_runs") or []]
+    previous = [(run["run_id"], run["step"]) for run in here.get_fact("previous_runs") or []]
     passed = [*previous, (here.run_id, here.step)]
     if not any(there.run_id == run_id and there.step <= step for run_id, step in passed):
         raise UserError(

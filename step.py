@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from callbacks import Maker
-from data import Dataset, count_windows, evaluation_batches, get_batch, micro_batches
-from distributed import ALONE, World, accumulating
+from callbacks import CallbackFactory
+from data import Dataset, count_windows, get_batch, iter_evaluation_batches, split_micro_batches
+from distributed import SINGLE_PROCESS, World, defer_gradient_sync
 from model import LanguageModel
-from optim import clip_gradients, update
+from optim import apply_update, clip_gradients
 from parameters import ModelConfig
-from start import Start
-from utils.device import Compiled, autocast
+from start import ResumePlan
+from utils.device import CompileResult, autocast
 
 # Numbers in the largest tensor of an evaluation, about. On the CPU what counts is its cache.
 EVALUATED_AT_ONCE, EVALUATED_AT_ONCE_ON_CPU = 1 << 22, 1 << 18
@@ -38,7 +38,7 @@ class Setup:
 
     config: ModelConfig
     sources: dict[str, str]
-    start: Start
+    start: ResumePlan
     device: torch.device
     data: Dataset
     model: LanguageModel
@@ -46,9 +46,9 @@ class Setup:
     scaler: torch.amp.GradScaler
     precision: str
     learner: Callable[..., tuple[Tensor, Tensor | None]]
-    compiled: Compiled
-    world: World = ALONE
-    callbacks: Mapping[str, Maker] = field(default_factory=dict)
+    compiled: CompileResult
+    world: World = SINGLE_PROCESS
+    callbacks: Mapping[str, CallbackFactory] = field(default_factory=dict)
 
 
 def training_step(
@@ -71,8 +71,8 @@ def training_step(
     total = torch.zeros((), device=setup.device)
     with phase("optimizer"):
         setup.optimizer.zero_grad(set_to_none=True)
-    mine = setup.world.rows(config.batch_size)
-    for rows in micro_batches(config, mine):
+    mine = setup.world.get_rows(config.batch_size)
+    for rows in split_micro_batches(config, mine):
         with phase("data"):
             inputs, targets = get_batch(
                 tokens,
@@ -84,7 +84,7 @@ def training_step(
                 order=config.window_order,
             )
             inputs, targets = inputs.to(setup.device), targets.to(setup.device)
-        with accumulating(setup.learner, is_last=rows.stop == mine.stop):
+        with defer_gradient_sync(setup.learner, is_last=rows.stop == mine.stop):
             with phase("forward"), autocast(setup.device, setup.precision):
                 _, loss = setup.learner(inputs, targets)
                 # Each micro-batch counts by its rows: their number changes nothing but memory.
@@ -92,12 +92,12 @@ def training_step(
             with phase("backward"):
                 setup.scaler.scale(loss).backward()
         total += loss.detach() / setup.world.size
-    setup.world.sum(total)
+    setup.world.all_reduce_sum(total)
     with phase("gradient clipping"):
         setup.scaler.unscale_(setup.optimizer)
         grad_norm = clip_gradients(setup.model, config.grad_clip)
     with phase("optimizer"):
-        update(setup.optimizer, setup.scaler, step, config)
+        apply_update(setup.optimizer, setup.scaler, step, config)
     return total, grad_norm
 
 
@@ -107,7 +107,7 @@ def estimate_loss(
     data: Dataset,
     config: ModelConfig,
     precision: str = "fp32",
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """The mean loss of the train and val splits, in nats per token, on their fixed windows.
 
@@ -124,7 +124,9 @@ def estimate_loss(
     for split in ("train", "val"):
         total = torch.zeros((), dtype=torch.float32, device=device)
         count = 0
-        for inputs, targets in evaluation_batches(data.splits[split], config, rows=rows, most=most):
+        for inputs, targets in iter_evaluation_batches(
+            data.splits[split], config, rows=rows, most=most
+        ):
             count += targets.numel()
             # Sharded weights are gathered by all processes: one without a window takes any.
             has_own = world.rank < len(inputs)
@@ -132,7 +134,7 @@ def estimate_loss(
             with autocast(device, precision):
                 _, loss = model(inputs[own].to(device), targets[own].to(device))
             total += loss * (targets[own].numel() * has_own)
-        losses[split] = world.sum(total).item() / count
+        losses[split] = world.all_reduce_sum(total).item() / count
     model.train(was_training)
     return losses
 

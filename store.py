@@ -1,6 +1,6 @@
 """A text as token ids: in memory, or, where it is large, in files that are mapped into it.
 
-`open_text` opens what a `data` setting names. A small text is encoded in memory, anew in each run.
+`open_corpus` opens what a `data` setting names. A small text is encoded in memory, anew in each run.
 A large one has a directory in the cache:
 
     manifest.json                  its files (size, mtime, SHA-256), its characters, its encodings
@@ -39,22 +39,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from corpus import (
     STANDARD_INPUT,
-    Part,
-    absolute,
-    cache_path,
-    file_sha256,
+    Chunk,
+    compute_file_sha256,
+    find_data_problem,
     find_files,
+    find_overlap_problem,
+    get_cache_dir,
     is_compressed,
     is_large,
     is_pattern,
+    iter_chunks,
     keep_standard_input,
-    overlap_problem,
-    parts,
-    text_problem,
+    resolve_data_path,
 )
 from parameters import Data
-from tokenizer import GPT2Tokenizer, Tokenizer, characters_in, create_tokenizer
-from utils.checks import printable
+from tokenizer import GPT2Tokenizer, Tokenizer, collect_chars, create_tokenizer
+from utils.checks import format_name
 from utils.errors import RunError, UserError
 from utils.files import (
     is_directory,
@@ -66,7 +66,7 @@ from utils.files import (
     sync_file,
     write_atomic,
 )
-from utils.output import byte_size
+from utils.output import format_bytes
 
 SPLITS = ("train", "val", "test")
 MANIFEST_FILE, PROGRESS_FILE, MARKS_FILE = "manifest.json", "progress.json", "marks.bin"
@@ -153,7 +153,7 @@ Tokens = np.ndarray | ShardedTokens
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedCorpus:
     """A text's ids `(N,)`, and where its files end: `ends[i]` tokens have come by file i's end.
 
     `marks` has a row for each of some places in the text, `(M, 3)`: the number of a file, how many
@@ -186,7 +186,7 @@ class Encoded:
             counts += np.bincount(part, minlength=counts.size)
         return int(counts @ self.tokenizer.token_bytes)
 
-    def splits(self, config: Data) -> dict[str, tuple[int, int]]:
+    def split(self, config: Data) -> dict[str, tuple[int, int]]:
         """Where train, val and test begin and end, in tokens; any of them may be empty.
 
         Raises `UserError` where `config.split_by` is file, and there are too few files.
@@ -235,7 +235,7 @@ def _nearest(ends: Sequence[int], wanted: int) -> int:
 # Texts
 
 
-def open_text(
+def open_corpus(
     data: str,
     *,
     cache_dir: str | None = None,
@@ -244,7 +244,7 @@ def open_text(
     large: int = LARGE,
     sizes: Sizes | None = None,
     written: Mapping[str, str] | None = None,
-) -> "MemoryText | StoredText":
+) -> "MemoryCorpus | StoredCorpus":
     """Open the text that a `data` setting names.
 
     Args:
@@ -261,9 +261,9 @@ def open_text(
             it which is written, or a cache that cannot be written.
         RunError: the cache's disk is full.
     """
-    cache, path, name = cache_path(cache_dir), data, data
-    if problem := text_problem(data):
-        raise UserError(f"{printable(data)}: {problem}")
+    cache, path, name = get_cache_dir(cache_dir), data, data
+    if problem := find_data_problem(data):
+        raise UserError(f"{format_name(data)}: {problem}")
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
         if tell is not None:
@@ -271,19 +271,19 @@ def open_text(
     files = find_files(path)
     places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
     places += [(setting, Path(place)) for setting, place in (written or {}).items()]
-    if problem := overlap_problem(path, files, places):
-        raise UserError(f"{printable(data)}: {problem}")
+    if problem := find_overlap_problem(path, files, places):
+        raise UserError(f"{format_name(data)}: {problem}")
     try:
         is_kept = token_store == "on" or (token_store == "auto" and is_large(files, large))
     except OSError as error:  # a file was there a moment ago
-        raise UserError(f"{printable(data)}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{format_name(data)}: cannot be read: {error.strerror}") from None
     if not is_kept:
-        return MemoryText.read(name, path, files)
-    return StoredText(name, path, files, cache / "texts", tell, sizes or Sizes())
+        return MemoryCorpus.read(name, path, files)
+    return StoredCorpus(name, path, files, cache / "texts", tell, sizes or Sizes())
 
 
 @dataclass(frozen=True)
-class MemoryText:
+class MemoryCorpus:
     """A text in memory, by its files. `sha256` is of all bytes as they were read, decompressed."""
 
     name: str
@@ -292,11 +292,11 @@ class MemoryText:
     sha256: str
 
     @classmethod
-    def read(cls, name: str, path: str, files: Sequence[Path]) -> "MemoryText":
+    def read(cls, name: str, path: str, files: Sequence[Path]) -> "MemoryCorpus":
         """Read a text. Raises `UserError` where it is empty, or a file is not UTF-8."""
         digest = hashlib.sha256()
         read: list[list[str]] = [[] for _ in files]
-        for part in parts(files, hear=lambda _, block: digest.update(block)):
+        for part in iter_chunks(files, hear=lambda _, block: digest.update(block)):
             read[part.file].append(part.text)
         if not any(read):
             raise empty(name, files)
@@ -306,31 +306,33 @@ class MemoryText:
         """The tokenizer of that `token_kind`; a character tokenizer knows this text's."""
         return create_tokenizer(self.texts, kind)
 
-    def unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+    def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
         """The text's characters that the tokenizer lacks, sorted, and how often each stands."""
         return count_unknown(tokenizer, self.texts)
 
-    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
+    def encode(
+        self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
+    ) -> EncodedCorpus:
         """The ids, without the characters that the tokenizer lacks where `left_out` has these.
 
         Raises `UserError` where it lacks some, and `left_out` has none.
         """
         ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
         ends = np.cumsum([part.size for part in ids]).tolist()
-        return Encoded(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
+        return EncodedCorpus(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
 
 
 def empty(name: str, files: Sequence[Path]) -> UserError:
     """What is said of a text without a character."""
     what = "the file is empty" if len(files) == 1 else "its files are empty"
-    return UserError(f"{printable(name)}: {what}")
+    return UserError(f"{format_name(name)}: {what}")
 
 
 def count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
     """The characters that the tokenizer lacks, sorted, and how often each stands in the texts."""
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(tokenizer.unknown(text))
+        counts.update(tokenizer.count_unknown(text))
     return dict(sorted(counts.items()))
 
 
@@ -418,7 +420,7 @@ class Progress(_Record):
     marks: _Number = 0
 
 
-class StoredText:
+class StoredCorpus:
     """A text with a directory in the cache. It is read where it has changed since the last time.
 
     Args:
@@ -446,7 +448,7 @@ class StoredText:
         self.name, self.path = name, path
         self._files, self._sizes = files, sizes
         self._tell = tell if tell is not None else lambda line: None
-        whole = absolute(path)
+        whole = resolve_data_path(path)
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole)[:16]}"
         found = self._manifest(said=False)
@@ -464,19 +466,21 @@ class StoredText:
         """The tokenizer of that `token_kind`; a character tokenizer knows this text's."""
         return create_tokenizer(self._found.characters, kind)
 
-    def unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+    def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
         """The text's characters that the tokenizer lacks, sorted, and how often each stands.
 
         The text is read where there are any, and it was not yet encoded without them.
         """
-        if not tokenizer.unknown(self._found.characters):
+        if not tokenizer.count_unknown(self._found.characters):
             return {}
         known = self._found.encodings.get(self._encoding_name(tokenizer, drop=True))
         if known is not None and known.left_out:
             return known.left_out
-        return count_unknown(tokenizer, (part.text for part in parts(self._files)))
+        return count_unknown(tokenizer, (part.text for part in iter_chunks(self._files)))
 
-    def encode(self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None) -> Encoded:
+    def encode(
+        self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
+    ) -> EncodedCorpus:
         """The ids, mapped; they are made first where they are not there, or not whole.
 
         Args:
@@ -542,7 +546,7 @@ class StoredText:
             is_same_time = status.st_mtime_ns == source.mtime_ns
             if status.st_size != source.size:
                 return None
-            if not is_same_time and file_sha256(path) != source.sha256:
+            if not is_same_time and compute_file_sha256(path) != source.sha256:
                 return None
             sources.append(source.model_copy(update={"mtime_ns": status.st_mtime_ns}))
         return known.model_copy(update={"sources": sources})
@@ -563,8 +567,8 @@ class StoredText:
                 if not block:  # the file's end
                     hashes[file] = hashes[file].hexdigest()
 
-        texts = (part.text for part in parts(self._files, size=self._sizes.part, hear=hear))
-        characters = "".join(characters_in(texts))
+        texts = (part.text for part in iter_chunks(self._files, size=self._sizes.part, hear=hear))
+        characters = "".join(collect_chars(texts))
         if not characters:
             raise empty(self.name, self._files)
         if len(self._files) == 1:
@@ -575,7 +579,7 @@ class StoredText:
                 size=status.st_size,
                 bytes=size,
                 mtime_ns=status.st_mtime_ns,
-                sha256=file_sha256(path) if is_compressed(path) else sha256,
+                sha256=compute_file_sha256(path) if is_compressed(path) else sha256,
             )
             for name, path, status, size, sha256 in zip(
                 self._names(), self._files, before, layout, hashes, strict=True
@@ -618,7 +622,7 @@ class StoredText:
         """What keeps an encoding from being used, or None. Looks at sizes alone."""
         if encoding is None:
             return "it is not there"
-        if encoding.tokenizer != tokenizer.state():
+        if encoding.tokenizer != tokenizer.get_state():
             return "made with another tokenizer"
         if encoding.text != self._found.identity or len(encoding.ends) != len(self._files):
             return "made from another text"
@@ -636,7 +640,7 @@ class StoredText:
             return f"{MARKS_FILE} is not whole"
         return None
 
-    def _mapped(self, name: str, tokenizer: Tokenizer) -> Encoded:
+    def _mapped(self, name: str, tokenizer: Tokenizer) -> EncodedCorpus:
         encoding = self._found.encodings[name]
         dtype = np.dtype(encoding.dtype)
         shards = [
@@ -649,10 +653,10 @@ class StoredText:
         if len(shards) > 1:
             tokens = ShardedTokens(shards, encoding.shard)
         marks = _read_marks(self.directory / name)
-        return Encoded(tokens, tokenizer, encoding.ends, marks)
+        return EncodedCorpus(tokens, tokenizer, encoding.ends, marks)
 
     def _encoding_name(self, tokenizer: Tokenizer, drop: bool) -> str:
-        identity = json.dumps([tokenizer.state(), drop], sort_keys=True)
+        identity = json.dumps([tokenizer.get_state(), drop], sort_keys=True)
         return f"{self._found.identity[:16]}-{_digest(identity)[:8]}"
 
     def _withdraw(self, name: str) -> None:
@@ -668,8 +672,10 @@ class StoredText:
         make_directory(directory)
         writer = _Writer(directory, tokenizer.dtype.newbyteorder("<"), self._sizes, manifest)
         done = writer.progress
-        since = f", of which {byte_size(done.bytes)} are there" if done.tokens else ""
-        self._tell(f"Encoding {self.name} ({byte_size(manifest.bytes)}{since}) into {directory} …")
+        since = f", of which {format_bytes(done.bytes)} are there" if done.tokens else ""
+        self._tell(
+            f"Encoding {self.name} ({format_bytes(manifest.bytes)}{since}) into {directory} …"
+        )
         began = time.monotonic()
         with contextlib.closing(writer):
             try:
@@ -681,7 +687,7 @@ class StoredText:
             ends = writer.ends(len(self._files))
         encoding = Encoding(
             text=manifest.identity,
-            tokenizer=tokenizer.state(),
+            tokenizer=tokenizer.get_state(),
             left_out=left_out,
             dtype=writer.dtype.str,
             shard=self._sizes.shard,
@@ -694,14 +700,14 @@ class StoredText:
         remove_file(directory / PROGRESS_FILE)
         self._clean_up()
         seconds = max(time.monotonic() - began, 1e-3)
-        speed = byte_size((manifest.bytes - done.bytes) / seconds)
+        speed = format_bytes((manifest.bytes - done.bytes) / seconds)
         self._tell(f"Encoded {self.name}: {encoding.tokens:,} tokens, {speed} a second")
 
     def _write(self, writer: "_Writer", tokenizer: Tokenizer, drop: bool) -> None:
         """Have the ids written of all that is not yet there."""
         done, token_bytes = writer.progress, tokenizer.token_bytes
         try:
-            for part in parts(
+            for part in iter_chunks(
                 self._files,
                 size=self._sizes.part,
                 whole_words=tokenizer.token_kind == GPT2Tokenizer.token_kind,
@@ -773,7 +779,7 @@ class _ChangedError(UserError):
     """A text is not the one any more that it was a moment ago."""
 
     def __init__(self, name: str):
-        super().__init__(f"{printable(name)} was changed while it was read: try again")
+        super().__init__(f"{format_name(name)} was changed while it was read: try again")
 
 
 class _Writer:
@@ -811,7 +817,7 @@ class _Writer:
         known = self._manifest
         return (self._digest.hexdigest(), self._heard) == (known.sha256, known.layout)
 
-    def add(self, part: Part, ids: np.ndarray, size: int) -> None:
+    def add(self, part: Chunk, ids: np.ndarray, size: int) -> None:
         """Write the ids `(n,)` of a part, which stand for `size` bytes of UTF-8."""
         done, shard = self.progress, self._sizes.shard
         ids, written = ids.astype(self.dtype, copy=False), 0

@@ -25,9 +25,9 @@ from parameters import (
     Settings,
     Training,
 )
-from start import Start, choose_start, plan
-from utils.checks import as_written, checked, nearest, printable
-from utils.command_line import flag_of
+from start import ResumePlan, choose_start, plan_run
+from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.command_line import format_flag
 from utils.errors import UserError
 
 # What may be searched: what is learned, and how. The rest says where and on what it is measured.
@@ -154,17 +154,17 @@ def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) 
         problems.append(f"{file}: names no setting to search")
     space: dict[str, Choices | Range] = {}
     for name, values in declared.items():
-        label = f"{file}: {printable(name)}"
+        label = f"{file}: {format_name(name)}"
         if name not in ModelConfig.model_fields:
-            hint = nearest(str(name), SEARCHED)
-            problems.append(f"{file}: unknown key {printable(name)}{hint}")
+            hint = suggest_name(str(name), SEARCHED)
+            problems.append(f"{file}: unknown key {format_name(name)}{hint}")
         elif name not in SEARCHED:
             problems.append(
                 f"{label} cannot be searched, as it is not about what the model learns, or says "
                 "how that is measured: give it as a flag"
             )
         elif name in flags:
-            problems.append(f"{label} is searched, and {flag_of(name)} fixes it: leave one out")
+            problems.append(f"{label} is searched, and {format_flag(name)} fixes it: leave one out")
         else:
             found: list[str] = []
             read = _range if isinstance(values, dict) else _choices
@@ -178,14 +178,14 @@ def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) 
 def _choices(name: str, values: Any, label: str, problems: list[str]) -> Choices:
     if not isinstance(values, list):
         problems.append(
-            f"{label} must be a list of choices, or {{low: …, high: …}}, got {as_written(values)}; "
-            f"one value for all trials is a flag: {flag_of(name)}"
+            f"{label} must be a list of choices, or {{low: …, high: …}}, got {format_value(values)}; "
+            f"one value for all trials is a flag: {format_flag(name)}"
         )
         return Choices(())
     legal = [_legal(name, value, label, problems) for value in values]
-    if not problems and len(set(map(as_written, legal))) < max(2, len(legal)):
+    if not problems and len(set(map(format_value, legal))) < max(2, len(legal)):
         twice = "has fewer than two choices" if len(legal) < 2 else "has a choice twice"
-        problems.append(f"{label} {twice}: {as_written(values)}")
+        problems.append(f"{label} {twice}: {format_value(values)}")
     return Choices(tuple(legal))
 
 
@@ -196,7 +196,7 @@ def _range(name: str, values: Mapping[str, Any], label: str, problems: list[str]
         problems.append(f"{label} has no range, as it is no number: give a list of choices")
         return nothing
     if unknown := values.keys() - {"low", "high", "log", "step"}:
-        shown = ", ".join(sorted(map(printable, unknown)))
+        shown = ", ".join(sorted(map(format_name, unknown)))
         problems.append(f"{label} has low, high, log and step, and not {shown}")
     ends = {}
     for end in ("low", "high"):
@@ -211,12 +211,12 @@ def _range(name: str, values: Mapping[str, Any], label: str, problems: list[str]
                 ends[end] = kind(value)
     log, step = values.get("log", False), values.get("step")
     if not isinstance(log, bool):
-        problems.append(f"{label}: log must be true or false, got {as_written(log)}")
+        problems.append(f"{label}: log must be true or false, got {format_value(log)}")
     is_step = isinstance(step, (int, kind)) and not isinstance(step, bool)
     is_step = is_step and 0 < step < math.inf
     if step is not None and not is_step:
         what = "whole number" if kind is int else "number"
-        problems.append(f"{label}: step must be a {what} above 0, got {as_written(step)}")
+        problems.append(f"{label}: step must be a {what} above 0, got {format_value(step)}")
     if problems:
         return nothing
     low, high = ends["low"], ends["high"]
@@ -243,7 +243,7 @@ def _exact(number: int | float) -> Fraction:
 
 def _legal(name: str, value: Any, label: str, problems: list[str]) -> Any:
     """The value as the setting has it; None where it is no legal one, which is told."""
-    right, wrong = checked(ModelConfig, {name: value}, strings=False, label=lambda _: label)
+    right, wrong = validate_values(ModelConfig, {name: value}, strings=False, label=lambda _: label)
     problems += wrong
     return right.get(name)
 
@@ -278,7 +278,7 @@ class Recipe:
     study: str
     space: Space
     layers: Layers
-    start: Start
+    start: ResumePlan
     trials: int
     storage: Path
     preset: Path
@@ -319,7 +319,7 @@ class Recipe:
 
     def plan(
         self, params: Mapping[str, Any], number: int, checkpoint: Path | None
-    ) -> tuple[LoadedConfig, Start]:
+    ) -> tuple[LoadedConfig, ResumePlan]:
         """The settings and the beginning of the run that is trial `number`'s.
 
         Raises `UserError` where that cannot be: for a checkpoint that is damaged, say.
@@ -327,7 +327,7 @@ class Recipe:
         tagged = {**params, "run_tag": f"{self.study}_{number}"}
         layers = self._with(tagged, f"trial {number} of study {self.study}")
         resume = None if checkpoint is None else str(checkpoint)
-        return plan(resume=resume, loader=_Fixed(layers))
+        return plan_run(resume=resume, loader=_Fixed(layers))
 
     def _with(self, values: Mapping[str, Any], origin: str) -> Layers:
         layer = Layer(dict(values), dict.fromkeys(values, origin))
@@ -348,7 +348,7 @@ def create_recipe(order: StudySettings, space: Space, layers: Layers) -> Recipe:
         raise UserError(*layers.problems, *problems)
     assert order.space is not None
     name = order.study or Path(order.space).stem
-    _, wrong = checked(StudySettings, {"study": name}, strings=False, label=flag_of)
+    _, wrong = validate_values(StudySettings, {"study": name}, strings=False, label=format_flag)
     if order.storage and "://" in order.storage:
         wrong.append(f"--storage {order.storage} is no file: name a journal, or SQLite (.db)")
     if wrong:
@@ -370,7 +370,7 @@ def create_recipe(order: StudySettings, space: Space, layers: Layers) -> Recipe:
             try:
                 _possible(recipe, {setting: value})
             except UserError as error:
-                shown = f"{order.space}: {setting} {as_written(value)}"
+                shown = f"{order.space}: {setting} {format_value(value)}"
                 wrong.append(f"{shown} is possible in no trial: {error.problems[0]}")
     if wrong:
         raise UserError(*wrong)

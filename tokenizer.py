@@ -104,15 +104,15 @@ class CharTokenizer:
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.intp)
         return str(self._code_points[ids].tobytes(), "utf-32-le", "surrogatepass")
 
-    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
+    def create_stream_decoder(self) -> Callable[[Sequence[int]], str]:
         """`decode` for ids that come a few at a time."""
         return self.decode
 
-    def state(self) -> dict[str, Any]:
-        """What `from_state` makes the same tokenizer from; plain JSON values."""
+    def get_state(self) -> dict[str, Any]:
+        """What `restore_tokenizer` makes the same tokenizer from; plain JSON values."""
         return {"token_kind": self.token_kind, "chars": self.chars}
 
-    def unknown(self, text: str) -> dict[str, int]:
+    def count_unknown(self, text: str) -> dict[str, int]:
         """The characters of `text` that the vocabulary lacks, sorted, and how often each stands."""
         counts: Counter[int] = Counter()
         for start in range(0, len(text), _CHUNK):
@@ -123,7 +123,7 @@ class CharTokenizer:
                 counts.update(_code_points(chunk)[ids == self.vocab_size].tolist())
         return {chr(code_point): counts[code_point] for code_point in sorted(counts)}
 
-    def extended(self, chars: Sequence[str]) -> "CharTokenizer":
+    def extend(self, chars: Sequence[str]) -> "CharTokenizer":
         """A tokenizer that knows `chars` too; the ids of the others stay as they are."""
         return CharTokenizer([*self.chars, *chars])
 
@@ -183,7 +183,7 @@ class GPT2Tokenizer:
         """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._encoding.decode([int(token) for token in ids])
 
-    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
+    def create_stream_decoder(self) -> Callable[[Sequence[int]], str]:
         """`decode` for ids that come a few at a time: a character is given when it is whole.
 
         No ids at all are the end: what is left of a character becomes U+FFFD.
@@ -192,25 +192,25 @@ class GPT2Tokenizer:
         spell = self._encoding.decode_single_token_bytes
         return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
 
-    def unknown(self, text: str) -> dict[str, int]:
+    def count_unknown(self, text: str) -> dict[str, int]:
         """Nothing: byte pairs can spell any text."""
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """What `from_state` makes the same tokenizer from."""
+    def get_state(self) -> dict[str, Any]:
+        """What `restore_tokenizer` makes the same tokenizer from."""
         return {"token_kind": self.token_kind}
 
 
 Tokenizer = CharTokenizer | GPT2Tokenizer
 
 
-def known_part(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
+def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
     """`text` without the characters that the tokenizer lacks, and how many those were.
 
     Each is replaced by a space, or by what a text begins with where no space is known; or left out.
     """
-    unknown = tokenizer.unknown(text)
-    space = "" if tokenizer.unknown(" ") else " "
+    unknown = tokenizer.count_unknown(text)
+    space = "" if tokenizer.count_unknown(" ") else " "
     replacement = (space or tokenizer.default_prompt) if replace else ""
     return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
 
@@ -222,13 +222,13 @@ def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer
     """
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
-    chars = characters_in([text] if isinstance(text, str) else text)
+    chars = collect_chars([text] if isinstance(text, str) else text)
     if not chars:
         raise UserError("there is no text to make a tokenizer from")
     return CharTokenizer(chars)
 
 
-def characters_in(texts: Iterable[str]) -> list[str]:
+def collect_chars(texts: Iterable[str]) -> list[str]:
     """All different characters of some texts, sorted. Each text is looked at once."""
     seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
     known = b""  # of ASCII: what is left of a text without them is new, and soon nothing is
@@ -243,7 +243,7 @@ def characters_in(texts: Iterable[str]) -> list[str]:
     return [chr(code_point) for code_point in np.flatnonzero(seen)]
 
 
-def from_state(state: dict[str, Any]) -> Tokenizer:
+def restore_tokenizer(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `state()` described.
 
     Raises `UserError` for a `token_kind` this version does not know, or a state without `chars`.

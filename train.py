@@ -15,11 +15,11 @@ answered at once. Below it is the run, to be read from top to bottom.
 import sys
 from collections.abc import Sequence
 
-from callbacks import Maker, load_makers
-from config import LoadedConfig, describe
+from callbacks import CallbackFactory, load_callback_factories
+from config import LoadedConfig, format_settings
 from parameters import ALIASES, GROUPS, ModelConfig
-from start import Start, plan
-from utils.command_line import Action, CommandLine, flag_of
+from start import ResumePlan, plan_run
+from utils.command_line import Action, CommandLine, format_flag
 from utils.output import Output, run_command
 from utils.ranks import Ranks
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """The command: settle the settings, then train, or tell what training would be."""
     command_line = CommandLine(__doc__, ModelConfig, ACTIONS, GROUPS, ALIASES)
     flags, actions, problems = command_line.parse(argv)
-    loaded, start = plan(
+    loaded, start = plan_run(
         flags,
         actions.get("config"),
         problems,
@@ -59,20 +59,20 @@ def main(argv: Sequence[str]) -> int:
         overwrite="overwrite" in actions,
         reset_optimizer="reset_optimizer" in actions,
     )
-    output = Output(quiet=Ranks.of_environment().rank > 0)
+    output = Output(quiet=Ranks.from_environment().rank > 0)
     for note in loaded.notes:
-        output.line(note)
+        output.print(note)
     if "show_config" in actions:
-        output.line(describe(loaded))
+        output.print(format_settings(loaded))
         return 0
 
-    callbacks = load_makers(actions.get("callback", []))
+    callbacks = load_callback_factories(actions.get("callback", []))
 
     # Only here is torch imported: the rest of this file, as a module.
     from train import dry_run, train
 
     if "dry_run" in actions:
-        output.line(dry_run(loaded, start, output.line))
+        output.print(dry_run(loaded, start, output.print))
         return 0
     result = train(
         loaded.config,
@@ -105,26 +105,26 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bundle import TRAINING_SETTINGS, TrainingState, checkpoints_in, read_state, step_of
+from bundle import TRAINING_SETTINGS, TrainingState, list_checkpoints, parse_step, read_state
 from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainResult
-from checkpoint import Checkpoints
+from checkpoint import CheckpointWriter
 from data import Dataset
-from distributed import ALONE, World, explained_losses, gathered, open_world
+from distributed import SINGLE_PROCESS, World, gather_to_main, open_world, translate_peer_errors
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
 from report import write_report
-from sampling import Sampling
-from start import check_unchanged, is_stopped_early, name_locked
+from sampling import SamplingParams
+from start import check_unchanged, is_stopped_early, lock_named_model
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
-from utils.errors import EndedElsewhere, RunError, UserError, reason_of
-from utils.output import byte_size, command_for, duration, plural
+from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
+from utils.output import format_bytes, format_command, format_duration, pluralize
 from utils.run_manager import RunDirectory, read_record, write_result
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
-from utils.tracking.aim import AimTracker, aim_repository
-from utils.tracking.run_log import RunLog
+from utils.tracking.aim import AimTracker, get_aim_repo
+from utils.tracking.run_log import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
 SAMPLE_TOKENS = 200  # while the model learns
@@ -136,10 +136,10 @@ def train(
     config: ModelConfig,
     *,
     loaded: LoadedConfig | None = None,
-    start: Start | None = None,
+    start: ResumePlan | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
-    callbacks: Mapping[str, Maker] | None = None,
+    callbacks: Mapping[str, CallbackFactory] | None = None,
 ) -> TrainResult:
     """Train a model as `config` says, in a run directory of its own.
 
@@ -148,7 +148,7 @@ def train(
     Args:
         config: the settings.
         loaded: where they came from, for the record; `train()` itself if None.
-        start: what the run begins with, which `plan` in start.py settles together with `loaded`;
+        start: what the run begins with, which `plan_run` in start.py settles together with `loaded`;
             if None, new weights, or those that `config.init_from` names.
         argv: the command line, for the record.
         output: what prints; `Output(quiet=True)` prints nothing.
@@ -168,21 +168,21 @@ def train(
     output = output or Output()
     try:
         with explained_failures(config, output), open_world(config) as world:
-            setup = set_up(config, loaded, start, callbacks, world=world, tell=output.line)
+            setup = set_up(config, loaded, start, callbacks, world=world, tell=output.print)
             with (
-                world.within(name_locked(setup.start.named_model)),
+                world.enter_on_main(lock_named_model(setup.start.named_model)),
                 StopRequest(is_one_of_several=world.size > 1) as stop,
             ):
-                world.on_main(lambda: check_unchanged(setup.start))
+                world.broadcast_from_main(lambda: check_unchanged(setup.start))
                 with open_callbacks(setup, output) as called:
-                    run = world.on_main(lambda: open_run(setup, loaded, argv, output))
+                    run = world.broadcast_from_main(lambda: open_run(setup, loaded, argv, output))
                     with recorded_end(setup, run, output):
                         with contextlib.closing(open_log(setup, run, output)) as log:
                             checkpoints = open_checkpoints(setup, run)
                             session = Session(setup, run, log, called, checkpoints, output, stop)
                             result = run_steps(session)
                         called.at_end(result)
-                        world.on_main(lambda: conclude(result, setup, run, output))
+                        world.broadcast_from_main(lambda: conclude(result, setup, run, output))
             return result
     finally:
         output.close()
@@ -194,9 +194,9 @@ class Session:
 
     setup: Setup
     run: RunDirectory
-    log: RunLog
+    log: RunLogger
     callbacks: Callbacks
-    checkpoints: Checkpoints
+    checkpoints: CheckpointWriter
     output: Output
     stop: StopRequest
 
@@ -205,7 +205,7 @@ def run_steps(session: Session) -> TrainResult:
     """The loop: a step, a look at the losses now and then, and all of it kept on disk."""
     setup, run, log = session.setup, session.run, session.log
     config = setup.config
-    best = setup.world.on_main(lambda: bring_best(setup, run, session.output))
+    best = setup.world.broadcast_from_main(lambda: bring_best(setup, run, session.output))
     losses: dict[str, float | None] = {"train": None, "val": None}
     evaluated = last_sample = setup.start.step
     time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
@@ -216,8 +216,8 @@ def run_steps(session: Session) -> TrainResult:
         session.checkpoints.save(training_state(setup, run, step, val_loss, best))
 
     unlearned = training_state(setup, run, setup.start.step, None, best)
-    session.checkpoints.begin_named_model(unlearned)
-    with session.output.progress(config.max_iters):
+    session.checkpoints.create_named_model(unlearned)
+    with session.output.show_progress(config.max_iters):
         for step in range(setup.start.step, config.max_iters):  # the updates done before this one
             loss, grad_norm = training_step(setup, step)
             done = step + 1
@@ -231,10 +231,10 @@ def run_steps(session: Session) -> TrainResult:
             is_saved = is_due(done, config.checkpoint_interval) or is_due(done, config.keep_every)
             if not (is_evaluated or is_saved or stopping):
                 continue
-            log.fetch()  # before anything is saved: a loss that is not finite stops the run here
+            log.flush_steps()  # before anything is saved: a loss that is not finite stops the run here
             if stopping:
                 how = " (Ctrl-C again aborts)" if setup.world.size == 1 else ""
-                session.output.line(f"Stopping after step {done}: saving{how}")
+                session.output.print(f"Stopping after step {done}: saving{how}")
                 if is_evaluated:
                     save(done)  # at once: who asks to stop may not wait for an evaluation
             if is_evaluated:
@@ -250,10 +250,10 @@ def run_steps(session: Session) -> TrainResult:
             if is_last or (is_evaluated and config.sample_interval and done >= due_again):
                 last_sample = done
                 length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
-                log.sample(done, sample(setup.model, setup.data, config, length))
+                log.log_sample(done, sample(setup.model, setup.data, config, length))
             if is_last:
                 break
-            log.resume_clock()
+            log.reset_timer()
     seconds = time.monotonic() - began
     return result_of(session, done, losses, best, seconds, why_stop)
 
@@ -291,10 +291,12 @@ def agreed(session: Session, why_stop: str | None) -> tuple[bool, str | None]:
     world, stop = session.setup.world, session.stop
     if world.size == 1:
         return stop.requested, why_stop
-    signal, has_reason = world.largest(stop.signal, int(why_stop is not None and world.is_main))
+    signal, has_reason = world.all_reduce_max(
+        stop.signal, int(why_stop is not None and world.is_main)
+    )
     if signal:
-        stop.ask(signal)
-    return bool(signal), world.on_main(lambda: why_stop) if has_reason else None
+        stop.request(signal)
+    return bool(signal), world.broadcast_from_main(lambda: why_stop) if has_reason else None
 
 
 def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> str | None:
@@ -303,18 +305,18 @@ def after_step(session: Session, step: int, loss: Tensor, grad_norm: Tensor) -> 
     learning_rate = learning_rate_at(step - 1, config)
     # First, as the log stops a run whose numbers are not finite, and these may tell why.
     if is_due(step, config.histogram_interval):
-        log.histograms(step, weights_and_gradients(session.setup.model, session.setup.world))
-    log.step(step, loss, grad_norm, learning_rate)
+        log.log_histograms(step, weights_and_gradients(session.setup.model, session.setup.world))
+    log.log_step(step, loss, grad_norm, learning_rate)
     told = Step(step, loss, grad_norm, learning_rate, session.run.path, config)
     return session.callbacks.after_step(told)
 
 
-def weights_and_gradients(model: LanguageModel, world: World = ALONE) -> dict[str, Tensor]:
+def weights_and_gradients(model: LanguageModel, world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
     """Every parameter, and its gradient as it was clipped for the last step: for rank 0, whole."""
     parameters = dict(model.named_parameters())
     gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
     tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
-    collected = {name: gathered(tensor, world) for name, tensor in tensors.items()}
+    collected = {name: gather_to_main(tensor, world) for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in collected.items() if tensor is not None}
 
 
@@ -329,7 +331,7 @@ def evaluate(
     losses = estimate_loss(setup.model, setup.data, setup.config, setup.precision, setup.world)
     bits = bits_per_byte(losses, setup.data)
     is_best = best.loss is None or losses["val"] < best.loss
-    session.log.evaluation(step, losses, bits, is_best=is_best)
+    session.log.log_evaluation(step, losses, bits, is_best=is_best)
     if is_best:
         best = Best(step, losses["val"])
     else:
@@ -358,7 +360,7 @@ def sample(model: LanguageModel, data: Dataset, config: ModelConfig, length: int
     ids = model.generate(
         prompt,
         length,
-        Sampling(temperature=SAMPLE_TEMPERATURE),
+        SamplingParams(temperature=SAMPLE_TEMPERATURE),
         seeds=[config.seed],
     )
     return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
@@ -393,9 +395,9 @@ def training_state(
     )
 
 
-def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
+def open_checkpoints(setup: Setup, run: RunDirectory) -> CheckpointWriter:
     """Where the run saves: its own checkpoints and export, and the named model."""
-    return Checkpoints(
+    return CheckpointWriter(
         run,
         setup.start.named_model,
         setup.model,
@@ -407,7 +409,7 @@ def open_checkpoints(setup: Setup, run: RunDirectory) -> Checkpoints:
     )
 
 
-def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
+def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLogger:
     """The run's log: metrics.jsonl, TensorBoard and, if asked for, Aim. They know its settings.
 
     Beside rank 0, a process keeps the same log of the same numbers, and writes it nowhere.
@@ -417,14 +419,14 @@ def open_log(setup: Setup, run: RunDirectory, output: Output) -> RunLog:
     is_main = setup.world.is_main
     makers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
     if config.aim_logging:
-        makers["Aim"] = lambda: AimTracker(aim_repository(config), run.run_id)
-    tracker = CompositeTracker(makers if is_main else {}, output.warning)
+        makers["Aim"] = lambda: AimTracker(get_aim_repo(config), run.run_id)
+    tracker = CompositeTracker(makers if is_main else {}, output.print_warning)
     if is_main:
         record = read_record(run.path)
         about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
         about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
         tracker.log_config(record["config"], about)
-    return RunLog(
+    return RunLogger(
         run.metrics if is_main else Path(os.devnull),
         run.samples if is_main else Path(os.devnull),
         tracker,
@@ -445,9 +447,9 @@ def open_callbacks(setup: Setup, output: Output) -> Iterator[Callbacks]:
     """
     patience = setup.config.early_stopping_patience
     own = {"early stopping": EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks(own if setup.world.is_main else {}, output.warning)
+    callbacks = Callbacks(own if setup.world.is_main else {}, output.print_warning)
     try:
-        setup.world.on_main(lambda: callbacks.add(setup.callbacks, setup.config))
+        setup.world.broadcast_from_main(lambda: callbacks.add(setup.callbacks, setup.config))
         yield callbacks
     finally:
         callbacks.at_end(None)  # those who have heard of a result already are not told again
@@ -459,7 +461,7 @@ def open_callbacks(setup: Setup, output: Output) -> Iterator[Callbacks]:
 
 def conclude(result: TrainResult, setup: Setup, run: RunDirectory, output: Output) -> None:
     """Say how a run ended, and record it."""
-    output.line(summary(result, setup))
+    output.print(summary(result, setup))
     write_result(run.meta / "result.json", asdict(result))
 
 
@@ -469,7 +471,7 @@ def summary(result: TrainResult, setup: Setup) -> str:
     ended = f"Stopped after step {result.step:,}" if stopped else f"Done: {result.step:,} steps"
     why = f": {result.stopped_by}" if result.stopped_by else ""
     run = shlex.quote(str(result.run_dir))
-    lines = [f"\n{ended} in {duration(result.seconds)}{why}."]
+    lines = [f"\n{ended} in {format_duration(result.seconds)}{why}."]
     if result.best_val_loss is not None:
         bits = bits_per_byte({"val": result.best_val_loss}, setup.data)["val"]
         lines[0] += (
@@ -481,11 +483,11 @@ def summary(result: TrainResult, setup: Setup) -> str:
     if setup.start.named_model is not None:
         lines.append(f"{setup.start.named_model} is at step {result.step:,}")
     lines.append(f"The whole run as a page to look at: {RunDirectory(result.run_dir).report}")
-    lines += ["", "Next:", f"  {command_for('inference.py')} --run {run}"]
-    lines.append(f"  {command_for('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
+    lines += ["", "Next:", f"  {format_command('inference.py')} --run {run}"]
+    lines.append(f"  {format_command('tensorboard')} --logdir {shlex.quote(setup.config.runs_dir)}")
     if setup.config.aim_logging:
-        repository = aim_repository(setup.config)
-        lines.append(f"  {command_for('aim')} up --repo {shlex.quote(repository)}")
+        repository = get_aim_repo(setup.config)
+        lines.append(f"  {format_command('aim')} up --repo {shlex.quote(repository)}")
     if stopped:
         command = resume_command(result.run_dir, setup)
         if is_stopped_early(read_state(result.checkpoint), setup.config):
@@ -499,13 +501,13 @@ def summary(result: TrainResult, setup: Setup) -> str:
 
 def train_command() -> str:
     """How to start train.py as this process was: alone, or by torchrun."""
-    ranks = Ranks.of_environment()
+    ranks = Ranks.from_environment()
     if ranks.size == 1:
-        return command_for("train.py")
+        return format_command("train.py")
     nodes = ranks.size // ranks.local_size
     several = f" --nnodes={nodes} …" if nodes > 1 else ""
-    script = command_for("train.py").split(" ", 1)[1]
-    return f"{command_for('torchrun')}{several} --nproc-per-node={ranks.local_size} {script}"
+    script = format_command("train.py").split(" ", 1)[1]
+    return f"{format_command('torchrun')}{several} --nproc-per-node={ranks.local_size} {script}"
 
 
 def resume_command(run_dir: Path, setup: Setup) -> str:
@@ -515,7 +517,7 @@ def resume_command(run_dir: Path, setup: Setup) -> str:
     for name in ("device", "runs_dir", *(["checkpoints_dir"] if setup.start.named_model else [])):
         value = getattr(setup.config, name)
         if value != ModelConfig.model_fields[name].default:
-            command += f" {flag_of(name)} {shlex.quote(value)}"
+            command += f" {format_flag(name)} {shlex.quote(value)}"
     return command + callback_flags(setup)
 
 
@@ -529,7 +531,7 @@ def callback_flags(setup: Setup) -> str:
 
 
 def dry_run(
-    loaded: LoadedConfig, start: Start | None = None, tell: Callable[[str], None] | None = None
+    loaded: LoadedConfig, start: ResumePlan | None = None, tell: Callable[[str], None] | None = None
 ) -> str:
     """Every setting, and what the run would take. `tell` hears of what takes a while.
 
@@ -550,12 +552,12 @@ def dry_run(
         for parameter in group["params"]
     )
     whose = "this whole process" if setup.device.type == "cpu" else "the device"
-    peak = f"; {whose}: {byte_size(speed.peak_memory)} at its peak" if speed.peak_memory else ""
+    peak = f"; {whose}: {format_bytes(speed.peak_memory)} at its peak" if speed.peak_memory else ""
     return (
-        f"{describe(LoadedConfig(config, setup.sources))}\n\n{banner(setup, loaded)}\n"
-        f"Memory {byte_size(state)} for weights, gradients and optimizer{peak}\n"
-        f"Time   about {duration(seconds)}: {speed.step * 1000:.1f} ms a step, "
-        f"{plural(evaluations, 'evaluation')} of {speed.evaluation:.1f} s"
+        f"{format_settings(LoadedConfig(config, setup.sources))}\n\n{banner(setup, loaded)}\n"
+        f"Memory {format_bytes(state)} for weights, gradients and optimizer{peak}\n"
+        f"Time   about {format_duration(seconds)}: {speed.step * 1000:.1f} ms a step, "
+        f"{pluralize(evaluations, 'evaluation')} of {speed.evaluation:.1f} s"
     )
 
 
@@ -573,9 +575,9 @@ def told_how_to_go_on(setup: Setup, run: RunDirectory, output: Output) -> Iterat
         yield
     except BaseException as error:
         with contextlib.suppress(OSError):
-            if checkpoints := checkpoints_in(run.path):
-                output.line(
-                    f"\nThe last checkpoint is that of step {step_of(checkpoints[-1])}; go on from "
+            if checkpoints := list_checkpoints(run.path):
+                output.print(
+                    f"\nThe last checkpoint is that of step {parse_step(checkpoints[-1])}; go on from "
                     f"it with\n  {resume_command(run.path, setup)}"
                 )
         if isinstance(error, UserError):
@@ -594,15 +596,15 @@ def recorded_end(setup: Setup, run: RunDirectory, output: Output) -> Iterator[No
         try:
             yield
         except (RunError, UserError) as error:
-            raise EndedElsewhere(RunError.exit_status) from error
+            raise EndedOnAnotherRank(RunError.exit_status) from error
         return
     with told_how_to_go_on(setup, run, output):
         try:
-            with explained_losses():
+            with translate_peer_errors():
                 yield
         except Exception as error:
             with contextlib.suppress(OSError):  # a full disk must not hide the reason
-                write_result(run.meta / "result.json", {"error": reason_of(error)})
+                write_result(run.meta / "result.json", {"error": format_reason(error)})
             draw_report(run, output)
             raise
         draw_report(run, output)
@@ -613,7 +615,9 @@ def draw_report(run: RunDirectory, output: Output) -> None:
     try:
         write_report(run.report, [run.path])
     except Exception as error:
-        output.warning(f"{run.report} cannot be drawn: {reason_of(error)}", traceback.format_exc())
+        output.print_warning(
+            f"{run.report} cannot be drawn: {format_reason(error)}", traceback.format_exc()
+        )
 
 
 @contextlib.contextmanager

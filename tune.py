@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from callbacks import load_makers
+from callbacks import load_callback_factories
 from config import ConfigLoader
 from parameters import ALIASES, GROUPS, ModelConfig
 from study import StudySettings, create_recipe, read_space
@@ -40,7 +40,7 @@ ACTIONS = (
 
 def main(argv: Sequence[str]) -> int:
     """The command: settle the settings and the space, work on the study, and tell what it found."""
-    if Ranks.of_environment().size > 1:
+    if Ranks.from_environment().size > 1:
         raise UserError("a study's workers are no processes of torchrun's: start each by itself")
     groups = {"study": StudySettings, **GROUPS}
     command_line = CommandLine(__doc__, TuneConfig, ACTIONS, groups, ALIASES)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     space = read_space(order.space, flags, problems)
     layers = ConfigLoader().read(flags, actions.get("config"), problems)
     recipe = create_recipe(order, space, layers)
-    makers = load_makers(actions.get("callback", []))
+    makers = load_callback_factories(actions.get("callback", []))
     if importlib.util.find_spec("optuna") is None:
         raise UserError("tune.py needs Optuna: pip install --constraint constraints.txt '.[tune]'")
 
@@ -103,16 +103,16 @@ from optuna.storages.journal import (
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from bundle import checkpoints_in
-from callbacks import Evaluation, Maker, Step
+from bundle import list_checkpoints
+from callbacks import CallbackFactory, Evaluation, Step
 from config import LoadedConfig
 from parameters import Run
-from start import Start
+from start import ResumePlan
 from study import DRAWS, Choices, Range, Recipe
-from utils.checks import as_written
-from utils.errors import NothingToDo, RunError, reason_of
+from utils.checks import format_value
+from utils.errors import NothingToDo, RunError, format_reason
 from utils.files import make_directory, write_atomic
-from utils.output import aligned, command_for, duration, plural
+from utils.output import align_columns, format_command, format_duration, pluralize
 from utils.run_manager import read_record
 from utils.workers import Worker, is_alive
 
@@ -136,7 +136,7 @@ def work(
     recipe: Recipe,
     output: Output,
     argv: Sequence[str] = (),
-    makers: Mapping[str, Maker] | None = None,
+    makers: Mapping[str, CallbackFactory] | None = None,
 ) -> int:
     """Run trials of the study until there are enough, and tell what it found; the exit status.
 
@@ -151,28 +151,28 @@ def work(
         RunError: trials failed one after another, or the storage can no longer be written.
     """
     if recipe.combinations is not None and len(recipe.combinations) == recipe.trials:
-        output.line(f"Note: the space has {plural(recipe.trials, 'combination')}, and no more")
+        output.print(f"Note: the space has {pluralize(recipe.trials, 'combination')}, and no more")
     with _quiet_optuna(), Worker(workers_of(recipe.storage)) as worker:
         with _explained(recipe.storage):
             study = open_study(recipe)
         desk = Desk(recipe, study, worker.name)
-        output.line(progress(desk))
+        output.print(progress(desk))
         failures = 0
         while (claim := desk.claim()) is not None:
-            output.line(described_claim(claim))
+            output.print(described_claim(claim))
             began = time.monotonic()
             end = run_trial(desk, claim, argv, makers or {})
             desk.finish(claim, end)
-            output.line(described_end(claim, end, time.monotonic() - began, recipe))
+            output.print(described_end(claim, end, time.monotonic() - began, recipe))
             if end.exit_status:
-                output.line("Stopped: the same command goes on from here.")
+                output.print("Stopped: the same command goes on from here.")
                 return end.exit_status
             failures = failures + 1 if end.error else 0
             if failures == FAILURES:
-                count = plural(FAILURES, "trial")
+                count = pluralize(FAILURES, "trial")
                 raise type(end.error)(f"{count} failed one after another, the last: {end.reason}")
             _clear_memory()
-        output.line(results(desk))
+        output.print(results(desk))
     return 0
 
 
@@ -204,7 +204,7 @@ def _explained(storage: Path) -> Iterator[None]:
     except UserError:
         raise
     except STORAGE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = getattr(error, "strerror", None) or format_reason(error)
         raise RunError(
             f"{storage} cannot be used: {reason}; the runs are all there, and what was recorded "
             "of them stays"
@@ -258,13 +258,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             shown = f"{name} {where}".rstrip()
             if name not in new:
                 if part == "space" or name not in now["space"]:
-                    changes.append(f"{shown} was {as_written(old[name])}, and is not there now")
+                    changes.append(f"{shown} was {format_value(old[name])}, and is not there now")
             elif name not in old:
                 if part == "space" or name not in then.get("space", {}):
-                    changes.append(f"{shown} was not there, and is {as_written(new[name])}")
+                    changes.append(f"{shown} was not there, and is {format_value(new[name])}")
             elif old[name] != new[name]:
                 changes.append(
-                    f"{shown} was {as_written(old[name])}, and is {as_written(new[name])}"
+                    f"{shown} was {format_value(old[name])}, and is {format_value(new[name])}"
                 )
     return changes
 
@@ -289,13 +289,13 @@ def open_storage(path: Path) -> BaseStorage:
     except UserError:
         raise
     except (OSError, SQLAlchemyError, OptunaError) as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = getattr(error, "strerror", None) or format_reason(error)
         raise UserError(
             f"{path} cannot be opened: {reason}; --storage FILE names another"
         ) from None
     except Exception as error:  # whatever replaying a journal of somebody else's raises
         raise UserError(
-            f"{path} is no journal of Optuna's, or a damaged one ({reason_of(error)}); "
+            f"{path} is no journal of Optuna's, or a damaged one ({format_reason(error)}); "
             "--storage FILE names another"
         ) from None
 
@@ -638,7 +638,9 @@ class Watch:
             return None
 
 
-def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str, Maker]) -> End:
+def run_trial(
+    desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str, CallbackFactory]
+) -> End:
     """Train what a trial asks for, from where its dead worker was if there was one."""
     from train import train  # here, as an answer that needs no trial needs no torch
 
@@ -658,7 +660,7 @@ def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str
             return End(TrialState.FAIL, reason="its worker ended, and no val loss is known")
         return End(TrialState.COMPLETE, min(values.values()), run_dir=earlier_run(claim))
     except (UserError, RunError) as error:
-        return End(TrialState.FAIL, reason=reason_of(error), run_dir=watch.run_dir, error=error)
+        return End(TrialState.FAIL, reason=format_reason(error), run_dir=watch.run_dir, error=error)
     except (KeyboardInterrupt, SystemExit):
         aborted = End(TrialState.FAIL, reason="it was aborted", is_handed_back=True)
         desk.finish(claim, aborted)
@@ -681,7 +683,9 @@ def run_trial(desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str
     return End(TrialState.COMPLETE, value, reason=result.stopped_by, **about)
 
 
-def beginning(recipe: Recipe, claim: Claim) -> tuple[tuple[LoadedConfig, Start], dict[int, float]]:
+def beginning(
+    recipe: Recipe, claim: Claim
+) -> tuple[tuple[LoadedConfig, ResumePlan], dict[int, float]]:
     """What a trial's run begins with, and the values that were reported until there, by steps.
 
     That is the newest checkpoint of the trials that it goes on with, or new weights.
@@ -700,7 +704,7 @@ def checkpoints_of(trial: FrozenTrial, recipe: Recipe) -> list[Path]:
     run_dir = trial.user_attrs.get("run_dir")
     if not isinstance(run_dir, str):
         return []
-    return checkpoints_in(Path(recipe.base.runs_dir) / Path(run_dir).name)
+    return list_checkpoints(Path(recipe.base.runs_dir) / Path(run_dir).name)
 
 
 def earlier_run(claim: Claim) -> Path | None:
@@ -717,7 +721,7 @@ def progress(desk: Desk) -> str:
     """Where a study stands."""
     recipe = desk.recipe
     done, running = desk.counted(*DONE), desk.counted(TrialState.RUNNING)
-    of = plural(recipe.trials, "trial")
+    of = pluralize(recipe.trials, "trial")
     busy = f", {running} running" if running else ""
     return (
         f"Study  {recipe.study}, in {recipe.storage}: {done} of {of} done{busy}\n"
@@ -741,7 +745,7 @@ def described_end(claim: Claim, end: End, seconds: float, recipe: Recipe) -> str
     else:
         became = f"{'handed back' if end.is_handed_back else 'failed'}: {end.reason}"
     where = f"  {end.run_dir}" if end.run_dir else ""
-    return f"trial {claim.number}  {became}  {duration(seconds)}{where}"
+    return f"trial {claim.number}  {became}  {format_duration(seconds)}{where}"
 
 
 def unit(recipe: Recipe) -> str:
@@ -751,7 +755,7 @@ def unit(recipe: Recipe) -> str:
 
 def shown(value: Any) -> str:
     """A value of a setting, short."""
-    return f"{value:.4g}" if isinstance(value, float) else as_written(value).strip('"')
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value).strip('"')
 
 
 def results(desk: Desk) -> str:
@@ -775,7 +779,7 @@ def results(desk: Desk) -> str:
     lines = ["", f"Study {recipe.study}: {', '.join(counts)}."]
     known = [trial for trial in complete if desk.knows(trial)]
     if left_out := len(complete) - len(known):
-        trials = plural(left_out, "complete trial")
+        trials = pluralize(left_out, "complete trial")
         lines += [f"{recipe.storage} is damaged: {trials} left out, as not all settings are there."]
     dashboard = dashboard_command(recipe.storage)
     if not known:
@@ -785,14 +789,14 @@ def results(desk: Desk) -> str:
     for trial in best:
         values = [shown(settings_of(trial)[name]) for name in recipe.space]
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_of_trial(trial)])
-    lines += ["", aligned(rows, right=range(len(recipe.space) + 2)), ""]
+    lines += ["", align_columns(rows, right=range(len(recipe.space) + 2)), ""]
     lines += [importances(desk.study, list(recipe.space), len(known)), ""]
     write_preset(recipe, best[0])
     preset = shlex.quote(str(recipe.preset))
     runs = " ".join(shlex.quote(run_of_trial(trial)) for trial in best[:3])
     lines += [f"The best trial's settings are in {recipe.preset}", "", "Next:"]
-    lines += [f"  {command_for('train.py')} --config {preset}"]
-    lines += [f"  {command_for('report.py')} {runs}", *dashboard]
+    lines += [f"  {format_command('train.py')} --config {preset}"]
+    lines += [f"  {format_command('report.py')} {runs}", *dashboard]
     return "\n".join(lines)
 
 
@@ -810,14 +814,14 @@ def importances(study: optuna.Study, settings: list[str], complete: int) -> str:
         evaluator = PedAnovaImportanceEvaluator()
         shares = get_param_importances(study, evaluator=evaluator, params=settings)
     rows = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
-    return f"Importances, of 1 in all, from {complete} complete trials:\n" + aligned(
+    return f"Importances, of 1 in all, from {complete} complete trials:\n" + align_columns(
         rows, right=[1]
     )
 
 
 def dashboard_command(storage: Path) -> list[str]:
     """How to look at the study in a browser."""
-    command = command_for("optuna-dashboard")
+    command = format_command("optuna-dashboard")
     where = f"sqlite:///{storage}" if storage.suffix in SQLITE else str(storage)
     is_there = command != "optuna-dashboard" or shutil.which(command)
     install = "" if is_there else "   # pip install optuna-dashboard"

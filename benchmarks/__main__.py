@@ -11,7 +11,7 @@ import importlib
 from datetime import date
 
 from benchmarks import current_commit
-from utils.device import processor_name
+from utils.device import get_processor_name
 
 BENCHMARKS = (
     "startup",
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(unknown)}")
-    print(f"{processor_name()}, {date.today()}, commit {current_commit()}")
+    print(f"{get_processor_name()}, {date.today()}, commit {current_commit()}")
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")
         importlib.import_module(f"benchmarks.{name}").run(arguments.data)

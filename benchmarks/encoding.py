@@ -2,14 +2,14 @@
 
 import time
 
-from data import sample_corpus
+from data import load_sample_corpus
 from tokenizer import create_tokenizer
 
 REPEATS = 5
 
 
 def run(data: str | None) -> None:
-    text = sample_corpus() * 5
+    text = load_sample_corpus() * 5
     megabytes = len(text.encode("utf-8")) / 1e6
     tokenizer = create_tokenizer(text)
     ids = tokenizer.encode(text)

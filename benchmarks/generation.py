@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from decoding import Int8Linear, choose_decoding, compile_decode, quantize
-from model import FastDecode, LanguageModel
+from model import FastDecoder, LanguageModel
 from parameters import ModelConfig
-from sampling import Sampling
+from sampling import SamplingParams
 from train import train
 from utils.output import Output
 
@@ -31,7 +31,7 @@ SHAPES = {
     },
     "the default model": {},
 }
-HOW = Sampling(temperature=0.8)
+HOW = SamplingParams(temperature=0.8)
 REPEATS = 5
 SECONDS = 3  # of each repetition, about
 SIDE_BY_SIDE = 64
@@ -89,14 +89,14 @@ def create_model(shape: dict) -> LanguageModel:
     return LanguageModel(ModelConfig(**shape), V).eval()
 
 
-def fast_decode(model: LanguageModel, compiled: str, rows: int) -> tuple[FastDecode | None, float]:
+def fast_decode(model: LanguageModel, compiled: str, rows: int) -> tuple[FastDecoder | None, float]:
     """The compiled way to decode, and the seconds that took."""
     wanted = choose_decoding(compiled, torch.device("cpu"), 0)
     fast, _, seconds = compile_decode(model, wanted, compiled, HOW, rows=rows)
     return fast, seconds
 
 
-def characters_per_second(model: LanguageModel, rows: int, fast: FastDecode | None) -> float:
+def characters_per_second(model: LanguageModel, rows: int, fast: FastDecoder | None) -> float:
     """The median of some repetitions, the prompt's reading and the window's included."""
 
     def seconds(length: int) -> float:

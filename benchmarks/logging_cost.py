@@ -69,11 +69,11 @@ def _cost(setup: Setup, logged: Setup) -> tuple[float, float]:
     clock, process = time.perf_counter(), time.process_time()
     for step in range(1, STEPS + 1):
         if step % config.histogram_interval == 0:
-            log.histograms(step, weights_and_gradients(setup.model))
-        log.step(step, loss, grad_norm, learning_rate_at(step - 1, config))
+            log.log_histograms(step, weights_and_gradients(setup.model))
+        log.log_step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
-            log.evaluation(step, losses, losses, is_best=True)
-            log.sample(step, "text " * 40)
+            log.log_evaluation(step, losses, losses, is_best=True)
+            log.log_sample(step, "text " * 40)
     spent = max(time.perf_counter() - clock, time.process_time() - process)
     start = time.perf_counter()
     log.close()

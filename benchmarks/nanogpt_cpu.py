@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoint import load_model
 from config import ConfigLoader
-from data import load_data
+from data import load_dataset
 from step import estimate_loss
 from train import train
 from utils.output import Output
@@ -34,7 +34,7 @@ def run(data: str | None) -> None:
                 sys.exit(result.exit_status)
             whole = config.model_copy(update={"eval_iters": 0, "batch_size": 64})
             model, _ = load_model(result.export_dir)
-            losses.append(estimate_loss(model, load_data(config), whole)["val"])
+            losses.append(estimate_loss(model, load_dataset(config), whole)["val"])
             lines = (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
         speeds = [json.loads(line).get("tokens_per_second") for line in lines.splitlines()]
         speed = statistics.median(value for value in speeds if value)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bundle import runs_in
+from bundle import list_runs
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 TURNS = 3
@@ -68,7 +68,7 @@ def measured(data: str | None, commands: list[list[str]]) -> list[float]:
         return [
             second
             for index in range(len(commands))
-            for second in _seconds(runs_in(Path(directory) / str(index))[0])
+            for second in _seconds(list_runs(Path(directory) / str(index))[0])
         ]
 
 

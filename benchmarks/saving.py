@@ -13,20 +13,20 @@ from unittest.mock import patch
 import torch
 
 from bundle import TRAINING_SETTINGS, TrainingState
-from checkpoint import Checkpoints, save_checkpoint
-from data import load_data
+from checkpoint import CheckpointWriter, save_checkpoint
+from data import load_dataset
 from parameters import ModelConfig
 from prepare import create_setup
-from start import Start
+from start import ResumePlan
 from step import training_step
 from train import train
-from utils.device import peak_memory
-from utils.output import Output, byte_size
+from utils.device import get_peak_memory
+from utils.output import Output, format_bytes
 
 
 def run(data: str | None) -> None:
     seconds: list[float] = []
-    save = Checkpoints.save
+    save = CheckpointWriter.save
 
     def timed(*arguments) -> None:
         start = time.perf_counter()
@@ -35,7 +35,7 @@ def run(data: str | None) -> None:
 
     with (
         tempfile.TemporaryDirectory(dir=".") as directory,
-        patch.object(Checkpoints, "save", timed),
+        patch.object(CheckpointWriter, "save", timed),
     ):
         config = ModelConfig(data=data, max_iters=750, runs_dir=directory)
         result = train(config, output=Output(quiet=True))
@@ -51,10 +51,10 @@ def run(data: str | None) -> None:
 
 def _memory_of_saving(data: str | None) -> str:
     config = ModelConfig(data=data, n_embd=768, n_head=12, n_layer=8, batch_size=1)
-    setup = create_setup(config, {}, load_data(config), torch.device("cpu"), Start())
+    setup = create_setup(config, {}, load_dataset(config), torch.device("cpu"), ResumePlan())
     for step in range(2):
         training_step(setup, step)
-    before = peak_memory(setup.device)
+    before = get_peak_memory(setup.device)
     state = TrainingState(
         step=2,
         optimizer_file=None,
@@ -76,8 +76,8 @@ def _memory_of_saving(data: str | None) -> str:
             state,
         )
     seconds = time.perf_counter() - start
-    grown = (peak_memory(setup.device) or 0) - (before or 0)
+    grown = (get_peak_memory(setup.device) or 0) - (before or 0)
     return (
-        f"  {setup.model.num_parameters() / 1e6:.0f} M parameters: saved in {seconds:.1f} s; the "
-        f"peak of {byte_size(before or 0)} grew by {byte_size(grown)}"
+        f"  {setup.model.count_parameters() / 1e6:.0f} M parameters: saved in {seconds:.1f} s; the "
+        f"peak of {format_bytes(before or 0)} grew by {format_bytes(grown)}"
     )

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import current_commit
-from utils.device import processor_name
+from utils.device import get_processor_name
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PRESETS = CHECKOUT / "configs" / "presets"
@@ -130,7 +130,7 @@ def record(leaderboard: Path, recipe: str, what: str, attempts: Sequence[Attempt
         what,
         str(date.today()),
         f"`{current_commit()}`",
-        f"{processor_name()}, {attempts[0].threads} threads, {attempts[0].precision}",
+        f"{get_processor_name()}, {attempts[0].threads} threads, {attempts[0].precision}",
     )
     with open(leaderboard, "a", encoding="utf-8") as file:
         file.write(f"| {' | '.join(cells)} |\n")

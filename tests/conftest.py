@@ -27,12 +27,12 @@ from bundle import (
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
     TrainingState,
+    find_usable_bundle,
     read_bundle,
-    usable_bundle,
 )
-from checkpoint import model_of, save_checkpoint
+from checkpoint import load_model_from_bundle, save_checkpoint
 from model import LanguageModel
-from optim import clip_gradients, create_optimizer, update
+from optim import apply_update, clip_gradients, create_optimizer
 from parameters import ModelConfig
 from tokenizer import create_tokenizer
 from utils.output import Output
@@ -124,7 +124,7 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
     clip_gradients(model, BUNDLE_CONFIG.grad_clip)
-    update(optimizer, scaler, step, BUNDLE_CONFIG)
+    apply_update(optimizer, scaler, step, BUNDLE_CONFIG)
     settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
     facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
     values = {
@@ -246,6 +246,6 @@ TINY_FLAGS = (
 
 def loaded_step(directory: Path) -> int:
     """The step of the model in a bundle, or of a run's best, which loads with all its weights."""
-    bundle = read_bundle(usable_bundle(directory), WEIGHTS_FILE)
-    model_of(bundle)
+    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    load_model_from_bundle(bundle)
     return bundle.state.step

@@ -27,7 +27,7 @@ from checkpoint import load_model
 from parameters import ModelConfig
 from train import train
 from utils.errors import RunError, UserError
-from utils.metrics import METRICS, tag_of
+from utils.metrics import METRICS, get_tag
 from utils.run_manager import RunDirectory
 from utils.tracking.aim import AimTracker, require_aim
 from utils.tracking.histograms import Histogram
@@ -385,7 +385,7 @@ def test_everything_a_run_logs_is_in_aim_once(tiny, quiet):
     (run,) = runs(".").values()
     assert run.name == result.run_dir.name
     logged: dict = {}
-    names = {tag_of(m.name, subset): (m.name, subset) for m in METRICS for subset in m.subsets}
+    names = {get_tag(m.name, subset): (m.name, subset) for m in METRICS for subset in m.subsets}
     for line in RunDirectory(result.run_dir).metrics.read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         step = values.pop("step")

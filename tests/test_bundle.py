@@ -29,22 +29,22 @@ from bundle import (
     WEIGHTS_FILE,
     _host,
     check_files,
+    compute_state_digest,
     copy_bundle,
     find_directory,
+    find_newest_usable_bundle,
+    find_usable_bundle,
     get_model_info,
     is_bundle,
-    newest_usable_bundle,
     read_bundle,
     read_state,
     remove_bundle,
-    state_digest,
-    usable_bundle,
 )
-from checkpoint import load_model, load_training, load_weights
+from checkpoint import load_model, load_weights, restore_training_state
 from model import LanguageModel
 from optim import create_optimizer
-from sampling import Sampling
-from start import plan
+from sampling import SamplingParams
+from start import plan_run
 from train import train
 from utils.errors import RunError, UserError
 
@@ -72,7 +72,7 @@ def resume(directory: Path):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     bundle = read_bundle(directory, WEIGHTS_FILE, OPTIMIZER_FILE)
     load_weights(bundle, model)
-    load_training(bundle, model, optimizer, scaler)
+    restore_training_state(bundle, model, optimizer, scaler)
     return model, optimizer
 
 
@@ -185,14 +185,14 @@ GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must
 def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
     model, tokenizer = load_model(GOLDEN)
     state = read_state(GOLDEN)
-    ids = model.generate(tokenizer.encode("To be"), 40, Sampling(temperature=0))
+    ids = model.generate(tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
     assert tokenizer.decode(ids[0].numpy()) == "To be, or not to be, that is the question:\nWh"
     assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
 
 
 def test_the_golden_bundle_goes_on_as_it_would_have_then(text_file, quiet):
     flags = {"max_iters": 603, "data": str(text_file), "eval_interval": 0}
-    loaded, start = plan(flags, resume=str(GOLDEN))
+    loaded, start = plan_run(flags, resume=str(GOLDEN))
     result = train(loaded.config, loaded=loaded, start=start, output=quiet)
     text = (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
     losses = [json.loads(line).get("loss/train") for line in text.splitlines()[:3]]
@@ -352,7 +352,7 @@ def rehash(directory: Path, name: str) -> None:
     state = contents(directory, STATE_FILE)
     if name != STATE_FILE:
         state["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    state["training_config"]["state_sha256"] = state_digest(state)
+    state["training_config"]["state_sha256"] = compute_state_digest(state)
     (directory / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -457,7 +457,7 @@ def test_a_directory_of_another_program_is_not_a_folio_model(tmp_path, content):
 def test_the_model_of_the_newest_run_that_has_one_is_found(tmp_path):
     runs = tmp_path / "runs"
     with pytest.raises(UserError, match="no trained model"):
-        newest_usable_bundle(runs)
+        find_newest_usable_bundle(runs)
     for name in ("20260101_000000_b", "20260102_000000_a", "20260103_000000"):
         (runs / name / "artifacts" / "checkpoints").mkdir(parents=True)
     save_bundle(runs / "20260101_000000_b" / "artifacts" / "export")
@@ -465,11 +465,11 @@ def test_the_model_of_the_newest_run_that_has_one_is_found(tmp_path):
         save_bundle(
             runs / "20260102_000000_a" / "artifacts" / "checkpoints" / f"step_0000000{step}"
         )
-    assert newest_usable_bundle(runs).name == "step_00000004"
+    assert find_newest_usable_bundle(runs).name == "step_00000004"
     save_bundle(runs / "20260102_000000_a" / "artifacts" / "export")
-    assert newest_usable_bundle(runs) == runs / "20260102_000000_a" / "artifacts" / "export"
+    assert find_newest_usable_bundle(runs) == runs / "20260102_000000_a" / "artifacts" / "export"
     with pytest.raises(UserError, match="this run has saved no model yet"):
-        usable_bundle(runs / "20260103_000000")
+        find_usable_bundle(runs / "20260103_000000")
 
 
 def test_a_model_is_a_path_a_run_or_a_name(tmp_path):
@@ -489,8 +489,8 @@ def test_model_info_is_the_whole_story_without_the_weights(bundle):
     assert info["training_state"]["training_config"]["learning_rate"] == 3e-3
     assert info["config"]["n_embd"] == 8
     assert info["tokenizer"] == {"token_kind": "char", "chars": ["a", "b", "c"]}
-    assert info["parameters"]["total"] == model.num_parameters()
-    assert sum(info["parameters"].values()) == 2 * model.num_parameters()
+    assert info["parameters"]["total"] == model.count_parameters()
+    assert sum(info["parameters"].values()) == 2 * model.count_parameters()
     assert (
         info["bytes"]
         == sum(p.stat().st_size for p in directory.iterdir())

@@ -16,9 +16,9 @@ from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
 
 import train as train_module
 from bundle import read_state
-from callbacks import Callback, load_makers
+from callbacks import Callback, load_callback_factories
 from optim import learning_rate_at
-from start import plan
+from start import plan_run
 from train import train
 from utils.errors import Aborted, NothingToDo, RunError, UserError
 from utils.isolation import Isolated
@@ -102,7 +102,7 @@ def test_what_a_callback_stopped_goes_on_to_the_same_bits(tiny, quiet):
     whole = train(tiny(), output=quiet)
     stopper = Watcher({("step", 4): "wait"})
     part = train(tiny(), output=quiet, callbacks={"stopper": lambda _: stopper})
-    loaded, start = plan({}, resume=str(part.run_dir))
+    loaded, start = plan_run({}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert_same_bits(whole.checkpoint, rest.checkpoint)
 
@@ -145,7 +145,7 @@ def test_what_a_second_sigterm_raises_is_nobodys_failure():
         raise Aborted(143)
 
     with pytest.raises(Aborted):
-        isolated.each(aborted)
+        isolated.call_each(aborted)
 
 
 def test_what_is_dropped_is_discarded_and_what_is_dismissed_is_not():
@@ -153,11 +153,11 @@ def test_what_is_dropped_is_discarded_and_what_is_dismissed_is_not():
     isolated = Isolated(warn=lambda *words: warned.append(words), discard=discarded.append)
     isolated.add("one", lambda: 1)
     isolated.add("zero", lambda: 0)
-    assert isolated.each(lambda number: 1 / number) == [1]
+    assert isolated.call_each(lambda number: 1 / number) == [1]
     assert discarded == [0]
     called = []
-    isolated.dismiss(called.append)
-    isolated.dismiss(called.append)
+    isolated.close_each(called.append)
+    isolated.close_each(called.append)
     assert called == [1]
     assert discarded == [0]
     assert len(warned) == 1
@@ -224,8 +224,8 @@ def test_the_count_of_early_stopping_survives_a_resume(tiny, quiet, monkeypatch)
     scripted(monkeypatch, *losses)
     stopper = Watcher({("evaluation", 4): "wait"})  # two evaluations after the best
     part = train(config, output=quiet, callbacks={"stopper": lambda _: stopper})
-    assert read_state(part.checkpoint).fact("evaluations_since_best") == 2
-    loaded, start = plan({}, resume=str(part.run_dir))
+    assert read_state(part.checkpoint).get_fact("evaluations_since_best") == 2
+    loaded, start = plan_run({}, resume=str(part.run_dir))
     assert loaded.config.early_stopping_patience == 3
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert rest.step == 5
@@ -240,7 +240,7 @@ def test_on_another_text_the_best_counts_anew_and_nothing_is_over(
     part = train(config, output=quiet)
     other = tmp_path / "other.txt"
     other.write_text("to be, or not to be: that is the question. " * 90, encoding="utf-8")
-    loaded, start = plan({"data": str(other)}, resume=str(part.run_dir))
+    loaded, start = plan_run({"data": str(other)}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert (part.step, rest.step) == (2, 5)
 
@@ -252,10 +252,10 @@ def test_a_run_that_stopped_early_has_nothing_more_to_do_until_told_to_wait(
     config = tiny(max_iters=9, eval_interval=1, early_stopping_patience=1)
     part = train(config, output=quiet)
     assert "--early-stopping-patience 0   # go on from here" in console(part.run_dir)
-    loaded, start = plan({}, resume=str(part.run_dir))
+    loaded, start = plan_run({}, resume=str(part.run_dir))
     with pytest.raises(NothingToDo, match=r"was stopped early.*--early-stopping-patience N"):
         train(loaded.config, loaded=loaded, start=start, output=quiet)
-    loaded, start = plan({"early_stopping_patience": 2}, resume=str(part.run_dir))
+    loaded, start = plan_run({"early_stopping_patience": 2}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert rest.step == 3
 
@@ -309,7 +309,7 @@ def test_a_callback_that_cannot_be_had_is_one_line(my_module, reference, words):
     Path("leaving_module.py").write_text("import sys\nsys.exit('goodbye')\n", encoding="utf-8")
     Path("misspelt.py").write_text("def make(:\n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        load_makers([reference])
+        load_callback_factories([reference])
     (problem,) = caught.value.problems
     assert problem.startswith(f"--callback {reference}: ")
     assert "\n" not in problem
@@ -317,7 +317,7 @@ def test_a_callback_that_cannot_be_had_is_one_line(my_module, reference, words):
 
 def test_all_wrong_callbacks_are_told_together(my_module):
     with pytest.raises(UserError) as caught:
-        load_makers(["a:b", "my_callbacks:Mine", "c"])
+        load_callback_factories(["a:b", "my_callbacks:Mine", "c"])
     assert len(caught.value.problems) == 2
 
 
@@ -365,7 +365,7 @@ def test_a_callback_is_made_once_there_is_a_run_with_its_settled_settings(tiny, 
     assert made == []
     result = train(tiny(max_iters=None, epochs=0.1), output=quiet, callbacks={"mine": make})
     assert made == [result.step]
-    loaded, start = plan({}, resume=str(result.run_dir))
+    loaded, start = plan_run({}, resume=str(result.run_dir))
     with pytest.raises(NothingToDo):
         train(loaded.config, loaded=loaded, start=start, output=quiet, callbacks={"mine": make})
     assert len(made) == 1
@@ -445,7 +445,7 @@ def test_the_document_has_two_worked_examples_and_the_flags_that_use_them():
 
 def test_the_example_that_stops_at_a_target_loss_does(examples, tiny, quiet, monkeypatch):
     scripted(monkeypatch, 2.0, 1.4, 1.3)
-    callbacks = load_makers(["target_loss:make"])
+    callbacks = load_callback_factories(["target_loss:make"])
     result = train(tiny(max_iters=9), output=quiet, callbacks=callbacks)
     assert result.step == 6
     assert "1.4" in result.stopped_by
@@ -453,7 +453,7 @@ def test_the_example_that_stops_at_a_target_loss_does(examples, tiny, quiet, mon
 
 def test_the_example_that_logs_to_weights_and_biases_does(examples, tiny, quiet):
     config = tiny(max_iters=6, log_interval=2)
-    result = train(config, output=quiet, callbacks=load_makers(["to_wandb:make"]))
+    result = train(config, output=quiet, callbacks=load_callback_factories(["to_wandb:make"]))
     assert "left out" not in console(result.run_dir)
     assert examples[0][0] == "init"
     assert examples[0][1]["config"]["n_layer"] == 2

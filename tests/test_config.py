@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import CHECKOUT
 
-from config import CONFIG_FILES, ConfigLoader, describe, read_config_file
+from config import CONFIG_FILES, ConfigLoader, format_settings, read_config_file
 from parameters import GROUPS, ModelConfig
 from utils.errors import UserError
 
@@ -203,7 +203,7 @@ def test_a_run_record_is_read_as_a_config_file(world):
 
 def test_show_config_names_every_setting_and_its_source(world):
     loaded = world.load({"n_layer": 3})
-    lines = {line.split()[0]: line for line in describe(loaded).splitlines()}
+    lines = {line.split()[0]: line for line in format_settings(loaded).splitlines()}
     for name in ModelConfig.model_fields:
         assert lines[name].rstrip().endswith(loaded.sources[name])
     assert "--n-layer" in lines["n_layer"]

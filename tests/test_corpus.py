@@ -16,14 +16,21 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus import absolute, find_files, is_large, keep_standard_input, parts, text_problem
+from corpus import (
+    find_data_problem,
+    find_files,
+    is_large,
+    iter_chunks,
+    keep_standard_input,
+    resolve_data_path,
+)
 from utils.errors import UserError
 
 TEXT = "Être, ou ne pas être:\nc'est là la question. 漢字 🙂\n" * 20
 
 
 def text_of(files, **how) -> str:
-    return "".join(part.text for part in parts([Path(file) for file in files], **how))
+    return "".join(part.text for part in iter_chunks([Path(file) for file in files], **how))
 
 
 @pytest.fixture
@@ -78,19 +85,19 @@ def test_a_file_whose_name_looks_like_a_glob_is_itself(write):
     write("[a].txt")
     write("a.txt")
     assert find_files("[a].txt") == [Path("[a].txt")]
-    assert text_problem("[a].txt") is None
+    assert find_data_problem("[a].txt") is None
 
 
 def test_what_a_run_records_is_found_from_anywhere(write, tmp_path, monkeypatch):
     write("odd [1]/a.txt")
     monkeypatch.chdir("odd [1]")
     for data in ("a.txt", "*.txt", ".", "../odd [1]/a.txt"):
-        recorded = absolute(data)
-        assert text_problem(recorded) is None
+        recorded = resolve_data_path(data)
+        assert find_data_problem(recorded) is None
         assert Path(recorded).is_absolute()
         assert [path.resolve() for path in find_files(recorded)] == [Path("a.txt").resolve()]
-        assert absolute(recorded) == recorded
-    assert absolute("-") == "-"
+        assert resolve_data_path(recorded) == recorded
+    assert resolve_data_path("-") == "-"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_what_is_no_text_is_one_clear_line(write, data, problem):
     Path("void").mkdir()
     write("only-empty/a.txt", "")
     write("empty.txt", "")
-    assert text_problem(data) == problem
+    assert find_data_problem(data) == problem
 
 
 def test_a_file_whose_name_is_no_text_is_named(write):
@@ -125,7 +132,7 @@ def test_a_file_whose_name_is_no_text_is_named(write):
 def test_the_parts_are_the_text_whatever_their_size(write, name, size):
     path = write(name, "\ufeff" + TEXT)
     heard = []
-    found = list(parts([path], size=size, hear=lambda _, block: heard.append(block)))
+    found = list(iter_chunks([path], size=size, hear=lambda _, block: heard.append(block)))
     assert "".join(part.text for part in found) == TEXT
     assert b"".join(heard) == ("\ufeff" + TEXT).encode()
     assert [part.size for part in found] == [len(part.text.encode()) for part in found]
@@ -137,10 +144,10 @@ def test_the_parts_are_the_text_whatever_their_size(write, name, size):
 def test_whoever_begins_at_the_end_of_a_part_reads_the_rest(write, name, whole_words):
     files = [write("before.txt"), write(name), write("after.txt", "\ufeffend")]
     how = {"whole_words": whole_words, "size": 50}
-    found = list(parts(files, **how))
+    found = list(iter_chunks(files, **how))
     for index in range(0, len(found), 7):
         start = (found[index].file, found[index].end)
-        rest = "".join(part.text for part in parts(files, **how, start=start))
+        rest = "".join(part.text for part in iter_chunks(files, **how, start=start))
         assert rest == "".join(part.text for part in found[index + 1 :])
 
 
@@ -154,7 +161,7 @@ def test_all_bytes_are_heard_and_with_a_part_those_up_to_its_end(write, whole_wo
     def hear(file: int, block: bytes) -> None:
         heard[file] += block
 
-    for part in parts(files, size=50, whole_words=whole_words, start=start, hear=hear):
+    for part in iter_chunks(files, size=50, whole_words=whole_words, start=start, hear=hear):
         before = [text.encode() for text in contents[: part.file]]
         assert heard[: part.file] == before
         assert heard[part.file] == contents[part.file].encode()[: part.end]
@@ -164,7 +171,7 @@ def test_all_bytes_are_heard_and_with_a_part_those_up_to_its_end(write, whole_wo
 def test_files_are_one_text_each_without_its_byte_order_mark(write):
     files = [write("a", "\ufeffone\r\n"), write("b", ""), write("c.gz", "\ufefftwo \ufeff")]
     assert text_of(files) == "one\r\ntwo \ufeff"
-    assert [part.file for part in parts(files)] == [0, 2]
+    assert [part.file for part in iter_chunks(files)] == [0, 2]
 
 
 def test_several_frames_of_zstandard_are_one_text(write):
@@ -177,7 +184,7 @@ def test_several_frames_of_zstandard_are_one_text(write):
 def test_a_small_file_that_holds_much_is_not_held_in_memory(write):
     path = write("zeros.zst", "0" * (1 << 25))
     assert path.stat().st_size < 5000
-    assert max(len(part.text) for part in parts([path], size=1 << 16)) <= 1 << 16
+    assert max(len(part.text) for part in iter_chunks([path], size=1 << 16)) <= 1 << 16
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.gz", "a.zst"])
@@ -228,7 +235,7 @@ PIECES = st.one_of(WHITE, st.sampled_from(["'s", "a", "B", "7", "é", "漢", "!"
 def test_words_are_cut_only_before_a_space_that_follows_one(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "words.txt"
     path.write_bytes(text.encode())
-    found = [part.text for part in parts([path], size=size, whole_words=True)]
+    found = [part.text for part in iter_chunks([path], size=size, whole_words=True)]
     assert "".join(found) == text
     for before, after in pairwise(found):
         assert not before[-1].isspace()

@@ -122,12 +122,12 @@ class Faults:
             self.call("library")
             target.write_bytes(whole)
 
-        return files.write_by_library(path, interrupted, like)
+        return files.write_with(path, interrupted, like)
 
     def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
         patch.setattr(files, "os", self)
         patch.setattr(files, "open", self.open_file, raising=False)
-        patch.setattr(bundle_module, "write_by_library", self.write_by_library)
+        patch.setattr(bundle_module, "write_with", self.write_by_library)
         return self
 
 
@@ -328,7 +328,7 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(killed).installed(patch)
             # The wrapper around the libraries truncates and writes: leave it out here.
-            patch.setattr(bundle_module, "write_by_library", files.write_by_library)
+            patch.setattr(bundle_module, "write_with", files.write_with)
             sys.addaudithook(hook)
             save(tmp_path / "model", NEW)
             counted = faults.names

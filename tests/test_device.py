@@ -9,7 +9,7 @@ import torch
 from utils import device
 from utils.device import (
     WORTH_COMPILING,
-    Compiled,
+    CompileResult,
     autocast,
     choose_backend,
     choose_device,
@@ -176,9 +176,9 @@ def test_compiling_proves_itself_with_a_forward_and_a_backward_pass_and_draws_no
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    learner, compiled = compile_model(model, Compiled("aot_eager", "why"), "on", probe)
+    learner, compiled = compile_model(model, CompileResult("aot_eager", "why"), "on", probe)
     assert called == [learner]
-    assert compiled == Compiled("aot_eager", "why")
+    assert compiled == CompileResult("aot_eager", "why")
     assert torch.equal(torch.get_rng_state(), before)
     assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
 
@@ -189,15 +189,15 @@ def broken(learner):
 
 def test_auto_falls_back_and_says_why():
     model = torch.nn.Linear(2, 2)
-    learner, compiled = compile_model(model, Compiled("inductor", "why"), "auto", broken)
+    learner, compiled = compile_model(model, CompileResult("inductor", "why"), "auto", broken)
     assert learner is model
     reason = "inductor does not work here (RuntimeError: no compiler here)"
-    assert compiled == Compiled("off", reason, fell_back=True)
+    assert compiled == CompileResult("off", reason, fell_back=True)
 
 
 def test_on_is_a_users_mistake_where_it_does_not_work():
     with pytest.raises(UserError) as caught:
-        compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "on", broken)
+        compile_model(torch.nn.Linear(2, 2), CompileResult("inductor", ""), "on", broken)
     (line,) = caught.value.problems
     assert line == (
         "torch_compile is on, and inductor does not work here (RuntimeError: no compiler here): "
@@ -207,9 +207,9 @@ def test_on_is_a_users_mistake_where_it_does_not_work():
 
 def test_off_compiles_nothing():
     model = torch.nn.Linear(2, 2)
-    learner, compiled = compile_model(model, Compiled("off", "why"), "off", broken)
+    learner, compiled = compile_model(model, CompileResult("off", "why"), "off", broken)
     assert learner is model
-    assert compiled == Compiled("off", "why")
+    assert compiled == CompileResult("off", "why")
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_broken_compiler():
@@ -217,7 +217,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_broken_compiler():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        compile_model(torch.nn.Linear(2, 2), Compiled("inductor", ""), "auto", probe)
+        compile_model(torch.nn.Linear(2, 2), CompileResult("inductor", ""), "auto", probe)
 
 
 def test_every_model_of_a_process_is_compiled_however_many_there_were_before():
@@ -229,7 +229,7 @@ def test_every_model_of_a_process_is_compiled_however_many_there_were_before():
             counters.clear()
             learner(torch.ones(1, size)).sum().backward()
 
-        compile_model(Sum(size), Compiled("aot_eager", ""), "on", probe)
+        compile_model(Sum(size), CompileResult("aot_eager", ""), "on", probe)
         assert counters["frames"]["ok"] == counters["frames"]["total"] > 0, size
 
 

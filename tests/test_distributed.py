@@ -28,15 +28,23 @@ from conftest import CHECKOUT, FEW_TOKENS, TINY_FLAGS, assert_same_bits, loaded_
 
 import train as train_module
 import utils.output as output_module
-from bundle import checkpoints_in, is_bundle, runs_in
-from distributed import World, check_shared, gathered, open_world, part, seed_of, whole
+from bundle import is_bundle, list_checkpoints, list_runs
+from distributed import (
+    World,
+    check_world_size,
+    derive_seed,
+    gather_full_tensor,
+    gather_to_main,
+    open_world,
+    to_local,
+)
 from parameters import ModelConfig
 from prepare import set_up
-from start import plan
+from start import plan_run
 from step import training_step
 from utils.device import choose_device
-from utils.errors import EndedElsewhere, UserError
-from utils.output import plural, run_command
+from utils.errors import EndedOnAnotherRank, UserError
+from utils.output import pluralize, run_command
 from utils.ranks import ALONE, Ranks
 
 FORKING = multiprocessing.get_context("forkserver")
@@ -150,7 +158,7 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
 
 
 def _refuse_long_names(library: torch.library.Library) -> None:
-    """Let a message fail that could end a process, seldom: see above `whole` in distributed.py."""
+    """Let a message fail that could end a process, seldom: see above `gather_full_tensor` in distributed.py."""
 
     def refuse(*_):
         raise AssertionError("the name of this message has more than 15 characters")
@@ -189,7 +197,7 @@ def flags(text_file) -> list[str]:
 
 
 def newest() -> Path:
-    return runs_in(Path("runs"))[0]
+    return list_runs(Path("runs"))[0]
 
 
 def logged(run: Path) -> dict[tuple[int, str], float]:
@@ -234,7 +242,7 @@ def test_two_processes_learn_what_one_does_and_leave_one_record(flags, kind):
     assert_went_well(ended)
     assert "2 processes" in ended[0].out
     both = newest()
-    assert len(runs_in(Path("runs"))) == 2
+    assert len(list_runs(Path("runs"))) == 2
     assert logged(both).keys() == logged(alone).keys()
     for key, value in logged(alone).items():
         assert logged(both)[key] == pytest.approx(value, abs=1e-5), key
@@ -282,7 +290,7 @@ def test_all_of_a_split_is_evaluated_however_many_share_it(flags):
 def counts_what_it_shares(rank: int, flags: list[str]) -> int:
     """One step of two micro-batches, in which DDP shares each bucket of gradients once."""
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 16, "device": "cpu"}
-    loaded, start = plan({"data": flags[0], "micro_batch_size": 1, "batch_size": 4, **shape})
+    loaded, start = plan_run({"data": flags[0], "micro_batch_size": 1, "batch_size": 4, **shape})
     shared = []
     with open_world(loaded.config) as world:
         setup = set_up(loaded.config, loaded, start, world=world)
@@ -304,10 +312,12 @@ def test_accumulated_gradients_are_shared_once_a_step(text_file):
 
 def test_each_process_drops_out_other_activations(flags):
     assert_went_well(side_by_side(2, trains, [*flags, "--dropout=0.2", "--max-iters=2"]))
-    saved = torch.load(checkpoints_in(newest())[-1] / "optimizer.pt", weights_only=True)
+    saved = torch.load(list_checkpoints(newest())[-1] / "optimizer.pt", weights_only=True)
     (other,) = saved["other_generators"]
     assert not torch.equal(saved["generators"]["cpu"], other["cpu"])
-    assert seed_of(1, 1, 0) != seed_of(1, 2, 0) != seed_of(1, 2, 9) != seed_of(2, 2, 9)
+    assert (
+        derive_seed(1, 1, 0) != derive_seed(1, 2, 0) != derive_seed(1, 2, 9) != derive_seed(2, 2, 9)
+    )
 
 
 # Going on -------------------------------------------------------------------------------------
@@ -323,7 +333,7 @@ def test_as_many_processes_go_on_to_the_same_bits(flags, kind):
     ended = side_by_side(2, trains, [f"--resume={half}", "--device=cpu", "--max-iters=6"])
     assert_went_well(ended)
     assert "not the same to the bit" not in ended[0].out
-    assert_same_bits(checkpoints_in(whole)[-1], checkpoints_in(newest())[-1])
+    assert_same_bits(list_checkpoints(whole)[-1], list_checkpoints(newest())[-1])
     assert {**logged(half), **logged(newest())} == logged(whole)
 
 
@@ -338,7 +348,7 @@ def test_another_number_of_processes_goes_on_with_the_same_training_and_says_so(
     assert_went_well(side_by_side(before, trains, [*flags, "--max-iters=3"]))
     ended = side_by_side(after, trains, ["--resume=last", "--device=cpu", "--max-iters=6"])
     assert_went_well(ended)
-    was, becomes = (plural(size, "process", "processes") for size in (before, after))
+    was, becomes = (pluralize(size, "process", "processes") for size in (before, after))
     assert (
         f"Note: computed by {was} until now, and by {becomes} from here on: as good, and not the "
         "same to the bit\n"
@@ -370,9 +380,9 @@ def test_a_signal_to_any_process_ends_all_with_one_bundle_to_go_on_with(
     assert [process.status for process in ended] == [128 + number] * 2, ended
     assert "Stopping after step 4" in ended[0].out and ended[1] == Ended(128 + number, "", "")
     stopped = newest()
-    assert [path.name for path in checkpoints_in(stopped)] == ["step_00000003", "step_00000004"]
+    assert [path.name for path in list_checkpoints(stopped)] == ["step_00000003", "step_00000004"]
     assert_went_well(side_by_side(2, trains, [f"--resume={stopped}", "--device=cpu"]))
-    assert_same_bits(checkpoints_in(whole)[-1], checkpoints_in(newest())[-1])
+    assert_same_bits(list_checkpoints(whole)[-1], list_checkpoints(newest())[-1])
 
 
 def is_late(rank: int, flags: list[str]) -> int:
@@ -393,7 +403,7 @@ def is_late(rank: int, flags: list[str]) -> int:
 def test_a_signal_that_comes_too_late_for_a_step_ends_all_after_the_next(flags):
     ended = side_by_side(2, is_late, flags)
     assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2, ended
-    assert checkpoints_in(newest())[-1].name == "step_00000005"
+    assert list_checkpoints(newest())[-1].name == "step_00000005"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -415,7 +425,7 @@ def test_a_dead_process_ends_the_others_and_the_last_bundle_goes_on(flags, rank,
         assert "go on from it with" in living.out and "torchrun --nproc-per-node=2" in living.out
     assert loaded_step(dead) == 3
     assert_went_well(side_by_side(2, trains, ["--resume=last", "--device=cpu"]))
-    assert checkpoints_in(newest())[-1].name == "step_00000006"
+    assert list_checkpoints(newest())[-1].name == "step_00000006"
 
 
 def test_a_loss_that_is_not_finite_ends_all_in_one_line(flags):
@@ -470,7 +480,7 @@ def test_torchrun_starts_it_ends_it_and_goes_on_with_it(flags):
         assert "torchrun --nproc-per-node=2" in rest
     with begin(*flags, "--batch-size=3") as process:
         assert "error: 2 processes cannot share a batch_size of 3" in process.stdout.read()
-    step = int(checkpoints_in(newest())[-1].name.partition("_")[2])
+    step = int(list_checkpoints(newest())[-1].name.partition("_")[2])
     with begin("--resume=last", "--device=cpu", f"--max-iters={step + 3}") as process:
         assert f"Done: {step + 3} steps" in process.stdout.read()
     assert process.returncode == 0
@@ -500,8 +510,8 @@ def test_what_processes_cannot_share_is_one_line_before_anything_begins(flags):
 )
 def test_settings_that_do_not_go_with_two_processes_are_named(changes, words):
     with pytest.raises(UserError, match=words):
-        check_shared(ModelConfig(**{"batch_size": 4, **changes}), 2)
-    check_shared(ModelConfig(batch_size=4), 2)
+        check_world_size(ModelConfig(**{"batch_size": 4, **changes}), 2)
+    check_world_size(ModelConfig(batch_size=4), 2)
 
 
 def test_other_settings_or_a_missing_text_in_one_process_end_all(flags, text_file):
@@ -529,9 +539,9 @@ def loses_its_text(rank: int, flags: list[str], text: str) -> int:
 
 
 def test_a_model_that_somebody_else_trains_is_one_line(flags):
-    from start import name_locked
+    from start import lock_named_model
 
-    with name_locked(Path("checkpoints/dante")):
+    with lock_named_model(Path("checkpoints/dante")):
         ended = side_by_side(2, trains, [*flags, "--model-name=dante"])
     assert [process.status for process in ended] == [2, 2]
     assert "is being trained by another process" in ended[0].error and not ended[1].error
@@ -550,9 +560,9 @@ def test_a_dry_run_is_told_once_and_leaves_nothing(flags):
 
 def test_one_process_needs_no_others():
     world = World()
-    assert world.is_main and world.rows(8) == slice(0, 8)
-    assert world.largest(3, 4) == [3, 4] and world.gather("x") == ["x"]
-    assert world.on_main(lambda: 5) == world.on_each(lambda: 5) == 5
+    assert world.is_main and world.get_rows(8) == slice(0, 8)
+    assert world.all_reduce_max(3, 4) == [3, 4] and world.gather("x") == ["x"]
+    assert world.broadcast_from_main(lambda: 5) == world.run_on_all_ranks(lambda: 5) == 5
     with open_world(ModelConfig()) as opened:
         assert opened == world and not torch.distributed.is_initialized()
 
@@ -570,24 +580,24 @@ def test_the_rows_of_all_processes_are_the_batch():
 def talks(rank: int) -> None:
     with open_world(ModelConfig()) as world:
         assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
-        assert world.largest(rank, -rank) == [1, 0]
-        assert world.sum(torch.tensor(float(rank + 1))).item() == 3
+        assert world.all_reduce_max(rank, -rank) == [1, 0]
+        assert world.all_reduce_sum(torch.tensor(float(rank + 1))).item() == 3
         assert world.gather(rank) == ([0, 1] if rank == 0 else [])
-        assert world.on_main(lambda: f"of {rank}") == "of 0"
-        assert world.on_each(lambda: rank) == rank
+        assert world.broadcast_from_main(lambda: f"of {rank}") == "of 0"
+        assert world.run_on_all_ranks(lambda: rank) == rank
 
         def refuse():
             raise UserError("one", "two")
 
-        for gather in (world.on_main, world.on_each):
-            with pytest.raises(UserError if rank == 0 else EndedElsewhere):
+        for gather in (world.broadcast_from_main, world.run_on_all_ranks):
+            with pytest.raises(UserError if rank == 0 else EndedOnAnotherRank):
                 gather(refuse)
         if rank == 0:
             with pytest.raises(UserError, match="rank 1: one\nrank 1: two"):
-                world.on_each(lambda: 0)
+                world.run_on_all_ranks(lambda: 0)
         else:
-            with pytest.raises(EndedElsewhere):
-                world.on_each(refuse)
+            with pytest.raises(EndedOnAnotherRank):
+                world.run_on_all_ranks(refuse)
 
 
 def test_what_all_agree_on_and_how_a_failure_is_shared():
@@ -603,13 +613,13 @@ def holds_some_rows(rank: int) -> None:
             before = [tensor.detach().clone() for tensor in layer.parameters()]
             fully_shard(layer)
             for tensor, expected in zip(layer.parameters(), before, strict=True):
-                assert torch.equal(whole(part(tensor), tensor), expected)
-                to_save = gathered(tensor, world)
+                assert torch.equal(gather_full_tensor(to_local(tensor), tensor), expected)
+                to_save = gather_to_main(tensor, world)
                 assert (to_save is None) == (rank > 0)
                 if to_save is not None:
                     assert torch.equal(to_save, expected)
                     assert to_save.untyped_storage().nbytes() == expected.nbytes
-        assert whole(expected, expected) is gathered(expected, world) is expected
+        assert gather_full_tensor(expected, expected) is gather_to_main(expected, world) is expected
 
 
 def test_a_sharded_tensor_is_put_together_however_many_rows_each_has():
@@ -657,7 +667,7 @@ def test_nobody_leaves_before_all_are_done():
 def test_the_ranks_are_those_of_the_environment(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Ranks.of_environment() == expected
+    assert Ranks.from_environment() == expected
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from rich.console import Console
 import data
 import evaluate
 from bundle import TRAINING_SETTINGS, read_state
-from data import load_data
+from data import load_dataset
 from evaluate import (
     HEAT,
     Piece,
@@ -36,7 +36,7 @@ from evaluate import (
 )
 from model import LanguageModel
 from step import estimate_loss
-from store import Encoded
+from store import EncodedCorpus
 from tokenizer import CharTokenizer, create_tokenizer
 from train import train
 from utils.errors import UserError
@@ -149,7 +149,7 @@ def test_with_a_stride_of_a_block_it_is_the_evaluation_of_training(tiny, text_fi
     text = text_file.read_text(encoding="utf-8")
     half = 16 * 50 + 1 + extra  # 50 windows, and a tail
     text_file.write_text(text[: 2 * half], encoding="utf-8")
-    dataset = load_data(config)
+    dataset = load_dataset(config)
     assert dataset.splits["val"].size == half
     model = opinionated(config, dataset.tokenizer.vocab_size)
     losses = token_losses(model, dataset.splits["val"], 16)
@@ -168,9 +168,9 @@ def test_dropout_is_off_and_the_model_is_left_in_its_mode(tiny):
 
 def test_the_splits_are_those_of_training(tiny):
     config = tiny(train_split=0.61, test_split=0.17)
-    splits = load_data(config).splits
+    splits = load_dataset(config).splits
     ids = np.concatenate(list(splits.values()))
-    ranges = Encoded(ids, create_tokenizer("ab"), [ids.size]).splits(config)
+    ranges = EncodedCorpus(ids, create_tokenizer("ab"), [ids.size]).splits(config)
     for split, expected in splits.items():
         np.testing.assert_array_equal(ids[slice(*ranges[split])], expected)
 
@@ -224,7 +224,7 @@ def test_the_newest_runs_val_split_scores_as_its_training_did(tiny, quiet, capsy
     assert result["loss"] == pytest.approx(state.val_loss, rel=1e-5)
     assert result["model"] == str(run.export_dir)
     assert (result["step"], result["split"], result["data"]) == (state.step, "val", str(text_file))
-    assert result["tokens"] == load_data(tiny()).splits["val"].size - 1
+    assert result["tokens"] == load_dataset(tiny()).splits["val"].size - 1
     assert (result["stride"], result["block_size"]) == (16, 16)
 
 
@@ -247,7 +247,7 @@ def test_a_model_of_the_sample_corpus_is_evaluated_on_it(
     tiny, quiet, capsys, text_file, monkeypatch
 ):
     text = text_file.read_text(encoding="utf-8")
-    monkeypatch.setattr(data, "sample_corpus", lambda **options: text)
+    monkeypatch.setattr(data, "load_sample_corpus", lambda **options: text)
     run = train(tiny(data=None, eval_iters=0), output=quiet)
     Path("input.txt").write_text("another", encoding="utf-8")
     assert evaluate.main(["--json", "--device=cpu"]) == 0

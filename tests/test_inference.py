@@ -218,7 +218,7 @@ def test_a_text_ends_before_the_first_stop_string(run, say):
 
 def test_characters_are_shown_as_they_come(run, monkeypatch):
     pieces = []
-    monkeypatch.setattr(Output, "text", lambda self, piece: pieces.append(piece))
+    monkeypatch.setattr(Output, "print_piece", lambda self, piece: pieces.append(piece))
     inference.main(["--device=cpu", "--prompt", "To be", "--max-new-tokens=20", "--seed=2"])
     assert pieces[0] == "To be"
     assert len(pieces) > 15

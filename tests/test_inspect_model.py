@@ -12,7 +12,7 @@ from conftest import save_bundle
 
 import inspect_model
 from bundle import Ancestor
-from start import plan
+from start import plan_run
 from train import train
 from utils.errors import UserError
 
@@ -145,6 +145,6 @@ def test_a_users_mistake_is_one_clear_line(models, flags, words):
 
 
 def test_it_is_there_from_step_0_on(tiny, quiet, show):
-    loaded, start = plan(tiny(model_name="dante").model_dump(exclude_unset=True))
+    loaded, start = plan_run(tiny(model_name="dante").model_dump(exclude_unset=True))
     train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert "step 6 of 6, val loss" in show("dante")

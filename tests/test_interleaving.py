@@ -23,19 +23,19 @@ from bundle import (
     WEIGHTS_FILE,
     _host,
     check_files,
-    checkpoints_in,
     clean_up,
     copy_bundle,
+    find_newest_usable_bundle,
     get_model_info,
     is_bundle,
-    newest_usable_bundle,
+    list_checkpoints,
+    list_runs,
     read_bundle,
     remove_bundle,
-    runs_in,
 )
-from checkpoint import Checkpoints
+from checkpoint import CheckpointWriter
 from parameters import ModelConfig
-from start import name_locked
+from start import lock_named_model
 from utils.errors import UserError
 from utils.run_manager import RunDirectory
 
@@ -107,7 +107,7 @@ def place(tmp_path) -> Path:
     """Where a run's checkpoint is to be; what is copied there is in `tmp_path`."""
     for step in (OLD, NEW):
         save_bundle(tmp_path / f"saved-{step}", step)
-    return RunDirectory(tmp_path / "runs" / "20260131_235959_other").checkpoint(NEW)
+    return RunDirectory(tmp_path / "runs" / "20260131_235959_other").get_checkpoint(NEW)
 
 
 def runs_of(checkpoint: Path) -> Path:
@@ -165,25 +165,25 @@ def read(directory: Path) -> None:
 
 
 def find(directory: Path) -> None:
-    assert checkpoints_in(directory.parents[2]) == [directory]
-    assert newest_usable_bundle(runs_of(directory)) == directory
+    assert list_checkpoints(directory.parents[2]) == [directory]
+    assert find_newest_usable_bundle(runs_of(directory)) == directory
 
 
 def look_around(directory: Path) -> None:
-    for run in runs_in(runs_of(directory)):
-        checkpoints_in(run)
+    for run in list_runs(runs_of(directory)):
+        list_checkpoints(run)
 
 
 def begin_to_save(directory: Path) -> None:
     """In a run beside this one."""
     run = RunDirectory(runs_of(directory) / "20260201_000000_own")
-    Checkpoints(run, None, *[None] * 4, ModelConfig())._clean_up_after_others()
+    CheckpointWriter(run, None, *[None] * 4, ModelConfig())._clean_up_after_others()
 
 
 def take_the_name(directory: Path) -> None:
     """As a named model's."""
     try:
-        with name_locked(directory):
+        with lock_named_model(directory):
             pass
     except UserError as error:
         assert "is being trained by another process" in str(error)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import KeyValueCache, LanguageModel
+from model import KVCache, LanguageModel
 from parameters import ModelConfig
-from sampling import DRAWN_AT_ONCE, Sampling, choose, draws
+from sampling import UNIFORMS_PER_BATCH, SamplingParams, iter_uniforms, sample_token
 from utils.errors import UserError
 
 V = 11
@@ -92,7 +92,7 @@ def test_bias_and_tying_decide_which_parameters_there_are(tie, bias):
     C, L, T = 12, 2, 8
     vectors = (2 * L + 1) * C * (2 if bias else 1) + (L * (3 + 1 + 4 + 1) * C if bias else 0)
     expected = V * C * (1 if tie else 2) + T * C + L * 12 * C * C + vectors
-    assert model.num_parameters() == expected
+    assert model.count_parameters() == expected
 
 
 def test_the_weights_start_as_gpt2s_do():
@@ -130,7 +130,7 @@ def test_modern_has_three_matrices_in_its_mlp_and_no_positions_to_learn():
 
 def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else(architecture):
     model = make(architecture=architecture, tie_weights=False)
-    names = set(model.block_matrices())
+    names = set(model.get_block_matrices())
     assert names == {n for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2}
     assert len(names) == 2 * (5 if architecture == "modern" else 4)
 
@@ -290,7 +290,9 @@ def continued(model, prompt, length, sampling, seed=0) -> list[int]:
     """The rule of `stream`, without a cache: what is in the window is read again for each token."""
     ids, T = list(prompt), model.block_size
     window = ids[-T:]
-    numbers = torch.cat([chance for chance, _ in zip(draws([seed]), range(2), strict=False)])
+    numbers = torch.cat(
+        [chance for chance, _ in zip(iter_uniforms([seed]), range(2), strict=False)]
+    )
     for draw in numbers[:length]:
         if len(window) > T:
             window = window[-(T - T // 2) :]
@@ -298,16 +300,16 @@ def continued(model, prompt, length, sampling, seed=0) -> list[int]:
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
         penalised = sampling.repetition_penalty != 1
-        token, _ = choose(logits, draw, sampling, seen if penalised else None)
+        token, _ = sample_token(logits, draw, sampling, seen if penalised else None)
         ids.append(token.item())
         window.append(token.item())
     return ids
 
 
 SAMPLINGS = [
-    Sampling(temperature=0),
-    Sampling(),
-    Sampling(repetition_penalty=1.3, temperature=0.8, top_k=5, top_p=0.9, min_p=0.05),
+    SamplingParams(temperature=0),
+    SamplingParams(),
+    SamplingParams(repetition_penalty=1.3, temperature=0.8, top_k=5, top_p=0.9, min_p=0.05),
 ]
 
 
@@ -330,7 +332,7 @@ def test_cached_and_uncached_generation_give_the_same_text_within_block_size_and
 @pytest.mark.parametrize("block_size", [1, 2, 7])
 def test_the_window_works_at_any_size(block_size):
     model = awake(make(block_size=block_size))
-    sampling = Sampling(temperature=2)
+    sampling = SamplingParams(temperature=2)
     assert model.generate([1, 2], 20, sampling)[0].tolist() == continued(
         model, [1, 2], 20, sampling
     )
@@ -338,26 +340,26 @@ def test_the_window_works_at_any_size(block_size):
 
 def test_what_a_cache_holds_beyond_its_last_position_is_never_seen():
     model, idx = awake(make()).eval(), tokens(1, 4)
-    clean, used = KeyValueCache(model, 1), KeyValueCache(model, 1)
+    clean, used = KVCache(model, 1), KVCache(model, 1)
     for tensor in (*used.keys, *used.values):
         tensor.fill_(1e3)
     with torch.no_grad():
-        expected = model.next_logits(idx, clean.positions[:4], clean)
-        assert torch.equal(model.next_logits(idx, used.positions[:4], used), expected)
+        expected = model.compute_next_logits(idx, clean.positions[:4], clean)
+        assert torch.equal(model.compute_next_logits(idx, used.positions[:4], used), expected)
         torch.testing.assert_close(expected, model(idx)[0][:, -1])
 
 
 @torch.no_grad()
 def test_a_long_text_goes_on_by_the_same_rule():
-    model, sampling = awake(make(block_size=4, n_layer=1)), Sampling(temperature=2)
-    length = DRAWN_AT_ONCE + 50  # the draws come in blocks
+    model, sampling = awake(make(block_size=4, n_layer=1)), SamplingParams(temperature=2)
+    length = UNIFORMS_PER_BATCH + 50  # the draws come in blocks
     out = model.generate([1], length, sampling, seeds=[7])
     assert out[0].tolist() == continued(model, [1], length, sampling, seed=7)
 
 
 @torch.no_grad()
 def test_a_repetition_penalty_knows_the_prompt_beyond_the_window_too():
-    model, sampling = awake(make()), Sampling(repetition_penalty=100)
+    model, sampling = awake(make()), SamplingParams(repetition_penalty=100)
     texts = set()
     for first in range(V):
         prompt = [first, *[1] * 9]  # 10 tokens, of which the model reads 8
@@ -420,9 +422,9 @@ def test_generation_leaves_the_global_generators_and_the_models_mode_alone():
 
 def test_a_stream_gives_the_same_tokens_as_they_come_and_what_the_model_thought_of_them():
     model, prompt = awake(make()).eval(), [1, 2, 3]
-    parts = list(model.stream(prompt, 5, Sampling(temperature=0.5), seeds=[1, 2]))
+    parts = list(model.stream(prompt, 5, SamplingParams(temperature=0.5), seeds=[1, 2]))
     assert [tuple(ids.shape) for ids, _ in parts] == [(2, 1)] * 5
-    out = model.generate(prompt, 5, Sampling(temperature=0.5), seeds=[1, 2])
+    out = model.generate(prompt, 5, SamplingParams(temperature=0.5), seeds=[1, 2])
     assert torch.equal(torch.cat([ids for ids, _ in parts], dim=1), out[:, 3:])
     log_probs = model(out[:, :-1])[0].log_softmax(-1)[:, 2:]  # before the temperature
     expected = log_probs.gather(-1, out[:, 3:, None])[..., 0]

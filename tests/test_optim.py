@@ -9,11 +9,11 @@ import torch
 from model import LanguageModel
 from optim import (
     MUON_RATE,
+    apply_update,
     clip_gradients,
     create_optimizer,
     learning_rate_at,
-    orthogonalised,
-    update,
+    orthogonalize,
 )
 from parameters import ModelConfig
 
@@ -120,7 +120,7 @@ def test_gradients_longer_than_grad_clip_are_scaled_down(clip, expected, monkeyp
     settings, model, optimizer = make(grad_clip=clip, **GPT2)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    length = model.num_parameters() ** 0.5
+    length = model.count_parameters() ** 0.5
     seen = []
     monkeypatch.setattr(
         optimizer,
@@ -128,7 +128,7 @@ def test_gradients_longer_than_grad_clip_are_scaled_down(clip, expected, monkeyp
         lambda: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()),
     )
     norm = clip_gradients(model, settings.grad_clip)
-    update(optimizer, NO_SCALER, 0, settings)
+    apply_update(optimizer, NO_SCALER, 0, settings)
     assert norm.item() == pytest.approx(length, rel=1e-5)
     assert seen[0].item() == pytest.approx(expected or length, rel=1e-5)
 
@@ -140,7 +140,7 @@ def test_the_learning_rate_is_applied_anew_at_every_update(kind):
         group["lr"] = 99.0  # as after loading an old optimizer
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(optimizer, NO_SCALER, 4, settings)
+    apply_update(optimizer, NO_SCALER, 4, settings)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == ([0.25, 0.25, 0.25 * MUON_RATE] if kind == "muon" else [0.25, 0.25])
 
@@ -151,7 +151,7 @@ def test_the_learning_rate_is_applied_anew_at_every_update(kind):
 @pytest.mark.parametrize("shape", [(5, 8, 8), (3, 24, 8), (2, 8, 24), (1, 1, 7)])
 def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    result = orthogonalised(matrices, torch.float64)
+    result = orthogonalize(matrices, torch.float64)
     U, values, Vh = torch.linalg.svd(matrices, full_matrices=False)
     new_values = torch.linalg.svdvals(result)
     large = values > values.max() / 50  # the smallest ones are not lifted all the way
@@ -166,8 +166,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_dire
 
 def test_matrices_together_are_as_each_alone():
     matrices = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([orthogonalised(m[None], torch.float32) for m in matrices])
-    torch.testing.assert_close(orthogonalised(matrices, torch.float32), alone)
+    alone = torch.cat([orthogonalize(m[None], torch.float32) for m in matrices])
+    torch.testing.assert_close(orthogonalize(matrices, torch.float32), alone)
 
 
 def test_a_step_of_muon_is_that_of_pytorchs_own():
@@ -176,10 +176,10 @@ def test_a_step_of_muon_is_that_of_pytorchs_own():
         pytest.skip("this PyTorch has no Muon")
     _, model, ours = make(weight_decay=0.1, muon_momentum=0.9, learning_rate=0.01)
     # Queries, keys and values are one parameter here, and three matrices there.
-    parts = {n: 3 if "qkv" in n else 1 for n in model.block_matrices()}
+    parts = {n: 3 if "qkv" in n else 1 for n in model.get_block_matrices()}
     copies = {
         name: [part.detach().clone().requires_grad_() for part in p.chunk(parts[name])]
-        for name, p in model.block_matrices().items()
+        for name, p in model.get_block_matrices().items()
     }
     theirs = torch.optim.Muon(
         [copy for each in copies.values() for copy in each],
@@ -192,13 +192,13 @@ def test_a_step_of_muon_is_that_of_pytorchs_own():
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         before = {name: torch.cat(each).detach() for name, each in copies.items()}
-        for name, parameter in model.block_matrices().items():
+        for name, parameter in model.get_block_matrices().items():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             for copy, part in zip(copies[name], parameter.grad.chunk(parts[name]), strict=True):
                 copy.grad = part.clone()
         ours.step()
         theirs.step()
-        for name, parameter in model.block_matrices().items():
+        for name, parameter in model.get_block_matrices().items():
             taken = (parameter - before[name]).norm()
             assert (parameter - torch.cat(copies[name])).norm() < 0.05 * taken, name
             for copy, part in zip(copies[name], parameter.chunk(parts[name]), strict=True):
@@ -213,9 +213,9 @@ def test_beside_the_matrices_muon_is_adamw():
             for index, parameter in enumerate(model.parameters()):
                 generator = torch.Generator().manual_seed(100 * step + index)
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-            update(optimizer, NO_SCALER, step, settings)
+            apply_update(optimizer, NO_SCALER, step, settings)
         kinds[kind] = dict(model.named_parameters())
-    matrices = model.block_matrices()
+    matrices = model.get_block_matrices()
     for name in kinds["muon"]:
         assert torch.equal(kinds["muon"][name], kinds["adamw"][name]) is (name not in matrices), (
             name
@@ -227,7 +227,7 @@ def test_gradients_are_still_there_after_a_step_of_muon():
     gradients = {}
     for name, parameter in model.named_parameters():
         gradients[name] = parameter.grad = torch.ones_like(parameter)
-    update(optimizer, NO_SCALER, 0, settings)
+    apply_update(optimizer, NO_SCALER, 0, settings)
     assert all(p.grad is gradients[name] for name, p in model.named_parameters())
     model.zero_grad()
     optimizer.step()  # and without any, nothing happens

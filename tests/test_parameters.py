@@ -10,7 +10,7 @@ import pytest
 from conftest import CHECKOUT
 from pydantic import ValidationError
 
-from parameters import GROUPS, ModelConfig, Settings, conflicts, json_schema
+from parameters import GROUPS, ModelConfig, Settings, build_json_schema, find_conflicts
 
 
 def test_every_setting_has_a_meaning_a_default_and_one_group():
@@ -22,7 +22,7 @@ def test_every_setting_has_a_meaning_a_default_and_one_group():
 
 
 def test_the_defaults_are_legal():
-    assert not list(conflicts(ModelConfig().model_dump()))
+    assert not list(find_conflicts(ModelConfig().model_dump()))
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_config_cannot_be_changed():
 
 def test_schema_json_is_fresh():
     shipped = (CHECKOUT / "configs" / "schema.json").read_text(encoding="utf-8")
-    assert json.loads(shipped) == json_schema(), "python parameters.py > configs/schema.json"
+    assert json.loads(shipped) == build_json_schema(), "python parameters.py > configs/schema.json"
 
 
 def test_schema_json_accepts_what_folio_accepts_and_refuses_a_typo():
-    validator = jsonschema.Draft202012Validator(json_schema())
-    validator.check_schema(json_schema())
+    validator = jsonschema.Draft202012Validator(build_json_schema())
+    validator.check_schema(build_json_schema())
     assert validator.is_valid({"$schema": "./schema.json", "n_layer": 2, "input_file": "x.txt"})
     assert validator.is_valid(ModelConfig().model_dump())
     assert not validator.is_valid({"n_layers": 2})

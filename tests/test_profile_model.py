@@ -13,12 +13,12 @@ from conftest import TINY_FLAGS
 import profile_model
 import step as step_module
 from checkpoint import load_model
-from model import gated_width
+from model import compute_gated_width
 from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
-from start import plan
+from start import plan_run
 from step import PHASES
 from train import train
-from utils.tracking.run_log import RunLog
+from utils.tracking.run_log import RunLogger
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,14 @@ def test_the_parts_of_a_step_sum_to_the_step(small):
 
 
 def test_the_fetch_of_many_steps_numbers_is_within_the_steps_that_are_timed(small, monkeypatch):
-    fetched, real = [], RunLog.fetch
+    fetched, real = [], RunLogger.fetch
 
     def fetch(log):
         caller = [frame.name for frame in traceback.extract_stack()]
         fetched.append("_seconds" in caller)
         real(log)
 
-    monkeypatch.setattr(RunLog, "fetch", fetch)
+    monkeypatch.setattr(RunLogger, "flush_steps", fetch)
     profile_training(small.model_copy(update={"log_interval": 10}), steps=20)
     as_it_is, phase_by_phase = fetched.count(True), fetched.count(False)
     assert as_it_is >= 2
@@ -82,7 +82,7 @@ def test_the_operations_are_those_of_the_textbook(tiny, architecture, batches):
     (section,) = profile_training(config, steps=2).sections
     B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
     V = profile_model.load_data(config).tokenizer.vocab_size
-    mlp = 8 * C * C if architecture == "gpt2" else 3 * C * gated_width(C)
+    mlp = 8 * C * C if architecture == "gpt2" else 3 * C * compute_gated_width(C)
     weights = L * (4 * C * C + mlp) + V * C
     assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
 
@@ -94,7 +94,7 @@ def test_the_operations_of_muon_are_counted_too(tiny):
         for optimizer in ("adamw", "muon")
     )
     C, L = tiny().n_embd, tiny().n_layer
-    shapes = [(C, C)] * 4 + [(C, gated_width(C))] * 3
+    shapes = [(C, C)] * 4 + [(C, compute_gated_width(C))] * 3
     assert muon - plain == L * sum(5 * 2 * (2 * r * r * c + r**3) for r, c in shapes)
 
 
@@ -154,7 +154,7 @@ def test_the_vocabulary_is_that_of_the_model_that_a_run_would_begin_with(tiny, q
     train(tiny(model_name="dante"), output=quiet)
     few = tmp_path / "few.txt"
     few.write_text("to be or not to be " * 100, encoding="utf-8")
-    loaded, start = plan({"init_from": "dante", "data": str(few), "device": "cpu"})
+    loaded, start = plan_run({"init_from": "dante", "data": str(few), "device": "cpu"})
     parent = load_model("dante")[0]
     report = profile_training(loaded.config, 2, start=start)
     assert report.parameters == parent.num_parameters()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, LINES
 
-from utils.metrics import METRICS, tag_of
+from utils.metrics import METRICS, get_tag
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -122,7 +122,7 @@ def test_every_other_command_of_the_readme_is_known():
 
 def test_the_readme_tells_of_every_metric_as_it_is_declared():
     for metric in METRICS:
-        tags = ", ".join(f"`{tag_of(metric.name, subset)}`" for subset in metric.subsets)
+        tags = ", ".join(f"`{get_tag(metric.name, subset)}`" for subset in metric.subsets)
         assert f"| {metric.name} | {tags} | {metric.unit} | {metric.meaning} |" in README
 
 

@@ -17,9 +17,9 @@ import train as train_module
 from callbacks import TrainResult
 from parameters import ModelConfig
 from report import read_run, write_report
-from start import plan
+from start import plan_run
 from train import train
-from utils.charts import Line, line_chart
+from utils.charts import Line, draw_line_chart
 from utils.errors import RunError
 from utils.run_manager import RunDirectory
 
@@ -112,7 +112,7 @@ def test_what_a_model_or_a_user_wrote_is_never_markup(tiny, quiet, text_file):
 
 def test_the_page_of_a_resumed_run_shows_the_training_from_its_beginning(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
-    loaded, start = plan({"max_iters": 6}, resume=str(part.run_dir))
+    loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     run = read_run(rest.run_dir)
     assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
@@ -125,7 +125,7 @@ def test_the_page_of_a_resumed_run_shows_the_training_from_its_beginning(tiny, q
 def test_the_page_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_file):
     train(tiny(model_name="dante"), output=quiet)
     flags = {"init_from": "dante", "data": str(text_file), "max_iters": 2, "device": "cpu"}
-    loaded, start = plan(flags)
+    loaded, start = plan_run(flags)
     child = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert "Lineage dante, step 6" in page_of(child).text
 
@@ -161,15 +161,15 @@ def test_the_page_and_the_record_say_why_a_run_ended(tiny, quiet):
 
 def test_the_curves_of_a_resumed_run_are_cut_where_it_began(tiny, quiet):
     whole = train(tiny(checkpoint_interval=1, keep_checkpoints=None), output=quiet)
-    checkpoint = RunDirectory(whole.run_dir).checkpoint(2)
-    loaded, start = plan({"max_iters": 5}, resume=str(checkpoint))
+    checkpoint = RunDirectory(whole.run_dir).get_checkpoint(2)
+    loaded, start = plan_run({"max_iters": 5}, resume=str(checkpoint))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert [line["step"] for line in read_run(rest.run_dir).steps] == [1, 2, 3, 4, 5]
 
 
 def test_a_run_that_was_moved_still_finds_what_it_goes_on_with(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
-    loaded, start = plan({"max_iters": 6}, resume=str(part.run_dir))
+    loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
     moved = rest.run_dir.rename(Path("elsewhere").resolve())
     assert [line["step"] for line in read_run(moved).steps] == [1, 2, 3, 4, 5, 6]
@@ -356,7 +356,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, quiet, folio):
 def chart(points, **options) -> ElementTree.Element:
     noisy = options.pop("noisy", False)
     options = {"title": "Loss", "x_label": "step", **options}
-    return ElementTree.fromstring(line_chart([Line("a", points, 1, noisy)], **options))
+    return ElementTree.fromstring(draw_line_chart([Line("a", points, 1, noisy)], **options))
 
 
 def drawn(svg: ElementTree.Element) -> list[tuple[float, float]]:
@@ -400,7 +400,7 @@ def test_a_long_line_is_thinned_to_means_in_a_band():
 def test_any_numbers_can_be_drawn(points, logarithmic):
     line = Line("a", points, 1)
     options = {"title": "Loss", "x_label": "step", "logarithmic": logarithmic}
-    svg = line_chart([line], mark=points[0] if points[0][1] < 1 else None, **options)
+    svg = draw_line_chart([line], mark=points[0] if points[0][1] < 1 else None, **options)
     assert "nan" not in svg.lower()
     assert "inf" not in svg.lower()
     if "<svg" in svg:

@@ -25,9 +25,9 @@ from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import train as train_module
-from bundle import checkpoints_in, runs_in
+from bundle import list_checkpoints, list_runs
 from callbacks import TrainResult
-from start import plan
+from start import plan_run
 from step import training_step
 from train import train
 
@@ -71,7 +71,7 @@ def resume(quiet):
     """Go on with a run, a bundle or a named model; keywords are what one would type as flags."""
 
     def run(what: str | Path | None, **flags) -> TrainResult:
-        loaded, start = plan({"device": "cpu", **flags}, resume=what and str(what))
+        loaded, start = plan_run({"device": "cpu", **flags}, resume=what and str(what))
         return train(loaded.config, loaded=loaded, start=start, output=quiet)
 
     return run
@@ -294,8 +294,8 @@ def test_a_process_killed_again_and_again_ends_with_the_same_bits(text_file):
             break
         assert kills < 10
     assert kills == 3
-    assert_same_bits(*(checkpoints_in(runs_in(Path(d))[0])[-1] for d in ("whole", "killed")))
-    whole, killed = (logged(*runs_in(Path(d))) for d in ("whole", "killed"))
+    assert_same_bits(*(list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("whole", "killed")))
+    whole, killed = (logged(*list_runs(Path(d))) for d in ("whole", "killed"))
     assert killed == whole
 
 

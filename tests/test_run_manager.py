@@ -18,8 +18,8 @@ from utils.errors import UserError
 from utils.run_manager import (
     RunDirectoryCreator,
     RunIDGenerator,
-    environment_record,
-    git_record,
+    describe_environment,
+    describe_git,
     write_full_config,
 )
 
@@ -84,7 +84,7 @@ def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
 
 def test_the_environment_record_holds_no_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
-    record = environment_record({"device": "CPU"})
+    record = describe_environment({"device": "CPU"})
     assert "hf_secret_value" not in record
     assert "HF_TOKEN" not in record
     assert "device: CPU" in record
@@ -134,7 +134,7 @@ def repo(tmp_path) -> Path:
 
 
 def test_a_clean_checkout_is_its_commit(repo):
-    record = git_record(repo).decode()
+    record = describe_git(repo).decode()
     assert f"commit: {git(repo, 'rev-parse', 'HEAD').strip()}" in record
     assert "branch: trunk" in record
     assert "dirty: no" in record
@@ -160,7 +160,7 @@ def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
     (repo / "new.py").write_text("staged\n", encoding="utf-8")
     git(repo, "add", "new.py")
     (repo / "stray.txt").touch()
-    record = git_record(repo)
+    record = describe_git(repo)
     assert b"dirty: yes (3 changed, 1 untracked)" in record
     assert b"untracked:\n  stray.txt" in record
     git(repo, "clone", "-q", ".", str(tmp_path / "clone"))
@@ -177,7 +177,7 @@ def test_variables_that_name_another_repository_are_not_heeded(repo, tmp_path, m
     (repo / "code.py").write_text("changed\n", encoding="utf-8")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
-    record = git_record(repo).decode()
+    record = describe_git(repo).decode()
     assert "branch: trunk" in record
     assert "+changed" in record
 
@@ -185,7 +185,7 @@ def test_variables_that_name_another_repository_are_not_heeded(repo, tmp_path, m
 def test_the_record_leaves_the_index_alone(repo):
     os.utime(repo / "code.py", (1, 1))  # git would note the new time in its index
     before = (repo / ".git" / "index").read_bytes()
-    git_record(repo)
+    describe_git(repo)
     assert (repo / ".git" / "index").read_bytes() == before
 
 
@@ -193,7 +193,7 @@ def test_a_copy_unpacked_inside_another_repository_tells_nothing_of_that_one(rep
     (repo / "folio").mkdir()
     (repo / "folio" / "train.py").touch()
     (repo / "code.py").write_text("private\n", encoding="utf-8")
-    record = git_record(repo / "folio").decode()
+    record = describe_git(repo / "folio").decode()
     assert "private" not in record
     assert "dirty: no (0 changed, 1 untracked)" in record
 
@@ -201,7 +201,7 @@ def test_a_copy_unpacked_inside_another_repository_tells_nothing_of_that_one(rep
 def test_a_huge_diff_is_capped_and_said_so(repo, monkeypatch):
     monkeypatch.setattr(run_manager, "DIFF_LIMIT", 1000)
     (repo / "code.py").write_text("line\n" * 10_000, encoding="utf-8")
-    record = git_record(repo)
+    record = describe_git(repo)
     assert b"diff: over 1000 bytes and cut there" in record
     assert len(record) < 2000
 
@@ -210,12 +210,12 @@ def test_many_untracked_files_are_counted(repo, monkeypatch):
     monkeypatch.setattr(run_manager, "UNTRACKED_LIMIT", 3)
     for number in range(9):
         (repo / f"{number}.txt").touch()
-    assert "and 6 more" in git_record(repo).decode()
+    assert "and 6 more" in describe_git(repo).decode()
 
 
 def test_a_detached_head_is_recorded(repo):
     git(repo, "checkout", "-q", "--detach")
-    record = git_record(repo).decode()
+    record = describe_git(repo).decode()
     assert "branch: (detached)" in record
     assert git(repo, "rev-parse", "HEAD").strip() in record
 
@@ -223,29 +223,29 @@ def test_a_detached_head_is_recorded(repo):
 def test_a_repository_without_commits_is_recorded(tmp_path):
     git(tmp_path, "init", "-q", "-b", "trunk")
     (tmp_path / "new.py").touch()
-    record = git_record(tmp_path).decode()
+    record = describe_git(tmp_path).decode()
     assert "commit: (none yet)" in record
     assert "new.py" in record
 
 
 def test_a_worktree_is_recorded(repo, tmp_path):
     git(repo, "worktree", "add", "-q", "-b", "side", str(tmp_path / "side"))
-    assert "branch: side" in git_record(tmp_path / "side").decode()
+    assert "branch: side" in describe_git(tmp_path / "side").decode()
 
 
 def test_a_directory_inside_a_repository_is_recorded(repo):
     (repo / "inner").mkdir()
-    assert "branch: trunk" in git_record(repo / "inner").decode()
+    assert "branch: trunk" in describe_git(repo / "inner").decode()
 
 
 def test_code_outside_git_is_recorded_as_such(tmp_path):
-    assert git_record(tmp_path) == b"git: unavailable: the code is not in a git repository\n"
+    assert describe_git(tmp_path) == b"git: unavailable: the code is not in a git repository\n"
 
 
 def test_a_repository_of_dubious_ownership_is_recorded_as_such(repo, monkeypatch):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    record = git_record(repo).decode()
+    record = describe_git(repo).decode()
     assert record.startswith("git: unavailable: ")
     assert "dubious ownership" in record
 
@@ -253,7 +253,7 @@ def test_a_repository_of_dubious_ownership_is_recorded_as_such(repo, monkeypatch
 def test_a_machine_without_git_is_recorded_as_such(repo, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(__import__("sys").modules, "git", None)  # its import fails without git
-    assert git_record(repo).startswith(b"git: unavailable: git is not installed")
+    assert describe_git(repo).startswith(b"git: unavailable: git is not installed")
 
 
 def test_a_git_that_hangs_is_given_up(repo, monkeypatch, tmp_path):
@@ -264,5 +264,5 @@ def test_a_git_that_hangs_is_given_up(repo, monkeypatch, tmp_path):
     monkeypatch.setattr(run_manager, "GIT_SECONDS", 1)
     monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
     started = datetime.now()
-    assert git_record(repo).startswith(b"git: unavailable: ")
+    assert describe_git(repo).startswith(b"git: unavailable: ")
     assert (datetime.now() - started).total_seconds() < 20

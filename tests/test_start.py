@@ -30,7 +30,7 @@ import train as train_module
 from bundle import BUNDLE_FILES, get_model_info
 from callbacks import TrainResult
 from checkpoint import load_model
-from start import name_locked, plan
+from start import lock_named_model, plan_run
 from step import training_step
 from train import dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
@@ -42,12 +42,12 @@ SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test
 
 @pytest.fixture
 def go(tiny, quiet):
-    """Run the command with these flags, as `plan` and `train` do. Fresh models are tiny ones."""
+    """Run the command with these flags, as `plan_run` and `train` do. Fresh models are tiny ones."""
 
     def run(resume=None, *, fresh=False, overwrite=False, reset_optimizer=False, **flags):
         if fresh:
             flags = {**tiny().model_dump(exclude_unset=True), **flags}
-        loaded, start = plan(
+        loaded, start = plan_run(
             flags, resume=resume, overwrite=overwrite, reset_optimizer=reset_optimizer
         )
         return train(loaded.config, loaded=loaded, start=start, output=quiet)
@@ -175,7 +175,7 @@ def test_two_processes_on_one_name_are_refused_and_the_lock_dies_with_its_proces
 
 def test_a_name_that_another_process_has_advanced_meanwhile_is_not_overwritten(go, quiet):
     go(fresh=True, model_name="dante", max_iters=2)
-    loaded, start = plan({"model_name": "dante", "max_iters": 6})
+    loaded, start = plan_run({"model_name": "dante", "max_iters": 6})
     go(model_name="dante", max_iters=4)
     with pytest.raises(UserError, match="dante was changed by another process just now: try again"):
         train(loaded.config, loaded=loaded, start=start, output=quiet)
@@ -187,7 +187,7 @@ def test_a_lock_that_cannot_be_made_is_one_line():
     with pytest.raises(
         UserError, match=r"checkpoints/dante cannot be written: .*--checkpoints-dir"
     ):
-        with name_locked(DANTE):
+        with lock_named_model(DANTE):
             pass
 
 
@@ -223,10 +223,16 @@ def test_a_model_without_its_state_is_not_begun_anew_unasked(go):
 def test_a_link_to_a_named_model_is_that_model_with_its_one_lock(go, link):
     go(fresh=True, model_name="dante", max_iters=2)
     Path(link).symlink_to(DANTE.resolve())
-    with name_locked(DANTE), pytest.raises(UserError, match="dante is being trained by another"):
+    with (
+        lock_named_model(DANTE),
+        pytest.raises(UserError, match="dante is being trained by another"),
+    ):
         go(link, max_iters=4)
     if link != "latest":
-        with name_locked(DANTE), pytest.raises(UserError, match="dante is being trained by ano"):
+        with (
+            lock_named_model(DANTE),
+            pytest.raises(UserError, match="dante is being trained by ano"),
+        ):
             go(model_name="alias", max_iters=4)
     go(link, max_iters=4)
     assert state(DANTE)["training_config"]["model_name"] == "dante"
@@ -276,7 +282,7 @@ def test_a_config_file_conflicts_as_a_flag_does_and_all_conflicts_are_told_toget
     first = go(fresh=True, max_iters=2)
     Path("my.yaml").write_text("n_layer: 3\nblock_size: 16\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        plan({"n_head": 1}, "my.yaml", resume=str(first.run_dir))
+        plan_run({"n_head": 1}, "my.yaml", resume=str(first.run_dir))
     assert [problem.split(" is not")[0] for problem in caught.value.problems] == [
         "n_head 1 (--n-head)",
         "n_layer 3 (my.yaml)",
@@ -286,14 +292,14 @@ def test_a_config_file_conflicts_as_a_flag_does_and_all_conflicts_are_told_toget
 def test_a_flag_counts_for_more_than_the_file_also_where_they_could_conflict(go):
     first = go(fresh=True, max_iters=2)
     Path("my.yaml").write_text("n_layer: 3\n", encoding="utf-8")
-    loaded, _ = plan({"n_layer": 2, "max_iters": 4}, "my.yaml", resume=str(first.run_dir))
+    loaded, _ = plan_run({"n_layer": 2, "max_iters": 4}, "my.yaml", resume=str(first.run_dir))
     assert loaded.config.n_layer == 2
 
 
 def test_auto_takes_the_checkpoint_before_a_damaged_one(go):
     first = go(fresh=True, max_iters=4, checkpoint_interval=2)
     (first.checkpoint / "training_state.json").write_text("", encoding="utf-8")
-    _, start = plan({"max_iters": 6}, resume="auto")
+    _, start = plan_run({"max_iters": 6}, resume="auto")
     assert start.step == 3
 
 
@@ -305,7 +311,7 @@ def test_the_same_value_and_the_device_are_no_conflict(go):
 def test_the_defaults_in_configs_do_not_conflict(go):
     """configs/model.json says n_layer 4, and the model has 2: nobody asked for 4."""
     first = go(fresh=True, max_iters=2)
-    loaded, _ = plan({"max_iters": 4}, resume=str(first.run_dir))
+    loaded, _ = plan_run({"max_iters": 4}, resume=str(first.run_dir))
     assert loaded.config.n_layer == 2
     assert loaded.sources["n_layer"] == str(first.checkpoint)
 
@@ -359,7 +365,7 @@ def test_a_text_of_any_kind_trains_as_one_file_does_and_is_found_again(
     )
     run = str(first.run_dir.resolve())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "parts", None)  # nothing is read again
+    monkeypatch.setattr(store, "iter_chunks", None)  # nothing is read again
     second = go(run, max_iters=4)
     assert "ANOTHER TEXT" not in console(second)
     assert second.val_loss == whole.val_loss
@@ -411,7 +417,7 @@ def test_last_is_the_newest_run_and_a_run_may_be_named_in_three_ways(go):
     newest = go(fresh=True, max_iters=3)
     names = ("last", newest.run_dir.name, str(newest.run_dir), str(newest.checkpoint))
     for name in names:
-        _, start = plan({"max_iters": 9}, resume=name)
+        _, start = plan_run({"max_iters": 9}, resume=name)
         assert start.bundle.path.resolve() == newest.checkpoint.resolve()
 
 
@@ -445,7 +451,7 @@ def test_auto_with_a_tag_looks_at_runs_of_that_tag_alone(go):
     go(fresh=True, max_iters=2, run_tag="big")
     small = go("auto", fresh=True, max_iters=2, run_tag="small", n_layer=1)
     assert small.step == 2
-    _, start = plan({"run_tag": "big", "max_iters": 4}, resume="auto")
+    _, start = plan_run({"run_tag": "big", "max_iters": 4}, resume="auto")
     assert start.bundle.config.n_layer == 2
 
 
@@ -455,7 +461,7 @@ def test_a_tag_is_the_whole_tag_and_outlives_a_resume(go):
     resumed = go("last", max_iters=5)
     assert "_lr" in resumed.run_dir.name
     assert state(resumed.checkpoint)["training_config"]["run_tag"] == "lr"
-    _, start = plan({"max_iters": 9, "run_tag": "lr"}, resume="auto")
+    _, start = plan_run({"max_iters": 9, "run_tag": "lr"}, resume="auto")
     assert start.step == 5
 
 
@@ -596,7 +602,7 @@ def test_a_run_that_fails_or_is_aborted_says_what_it_has_saved(go, monkeypatch, 
         return training_step(setup, index)
 
     monkeypatch.setattr(train_module, "training_step", aborted)
-    loaded, start = plan(tiny(checkpoint_interval=2).model_dump(exclude_unset=True))
+    loaded, start = plan_run(tiny(checkpoint_interval=2).model_dump(exclude_unset=True))
     with pytest.raises(KeyboardInterrupt):
         train(loaded.config, loaded=loaded, start=start)
     shown = capsys.readouterr().out
@@ -770,7 +776,7 @@ def test_new_characters_are_listed_dropped_or_learned(go, tmp_path):
     go(model_name="dropped", max_iters=3)  # and remembers to drop them
 
     # Before the first step, the old rows are the parent's to the byte.
-    loaded, start = plan({**small, "model_name": "extended", "on_new_chars": "extend"})
+    loaded, start = plan_run({**small, "model_name": "extended", "on_new_chars": "extend"})
     setup = train_module.set_up(loaded.config, loaded, start)
     rows = setup.model.token_embedding.weight
     assert torch.equal(rows[: len(chars)], parent["token_embedding.weight"])
@@ -787,12 +793,12 @@ def test_the_record_of_a_fine_tuning_trains_the_same_child_again(go, purgatorio,
     settings = {"data": purgatorio, "max_iters": 3, "warmup_iters": 1, "device": "cpu"}
     child = go(init_from="dante", model_name="child", **settings)
     record = str(child.run_dir / "meta" / "full_config.json")
-    loaded, start = plan({}, record)
+    loaded, start = plan_run({}, record)
     again = train(loaded.config, loaded=loaded, start=start, output=quiet)
     one, two = (load_file(r.checkpoint / "model.safetensors") for r in (child, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     go(model_name="dante", max_iters=4)
-    loaded, start = plan({}, record)
+    loaded, start = plan_run({}, record)
     with pytest.raises(UserError, match=r"not the model that .* began with \(dante, step 3"):
         train(loaded.config, loaded=loaded, start=start, output=quiet)
 
@@ -801,10 +807,10 @@ def test_the_record_of_a_resumed_run_asks_for_what_it_went_on_from(go, quiet):
     first = go(fresh=True, max_iters=2)
     second = go("last", max_iters=4)
     record = str(second.run_dir / "meta" / "full_config.json")
-    loaded, start = plan({}, record)
+    loaded, start = plan_run({}, record)
     with pytest.raises(UserError, match=rf"went on from step 2 .* --resume .*{first.run_dir}"):
         train(loaded.config, loaded=loaded, start=start, output=quiet)
-    loaded, start = plan({}, record, resume=str(first.checkpoint))
+    loaded, start = plan_run({}, record, resume=str(first.checkpoint))
     again = train(loaded.config, loaded=loaded, start=start, output=quiet)
     assert_same_bits(second.checkpoint, again.checkpoint)
 
@@ -818,7 +824,7 @@ def test_a_record_that_was_edited_by_hand_breaks_nothing(go, quiet, lineage, pur
     record = json.loads(path.read_text(encoding="utf-8"))
     record["run"]["lineage"] = lineage
     path.write_text(json.dumps(record), encoding="utf-8")
-    loaded, start = plan({}, str(path))
+    loaded, start = plan_run({}, str(path))
     assert train(loaded.config, loaded=loaded, start=start, output=quiet).step == 2
 
 
@@ -832,7 +838,7 @@ def test_copies_of_checkpoints_and_renamed_runs_are_in_nobodys_way(go):
     first.run_dir.rename("runs/a_good_one")
     second = go(fresh=True, max_iters=3)
     os.utime("runs/a_good_one", (0, 0))
-    _, start = plan({"max_iters": 9}, resume="last")
+    _, start = plan_run({"max_iters": 9}, resume="last")
     assert start.bundle.path == second.checkpoint
     assert go("a_good_one", max_iters=4).step == 4
     assert copy.exists() is False
@@ -900,7 +906,7 @@ def test_a_config_made_in_python_names_a_model_too(tiny, quiet):
 def test_a_dry_run_of_a_resume_tells_what_is_left_and_writes_nothing(go):
     first = go(fresh=True, max_iters=2)
     before = fingerprint(Path.cwd())
-    loaded, start = plan({"max_iters": 6}, resume=str(first.run_dir))
+    loaded, start = plan_run({"max_iters": 6}, resume=str(first.run_dir))
     text = dry_run(loaded, start)
     assert "Steps  2 to 6 of 4 x 16" in text
     assert f"Resume {first.checkpoint}, step 2" in text

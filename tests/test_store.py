@@ -24,7 +24,7 @@ from test_crash import Faults, in_a_process_that_ends_at, killed, powerless, ref
 
 import store
 from parameters import Data
-from store import Encoded, ShardedTokens, Sizes, StoredText, cuts_between_files, open_text
+from store import EncodedCorpus, ShardedTokens, Sizes, StoredCorpus, cuts_between_files, open_corpus
 from tokenizer import CharTokenizer, create_tokenizer
 from utils.errors import RunError, UserError
 
@@ -51,16 +51,16 @@ def text(tmp_path) -> Path:
     return path
 
 
-def stored(data, told=None, sizes=SMALL) -> StoredText:
-    return open_text(str(data), token_store="on", tell=told, sizes=sizes)
+def stored(data, told=None, sizes=SMALL) -> StoredCorpus:
+    return open_corpus(str(data), token_store="on", tell=told, sizes=sizes)
 
 
-def encoded(data, told=None, sizes=SMALL, tokenizer=None) -> Encoded:
+def encoded(data, told=None, sizes=SMALL, tokenizer=None) -> EncodedCorpus:
     text = stored(data, told, sizes)
     return text.encode(tokenizer or text.create_tokenizer("char"))
 
 
-def decoded(result: Encoded) -> str:
+def decoded(result: EncodedCorpus) -> str:
     return result.tokenizer.decode(np.asarray(result.tokens))
 
 
@@ -74,10 +74,10 @@ def files_of(directory: Path, pattern: str = "*.bin") -> list[Path]:
 def test_the_store_has_the_ids_of_the_text_in_memory(text, tmp_path):
     for sizes in (SMALL, Sizes(), Sizes(shard=31, part=1, note=200)):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        in_memory = open_text(str(text), token_store="off")
+        in_memory = open_corpus(str(text), token_store="off")
         tokenizer = in_memory.create_tokenizer("char")
         expected, found = in_memory.encode(tokenizer), encoded(text, sizes=sizes)
-        assert found.tokenizer.state() == tokenizer.state()
+        assert found.tokenizer.get_state() == tokenizer.get_state()
         assert found.tokens.dtype == expected.tokens.dtype == np.uint8
         assert np.asarray(found.tokens).tolist() == expected.tokens.tolist()
         assert list(found.ends) == list(expected.ends)
@@ -90,7 +90,7 @@ def test_a_directory_is_one_text_and_where_its_files_end_is_known(tmp_path, text
     for name, content in (("a", "aé"), ("b", ""), ("c", "\ufeffccc"), ("d", "")):
         (folder / name).write_text(content, encoding="utf-8")
     for token_store in ("on", "off"):
-        found = open_text(str(folder), token_store=token_store, sizes=SMALL)
+        found = open_corpus(str(folder), token_store=token_store, sizes=SMALL)
         result = found.encode(found.create_tokenizer("char"))
         assert decoded(result) == "aéccc"
         assert list(result.ends) == [2, 2, 5, 5]
@@ -129,24 +129,28 @@ def test_byte_pairs_are_those_of_the_whole_text(tmp_path, gpt2_vocabulary):
 
 def test_small_texts_leave_nothing_and_large_ones_a_store(text, tmp_path):
     size = text.stat().st_size
-    assert not isinstance(open_text(str(text), large=size + 1), StoredText)
+    assert not isinstance(open_corpus(str(text), large=size + 1), StoredCorpus)
     assert not (tmp_path / "cache").exists()
-    assert isinstance(open_text(str(text), large=size), StoredText)
-    assert not isinstance(open_text(str(text), large=size, token_store="off"), StoredText)
+    assert isinstance(open_corpus(str(text), large=size), StoredCorpus)
+    assert not isinstance(open_corpus(str(text), large=size, token_store="off"), StoredCorpus)
 
 
 def test_unknown_characters_are_counted_and_left_out(text, monkeypatch):
     tokenizer = CharTokenizer(sorted(set(TEXT) - set("Êê漢字")))
     found = stored(text)
     unknown = found.unknown(tokenizer)
-    assert unknown == open_text(str(text)).unknown(tokenizer) == {"Ê": 1, "ê": 1, "字": 1, "漢": 1}
+    assert (
+        unknown
+        == open_corpus(str(text)).count_unknown(tokenizer)
+        == {"Ê": 1, "ê": 1, "字": 1, "漢": 1}
+    )
     with pytest.raises(UserError, match="the model does not know 'Ê'"):
         found.encode(tokenizer)
     result = found.encode(tokenizer, unknown)
     kept = "".join(char for char in TEXT if char not in unknown)
     assert decoded(result) == kept
     assert result.count_bytes(0, len(kept)) == len(kept.encode())
-    monkeypatch.setattr(store, "parts", None)  # what is known is not counted again
+    monkeypatch.setattr(store, "iter_chunks", None)  # what is known is not counted again
     again = stored(text)
     assert again.unknown(tokenizer) == unknown
     assert decoded(again.encode(tokenizer, unknown)) == kept
@@ -154,7 +158,7 @@ def test_unknown_characters_are_counted_and_left_out(text, monkeypatch):
 
 def test_a_text_of_which_nothing_is_left_has_no_tokens(text):
     for token_store in ("on", "off"):
-        found, tokenizer = open_text(str(text), token_store=token_store), CharTokenizer(["☃"])
+        found, tokenizer = open_corpus(str(text), token_store=token_store), CharTokenizer(["☃"])
         result = found.encode(tokenizer, found.unknown(tokenizer))
         assert (result.tokens.size, list(result.ends)) == (0, [0])
 
@@ -188,8 +192,8 @@ def test_memory_is_that_of_a_part_and_not_of_the_text(tmp_path):
 
 def test_later_runs_map_what_is_there_and_read_no_text(text, told, monkeypatch):
     first = encoded(text)
-    monkeypatch.setattr(store, "parts", None)
-    monkeypatch.setattr(store, "file_sha256", None)
+    monkeypatch.setattr(store, "iter_chunks", None)
+    monkeypatch.setattr(store, "compute_file_sha256", None)
     again = encoded(text, told)
     assert told == []
     assert np.asarray(again.tokens).tolist() == np.asarray(first.tokens).tolist()
@@ -203,8 +207,10 @@ def test_a_file_that_was_only_touched_is_hashed_once(text, told, monkeypatch):
     encoded(text)
     hashed = []
     real = store.file_sha256
-    monkeypatch.setattr(store, "file_sha256", lambda path: hashed.append(path) or real(path))
-    monkeypatch.setattr(store, "parts", None)
+    monkeypatch.setattr(
+        store, "compute_file_sha256", lambda path: hashed.append(path) or real(path)
+    )
+    monkeypatch.setattr(store, "iter_chunks", None)
     os.utime(text, (1, 1))
     for _ in range(2):
         assert decoded(encoded(text, told)) == TEXT
@@ -437,16 +443,16 @@ def test_what_folio_writes_is_never_among_what_it_reads(tmp_path):
         with pytest.raises(
             UserError, match=r"texts: cache_dir .* lies in it, .* another cache_dir"
         ):
-            open_text(str(folder), cache_dir=str(folder / cache))
+            open_corpus(str(folder), cache_dir=str(folder / cache))
     with pytest.raises(UserError, match=r"texts: runs_dir .*runs lies in it"):
-        open_text(str(folder), written=written)
+        open_corpus(str(folder), written=written)
     pattern = str(folder / "**" / "*.txt")
     for data in (str(folder / "a.txt"), pattern):
-        open_text(data, cache_dir=str(folder / "cache"), written=written)
-    open_text(str(folder), cache_dir=str(folder / ".cache"))
+        open_corpus(data, cache_dir=str(folder / "cache"), written=written)
+    open_corpus(str(folder), cache_dir=str(folder / ".cache"))
     (folder / "runs" / "1" / "log.txt").touch()
     with pytest.raises(UserError, match=r"txt: runs_dir .*runs lies in it"):
-        open_text(pattern, written=written)
+        open_corpus(pattern, written=written)
 
 
 def test_a_file_may_be_of_any_size():
@@ -510,7 +516,7 @@ def test_a_text_that_was_first_read_amid_a_change_is_read_again(text, monkeypatc
         return found
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="try again"):
-        patch.setattr(store, "characters_in", changed)
+        patch.setattr(store, "collect_chars", changed)
         encoded(text)
     assert decoded(encoded(text)) == TEXT
 
@@ -549,7 +555,7 @@ def test_the_same_bytes_in_other_files_are_another_text(tmp_path, monkeypatch, h
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 meanwhile(patch, *[lambda: None] * 5, interrupt)
                 encoded(folder)
-        in_memory = open_text(str(folder), token_store="off")
+        in_memory = open_corpus(str(folder), token_store="off")
         expected = in_memory.encode(in_memory.create_tokenizer("char"))
         found = encoded(folder)
         assert decoded(found) == decoded(expected)
@@ -604,7 +610,7 @@ def test_a_full_disk_leaves_the_store_of_the_text_as_it_was(text, tmp_path):
 def test_a_cache_that_cannot_be_written_is_a_mistake_that_names_the_setting(text, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"the cache .*file cannot be written: .*--cache-dir"):
-        open_text(str(text), token_store="on", cache_dir=str(tmp_path / "file"))
+        open_corpus(str(text), token_store="on", cache_dir=str(tmp_path / "file"))
 
 
 def test_a_store_is_used_from_a_cache_that_cannot_be_written(text, tmp_path, monkeypatch):
@@ -626,7 +632,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(text, monkeypatch):
         text.write_text("shorter", encoding="utf-8")
         return found
 
-    monkeypatch.setattr(store, "characters_in", meanwhile)
+    monkeypatch.setattr(store, "collect_chars", meanwhile)
     with pytest.raises(UserError, match=r"text.txt was changed while it was read: try again"):
         encoded(text)
     monkeypatch.undo()
@@ -656,7 +662,7 @@ def test_an_empty_text_is_an_error_and_leaves_no_store(tmp_path):
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     for token_store in ("on", "off"):
         with pytest.raises(UserError, match=r"mark\.txt: the file is empty"):
-            open_text(str(tmp_path / "mark.txt"), token_store=token_store)
+            open_corpus(str(tmp_path / "mark.txt"), token_store=token_store)
     assert not files_of(tmp_path, "manifest.json")
 
 
@@ -665,7 +671,7 @@ def test_an_empty_text_is_an_error_and_leaves_no_store(tmp_path):
 
 def cut(ends, **settings) -> dict:
     tokens = np.zeros(ends[-1], dtype=np.uint8)
-    return Encoded(tokens, CharTokenizer(["a"]), ends).splits(Data(**settings))
+    return EncodedCorpus(tokens, CharTokenizer(["a"]), ends).splits(Data(**settings))
 
 
 def test_a_text_is_cut_where_the_fractions_say():

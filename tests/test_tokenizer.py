@@ -12,7 +12,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer, from_state
+from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer, restore_tokenizer
 from utils.errors import UserError
 
 TEXTS = {
@@ -85,9 +85,9 @@ def test_many_unknown_characters_are_counted_not_listed():
 
 def test_the_state_goes_through_json():
     tokenizer = create_tokenizer('a"\\\n😀\u2028')
-    state = json.loads(json.dumps(tokenizer.state()))
+    state = json.loads(json.dumps(tokenizer.get_state()))
     assert state == {"token_kind": "char", "chars": sorted('a"\\\n😀\u2028')}
-    assert from_state(state).chars == tokenizer.chars
+    assert restore_tokenizer(state).chars == tokenizer.chars
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_state_goes_through_json():
 )
 def test_a_broken_state_is_refused(state):
     with pytest.raises(UserError):
-        from_state(state)
+        restore_tokenizer(state)
 
 
 def test_token_bytes_are_utf8_lengths():
@@ -119,9 +119,9 @@ def test_no_text_makes_no_tokenizer():
 
 def test_unknown_characters_are_counted_and_new_ones_come_after_the_old():
     tokenizer = create_tokenizer("abc")
-    assert tokenizer.unknown("aéébß") == {"ß": 1, "é": 2}
-    assert tokenizer.unknown("abc") == {}
-    extended = tokenizer.extended(["ß", "é"])
+    assert tokenizer.count_unknown("aéébß") == {"ß": 1, "é": 2}
+    assert tokenizer.count_unknown("abc") == {}
+    extended = tokenizer.extend(["ß", "é"])
     assert extended.chars == ["a", "b", "c", "ß", "é"]
     assert extended.encode("aé").tolist() == [0, 4]
 
@@ -136,17 +136,17 @@ def test_gpt2_spells_any_text_and_its_ids_are_gpt2s(gpt2_vocabulary):
     assert tokenizer.encode("<|endoftext|>").size > 1, "text is text, whatever it says"
     for text in TEXTS.values():
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.unknown(text) == {}
+        assert tokenizer.count_unknown(text) == {}
     assert tokenizer.encode("Hello").dtype == np.uint16
 
 
 def test_gpt2_is_padded_and_the_padding_has_no_bytes(gpt2_vocabulary):
-    tokenizer = from_state({"token_kind": "gpt2"})
+    tokenizer = restore_tokenizer({"token_kind": "gpt2"})
     assert (tokenizer.vocab_size, tokenizer.num_tokens) == (50304, 50257)
     assert tokenizer.token_bytes.shape == (50304,)
     assert tokenizer.token_bytes[15496] == 5
     assert tokenizer.token_bytes[50257:].sum() == 0
-    assert tokenizer.state() == {"token_kind": "gpt2"}
+    assert tokenizer.get_state() == {"token_kind": "gpt2"}
 
 
 def test_gpt2_without_tiktoken_or_without_its_vocabulary_is_one_clear_line(tmp_path, monkeypatch):

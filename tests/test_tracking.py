@@ -18,15 +18,15 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils.errors import RunError
-from utils.metrics import METRICS, tag_of
+from utils.metrics import METRICS, get_tag
 from utils.output import Output
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
-from utils.tracking.run_log import OVERFLOWS, SPIKE_AFTER, RunLog, SpikeWatch
+from utils.tracking.run_log import OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
-HISTOGRAM = Histogram.of(torch.tensor([0.0, 1.0, 1.0]), bins=2)
+HISTOGRAM = Histogram.from_tensor(torch.tensor([0.0, 1.0, 1.0]), bins=2)
 
 
 class Recorder:
@@ -116,7 +116,7 @@ def test_tensorboard_gives_back_the_histograms_as_they_were_counted(tmp_path):
     values = torch.randn(1000)
     tracker = TensorBoardTracker(tmp_path / "tb")
     for step in (5, 10):
-        tracker.log_histograms({"parameters/w": Histogram.of(values * step)}, step)
+        tracker.log_histograms({"parameters/w": Histogram.from_tensor(values * step)}, step)
     tracker.close()
     events = events_of(tmp_path / "tb").Histograms("parameters/w")
     assert [event.step for event in events] == [5, 10]
@@ -163,7 +163,7 @@ def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
 
 def test_a_histogram_counts_what_numpy_counts():
     values = torch.randn(5000)
-    histogram = Histogram.of(values, bins=20)
+    histogram = Histogram.from_tensor(values, bins=20)
     counts, edges = np.histogram(values.numpy(), bins=20)
     assert (histogram.low, histogram.high) == pytest.approx((edges[0], edges[-1]))
     assert np.abs(np.array(histogram.counts) - counts).sum() <= 4  # those on a bin's edge
@@ -175,7 +175,7 @@ def test_a_histogram_counts_what_numpy_counts():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_counted_and_skipped(poison):
     values = torch.tensor([1.0, 2.0, poison, 3.0, poison])
-    histogram = Histogram.of(values, bins=2)
+    histogram = Histogram.from_tensor(values, bins=2)
     assert histogram == Histogram(1.0, 3.0, [1, 2], 6.0, 14.0, nonfinite=2)
 
 
@@ -185,7 +185,7 @@ def test_values_that_are_not_finite_are_counted_and_skipped(poison):
 )
 def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
     tensor = torch.tensor(values)
-    histogram = Histogram.of(tensor)
+    histogram = Histogram.from_tensor(tensor)
     assert histogram.low < histogram.high
     assert histogram.num == tensor.isfinite().sum()
     assert histogram.nonfinite == tensor.numel() - histogram.num
@@ -193,27 +193,27 @@ def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
 
 def test_a_bin_counts_beyond_what_float32_can():
     count = 2**24 + 3
-    assert max(Histogram.of(torch.zeros(count)).counts) == count
+    assert max(Histogram.from_tensor(torch.zeros(count)).counts) == count
 
 
 def test_the_largest_numbers_widen_the_range_no_further_than_can_be_divided():
-    histogram = Histogram.of(torch.tensor([3e38, -3e38, 1.0]))
+    histogram = Histogram.from_tensor(torch.tensor([3e38, -3e38, 1.0]))
     assert (histogram.low, histogram.high) == (pytest.approx(-1e38), pytest.approx(1e38))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_histogram_takes_every_floating_type(dtype):
-    assert Histogram.of(torch.linspace(0, 1, 9, dtype=dtype).view(3, 3), bins=3).num == 9
+    assert Histogram.from_tensor(torch.linspace(0, 1, 9, dtype=dtype).view(3, 3), bins=3).num == 9
 
 
 # The declaration -------------------------------------------------------------------------------
 
 
 def test_tags_are_declared_once_and_differ():
-    tags = [tag_of(metric.name, subset) for metric in METRICS for subset in metric.subsets]
+    tags = [get_tag(metric.name, subset) for metric in METRICS for subset in metric.subsets]
     assert len(tags) == len(set(tags))
     with pytest.raises(KeyError):
-        tag_of("undeclared", "train")
+        get_tag("undeclared", "train")
 
 
 # The log ---------------------------------------------------------------------------------------
@@ -224,10 +224,10 @@ def make_log(tmp_path):
     def make(interval: int = 3, max_iters: int = 100, stream=None, first_step: int = 0):
         recorder = Recorder()
         output = Output(stream=stream or io.StringIO())
-        log = RunLog(
+        log = RunLogger(
             tmp_path / "metrics.jsonl",
             tmp_path / "samples.jsonl",
-            CompositeTracker({"Recorder": lambda: recorder}, output.warning),
+            CompositeTracker({"Recorder": lambda: recorder}, output.print_warning),
             output,
             first_step=first_step,
             max_iters=max_iters,
@@ -245,7 +245,7 @@ def lines(tmp_path) -> list[dict]:
 
 
 def step(log, number, loss=1.0):
-    log.step(number, torch.tensor(loss), torch.tensor(2.0), 0.1)
+    log.log_step(number, torch.tensor(loss), torch.tensor(2.0), 0.1)
 
 
 def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
         step(log, number)
         if number == 2:
             now[0] += 100
-            log.resume_clock()
+            log.reset_timer()
     assert [line["tokens_per_second"] for line in lines(tmp_path)] == [32.0] * 4
     printed = output.console.file.getvalue().splitlines()
     assert all(" 2000.0 ms " in line and " 32 tok/s" in line for line in printed)
@@ -272,7 +272,7 @@ def test_every_step_is_logged_in_batches(make_log, tmp_path):
     step(log, 3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     step(log, 4)
-    log.fetch()
+    log.flush_steps()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     logged = [call[1:] for call in recorder.calls if call[0] == "log_metrics"]
     assert [(step, subset) for _, step, subset in logged] == [(n, "train") for n in (1, 2, 3, 4)]
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_log, tm
 
 def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
     log, recorder, output = make_log()
-    log.evaluation(5, {"train": 1.0, "val": 2.0}, {"train": 1.5, "val": 3.0}, is_best=True)
+    log.log_evaluation(5, {"train": 1.0, "val": 2.0}, {"train": 1.5, "val": 3.0}, is_best=True)
     (line,) = lines(tmp_path)
     assert line.pop("seconds") >= 0
     assert line == {
@@ -317,7 +317,7 @@ def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
 def test_an_evaluation_that_is_not_finite_stops_the_run(make_log):
     log, _, _ = make_log()
     with pytest.raises(RunError, match="not finite at step 5"):
-        log.evaluation(
+        log.log_evaluation(
             5, {"train": 1.0, "val": float("nan")}, {"train": 1, "val": 1}, is_best=False
         )
 
@@ -334,7 +334,7 @@ def test_step_lines_have_a_fixed_width(make_log):
 
 def test_a_sample_is_recorded_printed_and_tracked(make_log, tmp_path):
     log, recorder, output = make_log()
-    log.sample(5, "Nel mezzo\ndel \u2026 [bold]cammin[/]")
+    log.log_sample(5, "Nel mezzo\ndel \u2026 [bold]cammin[/]")
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert json.loads(text) == {"step": 5, "text": "Nel mezzo\ndel \u2026 [bold]cammin[/]"}
     assert recorder.calls[-1] == ("log_text", "sample", "Nel mezzo\ndel \u2026 [bold]cammin[/]", 5)
@@ -343,9 +343,11 @@ def test_a_sample_is_recorded_printed_and_tracked(make_log, tmp_path):
 
 def test_histograms_reach_the_trackers_and_what_is_not_finite_the_record(make_log, tmp_path):
     log, recorder, _ = make_log()
-    log.histograms(3, {"parameters/w": torch.ones(4), "gradients/w": torch.ones(4)})
+    log.log_histograms(3, {"parameters/w": torch.ones(4), "gradients/w": torch.ones(4)})
     assert lines(tmp_path) == []
-    log.histograms(6, {"parameters/w": torch.ones(4), "gradients/w": torch.tensor([1, math.nan])})
+    log.log_histograms(
+        6, {"parameters/w": torch.ones(4), "gradients/w": torch.tensor([1, math.nan])}
+    )
     log.close()
     logged = [call for call in recorder.calls if call[0] == "log_histograms"]
     assert [(set(call[1]), call[2]) for call in logged] == [
@@ -372,33 +374,33 @@ def falling(step: int) -> float:
 
 
 def test_a_loss_that_falls_has_no_spikes():
-    watch = SpikeWatch()
-    assert not any(watch.usual(falling(step)) for step in range(2000))
+    watch = SpikeDetector()
+    assert not any(watch.update(falling(step)) for step in range(2000))
 
 
 def test_a_loss_that_leaps_is_a_spike_and_what_was_usual_is_told():
-    watch = SpikeWatch()
+    watch = SpikeDetector()
     for step in range(SPIKE_AFTER + 200):
-        assert watch.usual(falling(step)) is None
-    assert watch.usual(3.5) == pytest.approx(2.0, abs=0.1)
-    assert watch.usual(3.5) is None  # it is said once
-    assert watch.usual(2.0) is None
-    assert watch.usual(4.0) is not None
+        assert watch.update(falling(step)) is None
+    assert watch.update(3.5) == pytest.approx(2.0, abs=0.1)
+    assert watch.update(3.5) is None  # it is said once
+    assert watch.update(2.0) is None
+    assert watch.update(4.0) is not None
 
 
 def test_what_comes_before_there_is_a_mean_is_no_spike():
-    watch = SpikeWatch()
-    assert not any(watch.usual(loss) for loss in [4.0, 3.0] * (SPIKE_AFTER // 2 - 1) + [50.0])
+    watch = SpikeDetector()
+    assert not any(watch.update(loss) for loss in [4.0, 3.0] * (SPIKE_AFTER // 2 - 1) + [50.0])
 
 
 def test_a_spike_is_one_line_with_its_step(tmp_path, capsys):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 300, "tokens_per_step": 8, "interval": 50}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLog(*files, tracker, Output(), **lengths)
+    log = RunLogger(*files, tracker, Output(), **lengths)
     for step in range(1, 301):
         loss = 9.0 if step == 250 else falling(step)
-        log.step(step, torch.tensor(loss), torch.tensor(4.5), 1e-3)
+        log.log_step(step, torch.tensor(loss), torch.tensor(4.5), 1e-3)
     log.close()
     notes = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
     assert notes == [
@@ -411,10 +413,10 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(tmp_path):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 9, "tokens_per_step": 8, "interval": 1}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLog(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
-    log.step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
+    log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    log.log_step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
     with pytest.raises(RunError, match="the loss is nan at step 2"):
-        log.step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
+        log.log_step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
     log.close()
 
 
@@ -422,9 +424,9 @@ def test_fp16_that_overflows_step_after_step_ends_the_run(tmp_path):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 99, "tokens_per_step": 8, "interval": 1}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLog(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
     norms = [math.inf] * (OVERFLOWS - 1) + [1.0] + [math.nan] * OVERFLOWS
     with pytest.raises(RunError, match=r"overflow fp16 at step 50, .* take --precision bf16"):
         for step, norm in enumerate(norms, start=1):
-            log.step(step, torch.tensor(1.0), torch.tensor(norm), 1e-3)
+            log.log_step(step, torch.tensor(1.0), torch.tensor(norm), 1e-3)
     log.close()

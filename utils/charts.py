@@ -29,7 +29,7 @@ class Line:
     dashed: bool = False
 
 
-def line_chart(
+def draw_line_chart(
     lines: Sequence[Line],
     *,
     title: str,

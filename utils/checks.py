@@ -15,7 +15,7 @@ PATTERNS_IN_WORDS = {
 }
 
 
-def as_written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as its user wrote it: true rather than True, null rather than None; cut if long."""
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -53,15 +53,15 @@ def _problem(error: Mapping[str, Any]) -> str:
         must = f"must be {words[bound]} {limit if isinstance(limit, int) else format(limit, 'g')}"
     else:
         must = error["msg"]
-    return f"{must}, got {as_written(error['input'])}"
+    return f"{must}, got {format_value(error['input'])}"
 
 
-def printable(key: Any) -> str:
+def format_name(key: Any) -> str:
     """A key or a path as it may be printed: as it is, unless that would break the line."""
-    return key if isinstance(key, str) and key and key.isprintable() else as_written(key)
+    return key if isinstance(key, str) and key and key.isprintable() else format_value(key)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` for a misspelt name, or nothing where nothing is near."""
     # Without their dashes, which would make all flags alike.
     bare = {candidate.lstrip("-"): candidate for candidate in known}
@@ -69,7 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {bare[matches[0]]}?" if matches else ""
 
 
-def checked(
+def validate_values(
     schema: type[Settings], values: Mapping[str, Any], *, strings: bool, label: Callable
 ) -> tuple[dict[str, Any], list[str]]:
     """Check one layer by itself: the values that are right, and a line for each that is not.

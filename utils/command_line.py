@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from parameters import Settings
-from utils.checks import as_written, checked, nearest, printable
+from utils.checks import format_name, format_value, suggest_name, validate_values
 from utils.errors import UserError
 
 _NO_VALUE = object()
@@ -38,7 +38,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return (", ".join(action.option_strings) + value).strip()
 
 
-def flag_of(name: str) -> str:
+def format_flag(name: str) -> str:
     """The flag of a setting: `--max-iters` of `max_iters`."""
     return "--" + name.replace("_", "-")
 
@@ -116,7 +116,7 @@ class CommandLine:
         for title, group in (titles or {"settings": schema}).items():
             section = self._parser.add_argument_group(title, group.__doc__)
             for name, info in group.model_fields.items():
-                default = as_written(info.default).replace('"', "")
+                default = format_value(info.default).replace('"', "")
                 meaning = f"{info.description} [{default}]"
                 self._add(section, name, _metavar(info.annotation), meaning)
 
@@ -124,7 +124,7 @@ class CommandLine:
         self, group: Any, name: str, metavar: str | None, meaning: str, repeats: bool = False
     ) -> None:
         names = [name, *(alias for alias, target in self._aliases.items() if target == name)]
-        flags = [flag_of(each) for each in names]
+        flags = [format_flag(each) for each in names]
         shared = {"dest": name, "default": argparse.SUPPRESS}
         self._metavars[name] = metavar
         meaning = meaning.replace("%", "%%")
@@ -138,7 +138,7 @@ class CommandLine:
         )
         if metavar in _SWITCHES:
             group.add_argument(
-                *(flag_of("no_" + each) for each in names),
+                *(format_flag("no_" + each) for each in names),
                 action="store_const",
                 const=_SWITCHES[metavar][1],
                 help=argparse.SUPPRESS,
@@ -160,8 +160,8 @@ class CommandLine:
             if value is _NO_VALUE and metavar in _SWITCHES:
                 texts[name] = _SWITCHES[metavar][0]
             elif self._lacks_value(value, metavar):
-                dash = f"; one that begins with a dash is written {flag_of(name)}=VALUE"
-                shown = metavar if name in self._operands else flag_of(name)
+                dash = f"; one that begins with a dash is written {format_flag(name)}=VALUE"
+                shown = metavar if name in self._operands else format_flag(name)
                 problems.append(f"{shown} needs a value{dash if metavar == _TEXT else ''}")
             elif name in self._actions:
                 actions[name] = value
@@ -169,7 +169,7 @@ class CommandLine:
                 nulls[name] = None
             else:
                 texts[name] = value
-        values, wrong = checked(self.schema, texts, strings=True, label=flag_of)
+        values, wrong = validate_values(self.schema, texts, strings=True, label=format_flag)
         return {**values, **nulls}, actions, problems + wrong
 
     @staticmethod
@@ -209,8 +209,8 @@ class CommandLine:
         for word in unknown:
             name = word.partition("=")[0]
             if word.startswith("-"):
-                problems.append(f"unknown flag {printable(name)}{nearest(name, flags)}")
+                problems.append(f"unknown flag {format_name(name)}{suggest_name(name, flags)}")
             elif not after_unknown_flag:  # what follows an unknown flag was its value
-                problems.append(f"unexpected argument {as_written(word)}: settings are --flags")
+                problems.append(f"unexpected argument {format_value(word)}: settings are --flags")
             after_unknown_flag = word.startswith("-") and "=" not in word
         return problems

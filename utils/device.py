@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.output import plural
+from utils.output import pluralize
 from utils.ranks import ALONE, Ranks
 
 _T = TypeVar("_T")
@@ -73,10 +73,10 @@ def describe_device(device: torch.device) -> str:
         return f"CUDA ({torch.cuda.get_device_name(device)})"
     if device.type == "mps":
         return "MPS"
-    return f"CPU ({plural(torch.get_num_threads(), 'thread')})"
+    return f"CPU ({pluralize(torch.get_num_threads(), 'thread')})"
 
 
-def processor_name() -> str:
+def get_processor_name() -> str:
     """The CPU's name as its system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -95,7 +95,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(device: torch.device) -> int | None:
+def get_peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: by tensors on CUDA, by the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -158,7 +158,7 @@ WORTH_COMPILING = {"cpu": 3e13, "cuda": 3e15}
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompileResult:
     """What became of torch.compile: the backend in effect, or `off`, and why.
 
     `fell_back` where it was to be compiled, and that did not work.
@@ -171,30 +171,30 @@ class Compiled:
 
 def choose_backend(
     requested: str, backend: str, device: torch.device, operations: float
-) -> Compiled:
+) -> CompileResult:
     """Which backend `--torch-compile` and `--compile-backend` mean on a device.
 
     `operations` is what the whole run computes, from its first step: so one that goes on to the
     same end chooses the same.
     """
     if requested == "off":
-        return Compiled("off", "torch_compile is off")
+        return CompileResult("off", "torch_compile is off")
     if backend == "auto":
         backend = "aot_eager" if device.type == "mps" else "inductor"
     if requested == "on":
-        return Compiled(backend, "torch_compile is on")
+        return CompileResult(backend, "torch_compile is on")
     if device.type not in WORTH_COMPILING:
-        return Compiled("off", f"compiling brings nothing on {device.type.upper()}")
+        return CompileResult("off", f"compiling brings nothing on {device.type.upper()}")
     if device.type == "cpu" and sys.platform == "win32":
-        return Compiled("off", "on Windows it is only done when asked for")
+        return CompileResult("off", "on Windows it is only done when asked for")
     if operations < WORTH_COMPILING[device.type]:
-        return Compiled("off", "the run is too short for compiling to pay back")
-    return Compiled(backend, "it pays back within the run")
+        return CompileResult("off", "the run is too short for compiling to pay back")
+    return CompileResult(backend, "it pays back within the run")
 
 
 def compile_model(
-    model: nn.Module, wanted: Compiled, requested: str, probe: Callable[[Callable], None]
-) -> tuple[Callable, Compiled]:
+    model: nn.Module, wanted: CompileResult, requested: str, probe: Callable[[Callable], None]
+) -> tuple[Callable, CompileResult]:
     """The model's call, compiled as `wanted` if that works, and what is in effect then.
 
     Nothing is compiled before the first call, and the backward pass only when it is needed: so
@@ -214,16 +214,16 @@ def compile_model(
     def compiled() -> Callable:
         return torch.compile(model, backend=wanted.mode, dynamic=False)
 
-    learner, effective = try_to_compile(compiled, wanted, requested, probe_apart)
+    learner, effective = try_compile(compiled, wanted, requested, probe_apart)
     return (model if learner is None else learner), effective
 
 
-def try_to_compile(
+def try_compile(
     compiled: Callable[[], _T],
-    wanted: Compiled,
+    wanted: CompileResult,
     requested: str,
     probe: Callable[[_T], None],
-) -> tuple[_T | None, Compiled]:
+) -> tuple[_T | None, CompileResult]:
     """What `compiled()` gives, if `probe` of it works, or else None; and what is in effect then.
 
     Raises `UserError` where it does not work and was asked for by name.
@@ -243,7 +243,7 @@ def try_to_compile(
                 "what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
             ) from error
         reason = f"{wanted.mode} does not work here ({reason})"
-        return None, Compiled("off", reason, fell_back=True)
+        return None, CompileResult("off", reason, fell_back=True)
     return result, wanted
 
 

@@ -30,7 +30,7 @@ class NothingToDo(Exception):
     exit_status = 0
 
 
-class EndedElsewhere(Exception):
+class EndedOnAnotherRank(Exception):
     """The run has ended in another of its processes, which says why: this one ends in silence."""
 
     def __init__(self, exit_status: int):
@@ -38,7 +38,7 @@ class EndedElsewhere(Exception):
         self.exit_status = exit_status
 
 
-def reason_of(error: BaseException) -> str:
+def format_reason(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing, or cannot."""
     try:
         lines = str(error).split("\n")

@@ -16,7 +16,7 @@ from utils.errors import UserError
 _COPIED_AT_ONCE = 1 << 20  # bytes
 
 
-def text_file_problem(path: Path) -> str | None:
+def find_text_file_problem(path: Path) -> str | None:
     """What keeps `path` from being read as a text file, or None. Reads its first byte alone."""
     try:
         if path.is_dir():
@@ -33,7 +33,7 @@ def text_file_problem(path: Path) -> str | None:
 
 def read_file(path: Path) -> bytes:
     """The content of a text file. Raises `UserError` where it cannot be had, or is empty."""
-    if problem := text_file_problem(path):
+    if problem := find_text_file_problem(path):
         raise UserError(f"{path}: {problem}")
     return path.read_bytes()
 
@@ -53,7 +53,7 @@ def decode_text(raw: bytes, name: str) -> str:
     return text
 
 
-def files_below(directory: str) -> Iterator[str]:
+def list_files(directory: str) -> Iterator[str]:
     """The names of all files in a directory and those in it, relative to it, in any order.
 
     Hidden ones are left out, and so is what is no file. Raises `OSError` where one can't be read.
@@ -72,7 +72,7 @@ def files_below(directory: str) -> Iterator[str]:
                     yield name
 
 
-def matching(directory: Path, pattern: str) -> list[Path]:
+def glob_files(directory: Path, pattern: str) -> list[Path]:
     """What is in a directory by names like `pattern`; nothing where the directory is not there."""
     try:
         return list(directory.glob(pattern))
@@ -111,7 +111,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
-def write_by_library(path: Path, write: Callable[[Path], None], like: Path) -> None:
+def write_with(path: Path, write: Callable[[Path], None], like: Path) -> None:
     """Have a library write a file; give it the permissions of `like`, and see it on the disk.
 
     A library may keep a file to its owner alone; those that Python opens follow the umask.
@@ -139,8 +139,10 @@ def spool(reader: IO[bytes], directory: Path) -> Path:
     Raises `ValueError` where it gives nothing.
     """
     make_directory(directory)
-    for left in matching(directory, ".*.tmp"):  # by a process that was killed
-        if left.name.split(".")[1].isdigit() and not is_running(int(left.name.split(".")[1])):
+    for left in glob_files(directory, ".*.tmp"):  # by a process that was killed
+        if left.name.split(".")[1].isdigit() and not is_process_running(
+            int(left.name.split(".")[1])
+        ):
             remove_file(left)
     temporary, digest, size = directory / f".{os.getpid()}.tmp", hashlib.sha256(), 0
     try:
@@ -197,7 +199,7 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def move_if_there(source: Path, target: Path) -> None:
+def move_if_exists(source: Path, target: Path) -> None:
     """Rename a file, in the place of the one that may be there; if it is gone, it has moved."""
     with contextlib.suppress(FileNotFoundError):
         os.replace(source, target)
@@ -233,7 +235,7 @@ def remove_if_empty(path: Path) -> None:
         os.rmdir(path)
 
 
-def is_running(process: int) -> bool:
+def is_process_running(process: int) -> bool:
     """Whether a process of this number runs on this machine, as far as can be told."""
     if os.name == "nt":  # where asking by signal 0 would end it
         return True

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from utils.errors import Aborted, reason_of
+from utils.errors import Aborted, format_reason
 
 _Watcher = TypeVar("_Watcher")
 _Answer = TypeVar("_Answer")
@@ -35,7 +35,7 @@ class Isolated(Generic[_Watcher]):
         except Exception as error:
             self._tell(name, error)
 
-    def each(self, call: Callable[[_Watcher], _Answer]) -> list[_Answer]:
+    def call_each(self, call: Callable[[_Watcher], _Answer]) -> list[_Answer]:
         """Call each that is left, in order, and return what they answered."""
         answers = []
         for name, watcher in list(self._watchers.items()):
@@ -48,7 +48,7 @@ class Isolated(Generic[_Watcher]):
                     self._discard(watcher)
         return answers
 
-    def dismiss(self, call: Callable[[_Watcher], object]) -> None:
+    def close_each(self, call: Callable[[_Watcher], object]) -> None:
         """Call each that is left for the last time, and let go of it."""
         while self._watchers:
             name = next(iter(self._watchers))
@@ -62,6 +62,6 @@ class Isolated(Generic[_Watcher]):
         if isinstance(error, Aborted):
             raise error
         self._warn(
-            f"{name} failed and is left out from here on: {reason_of(error)}",
+            f"{name} failed and is left out from here on: {format_reason(error)}",
             "".join(traceback.format_exception(error)),
         )

@@ -71,13 +71,13 @@ METRICS = (
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def metric(name: str) -> Metric:
+def get_metric(name: str) -> Metric:
     """The declaration of a metric. Raises KeyError for an undeclared one."""
     return _BY_NAME[name]
 
 
-def tag_of(name: str, subset: str) -> str:
+def get_tag(name: str, subset: str) -> str:
     """What TensorBoard and `metrics.jsonl` call a metric. Raises KeyError for an undeclared one."""
-    declared = metric(name)
+    declared = get_metric(name)
     assert subset in declared.subsets, f"{name} has no subset {subset}"
     return declared.tag.format(subset=subset)

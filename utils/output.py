@@ -17,7 +17,7 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from utils.errors import EndedElsewhere, NothingToDo, RunError, UserError
+from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
 from utils.ranks import Ranks
 
 SILENCE = 10.0  # seconds that a process gives to the one that speaks for all
@@ -47,32 +47,32 @@ class Output:
         """Whether a live display can be shown."""
         return self.console.is_terminal and not self.quiet
 
-    def line(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Print one or more lines, and keep them in the record."""
         self._print(text)
         self.record(text)
 
-    def text(self, piece: str) -> None:
+    def print_piece(self, piece: str) -> None:
         """Print a piece of a text at once, as it comes; the next one follows on the same line."""
         self._print(piece, end="")
 
-    def step_line(self, text: str) -> None:
+    def print_step(self, text: str) -> None:
         """A line of progress: recorded, and printed where no live bar shows the same."""
         if self._progress is None:
             self._print(text)
         self.record(text)
 
-    def remark(self, text: str) -> None:
+    def print_note(self, text: str) -> None:
         """Print to standard error what is not part of a command's result."""
         self._complain(text)
 
-    def warning(self, text: str, details: str = "") -> None:
+    def print_warning(self, text: str, details: str = "") -> None:
         """Print one line to standard error, and keep it in the record, with its details."""
         self._complain(f"warning: {text}")
         if details:
             self.record(details)
 
-    def error(self, text: str) -> None:
+    def print_error(self, text: str) -> None:
         """Print one line to standard error, and keep it in the record if that can be done."""
         with contextlib.suppress(OSError):  # a full disk must not hide the message
             self._complain(f"error: {text}")
@@ -91,7 +91,7 @@ class Output:
             file.close()
 
     @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator["Output"]:
+    def show_progress(self, total: int) -> Iterator["Output"]:
         """Show a live bar while the block runs, on a terminal; `advance` moves it."""
         if not self.is_terminal:
             yield self
@@ -172,7 +172,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     processes, one on each machine tells of a mistake, and any of what happened to itself alone;
     the others wait to be ended, as torchrun ends all when one has, and speak if nobody did.
     """
-    ranks = Ranks.of_environment()
+    ranks = Ranks.from_environment()
     output = Output(quiet=ranks.rank > 0)
     who = f"rank {ranks.rank}: " if ranks.rank > 0 else ""
     try:
@@ -181,21 +181,21 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
         if ranks.local_rank > 0:
             time.sleep(SILENCE)
         for problem in error.problems:
-            output.error(f"{who}{problem}")
+            output.print_error(f"{who}{problem}")
         return error.exit_status
     except RunError as error:
-        output.error(f"{who}{error}")
+        output.print_error(f"{who}{error}")
         if ranks.size > 1:  # what is left of connections that broke must not be looked at again
             os._exit(error.exit_status)
         return error.exit_status
     except NothingToDo as reason:
-        output.line(str(reason))
+        output.print(str(reason))
         return reason.exit_status
-    except EndedElsewhere as reason:
+    except EndedOnAnotherRank as reason:
         time.sleep(SILENCE)
         return reason.exit_status
     except KeyboardInterrupt:
-        output.error("interrupted")
+        output.print_error("interrupted")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone. Python would complain once more when it flushes.
@@ -203,7 +203,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
         return 0
 
 
-def command_for(program: str) -> str:
+def format_command(program: str) -> str:
     """How to start a script of the checkout, or a program of this Python, from where one is.
 
     `python train.py`, or `.venv/bin/python train.py` where that environment is not active.
@@ -226,19 +226,19 @@ def _shown_from(here: Path, path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if inside else path))
 
 
-def plural(count: int, noun: str, nouns: str | None = None) -> str:
+def pluralize(count: int, noun: str, nouns: str | None = None) -> str:
     """`1 layer`, `4 layers`; `nouns` is for those that end otherwise."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {nouns or noun + 's'}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`0:07`, `12:34` or `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows of cells as lines, in columns as wide as need be; the columns in `right` end alike."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -251,15 +251,15 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def ago(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """`12 seconds ago`, `3 hours ago`, `40 days ago`."""
     for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= size:
-            return f"{plural(int(seconds // size), unit)} ago"
-    return f"{plural(max(0, int(seconds)), 'second')} ago"
+            return f"{pluralize(int(seconds // size), unit)} ago"
+    return f"{pluralize(max(0, int(seconds)), 'second')} ago"
 
 
-def byte_size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """`512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, as disks are sold."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":

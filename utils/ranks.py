@@ -17,7 +17,7 @@ class Ranks:
     local_size: int = 1
 
     @classmethod
-    def of_environment(cls) -> "Ranks":
+    def from_environment(cls) -> "Ranks":
         """As the environment says, whose names torchrun has made a custom."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         if not all(os.environ.get(name, "").isdecimal() for name in names):

@@ -46,11 +46,11 @@ class RunIDGenerator:
     def generate(tag: str | None = None, now: datetime | None = None) -> str:
         """The run id for `tag` at `now`, the local time by default."""
         stamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
-        word = RunIDGenerator.sanitised(tag or "")
+        word = RunIDGenerator.sanitize(tag or "")
         return f"{stamp}_{word}" if word else stamp
 
     @staticmethod
-    def sanitised(tag: str) -> str:
+    def sanitize(tag: str) -> str:
         """`tag` as a file name that every system takes: letters, digits, `.`, `-` and `_`."""
         plain = unicodedata.normalize("NFKC", tag)
         return re.sub(r"[^\w.-]+", "-", plain).strip("-._")[:60].rstrip("-._")
@@ -72,7 +72,7 @@ class RunDirectory:
         """Where the bundles `step_00001000/` and so on are."""
         return self.path / "artifacts" / "checkpoints"
 
-    def checkpoint(self, step: int) -> Path:
+    def get_checkpoint(self, step: int) -> Path:
         """The bundle of that step."""
         return self.checkpoints / f"step_{step:08}"
 
@@ -163,8 +163,8 @@ class MetadataCapture:
         machine: Mapping[str, str],
     ) -> None:
         """Write all three files. `machine` is what only a running torch knows of its device."""
-        write_atomic(self.meta / "git.txt", git_record(self.checkout))
-        write_atomic(self.meta / "env.txt", environment_record(machine))
+        write_atomic(self.meta / "git.txt", describe_git(self.checkout))
+        write_atomic(self.meta / "env.txt", describe_environment(machine))
         write_full_config(self.meta / "full_config.json", config, sources, run)
 
 
@@ -217,7 +217,7 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def environment_record(machine: Mapping[str, str]) -> str:
+def describe_environment(machine: Mapping[str, str]) -> str:
     """Python, system, device and installed packages: a list of what is asked for by name.
 
     Never the environment, where people keep their passwords.
@@ -241,7 +241,7 @@ def environment_record(machine: Mapping[str, str]) -> str:
 # Git
 
 
-def git_record(checkout: Path) -> bytes:
+def describe_git(checkout: Path) -> bytes:
     """The state of the code, as a file that `git apply` takes: a heading, then the diff.
 
     Whatever keeps git from answering is written down instead: no run fails for its record.

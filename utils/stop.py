@@ -49,7 +49,7 @@ class StopRequest:
         """The signal that asked for it, or 0."""
         return self._signal or 0
 
-    def ask(self, number: int) -> None:
+    def request(self, number: int) -> None:
         """Ask as the signal of that number does."""
         self._signal = self._signal or number
 
@@ -60,7 +60,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested or self._is_one_of_several:
-            self.ask(number)
+            self.request(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:

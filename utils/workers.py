@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils.errors import UserError, reason_of
+from utils.errors import UserError, format_reason
 from utils.files import make_directory, remove_file
 
 RENEWED_EVERY = 20  # seconds
@@ -41,7 +41,7 @@ class Worker:
             make_directory(self._path.parent)
             self._lock.acquire(blocking=False)
         except (OSError, NotImplementedError) as error:
-            reason = getattr(error, "strerror", None) or reason_of(error)
+            reason = getattr(error, "strerror", None) or format_reason(error)
             raise UserError(
                 f"{self._path.parent} cannot hold the workers' locks: {reason}"
             ) from None

@@ -13,7 +13,7 @@ from conftest import TINY_FLAGS, assert_same_bits
 from stress.test_sigkill import left_half_written, newest_step
 from test_distributed import DEAD_WITHIN, Processes, side_by_side, trains
 
-from bundle import checkpoints_in, runs_in
+from bundle import list_checkpoints, list_runs
 
 KILLS = 25
 STEPS = 10_000  # more than all processes together will come to
@@ -52,7 +52,7 @@ def test_processes_killed_again_and_again_lose_nothing_and_end_with_the_same_bit
         more = [f"--max-iters={end}", f"--runs-dir={place}", "--resume=auto"]
         ended = side_by_side(2, trains, [*flags, *more], within=600)  # all steps again, at once
         assert [process.status for process in ended] == [0, 0], ended
-    last, whole = (checkpoints_in(runs_in(Path(d))[0])[-1] for d in ("killed", "whole"))
+    last, whole = (list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("killed", "whole"))
     assert_same_bits(whole, last)
     assert left_half_written(Path("killed")) == []
     assert step > KILLS // 4, "the processes were killed before they could work"

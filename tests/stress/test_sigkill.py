@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import BUNDLE_FILES_OF_EXPORT, assert_same_bits
 
-from bundle import BUNDLE_FILES, checkpoints_in, is_bundle, read_bundle, runs_in
-from start import plan
+from bundle import BUNDLE_FILES, is_bundle, list_checkpoints, list_runs, read_bundle
+from start import plan_run
 from train import train
 from utils.output import Output
 
@@ -30,7 +30,7 @@ def begin(flags: dict) -> int:
     if process == 0:
         status = 1
         try:
-            loaded, start = plan(flags, resume="auto")
+            loaded, start = plan_run(flags, resume="auto")
             train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
             status = 0
         finally:
@@ -41,8 +41,8 @@ def begin(flags: dict) -> int:
 def newest_step(runs_dir: Path) -> int:
     """The step of the newest checkpoint; every bundle there is has to load."""
     steps = [0]
-    for run in runs_in(runs_dir):
-        bundles = [*checkpoints_in(run), *filter(is_bundle, [run / "artifacts" / "export"])]
+    for run in list_runs(runs_dir):
+        bundles = [*list_checkpoints(run), *filter(is_bundle, [run / "artifacts" / "export"])]
         steps += [check(bundle) for bundle in bundles]
     return max(steps)
 
@@ -92,7 +92,7 @@ def test_hundreds_of_kills_lose_nothing_and_leave_nothing(tiny, named, capsys):
             named_step = reached
 
     end = step + 5
-    loaded, start = plan({**flags, "max_iters": end}, resume="auto")
+    loaded, start = plan_run({**flags, "max_iters": end}, resume="auto")
     last = train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
     whole = train(tiny(**{**flags, "max_iters": end, "runs_dir": "whole", "model_name": None}))
     assert_same_bits(whole.checkpoint, last.checkpoint)
@@ -102,5 +102,5 @@ def test_hundreds_of_kills_lose_nothing_and_leave_nothing(tiny, named, capsys):
     for directory in Path("killed").glob("*/artifacts/export"):
         assert sorted(p.name for p in directory.iterdir()) == sorted(BUNDLE_FILES_OF_EXPORT)
     with capsys.disabled():
-        runs = len(runs_in(Path("killed")))
+        runs = len(list_runs(Path("killed")))
         print(f"\n{kills} kills, {in_publication} within a publication, {runs} runs, {end} steps")

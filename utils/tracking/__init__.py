@@ -48,24 +48,24 @@ class CompositeTracker:
 
     def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Record the settings and the run's origin in every tracker."""
-        self._trackers.each(lambda tracker: tracker.log_config(config, metadata))
+        self._trackers.call_each(lambda tracker: tracker.log_config(config, metadata))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
         """Record numbers after `step` in every tracker."""
-        self._trackers.each(lambda tracker: tracker.log_metrics(metrics, step, subset))
+        self._trackers.call_each(lambda tracker: tracker.log_metrics(metrics, step, subset))
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Record distributions after `step` in every tracker."""
-        self._trackers.each(lambda tracker: tracker.log_histograms(histograms, step))
+        self._trackers.call_each(lambda tracker: tracker.log_histograms(histograms, step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Record a text after `step` in every tracker."""
-        self._trackers.each(lambda tracker: tracker.log_text(name, text, step))
+        self._trackers.call_each(lambda tracker: tracker.log_text(name, text, step))
 
     def flush(self) -> None:
         """Flush every tracker."""
-        self._trackers.each(lambda tracker: tracker.flush())
+        self._trackers.call_each(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Close every tracker."""
-        self._trackers.dismiss(lambda tracker: tracker.close())
+        self._trackers.close_each(lambda tracker: tracker.close())

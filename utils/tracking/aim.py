@@ -38,7 +38,7 @@ def require_aim(config: ModelConfig) -> None:
     )
 
 
-def aim_repository(config: ModelConfig) -> str:
+def get_aim_repo(config: ModelConfig) -> str:
     """Where Aim keeps the runs of these settings, as `aim up --repo` takes it."""
     return config.aim_repo or str(Path(config.runs_dir).resolve().parent)
 

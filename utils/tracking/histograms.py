@@ -24,7 +24,7 @@ class Histogram:
     nonfinite: int
 
     @classmethod
-    def of(cls, tensor: Tensor, bins: int = BINS) -> "Histogram":
+    def from_tensor(cls, tensor: Tensor, bins: int = BINS) -> "Histogram":
         """The histogram of a tensor of any shape and floating type, counted where it lies."""
         values = tensor.detach().flatten().float()
         low, high = _range(values)

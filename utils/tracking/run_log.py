@@ -1,6 +1,6 @@
 """A run's numbers, on their way from the device to the record.
 
-`RunLog` is what the training loop talks to. Losses wait on the device and are fetched many at a
+`RunLogger` is what the training loop talks to. Losses wait on the device and are fetched many at a
 time; every step's reaches `metrics.jsonl`, the trackers and, now and then, a printed line.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from utils.errors import RunError
-from utils.metrics import tag_of
-from utils.output import Output, duration
+from utils.metrics import get_tag
+from utils.output import Output, format_duration
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
 
@@ -25,7 +25,7 @@ SPIKE_LEAST = 0.1  # nats above the mean
 OVERFLOWS = 25  # steps in a row that fp16 may leave out; its scale halves at each of them
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Notices a loss that leaps above those before it.
 
     A batch that is hard is one or two mean deviations above; what is far higher is a step that
@@ -37,7 +37,7 @@ class SpikeWatch:
         self._count = 0
         self._is_up = False
 
-    def usual(self, loss: float) -> float | None:
+    def update(self, loss: float) -> float | None:
         """Take the next step's loss: None, or, where a spike begins, what was usual before it."""
         before = self._mean
         distance = loss - before
@@ -52,7 +52,7 @@ class SpikeWatch:
         return before if is_up and not was_up else None
 
 
-class RunLog:
+class RunLogger:
     """Collects the numbers of each step and hands them on in batches.
 
     Args:
@@ -94,11 +94,11 @@ class RunLog:
         self._waiting: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
-        self._spikes = SpikeWatch()
+        self._spikes = SpikeDetector()
         self._overflows = 0  # in a row
         self._began = self._resumed = time.perf_counter()
 
-    def step(
+    def log_step(
         self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float
     ) -> None:
         """Take one step's numbers: scalar tensors, left where they are until the next fetch.
@@ -109,10 +109,10 @@ class RunLog:
         self._waiting.append((step, self._elapsed(), learning_rate))
         self._on_device += [loss, grad_norm]
         if len(self._waiting) >= self._interval:
-            self.fetch()
+            self.flush_steps()
         self._output.advance(step, self._status)
 
-    def fetch(self) -> None:
+    def flush_steps(self) -> None:
         """Bring all waiting numbers from the device into the record, and print one line of them.
 
         Raises:
@@ -133,9 +133,9 @@ class RunLog:
                 "tokens_per_second": speed,
             }
             self._record(step, elapsed, {"train": metrics})
-            usual = self._spikes.usual(loss)
+            usual = self._spikes.update(loss)
             if usual is not None:
-                self._output.line(
+                self._output.print(
                     f"Note: loss spike at step {step}: {loss:.4f}, after about {usual:.4f} "
                     f"(gradient {grad_norm:.3g}); if it stays up, lower learning_rate"
                 )
@@ -159,7 +159,7 @@ class RunLog:
         self._print_step(step, loss, learning_rate, grad_norm, seconds)
         self._resumed = time.perf_counter()
 
-    def evaluation(
+    def log_evaluation(
         self, step: int, losses: Mapping[str, float], bits: Mapping[str, float], *, is_best: bool
     ) -> None:
         """Record and print an evaluation: each split's mean loss, and its bits per byte."""
@@ -172,27 +172,27 @@ class RunLog:
         if not all(map(math.isfinite, losses.values())):
             raise RunError(f"the evaluation's loss is not finite at step {step}: {dict(losses)}")
         width = len(f"{self._max_iters}")
-        self._output.line(
+        self._output.print(
             f"eval {step:>{width}}/{self._max_iters}  train {losses['train']:.4f}  "
             f"val {losses['val']:.4f}  ({bits['val']:.3f} bits per byte)"
             f"{'  best' if is_best else ''}"
         )
 
-    def histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Record how the values of each tensor are distributed; those not finite are counted."""
-        histograms = {name: Histogram.of(tensor) for name, tensor in tensors.items()}
+        histograms = {name: Histogram.from_tensor(tensor) for name, tensor in tensors.items()}
         self._tracker.log_histograms(histograms, step)
         if nonfinite := sum(histogram.nonfinite for histogram in histograms.values()):
             self._record(step, self._elapsed(), {"train": {"nonfinite": nonfinite}})
 
-    def sample(self, step: int, text: str) -> None:
+    def log_sample(self, step: int, text: str) -> None:
         """Record and print generated text."""
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
         self._samples.flush()
         self._tracker.log_text("sample", text, step)
-        self._output.line(f"\n--- sample at step {step} ---\n{text.strip()}\n---")
+        self._output.print(f"\n--- sample at step {step} ---\n{text.strip()}\n---")
 
-    def resume_clock(self) -> None:
+    def reset_timer(self) -> None:
         """Leave what was done since the last fetch (an evaluation, a save) out of the speed."""
         self._resumed = time.perf_counter()
 
@@ -214,18 +214,20 @@ class RunLog:
         for subset, values in metrics.items():
             for name, value in values.items():
                 # JSON has no infinity and no NaN: they become null.
-                line[tag_of(name, subset)] = value if math.isfinite(value) else None
+                line[get_tag(name, subset)] = value if math.isfinite(value) else None
             self._tracker.log_metrics(values, step, subset)
         self._metrics.write(json.dumps(line) + "\n")
 
     def _print_step(
         self, step: int, loss: float, learning_rate: float, grad_norm: float, seconds: float
     ) -> None:
-        left = duration(self._elapsed() / (step - self._first_step) * (self._max_iters - step))
+        left = format_duration(
+            self._elapsed() / (step - self._first_step) * (self._max_iters - step)
+        )
         speed = f"{self._tokens_per_step / seconds:,.0f}"
         self._status = f"loss {loss:.4f}  {speed} tok/s  {left} left"
         width = len(f"{self._max_iters}")
-        self._output.step_line(
+        self._output.print_step(
             f"step {step:>{width}}/{self._max_iters}  loss {loss:7.4f}  lr {learning_rate:.2e}  "
             f"grad {grad_norm:6.3f}  {seconds * 1000:7.1f} ms  {speed:>9} tok/s  {left:>7} left"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.metrics import tag_of
+from utils.metrics import get_tag
 from utils.tracking.histograms import Histogram
 
 # One chart with the losses together, on the page "Custom Scalars".
@@ -14,9 +14,12 @@ LAYOUT = {
     "loss": {
         "train and val, evaluated": [
             "Multiline",
-            [tag_of("eval_loss", "train"), tag_of("eval_loss", "val")],
+            [get_tag("eval_loss", "train"), get_tag("eval_loss", "val")],
         ],
-        "every step, and val": ["Multiline", [tag_of("loss", "train"), tag_of("eval_loss", "val")]],
+        "every step, and val": [
+            "Multiline",
+            [get_tag("loss", "train"), get_tag("eval_loss", "val")],
+        ],
     }
 }
 
@@ -60,7 +63,7 @@ class TensorBoardTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
         """Add each number under its tag."""
         for name, value in metrics.items():
-            self._writer.add_scalar(tag_of(name, subset), value, step)
+            self._writer.add_scalar(get_tag(name, subset), value, step)
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Add each histogram as it was counted.
