@@ -131,7 +131,7 @@ class CheckpointWriter:
         directory = self._run.get_checkpoint(state.step)
         save_checkpoint(directory, *self._saved, state, self._world)
         self.newest = directory
-        self._world.broadcast_from_main(lambda: self._follow(state))
+        self._world.broadcast_from_main(self._follow, state)
 
     def _follow(self, state: TrainingState) -> None:
         """Bring what follows the newest checkpoint up to it: the export, the named model."""

@@ -66,7 +66,7 @@ def load_dataset(
     may_extend: bool = False,
     sample: bool = False,
     cache: bool = True,
-    tell: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read the text that `config` names, make its tokenizer, and split it.
 
@@ -80,7 +80,7 @@ def load_dataset(
         may_extend: whether the model can learn new characters.
         sample: take the sample corpus without looking for `input.txt`.
         cache: keep the converted sample corpus in the user's cache.
-        tell: hears of a text that is encoded, and why.
+        on_progress: hears of a text that is encoded, and why.
 
     Raises:
         UserError: no such text, not UTF-8, a split too short for `config.block_size`, characters
@@ -95,7 +95,7 @@ def load_dataset(
     else:
         where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
         written = {"runs_dir": config.runs_dir, "checkpoints_dir": config.checkpoints_dir}
-        text = open_corpus(config.data or DEFAULT_FILE, **where, tell=tell, written=written)
+        text = open_corpus(config.data or DEFAULT_FILE, **where, tell=on_progress, written=written)
     left_out: dict[str, int] = {}
     if tokenizer is None:
         tokenizer = text.create_tokenizer(config.tokenizer)

@@ -20,7 +20,7 @@ import tiktoken.load
 import torch
 from safetensors.torch import load_file
 
-import train
+import trainer
 from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
@@ -57,7 +57,7 @@ def _world_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.set_num_threads(1)
-    monkeypatch.setattr(train, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
+    monkeypatch.setattr(trainer, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
 
     connect = socket.socket.connect
 
