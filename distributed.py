@@ -84,6 +84,14 @@ class World:
         distributed.gather_object(value, values if self.is_main else None)
         return values
 
+    def broadcast(self, value: _T) -> _T:
+        """Broadcast rank 0's value to all ranks."""
+        if self.size == 1:
+            return value
+        message = [value]
+        distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+        return message[0]
+
     def broadcast_from_main(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Call `function` on rank 0 only, and broadcast its result to all ranks.
 
@@ -91,18 +99,18 @@ class World:
         """
         if self.size == 1:
             return function(*args, **kwargs)
-        message: list[Any] = [None, None]  # the result, and the exit status if it raised
+        result = exit_status = None
         try:
             if self.is_main:
-                message[0] = function(*args, **kwargs)
+                result = function(*args, **kwargs)
         except BaseException as error:
-            message[1] = getattr(error, "exit_status", 1)
+            exit_status = getattr(error, "exit_status", 1)
             raise
         finally:
-            distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
-        if message[1] is not None:
-            raise EndedOnAnotherRank(message[1])
-        return message[0]
+            result, exit_status = self.broadcast((result, exit_status))
+        if exit_status is not None:
+            raise EndedOnAnotherRank(exit_status)
+        return result
 
     def run_on_all_ranks(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Call `function` on every rank; if it fails on any, all raise, and rank 0 says why."""
@@ -130,7 +138,11 @@ class World:
     def enter_on_main(self, manager: AbstractContextManager) -> Iterator[None]:
         """Enter a context manager on rank 0 only."""
         with contextlib.ExitStack() as stack:
-            self.broadcast_from_main(lambda: stack.enter_context(manager) and None)
+
+            def enter() -> None:
+                stack.enter_context(manager)
+
+            self.broadcast_from_main(enter)
             yield
 
 

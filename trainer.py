@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate import SamplingParams, generate_tokens
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -67,6 +66,7 @@ from distributed import (
     translate_peer_errors,
     wrap_ddp,
 )
+from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
@@ -440,7 +440,7 @@ def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tupl
     signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
     if signal:
         stop.request(signal)
-    return bool(signal), world.broadcast_from_main(lambda: why_stop) if has_reason else None
+    return bool(signal), world.broadcast(why_stop) if has_reason else None
 
 
 @torch.no_grad()
@@ -715,41 +715,27 @@ def settle_length(
         max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
         return config.model_copy(update={"max_iters": max_iters, "epochs": None}), "epochs"
     assert config.max_minutes is not None
-    speed = measure_speed(config.model_copy(update={"max_iters": 1}), data, device, world)
-    evaluations_per_step = 1 / (config.eval_interval or math.inf)
-    seconds = speed.step + speed.evaluation * evaluations_per_step
-    seconds = world.broadcast_from_main(lambda: seconds)  # rank 0's
+    step, evaluation = measure_speed(
+        config.model_copy(update={"max_iters": 1}), data, device, world
+    )
+    seconds = world.broadcast(step + evaluation / (config.eval_interval or math.inf))
     max_iters = plan.start_step + max(1, int(config.max_minutes * 60 / seconds))
     return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of a step and of a whole evaluation, and the peak memory in bytes."""
-
-    step: float
-    evaluation: float
-    peak_memory: int | None
-
-
 def measure_speed(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
-) -> Speed:
-    """Time steps and part of an evaluation on a model of its own."""
+) -> tuple[float, float]:
+    """Return the seconds of a step and of a whole evaluation, timed on a model of its own."""
     trainer = create_trainer(config, {}, data, device, ResumePlan(), world=world)
     seconds: list[float] = []
-    began = time.perf_counter()
-
-    def has_time() -> bool:
-        return len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - began < 5)
-
-    while world.broadcast_from_main(has_time):
+    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
         start = time.perf_counter()
         trainer.training_step(len(seconds))
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(world.broadcast(time.perf_counter() - start))
     median = sorted(seconds[1:])[len(seconds[1:]) // 2]  # without the first, a warmup
-    return Speed(median, time_evaluation(trainer), get_peak_memory(device))
+    return median, time_evaluation(trainer)
 
 
 def time_evaluation(trainer: Trainer) -> float:
@@ -781,7 +767,8 @@ def dry_run(
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
     settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
     banner = summary.format_banner(trainer, loaded.changes)
-    return f"{settings}\n\n{banner}\n{summary.format_estimate(trainer, speed)}"
+    estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
+    return f"{settings}\n\n{banner}\n{estimate}"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from utils.tracking.aim import get_aim_repo
 
 if TYPE_CHECKING:
     from callbacks import TrainResult
-    from trainer import Speed, Trainer
+    from trainer import Trainer
 
 
 def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
@@ -200,12 +200,17 @@ def _format_callback_flags(trainer: "Trainer") -> str:
     return "".join(f" {name}" for name in trainer.callbacks if name.startswith("--callback "))
 
 
-def format_estimate(trainer: "Trainer", speed: "Speed") -> str:
-    """Format the memory and the time that a run would take."""
+def format_estimate(
+    trainer: "Trainer", step: float, evaluation: float, peak_memory: int | None
+) -> str:
+    """Format the memory and the time that a run would take.
+
+    `step` and `evaluation` are in seconds, `peak_memory` in bytes.
+    """
     config = trainer.config
     steps = config.max_iters - trainer.plan.start_step
     evaluations = math.ceil(steps / (config.eval_interval or steps))
-    seconds = steps * speed.step + evaluations * speed.evaluation
+    seconds = steps * step + evaluations * evaluation
     # float32: weights, gradients, and two moments of AdamW or one of Muon
     size = sum(
         4 * (3 if "momentum" in group else 4) * parameter.numel()
@@ -213,9 +218,9 @@ def format_estimate(trainer: "Trainer", speed: "Speed") -> str:
         for parameter in group["params"]
     )
     scope = "this whole process" if trainer.device.type == "cpu" else "the device"
-    peak = f"; peak of {scope}: {format_bytes(speed.peak_memory)}" if speed.peak_memory else ""
+    peak = f"; peak of {scope}: {format_bytes(peak_memory)}" if peak_memory else ""
     return (
         f"Memory  {format_bytes(size)} for weights, gradients and optimizer state{peak}\n"
-        f"Time    about {format_duration(seconds)}: {speed.step * 1000:.1f} ms per step, "
-        f"{pluralize(evaluations, 'evaluation')} of {speed.evaluation:.1f} s"
+        f"Time    about {format_duration(seconds)}: {step * 1000:.1f} ms per step, "
+        f"{pluralize(evaluations, 'evaluation')} of {evaluation:.1f} s"
     )
