@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, loaded_step, save_bundle
+from helpers import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, loaded_step, save_bundle
 from safetensors import safe_open
 
 from bundle import (

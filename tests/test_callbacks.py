@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits
 
 import train as train_module
 from bundle import read_state

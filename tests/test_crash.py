@@ -7,18 +7,23 @@ be the old bundle or the new one, and the next save must leave nothing behind.
 python -m pytest tests/test_crash.py
 """
 
-import builtins
 import errno
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_bundle
+from helpers import (
+    Faults,
+    count_calls,
+    in_a_process_that_ends_at,
+    killed,
+    powerless,
+    refused,
+    save_bundle,
+)
 from safetensors.torch import load
 
 import bundle as bundle_module
@@ -36,139 +41,7 @@ from bundle import (
 from utils import files
 from utils.errors import UserError
 
-CALLS = ("mkdir", "replace", "unlink", "rmdir", "chmod", "fsync")  # of those that change a disk
 OLD, NEW, NEXT = 7, 8, 9  # the steps of three bundles
-
-
-class Faults:
-    """Stands between `utils/files.py` and the operating system, and strikes at one call.
-
-    Args:
-        strike: called with what was being done when the call number `at` is reached; it raises,
-            or does not return.
-        at: the number of that call; -1 counts them only.
-        lasting: whether all later calls are struck too.
-    """
-
-    def __init__(self, strike: Callable[["Faults"], None], at: int = -1, lasting: bool = False):
-        self.strike, self.at, self.lasting = strike, at, lasting
-        self.count = 0
-        self.unsynced: set[Path] = set()
-        self.names: list[str] = []
-
-    def call(self, name: str) -> None:
-        self.names.append(name)
-        self.count += 1
-        if self.count - 1 == self.at or (self.lasting and self.count - 1 > self.at >= 0):
-            self.strike(self)
-
-    # What utils/files.py sees in the place of `os` and `open` ...
-
-    def __getattr__(self, name: str):
-        real = getattr(os, name)
-        if name not in CALLS:
-            return real
-
-        def called(*arguments, **options):
-            self.call(name)
-            result = real(*arguments, **options)
-            if name == "replace":
-                source, target = map(Path, arguments)
-                moved = {path for path in self.unsynced if path.is_relative_to(source)}
-                self.unsynced -= moved
-                self.unsynced |= {target / path.relative_to(source) for path in moved}
-            elif name == "fsync":
-                synced = Path(f"/proc/self/fd/{arguments[0]}").resolve()
-                self.unsynced = {path for path in self.unsynced if path.resolve() != synced}
-            return result
-
-        return called
-
-    def open_file(self, path, mode="r", **options):
-        file = builtins.open(path, mode, **options)
-        if mode in ("r", "rb"):
-            return file
-        self.unsynced.add(Path(path))
-        real = file.write
-
-        def write_in_halves(data):
-            real(data[: len(data) // 2])  # a write that is interrupted has written a part
-            file.flush()
-            self.call("write")
-            return real(data[len(data) // 2 :])
-
-        class Writer:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *exception):
-                file.close()
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            write = staticmethod(write_in_halves)
-
-        return Writer()
-
-    # ... and around the writers of safetensors and torch.
-
-    def write_by_library(self, path, write, like):
-        def interrupted(target):
-            write(target)
-            self.unsynced.add(Path(target))
-            whole = target.read_bytes()
-            os.truncate(target, len(whole) // 2)
-            self.call("library")
-            target.write_bytes(whole)
-
-        return files.write_with(path, interrupted, like)
-
-    def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
-        patch.setattr(files, "os", self)
-        patch.setattr(files, "open", self.open_file, raising=False)
-        patch.setattr(bundle_module, "write_with", self.write_by_library)
-        return self
-
-
-def killed(faults: Faults) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def powerless(faults: Faults) -> None:
-    """What was not synced is gone, and the process with it."""
-    for path in faults.unsynced:
-        if path.exists():
-            os.truncate(path, 0)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def refused(number: int) -> Callable[[Faults], None]:
-    def strike(faults: Faults) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return strike
-
-
-def count_calls(work: Callable[[], None]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(killed).installed(patch)
-        work()
-    return faults.count
-
-
-def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None]) -> None:
-    """Fork, and do `work` there until the call number `at`."""
-    process = os.fork()
-    if process == 0:
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                Faults(strike, at).installed(patch)
-                work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), f"call {at} was never reached"
 
 
 def assert_whole(directory: Path, *steps: int) -> int:

@@ -6,28 +6,30 @@ torch is imported already, which is all that torchrun would do otherwise.
 python -m pytest tests/test_distributed.py
 """
 
-import contextlib
-import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, FEW_TOKENS, TINY_FLAGS, assert_same_bits, loaded_step
+from helpers import (
+    CHECKOUT,
+    DEAD_WITHIN,
+    TINY_FLAGS,
+    Ended,
+    Processes,
+    assert_same_bits,
+    loaded_step,
+    side_by_side,
+    trains,
+)
 
 import train as train_module
-import utils.output as output_module
 from bundle import is_bundle, list_checkpoints, list_runs
 from distributed import (
     World,
@@ -44,149 +46,8 @@ from start import plan_run
 from step import training_step
 from utils.device import choose_device
 from utils.errors import EndedOnAnotherRank, UserError
-from utils.output import pluralize, run_command
+from utils.output import pluralize
 from utils.ranks import ALONE, Ranks
-
-FORKING = multiprocessing.get_context("forkserver")
-# All that a run imports, so that what is forked has it; DDP and FSDP bring the first two.
-FORKING.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "test_distributed", "jinja2", "git"]
-)
-SECONDS = 60  # a test whose processes take longer hangs
-DEAD_WITHIN = 30  # seconds in which all must end when one is dead
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended, and what it printed."""
-
-    status: int
-    out: str
-    error: str
-
-
-class Processes:
-    """Processes side by side, as torchrun would start them, each with its own work."""
-
-    def __init__(self, size: int, work: Callable, *arguments):
-        # Bound until all have ended: nobody else is given this port, and rank 0 may listen at it.
-        self.port = socket.socket()
-        self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.port.bind(("127.0.0.1", 0))
-        self.place = Path(tempfile.mkdtemp(prefix="printed-", dir=Path.cwd()))
-        environment = dict(os.environ)
-        self.all = [
-            FORKING.Process(
-                target=_begin,
-                args=(
-                    Ranks(rank, rank, size, size),
-                    self.port.getsockname()[1],
-                    self.place,
-                    environment,
-                    work,
-                    arguments,
-                ),
-            )
-            for rank in range(size)
-        ]
-        with pytest.MonkeyPatch.context() as patch:
-            # Where the server that forks, and starts with the first, looks for what it imports.
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            for process in self.all:
-                process.start()
-
-    def meet(self) -> None:
-        """Wait until all are connected: one that ends before that, torchrun alone would notice."""
-        deadline = time.monotonic() + SECONDS
-        while len(list(self.place.glob("met-*"))) < len(self.all):
-            assert time.monotonic() < deadline, "they do not meet"
-            time.sleep(0.01)
-
-    def end(self, within: float = SECONDS) -> list[Ended]:
-        deadline = time.monotonic() + within
-        for process in self.all:
-            process.join(max(0.0, deadline - time.monotonic()))
-        still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
-        for rank in still:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended after all
-                os.kill(self.all[rank].pid, signal.SIGUSR1)
-                time.sleep(1)  # in which it writes where it hangs
-        for process in self.all:
-            process.kill()
-        self.port.close()
-        said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
-        assert not still, (still, [path.read_text(encoding="utf-8") for path in said])
-        return [
-            Ended(
-                process.exitcode,
-                (self.place / f"out-{rank}").read_text(encoding="utf-8"),
-                (self.place / f"error-{rank}").read_text(encoding="utf-8"),
-            )
-            for rank, process in enumerate(self.all)
-        ]
-
-
-def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, arguments) -> None:
-    os.chdir(place.parent)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.environ.update(
-        RANK=str(ranks.rank),
-        LOCAL_RANK=str(ranks.local_rank),
-        WORLD_SIZE=str(ranks.size),
-        LOCAL_WORLD_SIZE=str(ranks.local_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    for descriptor, name in ((1, "out"), (2, "error")):
-        os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    # For one that hangs. A timer of faulthandler's would read the stacks of one that works, too,
-    # without Python's lock: one such dump in 26 ends it by a segmentation fault.
-    faulthandler.register(signal.SIGUSR1)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    connect = torch.distributed.init_process_group
-
-    def connect_and_tell(*arguments, **options):
-        connect(*arguments, **options)
-        (place / f"met-{ranks.rank}").touch()
-
-    torch.distributed.init_process_group = connect_and_tell
-    library = torch.library.Library("c10d", "IMPL")  # what it is told lasts as long as it does
-    _refuse_long_names(library)
-    sys.exit(work(ranks.rank, *arguments))
-
-
-def _refuse_long_names(library: torch.library.Library) -> None:
-    """Let a message fail that could end a process, seldom: see above `gather_full_tensor` in distributed.py."""
-
-    def refuse(*_):
-        raise AssertionError("the name of this message has more than 15 characters")
-
-    with warnings.catch_warnings(action="ignore"):  # that they did something else before
-        for name in ("allgather_into_tensor", "reduce_scatter_tensor", "allgather", "allreduce"):
-            library.impl(f"{name}_coalesced_", refuse, "CPU", allow_override=True)
-
-
-def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS) -> list[Ended]:
-    return Processes(size, work, *arguments).end(within)
-
-
-def trains(
-    rank: int, flags: Sequence[str], strikes: Sequence[tuple[int, int, int]] = (), *own: list[str]
-) -> int:
-    """What `python train.py` does; at a step, a rank may send itself a signal."""
-
-    def struck(setup, step, *rest):
-        for where, when, number in strikes:
-            if (where, when) == (rank, step + 1):
-                os.kill(os.getpid(), number)
-        return training_step(setup, step, *rest)
-
-    train_module.training_step = struck
-    train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
-    output_module.SILENCE = 0.0  # nobody ends these when one has ended
-    return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
 
 
 @pytest.fixture

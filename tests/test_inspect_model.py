@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import save_bundle
+from helpers import save_bundle
 
 import inspect_model
 from bundle import Ancestor

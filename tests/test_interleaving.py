@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import save_bundle
+from helpers import save_bundle
 
 from bundle import (
     BUNDLE_FILES,

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY_FLAGS, assert_same_bits
+from helpers import DEAD_WITHIN, TINY_FLAGS, Processes, assert_same_bits, side_by_side, trains
 from stress.test_sigkill import left_half_written, newest_step
-from test_distributed import DEAD_WITHIN, Processes, side_by_side, trains
 
 from bundle import list_checkpoints, list_runs
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, TINY_FLAGS
 
 
 @pytest.mark.stress

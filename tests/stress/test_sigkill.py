@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLE_FILES_OF_EXPORT, assert_same_bits
+from helpers import BUNDLE_FILES_OF_EXPORT, assert_same_bits
 
 from bundle import BUNDLE_FILES, is_bundle, list_checkpoints, list_runs, read_bundle
 from start import plan_run
