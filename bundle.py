@@ -41,7 +41,6 @@ from utils.files import (
     is_process_running,
     make_directory,
     move,
-    move_if_exists,
     remove_file,
     remove_if_empty,
     sync,
@@ -267,11 +266,11 @@ def _finish(directory: Path, committed: Path) -> None:
         sync(directory)  # the commit must be on the disk before the old bundle changes
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
             if name in files:
-                move_if_exists(committed / name, directory / name)
+                move(committed / name, directory / name, missing_ok=True)
             else:
                 remove_file(directory / name)
         sync(directory)  # and the other files before the state, which makes them a bundle
-        move_if_exists(committed / STATE_FILE, directory / STATE_FILE)
+        move(committed / STATE_FILE, directory / STATE_FILE, missing_ok=True)
     remove_if_empty(committed)
 
 
@@ -293,7 +292,7 @@ def remove_bundle(directory: Path) -> None:
     removed = directory / ".removed"
     places = [*_find_committed(directory), directory]
     for place in places:
-        move_if_exists(place / STATE_FILE, removed)  # from here on, this is no bundle
+        move(place / STATE_FILE, removed, missing_ok=True)  # from here on, this is no bundle
     for place in places:
         _remove_files(place)
     remove_file(removed)
@@ -386,7 +385,7 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
     for name in dict.fromkeys((*MODEL_FILES, *names)):
         if not is_file(_locate(directory, name)):
             raise UserError(
-                f"{directory / name}: not there: the model is incomplete{_get_remedy(name)}"
+                f"{directory / name}: not there: the model is incomplete{get_remedy(name)}"
             )
     contents = {name: _read_verified(directory, name, state) for name in names}
     values, tokenizer = (
@@ -456,11 +455,12 @@ def _check_digest(path: Path, digest: str | None, recorded: str | None) -> None:
     if digest is None or digest != recorded:
         raise UserError(
             f"{path}: not the file that was saved with this model: it is missing, damaged, "
-            f"or comes from another one{_get_remedy(path.name)}"
+            f"or comes from another one{get_remedy(path.name)}"
         )
 
 
-def _get_remedy(name: str) -> str:
+def get_remedy(name: str) -> str:
+    """Return the advice at the end of an error about this file of a bundle."""
     if name == OPTIMIZER_FILE:
         return "; --reset-optimizer resumes with a new optimizer"
     return "; use another checkpoint, or a copy of this one"
