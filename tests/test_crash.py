@@ -1,8 +1,8 @@
-"""A bundle survives whatever stops its writer: at every call of the operating system, one by one.
+"""A crash at any system call of a save leaves the old bundle or the new one.
 
-A process is forked and killed before each call that a publication makes, or killed and what it had
-not synced of its files lost, or told that the disk is full; what then stands in the directory must
-be the old bundle or the new one, and the next save must leave nothing behind.
+A process is forked and killed before each call that changes the disk, or killed and its unsynced
+data lost, or the call fails with "disk full". The directory must then load as the old bundle or
+the new one, and the next save must leave no temporary files.
 
 python -m pytest tests/test_crash.py
 """
@@ -44,8 +44,8 @@ from utils.errors import UserError
 OLD, NEW, NEXT = 7, 8, 9  # the steps of three bundles
 
 
-def assert_whole(directory: Path, *steps: int) -> int:
-    """The directory loads as the bundle of one of these steps, with the weights of that step."""
+def assert_loads(directory: Path, *steps: int) -> int:
+    """Assert that the directory loads as the bundle of one of these steps, and return its step."""
     bundle = read_bundle(directory, WEIGHTS_FILE)
     assert bundle.state.step in steps
     torch.manual_seed(bundle.state.step)
@@ -59,13 +59,13 @@ def assert_whole(directory: Path, *steps: int) -> int:
     return bundle.state.step
 
 
-def names_in(directory: Path) -> list[str]:
+def list_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*"))
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Where a bundle is published, beside references of what each step's holds."""
+    """A directory to publish in, beside a reference bundle for each step."""
     for step in (OLD, NEW, NEXT):
         save_bundle(tmp_path / f"reference-{step}", step)
     return tmp_path / "model"
@@ -75,16 +75,16 @@ def save(directory: Path, step: int) -> None:
     save_bundle(directory, step)
 
 
-def give(directory: Path) -> None:
+def copy(directory: Path) -> None:
     copy_bundle(directory.parent / f"reference-{NEW}", directory)
 
 
-def give_export(directory: Path) -> None:
+def copy_export(directory: Path) -> None:
     copy_bundle(directory.parent / f"reference-{NEW}", directory, with_optimizer=False)
 
 
-def stop_half_way(directory: Path) -> None:
-    """Leave a bundle that is committed, and of which half the files have moved up."""
+def publish_half(directory: Path) -> None:
+    """Leave a committed bundle, half of its files moved up."""
     names: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(killed).installed(patch)
@@ -95,20 +95,18 @@ def stop_half_way(directory: Path) -> None:
     assert list(directory.glob(".next-*/*")) and len(list(directory.glob(".next-*/*"))) < 5
 
 
-SITUATIONS = {
-    "another over one": (lambda d: save(d, OLD), lambda d: save(d, NEW)),
-    "the first": (lambda d: None, lambda d: save(d, NEW)),
-    "over one that was never finished": (stop_half_way, lambda d: save(d, NEW)),
-    "a copy over one": (lambda d: save(d, OLD), give),
-    "an export over a checkpoint": (lambda d: save(d, OLD), give_export),
+SAVES = {
+    "replace": (lambda d: save(d, OLD), lambda d: save(d, NEW)),
+    "create": (lambda d: None, lambda d: save(d, NEW)),
+    "replace a half published one": (publish_half, lambda d: save(d, NEW)),
+    "copy": (lambda d: save(d, OLD), copy),
+    "export over a checkpoint": (lambda d: save(d, OLD), copy_export),
 }
 
 
 @pytest.mark.parametrize("strike", [killed, powerless])
-@pytest.mark.parametrize(("before", "work"), SITUATIONS.values(), ids=SITUATIONS.keys())
-def test_a_process_killed_at_any_call_leaves_the_old_bundle_or_the_new_one(
-    place, before, work, strike, tmp_path
-):
+@pytest.mark.parametrize(("before", "work"), SAVES.values(), ids=SAVES.keys())
+def test_a_killed_save_leaves_the_old_or_the_new_bundle(place, before, work, strike, tmp_path):
     before(tmp_path / "counted")
     calls = count_calls(lambda: work(tmp_path / "counted"))
     assert calls > 15
@@ -116,32 +114,32 @@ def test_a_process_killed_at_any_call_leaves_the_old_bundle_or_the_new_one(
     for at in range(calls):
         directory = tmp_path / f"model-{at}"
         before(directory)
-        had_one = is_bundle(directory)
-        if had_one:
-            (directory / "notes.txt").write_text("a user's own", encoding="utf-8")
+        existed = is_bundle(directory)
+        if existed:
+            (directory / "notes.txt").write_text("notes", encoding="utf-8")
         in_a_process_that_ends_at(at, strike, lambda: work(directory))  # noqa: B023
-        if had_one or is_bundle(directory):
-            outcomes.append(assert_whole(directory, OLD, NEW))
-        save(directory, NEXT)  # and the next save finds nothing in its way, and leaves nothing
-        assert assert_whole(directory, NEXT) == NEXT
-        own = ["notes.txt"] if had_one else []
-        assert names_in(directory) == sorted([*BUNDLE_FILES, *own])
+        if existed or is_bundle(directory):
+            outcomes.append(assert_loads(directory, OLD, NEW))
+        save(directory, NEXT)  # works, and removes leftovers
+        assert assert_loads(directory, NEXT) == NEXT
+        own = ["notes.txt"] if existed else []
+        assert list_names(directory) == sorted([*BUNDLE_FILES, *own])
         if own:
-            assert (directory / "notes.txt").read_text(encoding="utf-8") == "a user's own"
-    assert NEW in outcomes, "the later calls come after the commit"
+            assert (directory / "notes.txt").read_text(encoding="utf-8") == "notes"
+    assert NEW in outcomes, "no process was killed after the commit"
 
 
 @pytest.mark.parametrize(
     ("number", "lasting"),
     [
-        pytest.param(errno.ENOSPC, True, id="full from then on"),
-        pytest.param(errno.EIO, False, id="broken once"),
-        pytest.param(errno.ENOSPC, False, id="full once", marks=pytest.mark.slow),
-        pytest.param(errno.EIO, True, id="broken from then on", marks=pytest.mark.slow),
+        pytest.param(errno.ENOSPC, True, id="disk full from then on"),
+        pytest.param(errno.EIO, False, id="one I/O error"),
+        pytest.param(errno.ENOSPC, False, id="disk full once", marks=pytest.mark.slow),
+        pytest.param(errno.EIO, True, id="I/O errors from then on", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("before", "work"), SITUATIONS.values(), ids=SITUATIONS.keys())
-def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
+@pytest.mark.parametrize(("before", "work"), SAVES.values(), ids=SAVES.keys())
+def test_a_failed_call_leaves_the_old_or_the_new_bundle(
     place, before, work, number, lasting, tmp_path
 ):
     before(tmp_path / "counted")
@@ -150,7 +148,7 @@ def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
     for at in range(calls):
         directory = tmp_path / f"model-{at}"
         before(directory)
-        had_one = is_bundle(directory)
+        existed = is_bundle(directory)
         with pytest.MonkeyPatch.context() as patch:
             Faults(refused(number), at, lasting).installed(patch)
             try:
@@ -158,17 +156,17 @@ def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
             except OSError as error:
                 assert error.errno == number
                 failures += 1
-        if had_one or is_bundle(directory):
-            assert_whole(directory, OLD, NEW)
+        if existed or is_bundle(directory):
+            assert_loads(directory, OLD, NEW)
         elif not lasting:
-            assert not directory.exists() or names_in(directory) == []
+            assert not directory.exists() or list_names(directory) == []
         save(directory, NEXT)
-        assert assert_whole(directory, NEXT) == NEXT
-        assert names_in(directory) == sorted(BUNDLE_FILES)
+        assert assert_loads(directory, NEXT) == NEXT
+        assert list_names(directory) == sorted(BUNDLE_FILES)
     assert failures > 10
 
 
-def test_a_removal_killed_at_any_call_leaves_a_bundle_or_none(place, tmp_path):
+def test_a_killed_removal_leaves_the_whole_bundle_or_none(place, tmp_path):
     save(tmp_path / "counted", OLD)
     calls = count_calls(lambda: remove_bundle(tmp_path / "counted"))
     assert not (tmp_path / "counted").exists()
@@ -177,14 +175,14 @@ def test_a_removal_killed_at_any_call_leaves_a_bundle_or_none(place, tmp_path):
         save(directory, OLD)
         in_a_process_that_ends_at(at, killed, lambda: remove_bundle(directory))  # noqa: B023
         if is_bundle(directory):
-            assert_whole(directory, OLD)
+            assert_loads(directory, OLD)
             remove_bundle(directory)
         clean_up(directory)
         assert not directory.exists()
 
 
-def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
-    """Python's own audit hooks see every call of a publication: there are no others to strike."""
+def test_faults_cover_every_call_that_changes_the_disk(place, tmp_path):
+    """Python's audit hooks see the same calls in a save as `Faults`."""
     save(tmp_path / "model", OLD)
     read, write = os.pipe()
     process = os.fork()
@@ -200,14 +198,14 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
         counted: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(killed).installed(patch)
-            # The wrapper around the libraries truncates and writes: leave it out here.
+            # Without the wrapper around the libraries, which truncates and writes itself.
             patch.setattr(bundle_module, "write_with", files.write_with)
             sys.addaudithook(hook)
             save(tmp_path / "model", NEW)
             counted = faults.names
         events = {"mkdir": "os.mkdir", "replace": "os.rename", "unlink": "os.remove"}
         events |= {"rmdir": "os.rmdir", "chmod": "os.chmod", "write": "open"}
-        # torch.save's writer, which is struck as a library's, opens its file through Python too.
+        # torch.save opens its file through Python, too.
         expected = sorted([*(events[name] for name in counted if name in events), "open"])
         os.write(write, b"same" if expected == sorted(seen) else f"{expected} {seen}".encode())
         os._exit(0)
@@ -216,7 +214,7 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
     assert os.read(read, 10_000).decode() == "same"
 
 
-def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
+def test_only_leftovers_of_ended_processes_are_removed(place):
     save(place, OLD)
     host, day = _host(), 86_400
     living, other_host = f".tmp-{os.getppid()}-{host}", ".tmp-1-elsewhere"
@@ -224,15 +222,15 @@ def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
     for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
         (place / name).mkdir()
         (place / name / WEIGHTS_FILE).touch()
-        (place / name / ".tmp3CziYK").touch()  # what safetensors writes to, before it renames it
+        (place / name / ".tmp3CziYK").touch()  # a temporary file of safetensors
     os.utime(place / old, (0, time.time() - 2 * day))
     save(place, NEW)
     assert {path.name for path in place.glob(".tmp-*")} == {living, other_host}
 
 
-def test_a_half_published_bundle_with_a_file_of_another_is_refused_by_name(place, tmp_path):
-    stop_half_way(place)
+def test_a_half_published_bundle_with_another_bundles_file_is_an_error(place, tmp_path):
+    publish_half(place)
     other = (tmp_path / f"reference-{NEW}" / WEIGHTS_FILE).read_bytes()
     (place / WEIGHTS_FILE).write_bytes(other)
-    with pytest.raises(UserError, match=r"model\.safetensors: not the file that was saved"):
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
         read_bundle(place, WEIGHTS_FILE)
