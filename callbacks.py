@@ -9,6 +9,7 @@ string is the reason. docs/callbacks.md has two worked examples.
 
 import hashlib
 import importlib
+import pkgutil
 import re
 import sys
 import traceback
@@ -188,19 +189,15 @@ def load_callback_factories(references: Sequence[str]) -> dict[str, CallbackFact
         sys.path.insert(0, here)
     for reference in references:
         flag = f"--callback {reference}"
-        match = re.fullmatch(r"(?P<module>\w+(\.\w+)*):(?P<make>\w+)", reference)
-        if match is None:
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", reference):
             problems.append(f"{flag}: write it as module:make, such as my_module:make")
             continue
         try:
-            module = importlib.import_module(match["module"])
+            factories[flag] = pkgutil.resolve_name(reference)
+            if not callable(factories[flag]):
+                raise TypeError(f"{reference.partition(':')[2]} is not a function or a class")
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             problems.append(_format_error(flag, error))
-            continue
-        factories[flag] = getattr(module, match["make"], None)
-        if not callable(factories[flag]):
-            file = getattr(module, "__file__", None) or match["module"]
-            problems.append(f"{flag}: {file} has no function {match['make']}")
     if problems:
         raise UserError(*problems)
     return factories
@@ -219,10 +216,8 @@ def describe_callbacks(factories: Mapping[str, CallbackFactory]) -> list[dict[st
 
 def _format_error(name: str, error: BaseException) -> str:
     """Return one line: the error, and its file and line in the user's code."""
-    files = [
-        (Path(frame.filename), frame.lineno)
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<") and "importlib" not in frame.filename
-    ]
-    place = next((f" ({p.name}:{n})" for p, n in reversed(files) if p != Path(__file__)), "")
+    library = (__file__, pkgutil.__file__, importlib.__path__[0], "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith(library)]
+    place = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
     return f"{name}: {type(error).__name__}: {format_reason(error)}{place}"

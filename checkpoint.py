@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ def save_checkpoint(
 
     def publish() -> None:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise RunError(
-                f"the weights are not finite after step {state.step}: lower learning_rate"
-            )
+            step = state.step
+            raise RunError(f"the weights are not finite after step {step}: lower learning_rate")
         write_bundle(
             directory,
             config=config,
@@ -81,43 +81,31 @@ def save_checkpoint(
     world.broadcast_from_main(publish)
 
 
+@dataclass
 class CheckpointWriter:
-    """Writes the bundles of one run: its checkpoints, its export and its named model.
+    """Writes the bundles of one run: its checkpoints, its export and its named model, if any.
 
-    Args:
-        run: the run's directory.
-        named_model: the directory of the named model that the run trains, or None.
-        model, optimizer, scaler, tokenizer: what is saved.
-        config: its `keep_checkpoints` and `keep_every` say which checkpoints are kept.
+    `config.keep_checkpoints` and `config.keep_every` say which checkpoints are kept.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        named_model: Path | None,
-        model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        tokenizer: Tokenizer,
-        config: ModelConfig,
-        world: World = SINGLE_PROCESS,
-    ):
-        self.newest: Path | None = None
-        self._run = run
-        self._named_model = named_model
-        self._saved = (model, optimizer, scaler, tokenizer, config)
-        self._config = config
-        self._world = world
+    run: RunDirectory
+    named_model: Path | None
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
+    config: ModelConfig
+    world: World = SINGLE_PROCESS
+    newest: Path | None = field(default=None, init=False)
 
     def create_named_model(self, state: TrainingState) -> None:
         """Publish the named model before its first step, unless it exists already.
 
         An existing one stays until trained weights replace it.
         """
-        named_model = self._named_model
-        if named_model is None or self._world.broadcast_from_main(lambda: is_bundle(named_model)):
-            return
-        save_checkpoint(named_model, *self._saved, state, self._world)
+        path = self.named_model
+        if path and not self.world.broadcast_from_main(lambda: is_bundle(path)):
+            self._save(path, state)
 
     def save(self, state: TrainingState) -> None:
         """Save a checkpoint; copy it to the export if it is the best, and to the named model.
@@ -125,31 +113,33 @@ class CheckpointWriter:
         Raises what `save_checkpoint` raises.
         """
         if self.newest is None:  # at the first save, so that a run that only loads writes nothing
-            self._world.broadcast_from_main(self._clean_up_runs)
-        directory = self._run.get_checkpoint(state.step)
-        save_checkpoint(directory, *self._saved, state, self._world)
-        self.newest = directory
-        self._world.broadcast_from_main(lambda: self._copy_newest(state))
+            self.world.broadcast_from_main(self._clean_up_runs)
+        path = self.run.get_checkpoint(state.step)
+        self._save(path, state)
+        self.newest = path
+        self.world.broadcast_from_main(lambda: self._copy_newest(state))
+
+    def _save(self, path: Path, state: TrainingState) -> None:
+        training = (self.model, self.optimizer, self.scaler, self.tokenizer, self.config)
+        save_checkpoint(path, *training, state, self.world)
 
     def _copy_newest(self, state: TrainingState) -> None:
+        """Copy the newest checkpoint where it belongs, then remove those not to be kept."""
         best_step = state.get_fact("best_step")
         if best_step == state.step:
-            copy_bundle(self.newest, self._run.export, with_optimizer=False)
-        if self._named_model is not None:
-            copy_bundle(self.newest, self._named_model)
-        self._remove_old(best_step)
-
-    def _remove_old(self, best_step: int | None) -> None:
-        checkpoints = list_checkpoints(self._run.path)
-        every = self._config.keep_every
-        for path in checkpoints[: -(self._config.keep_checkpoints or len(checkpoints))]:
+            copy_bundle(self.newest, self.run.export, with_optimizer=False)
+        if self.named_model:
+            copy_bundle(self.newest, self.named_model)
+        checkpoints = list_checkpoints(self.run.path)
+        every = self.config.keep_every
+        for path in checkpoints[: -(self.config.keep_checkpoints or len(checkpoints))]:
             step = parse_step(path)
             if step != best_step and not (every and step % every == 0):
                 remove_bundle(path)
 
     def _clean_up_runs(self) -> None:
         """Clean up after killed processes in all runs of `runs_dir`, as some never resume."""
-        for path in list_runs(self._run.path.parent):
+        for path in list_runs(self.run.path.parent):
             run = RunDirectory(path)
             for directory in (*glob_files(run.checkpoints, "step_*"), run.export):
                 clean_up(directory)
@@ -177,13 +167,12 @@ def _gather_optimizer_state(
     `generators` are those of rank 0, and `other_generators` those of the ranks after it.
     """
     names = _list_parameter_names(model, optimizer)
-    state = {
-        names[index]: {
+    state: dict[str, dict[str, Any]] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        state[names[index]] = {
             key: gather_to_main(value, world) if isinstance(value, Tensor) else value
             for key, value in values.items()
         }
-        for index, values in optimizer.state_dict()["state"].items()
-    }
     generators = world.gather(_get_generator_states(next(model.parameters()).device))
     return {
         "format_version": FORMAT_VERSION,
@@ -309,12 +298,10 @@ def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         missing = {"format_version", "optimizer", "state", "generators"} - saved.keys()
     except Exception as error:  # a foreign file may raise anything
-        name = type(error).__name__
-        raise ValueError(f"not the state of an optimizer ({name})") from None
+        raise ValueError(f"not the state of an optimizer ({type(error).__name__})") from None
     if missing:
         raise ValueError(f"not the state of an optimizer (no {', '.join(sorted(missing))})")
-    if saved["format_version"] != FORMAT_VERSION:
-        version = saved["format_version"]
+    if (version := saved["format_version"]) != FORMAT_VERSION:
         raise ValueError(f"format_version {version!r}, and this Folio reads {FORMAT_VERSION}")
     if saved["optimizer"] != kind:
         raise ValueError(f"the state of {saved['optimizer']}, and this run has {kind}")
