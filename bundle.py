@@ -36,6 +36,7 @@ from utils.errors import UserError
 from utils.files import (
     copy_durable,
     glob_files,
+    hash_file,
     is_directory,
     is_file,
     is_process_running,
@@ -178,7 +179,7 @@ def write_bundle(
         _write_json(building / TOKENIZER_FILE, tokenizer)
         for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
             write_with(building / name, save, like=building / CONFIG_FILE)
-        files = {name: _hash_file(building / name) for name in (*MODEL_FILES, OPTIMIZER_FILE)}
+        files = {name: hash_file(building / name) for name in (*MODEL_FILES, OPTIMIZER_FILE)}
         _write_state(building, state, files)
 
 
@@ -490,17 +491,12 @@ def _format_problem(error: ValidationError) -> str:
     return f"{key}: {problem['msg']}" if key else problem["msg"]
 
 
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @_retry_if_published
 def check_files(directory: Path) -> None:
     """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
     for name, digest in read_bundle(directory).state.files.items():
         path = _locate(directory, name)
-        _check_digest(directory / name, _hash_file(path) if is_file(path) else None, digest)
+        _check_digest(directory / name, hash_file(path) if is_file(path) else None, digest)
 
 
 def get_model_info(

@@ -7,7 +7,6 @@ step, after each evaluation, and at the end. A method that returns a string stop
 string is the reason. docs/callbacks.md has two worked examples.
 """
 
-import hashlib
 import importlib
 import pkgutil
 import re
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from parameters import ModelConfig
 from utils.errors import UserError, format_reason
+from utils.files import hash_file, is_file
 from utils.isolation import Isolated
 from utils.output import pluralize
 
@@ -208,8 +208,7 @@ def describe_callbacks(factories: Mapping[str, CallbackFactory]) -> list[dict[st
     described = []
     for name, make in factories.items():
         file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
-        is_there = file is not None and Path(file).is_file()
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if is_there else None
+        digest = hash_file(Path(file)) if file and is_file(Path(file)) else None
         described.append({"name": name, "file": file, "sha256": digest})
     return described
 

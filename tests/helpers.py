@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from bundle import (
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
     TrainingState,
+    _host,
     check_files,
     find_usable_bundle,
     is_bundle,
@@ -38,14 +39,16 @@ from bundle import (
     read_bundle,
     read_state,
 )
+from callbacks import TrainResult
 from checkpoint import load_model_from_bundle, save_checkpoint
 from model import LanguageModel
 from optim import apply_update, clip_gradients, create_optimizer
 from parameters import ModelConfig
+from start import plan_run
 from step import training_step
 from tokenizer import create_tokenizer
 from utils import files
-from utils.output import run_command
+from utils.output import Output, run_command
 from utils.ranks import Ranks
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -59,6 +62,7 @@ LINES = (
 
 FEW_TOKENS = 40  # in a run's last sample: 400 would take half of a tiny run's time
 
+DEAD_PROCESS = f"{2**30}-{_host()}"  # in names of temporary directories
 BUNDLE_FILES_OF_EXPORT = [name for name in BUNDLE_FILES if name != OPTIMIZER_FILE]
 BUNDLE_CONFIG = ModelConfig(
     architecture="gpt2",
@@ -163,6 +167,18 @@ def loaded_step(directory: Path) -> int:
     bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
     load_model_from_bundle(bundle)
     return bundle.state.step
+
+
+def resume_run(reference: Path | str, flags: Mapping | None = None, **options) -> TrainResult:
+    """Resume a run, quietly, as `train.py --resume` with these settings does."""
+    loaded, start = plan_run(flags or {}, resume=str(reference))
+    output = Output(quiet=True)
+    return train_module.train(loaded.config, loaded=loaded, start=start, output=output, **options)
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the sorted names of everything below a directory."""
+    return sorted(path.name for path in directory.rglob("*"))
 
 
 def verify_bundle(directory: Path) -> int:

@@ -12,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits, resume_run
 
 import train as train_module
 from bundle import read_state
 from callbacks import Callback, load_callback_factories
 from optim import learning_rate_at
-from start import plan_run
 from train import train
 from utils.errors import Aborted, NothingToDo, RunError, UserError
 from utils.isolation import Isolated
@@ -102,8 +101,7 @@ def test_a_run_that_a_callback_stopped_resumes_bit_for_bit(tiny, quiet):
     whole = train(tiny(), output=quiet)
     stopper = Recorder({("step", 4): "wait"})
     part = train(tiny(), output=quiet, callbacks={"stopper": lambda _: stopper})
-    loaded, start = plan_run({}, resume=str(part.run_dir))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    rest = resume_run(part.run_dir)
     assert_same_bits(whole.checkpoint, rest.checkpoint)
 
 
@@ -225,9 +223,7 @@ def test_the_early_stopping_count_continues_on_resume(tiny, quiet, monkeypatch):
     stopper = Recorder({("evaluation", 4): "wait"})  # two evaluations after the best
     part = train(config, output=quiet, callbacks={"stopper": lambda _: stopper})
     assert read_state(part.checkpoint).get_fact("evaluations_since_best") == 2
-    loaded, start = plan_run({}, resume=str(part.run_dir))
-    assert loaded.config.early_stopping_patience == 3
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    rest = resume_run(part.run_dir)
     assert rest.step == 5
     assert rest.stopped_by == whole.stopped_by
 
@@ -238,8 +234,7 @@ def test_resuming_on_another_text_resets_the_best_loss(tiny, quiet, monkeypatch,
     part = train(config, output=quiet)
     other = tmp_path / "other.txt"
     other.write_text("to be, or not to be: that is the question. " * 90, encoding="utf-8")
-    loaded, start = plan_run({"data": str(other)}, resume=str(part.run_dir))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    rest = resume_run(part.run_dir, {"data": str(other)})
     assert (part.step, rest.step) == (2, 5)
 
 
@@ -248,12 +243,9 @@ def test_resuming_a_run_that_stopped_early_needs_another_patience(tiny, quiet, m
     config = tiny(max_iters=9, eval_interval=1, early_stopping_patience=1)
     part = train(config, output=quiet)
     assert "--early-stopping-patience 0 " in read_console(part.run_dir)
-    loaded, start = plan_run({}, resume=str(part.run_dir))
     with pytest.raises(NothingToDo, match="--early-stopping-patience"):
-        train(loaded.config, loaded=loaded, start=start, output=quiet)
-    loaded, start = plan_run({"early_stopping_patience": 2}, resume=str(part.run_dir))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
-    assert rest.step == 3
+        resume_run(part.run_dir)
+    assert resume_run(part.run_dir, {"early_stopping_patience": 2}).step == 3
 
 
 # --callback ------------------------------------------------------------------------------------
@@ -363,9 +355,8 @@ def test_a_callback_is_created_once_with_the_resolved_config(tiny, quiet):
     assert made == []
     result = train(tiny(max_iters=None, epochs=0.1), output=quiet, callbacks={"mine": make})
     assert made == [result.step]
-    loaded, start = plan_run({}, resume=str(result.run_dir))
     with pytest.raises(NothingToDo):
-        train(loaded.config, loaded=loaded, start=start, output=quiet, callbacks={"mine": make})
+        resume_run(result.run_dir, callbacks={"mine": make})
     assert len(made) == 1
 
 

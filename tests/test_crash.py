@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    DEAD_PROCESS,
     Faults,
     count_calls,
     in_a_process_that_ends_at,
     killed,
+    list_names,
     powerless,
     refused,
     save_bundle,
@@ -57,10 +59,6 @@ def assert_loads(directory: Path, *steps: int) -> int:
         saved = read_bundle(directory, OPTIMIZER_FILE).contents[OPTIMIZER_FILE]
         assert saved == (reference / OPTIMIZER_FILE).read_bytes()
     return bundle.state.step
-
-
-def list_names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.rglob("*"))
 
 
 @pytest.fixture
@@ -218,7 +216,7 @@ def test_only_leftovers_of_ended_processes_are_removed(place):
     save(place, OLD)
     host, day = _host(), 86_400
     living, other_host = f".tmp-{os.getppid()}-{host}", ".tmp-1-elsewhere"
-    dead, old = f".tmp-{2**30}-{host}", ".tmp-2-elsewhere"
+    dead, old = f".tmp-{DEAD_PROCESS}", ".tmp-2-elsewhere"
     for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
         (place / name).mkdir()
         (place / name / WEIGHTS_FILE).touch()

@@ -15,13 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import save_bundle
+from helpers import DEAD_PROCESS, list_names, save_bundle
 
 from bundle import (
     BUNDLE_FILES,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    _host,
     check_files,
     clean_up,
     copy_bundle,
@@ -51,7 +50,6 @@ CALLS = (
     os.rmdir,
 )
 OLD, NEW = 7, 8  # the steps of two bundles
-DEAD = f"{2**30}-{_host()}"  # a process that has ended
 NEVER_REACHED = 3
 
 
@@ -134,20 +132,20 @@ def publish_old(directory: Path) -> None:
 
 
 def leave_unfinished(directory: Path) -> None:
-    unfinished = directory / f".tmp-{DEAD}"
+    unfinished = directory / f".tmp-{DEAD_PROCESS}"
     unfinished.mkdir(parents=True)
     for name in (WEIGHTS_FILE, ".tmp3CziYK"):
         (unfinished / name).touch()
 
 
 def leave_committed(directory: Path) -> None:
-    shutil.copytree(get_saved(NEW, directory), directory / f".next-{DEAD}")
+    shutil.copytree(get_saved(NEW, directory), directory / f".next-{DEAD_PROCESS}")
 
 
 def leave_half_published(directory: Path) -> None:
     publish_old(directory)
     leave_committed(directory)
-    (directory / f".next-{DEAD}" / CONFIG_FILE).replace(directory / CONFIG_FILE)
+    (directory / f".next-{DEAD_PROCESS}" / CONFIG_FILE).replace(directory / CONFIG_FILE)
 
 
 # The work of a process
@@ -197,7 +195,7 @@ def remove_run(directory: Path) -> None:
 
 
 def assert_whole(directory: Path) -> None:
-    assert {path.name for path in directory.iterdir()} == set(BUNDLE_FILES)
+    assert list_names(directory) == sorted(BUNDLE_FILES)
     check_files(directory)
 
 

@@ -90,6 +90,12 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)
 
 
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk. A crash may leave a part of it."""
     with open(path, "wb") as file:

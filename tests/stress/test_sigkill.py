@@ -16,13 +16,14 @@ import pytest
 from helpers import (
     BUNDLE_FILES_OF_EXPORT,
     assert_same_bits,
+    list_names,
     list_temporary_directories,
+    resume_run,
     verify_bundle,
     verify_newest_step,
 )
 
 from bundle import BUNDLE_FILES, is_bundle, list_runs
-from start import plan_run
 from train import train
 from utils.output import Output
 
@@ -36,8 +37,7 @@ def fork_training(flags: dict) -> int:
     if process == 0:
         status = 1
         try:
-            loaded, start = plan_run(flags, resume="auto")
-            train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
+            resume_run("auto", flags)
             status = 0
         finally:
             os._exit(status)
@@ -81,15 +81,14 @@ def test_hundreds_of_kills_lose_no_checkpoint_and_leave_no_temporary_files(tiny,
             named_step = reached
 
     end = step + 5
-    loaded, start = plan_run({**flags, "max_iters": end}, resume="auto")
-    last = train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
+    last = resume_run("auto", {**flags, "max_iters": end})
     whole = train(tiny(**{**flags, "max_iters": end, "runs_dir": "whole", "model_name": None}))
     assert_same_bits(whole.checkpoint, last.checkpoint)
     assert list_temporary_directories(Path("killed"), Path("checkpoints")) == []
     for directory in Path("killed").glob("*/artifacts/checkpoints/*"):
-        assert sorted(path.name for path in directory.iterdir()) == sorted(BUNDLE_FILES)
+        assert list_names(directory) == sorted(BUNDLE_FILES)
     for directory in Path("killed").glob("*/artifacts/export"):
-        assert sorted(p.name for p in directory.iterdir()) == sorted(BUNDLE_FILES_OF_EXPORT)
+        assert list_names(directory) == sorted(BUNDLE_FILES_OF_EXPORT)
     with capsys.disabled():
         runs = len(list_runs(Path("killed")))
         print(f"\n{kills} kills, {in_publication} within a publication, {runs} runs, {end} steps")
