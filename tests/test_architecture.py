@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 # The reading order. A module imports only from those before it.
 ORDER = [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, TINY_FLAGS
 
 RAN_WITHOUT_TORCH = """
 import runpy, sys

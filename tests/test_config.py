@@ -9,7 +9,7 @@ import re
 
 import pytest
 import yaml
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 from config import CONFIG_FILES, ConfigLoader, format_settings, read_config_file
 from parameters import GROUPS, ModelConfig

@@ -6,28 +6,32 @@ torch is imported already, which is all that torchrun would do otherwise.
 python -m pytest tests/test_distributed.py
 """
 
-import contextlib
-import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, FEW_TOKENS, TINY_FLAGS, assert_same_bits, loaded_step
+from helpers import (
+    CHECKOUT,
+    DEAD_WITHIN,
+    TINY_FLAGS,
+    Ended,
+    Processes,
+    assert_same_bits,
+    loaded_step,
+    side_by_side,
+    trains,
+)
 
 import trainer as trainer_module
 import utils.output as output_module
+import train as train_module
 from bundle import is_bundle, list_checkpoints, list_runs
 from config import ConfigLoader
 from distributed import (
@@ -44,7 +48,7 @@ from resume import plan_run
 from trainer import Trainer, prepare_trainer
 from utils.device import choose_device
 from utils.errors import EndedOnAnotherRank, UserError
-from utils.output import pluralize, run_command
+from utils.output import pluralize
 from utils.ranks import ALONE, Ranks
 
 FORKING = multiprocessing.get_context("forkserver")

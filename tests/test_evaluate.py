@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLE_CONFIG, CHECKOUT, save_bundle
+from helpers import BUNDLE_CONFIG, CHECKOUT, save_bundle
 from rich.console import Console
 
 import data

@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 import inference
 from train import train

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from helpers import TINY_FLAGS
 
 import profile_model
 import step as step_module

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, LINES
+from helpers import CHECKOUT, LINES
 
 from utils.metrics import METRICS, get_tag
 

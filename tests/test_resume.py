@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import trainer as trainer_module

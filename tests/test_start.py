@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LINES
 from filelock import FileLock
+from helpers import LINES, Faults, in_a_process_that_ends_at, killed, powerless, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from test_crash import Faults, in_a_process_that_ends_at, killed, powerless, refused
 
 import store
 from parameters import Data

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CHECKOUT,
     TINY_FLAGS,
     assert_equal,
