@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.files import write_atomic
 from utils.metrics import get_metric, get_tag
 from utils.output import Output, format_duration, pluralize, run_command
-from utils.run_manager import RunDirectory, read_git_record, read_record
+from utils.run_manager import RunDirectory, read_record
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 COLORS = 6  # lines that a page tells apart
@@ -259,7 +259,7 @@ def read_run(path: Path) -> Run:
     run, record = RunDirectory(path), read_record(path)
     facts = _checked(RunFacts, record["run"], run.meta / "full_config.json")
     lines, continued = _training_lines(path, facts, {path.resolve()})
-    _, diff = read_git_record(run.meta / "git.txt")
+    diff = record["diff"]
     return Run(
         path=path,
         facts=facts,
