@@ -113,7 +113,7 @@ from distributed import SINGLE_PROCESS, World, gather_to_main, open_world, trans
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
-from report import write_report
+from utils.report import write_report
 from sampling import SamplingParams
 from start import check_unchanged, is_stopped_early, lock_named_model
 from step import Setup, bits_per_byte, estimate_loss, training_step

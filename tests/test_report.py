@@ -16,10 +16,11 @@ import pytest
 import train as train_module
 from callbacks import TrainResult
 from parameters import ModelConfig
-from report import read_run, write_report
+from utils.report import write_report
+from utils.report.runs import read_run
 from start import plan_run
 from train import train
-from utils.charts import Line, draw_line_chart
+from utils.report.charts import Line, draw_line_chart
 from utils.errors import RunError
 from utils.run_manager import RunDirectory
 

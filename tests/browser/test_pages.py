@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from parameters import ModelConfig
-from report import write_report
+from utils.report import write_report
 from train import TrainResult, train
 from utils.output import Output
 from utils.run_manager import RunDirectory
