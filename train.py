@@ -113,13 +113,13 @@ from distributed import SINGLE_PROCESS, World, gather_to_main, open_world, trans
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
-from utils.report import write_report
 from sampling import SamplingParams
 from start import check_unchanged, is_stopped_early, lock_named_model
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.output import format_bytes, format_command, format_duration, pluralize
+from utils.report import write_report
 from utils.run_manager import RunDirectory, read_record, write_result
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker

@@ -21,8 +21,8 @@ from utils.report.runs import SPEED, STEP_LOSS, TRAIN, VAL, Metrics, Run, read_r
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 COLORS = 6  # colors of lines in the templates
-# Characters that HTML does not allow. A model may generate them all the same.
-CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
+# Characters that HTML or XML does not allow; a model may generate them all the same.
+CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 65534, 65535), "�")
 
 
 def write_report(target: Path, runs: Sequence[Path]) -> None:
@@ -109,27 +109,24 @@ def _compare(runs: Sequence[Run]) -> dict[str, Any]:
         Line(label, [], index % COLORS + 1, dashed=index // COLORS % 2 == 1)
         for index, label in enumerate(labels)
     ]
-    rows = list(zip(keys, runs, strict=True))
     is_long = max(run.seconds or 0 for run in runs) > 300
     unit, scale = ("minutes", 1 / 60) if is_long else ("seconds", 1)
-    losses = [replace(key, points=_get_points(r.evaluations, VAL)) for key, r in rows]
-    losses_by_time = [
-        replace(key, points=_get_points(r.evaluations, VAL, "seconds", scale)) for key, r in rows
-    ]
-    step_losses = [
-        replace(key, points=_get_points(r.steps, STEP_LOSS), noisy=True) for key, r in rows
-    ]
+    losses = [_get_points(run.evaluations, VAL) for run in runs]
+    losses_by_time = [_get_points(run.evaluations, VAL, "seconds", scale) for run in runs]
+    step_losses = [_get_points(run.steps, STEP_LOSS) for run in runs]
     charts = (
-        ("Validation loss", "step", losses),
-        ("Validation loss by time", unit, losses_by_time),
-        ("Training loss, each step", "step", step_losses),
+        ("Validation loss", "step", losses, False),
+        ("Validation loss by time", unit, losses_by_time, False),
+        ("Training loss, each step", "step", step_losses, True),
     )
+    drawn = []
+    for title, x_label, points, noisy in charts:
+        lines = [replace(key, points=p, noisy=noisy) for key, p in zip(keys, points, strict=True)]
+        chart = draw_line_chart(lines, title=title, x_label=x_label, logarithmic=True)
+        drawn.append((title, chart))
     return {
-        "rows": rows,
-        "charts": [
-            (title, draw_line_chart(lines, title=title, x_label=x, logarithmic=True))
-            for title, x, lines in charts
-        ],
+        "rows": list(zip(keys, runs, strict=True)),
+        "charts": drawn,
         "differences": _find_differences(runs),
     }
 

@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 12, 40  # margins in pixels
 PIXELS_PER_POINT = 2.5  # of a drawn line, at least
-PIXELS_PER_TICK = {"x": 75, "y": 45}
 
 Point = tuple[float, float]
 
@@ -47,25 +46,22 @@ def draw_line_chart(
     if not any(shown):
         return f'<p class="nothing">No {escape(title.lower())} yet.</p>'
     right, bottom = width - RIGHT, height - BOTTOM
-    x = _Axis([p[0] for points in shown for p in points], LEFT, right, PIXELS_PER_TICK["x"])
-    ys = [p[1] for points in shown for p in points]
-    y = _Axis(ys, bottom, TOP, PIXELS_PER_TICK["y"], logarithmic)
-    parts = []
-    for tick in y.ticks:
-        at = y.at(tick)
+    xs, ys = zip(*(point for points in shown for point in points), strict=True)
+    x, x_ticks = _create_axis(xs, LEFT, right, 75)
+    y, y_ticks = _create_axis(ys, bottom, TOP, 45, logarithmic)
+    parts = [_draw_text((LEFT + right) / 2, height - 4, x_label, "middle")]
+    parts += [_draw_text(x(v), bottom + 17, _format_tick(v), "middle") for v in x_ticks]
+    parts += [_draw_text(LEFT - 8, y(v) + 4, _format_tick(v), "end") for v in y_ticks]
+    for at in map(y, y_ticks):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_draw_text(LEFT - 8, at + 4, _format_tick(tick), "end"))
-    for tick in x.ticks:
-        parts.append(_draw_text(x.at(tick), bottom + 17, _format_tick(tick), "middle"))
-    parts.append(_draw_text((LEFT + right) / 2, height - 4, x_label, "middle"))
     data = []
     for line, points in zip(lines, shown, strict=True):
         thinned = list(_thin(points, math.floor((right - LEFT) / PIXELS_PER_POINT)))
         parts += _draw_line(line, thinned, len(points), x, y)
-        places = [[px, py, round(x.at(px), 1), round(y.at(py), 1)] for px, py, *_ in thinned]
+        places = [[px, py, round(x(px), 1), round(y(py), 1)] for px, py, *_ in thinned]
         data.append({"label": line.label, "color": line.color, "points": places})
     if mark is not None and _is_drawable(mark, logarithmic):
-        cx, cy = x.at(mark[0]), y.at(mark[1])
+        cx, cy = x(mark[0]), y(mark[1])
         parts.append(f'<circle class="mark" cx="{cx:.1f}" cy="{cy:.1f}" r="6"/>')
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
@@ -78,30 +74,19 @@ def _is_drawable(point: Point, logarithmic: bool) -> bool:
     return all(map(math.isfinite, point)) and (point[1] > 0 or not logarithmic)
 
 
-class _Axis:
-    """A map from values to pixels, and its `ticks` at round values about `spacing` pixels apart."""
-
-    def __init__(
-        self,
-        values: Sequence[float],
-        first: float,
-        last: float,
-        spacing: float,
-        logarithmic: bool = False,
-    ):
-        low, high = min(values), max(values)
-        if low == high:
-            margin = abs(low) * 0.1 or 1
-            low, high = low - margin, high + margin
-        is_log = logarithmic and low > 0
-        self._scale = math.log if is_log else float
-        self._first, self._length = first, last - first
-        self._start, self._range = self._scale(low), self._scale(high) - self._scale(low)
-        count = max(2, abs(last - first) / spacing)
-        self.ticks = (_get_log_ticks if is_log else _get_ticks)(low, high, count)
-
-    def at(self, value: float) -> float:
-        return self._first + (self._scale(value) - self._start) / self._range * self._length
+def _create_axis(
+    values: Sequence[float], first: float, last: float, spacing: float, logarithmic: bool = False
+) -> tuple[Callable[[float], float], list[float]]:
+    """Return a map from values to pixels, and round values about `spacing` pixels apart."""
+    low, high = min(values), max(values)
+    if low == high:
+        margin = abs(low) * 0.1 or 1
+        low, high = low - margin, high + margin
+    scale = math.log if logarithmic and low > 0 else float
+    start, end = scale(low), scale(high)
+    count = max(2, abs(last - first) / spacing)
+    ticks = (_get_ticks if scale is float else _get_log_ticks)(low, high, count)
+    return lambda v: first + (scale(v) - start) / (end - start) * (last - first), ticks
 
 
 def _get_ticks(low: float, high: float, count: float) -> list[float]:
@@ -134,11 +119,15 @@ def _thin(points: Sequence[Point], limit: int) -> Iterator[tuple[float, float, f
 
 
 def _draw_line(
-    line: Line, points: Sequence[tuple[float, ...]], total: int, x: _Axis, y: _Axis
+    line: Line,
+    points: Sequence[tuple[float, ...]],
+    total: int,
+    x: Callable[[float], float],
+    y: Callable[[float], float],
 ) -> Iterator[str]:
     """Yield the band, the line and the dots of `points`, thinned from `total` points."""
     color = f'style="--color: var(--line-{line.color})"'
-    at = [(f"{x.at(px):.1f}", *(f"{y.at(value):.1f}" for value in ys)) for px, *ys in points]
+    at = [(f"{x(px):.1f}", *(f"{y(value):.1f}" for value in ys)) for px, *ys in points]
     if line.noisy and len(points) < total:
         band = [f"{px},{high}" for px, _, _, high in at]
         band += [f"{px},{low}" for px, _, low, _ in reversed(at)]

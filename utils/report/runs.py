@@ -7,7 +7,7 @@ runs, or cut off by a kill: what cannot be read is left out.
 import contextlib
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,8 +105,10 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read a run's files. Raises `UserError` if its record is missing or damaged."""
     directory, record = RunDirectory(path), read_record(path)
-    facts = _validate(RunFacts, record["run"], directory.meta / "full_config.json")
-    result = _read_result(directory.meta / "result.json")
+    config_path, result_path = (directory.meta / n for n in ("full_config.json", "result.json"))
+    facts = _validate(RunFacts.model_validate, record["run"], config_path)
+    text = _read_text(result_path)
+    result = _validate(_Result.model_validate_json, text, result_path) if text else None
     metrics, resumed_runs = _read_metrics(path, facts, {path.resolve()})
     samples = [(line.get("step"), line.get("text")) for line in _read_jsonl(directory.samples)]
     steps = [line for line in metrics if STEP_LOSS in line]
@@ -144,20 +146,12 @@ def _format_status(step: int, max_iters: Any, result: _Result | None) -> str:
     return f"{done}: {reason}" if reason else done
 
 
-def _validate(facts: type[_F], values: Any, path: Path) -> _F:
+def _validate(validate: Callable[[Any], _F], values: Any, path: Path) -> _F:
     try:
-        return facts.model_validate(values)
+        return validate(values)
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(f"{path} is damaged: {key}: {error.errors()[0]['msg']}") from None
-
-
-def _read_result(path: Path) -> _Result | None:
-    text = _read_text(path)
-    try:
-        return _validate(_Result, json.loads(text), path) if text else None
-    except (json.JSONDecodeError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON") from None
 
 
 def _read_metrics(
@@ -178,7 +172,7 @@ def _read_metrics(
     # The resumed run is beside this one, or, if this one was moved, above its checkpoint.
     for place in (path.resolve().parent / str(resumed.run_id), *Path(resumed.path).parents):
         with contextlib.suppress(UserError):
-            earlier_facts = _validate(RunFacts, read_record(place)["run"], place)
+            earlier_facts = _validate(RunFacts.model_validate, read_record(place)["run"], place)
             earlier = place.resolve()
             if earlier in seen:
                 break
