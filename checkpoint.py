@@ -104,7 +104,7 @@ class CheckpointWriter:
         An existing one stays until trained weights replace it.
         """
         path = self.named_model
-        if path and not self.world.broadcast_from_main(lambda: is_bundle(path)):
+        if path and not self.world.broadcast_from_main(is_bundle, path):
             self._save(path, state)
 
     def save(self, state: TrainingState) -> None:

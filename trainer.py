@@ -70,7 +70,7 @@ from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
-from report import write_report
+from utils.report import write_report
 from resume import (
     ResumePlan,
     check_not_stopped_early,
