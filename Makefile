@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Windows puts a virtual environment's programs elsewhere; there, use the README's pip lines.
+# Not for Windows, whose virtual environments have another layout: use the README's pip lines there.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt requirements-corpus.txt
 
@@ -11,41 +11,41 @@ SOURCES := pyproject.toml constraints.txt requirements-corpus.txt
 .PHONY: help train test test-slow test-stress test-browser lint format bench venv clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(VENV)/.train ## Train; pass arguments on with ARGS="--run-tag baseline --max-iters 500"
 	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests, as many at once as there are cores: minutes, no network
+test: $(VENV)/.dev ## Run the default tests on all cores: minutes, no network
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-test-slow: $(VENV)/.dev ## Run the slow tests: a set-up from nothing, every command of the README, Aim servers
+test-slow: $(VENV)/.dev ## Run the slow tests: installation, documented commands, Aim servers
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many runs at once
+test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many concurrent runs
 	$(BIN)/python -m pytest -m stress $(ARGS)
 
-test-browser: $(VENV)/.all ## Look at TensorBoard, Aim and the report in a real Chromium, which must be there
+test-browser: $(VENV)/.all ## Run the browser tests in an installed Chromium
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 lint: $(VENV)/.dev ## Check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: $(VENV)/.dev ## Mend format and style where that can be done by itself
+format: $(VENV)/.dev ## Fix format and style automatically
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## Measure what the README claims; one of them: ARGS="startup"
+bench: $(VENV)/.dev ## Run the benchmarks; a single one with ARGS="startup"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-venv: $(VENV)/.all ## Create .venv with everything: Aim, and what all tests need
+venv: $(VENV)/.all ## Create .venv with everything: Aim and all test tools
 
 clean: ## Remove .venv and caches; runs and checkpoints stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each set of dependencies: an edit of SOURCES installs again, nothing else does.
+# One stamp file for each set of dependencies, so that only a change of SOURCES installs again.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Folio needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
