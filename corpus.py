@@ -53,7 +53,6 @@ from utils.data_files import (
     resolve_data_path,
 )
 from utils.errors import RunError, UserError
-from utils.output import format_bytes
 
 SPLITS = ("train", "val", "test")
 LARGE_BYTES = 64 << 20  # of text, from which `token_store` auto encodes it into the cache
@@ -409,7 +408,7 @@ class StoredCorpus:
         return create_tokenizer(self._manifest.characters, kind)
 
     def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """Count the characters of the text that the tokenizer lacks, sorted by character.
+        """Count the characters that the tokenizer lacks; see `MemoryCorpus.count_unknown`.
 
         The text is read if there are any, unless it has been encoded without them.
         """
@@ -423,16 +422,10 @@ class StoredCorpus:
     def encode(
         self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
     ) -> EncodedCorpus:
-        """Return the memory-mapped ids, which are made first if they are missing or damaged.
+        """Encode as `MemoryCorpus` does, but memory-map ids that have been written before.
 
-        Args:
-            tokenizer: makes the ids.
-            left_out: the result of `count_unknown`, to leave out these characters.
-
-        Raises:
-            UserError: the tokenizer lacks characters and `left_out` is empty, the text is being
-                changed, or the cache cannot be written.
-            RunError: the disk is full.
+        Raises `UserError` also if the text is being changed or the cache cannot be written, and
+        `RunError` if the disk is full.
         """
         if not left_out:
             tokenizer.encode(self._manifest.characters)  # raises if one is unknown
@@ -536,8 +529,7 @@ class StoredCorpus:
 
     def _write_encoding(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
         """Write the ids to a temporary file, rename it and list it in the manifest."""
-        size = sum(source[1] for source in self._manifest.sources)
-        self._on_progress(f"Encoding {self.name} ({format_bytes(size)}) into {path} …")
+        self._on_progress(f"Encoding {self.name} into {path} …")
         started = time.monotonic()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -546,21 +538,20 @@ class StoredCorpus:
         finally:
             files.remove_file(temporary)
         files.sync(self.directory)
-        # Remove what killed processes left, and the encodings of what the text was before, or of
-        # an earlier version (directories of shards). Processes that have mapped one keep it.
-        start = self._manifest.identity[:16]
-        known = self._manifest.encodings.items()
+        start, known = self._manifest.identity[:16], self._manifest.encodings.items()
         encodings = {name: other for name, other in known if name.startswith(start)}
         encodings[path.name] = encoding
         self._manifest = self._manifest.model_copy(update={"encodings": encodings})
         self._write_manifest(self._manifest)
+        # Remove encodings of the text before it changed, directories of version 1, and files that
+        # killed processes left. Processes that have mapped one of them keep it.
         for other in self.directory.iterdir():
             if other.is_dir():
                 shutil.rmtree(other, ignore_errors=True)
             elif other.name not in encodings and other != self._manifest_path:
                 files.remove_file(other)
-        speed = format_bytes(size / max(time.monotonic() - started, 1e-3))
-        self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens, {speed}/s")
+        seconds = time.monotonic() - started
+        self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens in {seconds:.1f} s")
 
     def _write_ids(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> Encoding:
         """Write the ids of the text to a file. Raises `UserError` if the text has changed."""
@@ -569,7 +560,7 @@ class StoredCorpus:
         text_hash = TextHash(len(self._paths))
         ends, blocks, tokens, size = [0] * len(self._paths), [(0, 0)], 0, 0
         try:
-            with files.open_at(path, 0) as file:
+            with open(path, "wb") as file:
                 for chunk in iter_chunks(self._paths, text_hash=text_hash, whole_words=whole_words):
                     ids = tokenizer.encode(chunk.text, bool(left_out))
                     file.write(ids.astype(dtype, copy=False).data)

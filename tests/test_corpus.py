@@ -471,13 +471,13 @@ def test_memory_while_encoding_does_not_grow_with_the_text(write, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK_BYTES", 1 << 17)
     peaks = []
     for repeats in (10, 40):
-        path = write(f"{repeats}.txt", TEXT * 100 * repeats)
+        path = write(f"{repeats}.txt", TEXT * 200 * repeats)
         tracemalloc.start()
         encoded = encode(path)
         encoded.count_bytes(1000, encoded.tokens.size - 1000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert encoded.tokens.size == len(TEXT) * 100 * repeats
+    assert encoded.tokens.size == len(TEXT) * 200 * repeats
     assert peaks[1] < peaks[0] + 200_000
 
 
@@ -634,7 +634,7 @@ def test_an_empty_text_is_an_error_and_leaves_no_manifest(write, tmp_path):
 
 # Interruptions --------------------------------------------------------------------------------
 
-STEPS = ("make_directory", "open_at", "sync_file", "move", "sync", "write_atomic", "remove_file")
+STEPS = ("make_directory", "sync_file", "move", "sync", "write_atomic", "remove_file")
 
 
 def strike_at(patch: pytest.MonkeyPatch, at: int, strike) -> list[str]:
