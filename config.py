@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from corpus import find_data_problem, resolve_data_path
 from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, find_conflicts
 from utils.checks import format_name, format_value, suggest_name, validate_values
 from utils.command_line import format_flag
+from utils.data_files import find_data_problem, resolve_data_path
 from utils.errors import UserError
 from utils.files import find_text_file_problem
 from utils.run_manager import RECORD_VERSION

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from corpus import STANDARD_INPUT
 from model import LanguageModel
 from parameters import ModelConfig
+from utils.data_files import STANDARD_INPUT
 from utils.device import choose_device
 from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
 from utils.ranks import Ranks

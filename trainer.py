@@ -45,7 +45,6 @@ from callbacks import (
 )
 from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
 from config import CHECKOUT, LoadedConfig, format_settings, upgrade_settings
-from corpus import resolve_data_path
 from data import (
     Dataset,
     count_windows,
@@ -70,7 +69,6 @@ from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
-from utils.report import write_report
 from resume import (
     ResumePlan,
     check_not_stopped_early,
@@ -84,6 +82,7 @@ from resume import (
     read_start_bundle,
 )
 from utils import summary
+from utils.data_files import resolve_data_path
 from utils.device import (
     DTYPES,
     CompileResult,
@@ -102,6 +101,7 @@ from utils.device import (
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.output import Output
 from utils.ranks import Ranks
+from utils.report import write_report
 from utils.run_manager import (
     MetadataCapture,
     RunDirectory,

@@ -16,7 +16,6 @@ import pytest
 import tiktoken.load
 import torch
 
-import train
 from parameters import ModelConfig
 from utils.output import Output
 

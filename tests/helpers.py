@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from start import plan_run
+from step import training_step
 
 import bundle as bundle_module
 import train as train_module
@@ -44,8 +46,6 @@ from checkpoint import load_model_from_bundle, save_checkpoint
 from model import LanguageModel
 from optim import apply_update, clip_gradients, create_optimizer
 from parameters import ModelConfig
-from start import plan_run
-from step import training_step
 from tokenizer import create_tokenizer
 from utils import files
 from utils.output import Output, run_command

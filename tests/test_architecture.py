@@ -15,10 +15,9 @@ from helpers import CHECKOUT
 ORDER = [
     *(
         "parameters",
-        "corpus",
         "config",
         "tokenizer",
-        "store",
+        "corpus",
         "data",
         "sampling",
         "model",
@@ -69,7 +68,7 @@ def test_utils_are_leaves(path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("parameters", "corpus", "config", "store", "bundle", "start", "inspect_model", "report"),
+        *("parameters", "corpus", "config", "bundle", "start", "inspect_model", "report"),
         *("study", "tune"),
     ],
 )

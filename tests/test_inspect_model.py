@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import save_bundle
+from start import plan_run
 
 import inspect_model
 from bundle import Ancestor
-from start import plan_run
 from train import train
 from utils.errors import UserError
 

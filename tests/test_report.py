@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import CHECKOUT
+from start import plan_run
 
 import train as train_module
 from callbacks import TrainResult
 from parameters import ModelConfig
-from start import plan_run
 from train import train
 from utils.errors import RunError, UserError
 from utils.report import write_report

@@ -25,7 +25,7 @@ from helpers import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
-import store
+import corpus
 import trainer as trainer_module
 from bundle import BUNDLE_FILES, get_model_info
 from callbacks import TrainResult
@@ -37,7 +37,7 @@ from utils.errors import NothingToDo, RunError, UserError
 from utils.stop import StopRequest
 
 DANTE = Path("checkpoints/dante")
-SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test in test_store.py
+SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test in test_corpus.py
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_a_text_of_any_kind_trains_as_one_file_does_and_is_found_again(
     )
     run = str(first.run_dir.resolve())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "iter_chunks", None)  # nothing is read again
+    monkeypatch.setattr(corpus, "iter_chunks", None)  # nothing is read again
     second = go(run, max_iters=4)
     assert "ANOTHER TEXT" not in console(second)
     assert second.val_loss == whole.val_loss
@@ -393,7 +393,7 @@ def test_the_order_of_windows_is_the_models_and_a_resume_keeps_it(go):
 def test_a_model_of_the_sample_corpus_goes_on_with_it_beside_an_input_txt(
     go, quiet, monkeypatch, tiny
 ):
-    monkeypatch.setattr("data.sample_corpus", lambda cache, **where: LINES * 40)
+    monkeypatch.setattr("corpus.load_sample_corpus", lambda cache, **where: LINES * 40)
     first = go(fresh=True, data=None, max_iters=2)
     Path("input.txt").write_text("something else\n" * 100, encoding="utf-8")
     second = go(str(first.run_dir), max_iters=4)

@@ -371,7 +371,7 @@ def test_num_threads_is_obeyed(tiny, quiet):
 def test_a_dry_run_does_not_even_cache_the_corpus(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "data.sample_corpus", lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500
+        "corpus.load_sample_corpus", lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500
     )
     config = tiny(data=None)
     dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
