@@ -1,37 +1,37 @@
-"""What may look at a run, and stop it: early stopping, and callbacks of your own.
+"""Callbacks observe a run and may stop it: early stopping, and a user's own.
 
     python train.py --callback my_module:make
 
-`make(config)` returns an object with any of the methods of `Callback`. They are called at the
-three places where everything else is: after a step, after an evaluation, and at the end. A method
-that returns a sentence stops the run, and the sentence is its reason. docs/callbacks.md has two
-worked examples.
+`make(config)` returns an object with any of the methods of `Callback`. They are called after each
+step, after each evaluation, and at the end. A method that returns a string stops the run, and the
+string is the reason. docs/callbacks.md has two worked examples.
 """
 
-import hashlib
 import importlib
+import pkgutil
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parameters import ModelConfig
 from utils.errors import UserError, format_reason
+from utils.files import hash_file, is_file
 from utils.isolation import Isolated
 from utils.output import pluralize
 
-if TYPE_CHECKING:  # a mistake in --callback is answered before torch is imported
+if TYPE_CHECKING:  # a wrong --callback is reported before torch is imported
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest val loss so far, in nats per token, and the step that had it.
+    """The lowest val loss so far, in nats per token, and its step.
 
-    `evaluations_since` counts the evaluations after it, resumed runs included.
+    `evaluations_since` counts the evaluations after it, also those before a resume.
     """
 
     step: int | None = None
@@ -41,10 +41,10 @@ class Best:
 
 @dataclass(frozen=True)
 class Step:
-    """What is known after a step.
+    """The argument of `after_step`.
 
-    `step` counts the steps done. `loss` and `grad_norm` are scalar tensors that may still be in
-    the making: `float(step.loss)` waits for the device, which slows a run if done at every step.
+    `step` counts the finished steps. `loss` and `grad_norm` are scalar tensors: `float(step.loss)`
+    waits for the device, which slows a run if done at every step.
     """
 
     step: int
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known after an evaluation: means in nats per token, and in bits per byte."""
+    """The argument of `after_evaluation`: mean losses in nats per token, or bits per byte."""
 
     step: int
     train_loss: float
@@ -70,11 +70,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What became of a run.
+    """The result of a run.
 
-    Losses are means in nats per token, and None where nothing was evaluated; `seconds` is the
-    loop's time. `checkpoint` is the bundle to go on with, `export_dir` that of the best model.
-    `stopped_by` says why a run ended before its last step, if it did.
+    Losses are means in nats per token, or None if nothing was evaluated; `seconds` is the loop's
+    time. `checkpoint` is the bundle to resume from, `export_dir` that of the best model.
+    `stopped_by` is the reason if the run ended before its last step, else None.
     """
 
     run_dir: Path
@@ -91,29 +91,29 @@ class TrainResult:
 
 
 class Callback:
-    """What a callback may do. Need not be inherited from: methods that are not there do nothing."""
+    """The methods of a callback, all optional; inheriting from this class is optional, too."""
 
     def after_step(self, step: Step) -> str | None:
-        """Look at a step. A sentence ends the run, after an evaluation and a save."""
+        """Observe a step. A returned reason stops the run, after an evaluation and a save."""
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
-        """Look at an evaluation. A sentence ends the run, after a save."""
+        """Observe an evaluation. A returned reason stops the run, after a save."""
 
     def at_end(self, result: TrainResult | None) -> None:
-        """Called once, however the run ends; with None where it failed."""
+        """Observe the end of the run, once; `result` is None if the run failed."""
 
 
 class EarlyStopping(Callback):
-    """Stops a run whose val loss has not fallen for `patience` evaluations.
+    """Stops a run if the val loss has not improved for `patience` evaluations.
 
-    The count is part of the training's state: a resumed run counts on.
+    The count is saved with the training state: it continues on resume.
     """
 
     def __init__(self, patience: int):
         self.patience = patience
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
-        """Stop where the best is too long ago."""
+        """Return the reason to stop, if the best evaluation is too long ago."""
         best = evaluation.best
         if best.evaluations_since < self.patience:
             return None
@@ -122,118 +122,101 @@ class EarlyStopping(Callback):
 
 
 CallbackFactory = Callable[[ModelConfig], object]
-PLACES = ("after_step", "after_evaluation", "at_end")
+METHODS = ("after_step", "after_evaluation", "at_end")
 
 
 class Callbacks:
-    """Calls each callback at each place. One that raises is left out, and the run goes on.
+    """Calls each callback; one that raises is removed with a warning, and the run continues.
 
     Args:
-        callbacks: objects, under the names that warnings give them.
-        warn: what a warning and its traceback are handed to.
+        callbacks: objects by the names that warnings use.
+        warn: receives a warning and its traceback.
     """
 
     def __init__(self, callbacks: Mapping[str, object], warn: Callable[[str, str], None]):
         self._callbacks: Isolated[object] = Isolated(warn)
         for name, callback in callbacks.items():
-            self._add(name, callback)
+            self._callbacks.add(name, lambda callback=callback: callback)
 
-    def add(self, makers: Mapping[str, CallbackFactory], config: ModelConfig) -> None:
-        """Add what each maker makes of the settings. Raises `UserError` where one cannot."""
-        for name, make in makers.items():
+    def add(self, factories: Mapping[str, CallbackFactory], config: ModelConfig) -> None:
+        """Create callbacks and add them. Raises `UserError` if one cannot be created."""
+        for name, make in factories.items():
             try:
                 callback = make(config)
-            except (Exception, SystemExit) as error:  # whatever the user's own code raises
-                raise UserError(_told(name, error)) from error
-            if not any(hasattr(callback, place) for place in PLACES):
-                raise UserError(
-                    f"{name} returned {type(callback).__name__}, which has none of "
-                    f"{', '.join(PLACES)}"
-                )
-            self._add(name, callback)
+            except (Exception, SystemExit) as error:  # the user's code may raise anything
+                raise UserError(_format_error(name, error)) from error
+            if not any(hasattr(callback, method) for method in METHODS):
+                kind = type(callback).__name__
+                raise UserError(f"{name} returned {kind}, which has none of {', '.join(METHODS)}")
+            self._callbacks.add(name, lambda callback=callback: callback)
 
     def after_step(self, step: Step) -> str | None:
-        """Tell all callbacks; return the first reason to stop, if there is one."""
-        return self._reason("after_step", step)
+        """Call all callbacks; return the first reason to stop, or None."""
+        return self._find_reason("after_step", step)
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
-        """Tell all callbacks; return the first reason to stop, if there is one."""
-        return self._reason("after_evaluation", evaluation)
+        """Call all callbacks; return the first reason to stop, or None."""
+        return self._find_reason("after_evaluation", evaluation)
 
     def at_end(self, result: TrainResult | None) -> None:
-        """Tell all callbacks that the run is over, each once, whoever calls again."""
-        self._callbacks.close_each(lambda callback: _answer(callback, "at_end", result))
+        """Call all callbacks for the last time; a second call does nothing."""
+        self._callbacks.close_each(lambda callback: _call(callback, "at_end", result))
 
-    def _add(self, name: str, callback: object) -> None:
-        self._callbacks.add(name, lambda: callback)
-
-    def _reason(self, place: str, what: Any) -> str | None:
-        answers = self._callbacks.call_each(lambda callback: _answer(callback, place, what))
-        return next((answer for answer in answers if answer), None)
+    def _find_reason(self, method: str, argument: Step | Evaluation) -> str | None:
+        reasons = self._callbacks.call_each(lambda callback: _call(callback, method, argument))
+        return next(filter(None, reasons), None)
 
 
-def _answer(callback: object, place: str, what: Any) -> str | None:
-    answer = getattr(callback, place, lambda _: None)(what)
-    if place != "at_end" and answer is not None and not isinstance(answer, str):
-        raise TypeError(f"{place} returned {answer!r}: a sentence stops the run, None goes on")
-    return " ".join(answer.split()) if isinstance(answer, str) else None
+def _call(callback: object, method: str, argument: object) -> str | None:
+    reason = getattr(callback, method, lambda _: None)(argument)
+    if method == "at_end" or reason is None:
+        return None
+    if not isinstance(reason, str):
+        raise TypeError(f"{method} returned {reason!r}: return a string to stop the run, or None")
+    return " ".join(reason.split())
 
 
-# ----------------------------------------------------------------------------------------------
-# --callback module:make
+# --callback module:make -------------------------------------------------------------------------
 
 
 def load_callback_factories(references: Sequence[str]) -> dict[str, CallbackFactory]:
-    """What `--callback` names, `module:make` each: functions that make a callback of the settings.
+    """Import the factories that `--callback` names as `module:make`.
 
-    Modules are looked for in the working directory first.
-
-    Raises `UserError` for those that cannot be had, a line each.
+    The working directory is searched first. Raises `UserError` with one line per problem.
     """
-    makers, problems = {}, []
+    factories, problems = {}, []
+    if references and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     for reference in references:
         flag = f"--callback {reference}"
-        match = re.fullmatch(r"(?P<module>\w+(\.\w+)*):(?P<make>\w+)", reference)
-        if match is None:
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", reference):
             problems.append(f"{flag}: write it as module:make, such as my_module:make")
             continue
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.insert(0, here)
         try:
-            module = importlib.import_module(match["module"])
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            problems.append(_told(flag, error))
-            continue
-        makers[flag] = getattr(module, match["make"], None)
-        if not callable(makers[flag]):
-            where = getattr(module, "__file__", None) or match["module"]
-            problems.append(f"{flag}: {where} has no function {match['make']}")
+            factories[flag] = pkgutil.resolve_name(reference)
+            if not callable(factories[flag]):
+                raise TypeError(f"{reference.partition(':')[2]} is not a function or a class")
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            problems.append(_format_error(flag, error))
     if problems:
         raise UserError(*problems)
-    return makers
+    return factories
 
 
-def describe_callbacks(makers: Mapping[str, CallbackFactory]) -> list[dict[str, str | None]]:
-    """For the record: each one's name, and the file that it comes from with its SHA-256."""
+def describe_callbacks(factories: Mapping[str, CallbackFactory]) -> list[dict[str, str | None]]:
+    """Return each callback's name, its file and the file's SHA-256, for the run's record."""
     described = []
-    for name, make in makers.items():
+    for name, make in factories.items():
         file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
-        is_there = file is not None and Path(file).is_file()
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if is_there else None
+        digest = hash_file(Path(file)) if file and is_file(Path(file)) else None
         described.append({"name": name, "file": file, "sha256": digest})
     return described
 
 
-def _told(name: str, error: BaseException) -> str:
-    """One line: what was raised, and where in the user's code."""
-    ours = str(Path(__file__).resolve())
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != ours
-        and not frame.filename.startswith("<")
-        and "importlib" not in frame.filename
-    ]
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{name}: {type(error).__name__}: {format_reason(error)}{where}"
+def _format_error(name: str, error: BaseException) -> str:
+    """Return one line: the error, and its file and line in the user's code."""
+    library = (__file__, pkgutil.__file__, importlib.__path__[0], "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith(library)]
+    place = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
+    return f"{name}: {type(error).__name__}: {format_reason(error)}{place}"

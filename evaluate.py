@@ -16,7 +16,6 @@ A shorter one takes T / stride times as long and gives a lower loss, that of a m
 sees much of what came before.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -33,13 +32,13 @@ from rich.console import Console
 from rich.text import Text
 
 from bundle import WEIGHTS_FILE, Bundle, read_bundle
-from corpus import find_data_problem
+from corpus import MemoryCorpus, StoredCorpus, Tokens, open_corpus
 from inference import find_model
 from parameters import Count, Data, Device, ModelName, Positive, Settings, Switch
-from store import MemoryCorpus, StoredCorpus, Tokens, open_corpus
 from tokenizer import Tokenizer, restore_tokenizer
 from utils.checks import format_name
 from utils.command_line import Action, CommandLine
+from utils.data_files import find_data_problem
 from utils.errors import UserError
 from utils.output import Output, align_columns, pluralize, run_command
 
@@ -217,18 +216,14 @@ def open_passage(
     """
     data = config.data or recorded
     if data is None:
-        from data import load_sample_corpus  # here, as it brings torch
-
-        plays = load_sample_corpus(cache_dir=config.cache_dir)
-        sha256 = hashlib.sha256(plays.encode("utf-8")).hexdigest()
-        return MemoryCorpus("Shakespeare's plays", None, [plays], sha256)
+        return open_corpus(None, cache_dir=config.cache_dir)
     if config.data is None and (problem := find_data_problem(data)):
         raise UserError(
             f"{format_name(data)}, the text that the model was trained on: {problem}: "
             "say where it is now, or name another, with --data FILE"
         )
     where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
-    return open_corpus(data, **where, tell=output.print_note)
+    return open_corpus(data, **where, on_progress=output.print_note)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -227,3 +227,9 @@ def apply_update(
         group["lr"] = learning_rate_at(step, config) * group.get("rate", 1.0)
     scaler.step(optimizer)
     scaler.update()
+
+
+def set_learning_rate(optimizer, learning_rate):
+    """Shim."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate", 1.0)

@@ -1,8 +1,8 @@
 """Every setting of Folio: its meaning, its one default and its legal range.
 
-`ModelConfig` is the whole schema. The command line's flags and `--help`, the checks on
-configuration files and the editor's completion are all generated from it. The sentence under
-a setting is its documentation, everywhere.
+`ModelConfig` is the whole schema. The command-line flags and `--help`, the checks on configuration
+files and the editor's completion are generated from it. The sentence under a setting is its
+documentation everywhere.
 
     python parameters.py > configs/schema.json     # the JSON Schema that editors use
 """
@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-MAX_COUNT = 2**31 - 1  # of any count: what is larger is a slip of the finger
+MAX_COUNT = 2**31 - 1  # a larger count is a typo
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
 Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
-# YAML takes the words on and off for true and false.
+# YAML reads the words on and off as true and false.
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(
@@ -27,13 +27,13 @@ Switch = Annotated[
         json_schema_input_type=Literal["auto", "on", "off", True, False],
     ),
 ]
-# A directory's name on every system; nothing that it may hold can lead out of its parent.
+# A valid directory name on every system, which cannot lead out of its parent.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 
 
 class Settings(BaseModel):
-    """What all settings share: no unknown keys, no silent conversions, no NaN, no assignment."""
+    """Base of all settings: no unknown keys, no silent conversions, no NaN, no assignment."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -45,16 +45,16 @@ class Settings(BaseModel):
 
 
 class Architecture(Settings):
-    """The network. Its shape is fixed for the life of a model."""
+    """The network. Its shape cannot change once a model exists."""
 
     architecture: Literal["modern", "gpt2"] = "modern"
-    """The network: modern (Qwen3's parts: rotary positions, RMSNorm, gated MLP), or gpt2."""
+    """modern (as in Qwen3: rotary embeddings, RMSNorm, gated MLP), or gpt2."""
 
     block_size: Positive = 256
-    """Context length T, in tokens: how far back the model sees."""
+    """Context length T, in tokens."""
 
     n_embd: Positive = 128
-    """Channels C: the width of the network. Must be divisible by n_head."""
+    """Embedding size C, the width of the network. Must be divisible by n_head."""
 
     n_head: Positive = 4
     """Attention heads H in each layer."""
@@ -63,194 +63,194 @@ class Architecture(Settings):
     """Transformer blocks L."""
 
     dropout: Fraction = 0.0
-    """Probability of dropping an activation while training. Raise it when val loss rises."""
+    """Dropout probability during training. Raise it if the model overfits."""
 
     bias: bool = False
     """Whether linear layers and LayerNorms have a bias. modern has none."""
 
     tie_weights: bool | None = None
-    """Whether the head shares the token embedding's weights. null: in gpt2, not in modern."""
+    """Whether the LM head shares the token embedding's weights. null: gpt2 yes, modern no."""
 
     activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
-    """The MLP's non-linearity. null: silu in modern, where it gates, and gelu in gpt2."""
+    """The MLP's activation function. null: silu in modern, gelu in gpt2."""
 
     rope_theta: Annotated[float, Field(gt=1, le=1e9)] = 1000.0
-    """The base of the wavelengths of modern's rotary positions."""
+    """Base of the rotary embeddings' frequencies (modern)."""
 
 
 class Data(Settings):
-    """The text, and how it is divided."""
+    """The text, and how it is split."""
 
     data: Annotated[str, Field(min_length=1)] | None = None
     """UTF-8 text: file, directory, glob or - (stdin). null: input.txt if any, else Shakespeare."""
 
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Fraction of the text, from its beginning, to learn from. What is left is for validation."""
+    """Fraction of the text, from its start, to train on. The rest is for validation."""
 
     test_split: Fraction = 0.0
-    """Fraction of the text, at its end, held out of both training and validation."""
+    """Fraction of the text, at its end, held out of training and validation."""
 
     split_by: Literal["position", "file"] = "position"
-    """Cut the text where the fractions say, or at the nearest end of a file."""
+    """Split the text exactly at the fractions, or at the nearest end of a file."""
 
     window_order: Literal["random", "shuffled"] = "random"
-    """Windows at random, or shuffled: side by side, each once in a pass, in an order of its own."""
+    """Windows at random offsets, or shuffled: adjacent windows, each once per epoch."""
 
     token_store: Switch = "auto"
-    """Keep the text's ids on disk, in cache_dir, and map them. auto: from 64 MB of text on."""
+    """Store token ids in cache_dir and memory-map them. auto: from 64 MB of text."""
 
     tokenizer: Literal["char", "gpt2"] = "char"
-    """char: a token for each character of the text. gpt2: GPT-2's byte pairs (extra gpt2)."""
+    """char: one token per character of the text. gpt2: GPT-2's BPE (extra gpt2)."""
 
     on_new_chars: Literal["error", "drop", "extend"] = "error"
-    """Characters that the model begun from lacks: error, drop them, or extend its vocabulary."""
+    """For characters missing from the loaded vocabulary: error, drop, or extend the vocabulary."""
 
 
 class Training(Settings):
-    """How the model learns."""
+    """Optimization: the batch, the length, the optimizer, the schedule, evaluation."""
 
     batch_size: Positive = 8
-    """Sequences in one step (one optimizer update), whatever the number of devices."""
+    """Sequences in one step (one optimizer update), over all devices."""
 
     micro_batch_size: Positive | None = None
-    """Sequences that a process has in memory at once; the step accumulates them. null: all."""
+    """Sequences in memory at once, for gradient accumulation. null: all."""
 
     max_iters: Positive | None = 880
-    """Steps to train. null: as epochs or max_minutes say."""
+    """Steps to train. null: set by epochs or max_minutes."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: passes over the training text."""
+    """Instead of max_iters: epochs, passes over the training text."""
 
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: train for about this long. Set beside it: stop at what comes first."""
+    """Instead of max_iters: train for about this long. With max_iters: a time limit."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """adamw, or muon for the matrices of the blocks and adamw for the rest."""
+    """adamw, or muon for the blocks' matrices and adamw for the rest."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    """The highest learning rate, in AdamW's meaning; Muon's is twice it."""
+    """Peak learning rate of AdamW; Muon's is twice as large."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
-    """From learning_rate to min_lr after the warm-up. wsd: stable first, then a line."""
+    """Decay from learning_rate to min_lr after warmup. wsd: constant, then linear decay."""
 
     warmup_iters: Count = 20
-    """Steps over which the learning rate rises to learning_rate."""
+    """Steps of linear warmup to learning_rate."""
 
     min_lr: Annotated[float, Field(ge=0)] | None = 0.0
-    """The learning rate at the end of the schedule. null: learning_rate / 10."""
+    """Learning rate at the end of the schedule. null: learning_rate / 10."""
 
     lr_decay_iters: Positive | None = None
-    """The step at which the schedule reaches min_lr. null: max_iters."""
+    """Step at which the schedule reaches min_lr. null: max_iters."""
 
     lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """wsd: the part of the schedule, at its end, in which the learning rate falls."""
+    """wsd: fraction of the schedule, at its end, in which the learning rate decays."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay, on matrices alone: biases and norms are left free."""
+    """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
 
     beta1: Fraction = 0.8
-    """AdamW's decay of the gradient's running mean."""
+    """AdamW's decay rate of the first moment."""
 
     beta2: Fraction = 0.99
-    """AdamW's decay of the squared gradient's running mean."""
+    """AdamW's decay rate of the second moment."""
 
     muon_momentum: Fraction = 0.95
-    """Muon's decay of the gradient's running mean."""
+    """Muon's momentum."""
 
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """The gradient is scaled down to this norm where it is longer. 0: never."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
     eval_interval: Count = 220
-    """Steps between evaluations; the last step is always evaluated. 0: the last step alone."""
+    """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
     eval_iters: Count = 20
-    """Batches in an evaluation of a split, always the same. 0: all of val, as much of train."""
+    """Batches per evaluated split, always the same ones. 0: all of val, as much of train."""
 
     early_stopping_patience: Count = 0
-    """Stop when val loss has not fallen for so many evaluations. 0: train to the end."""
+    """Stop after this many evaluations without a better val loss. 0: never."""
 
     seed: Seed = 1337
-    """Initial weights, batches, dropout and samples follow from it; evaluation never does."""
+    """Seed of initialization, batches, dropout and samples; evaluation does not use it."""
 
 
 class Saving(Settings):
-    """Which checkpoints are made, and which of them are kept."""
+    """Which checkpoints are saved, and which of them are kept."""
 
     checkpoint_interval: Count = 220
-    """Steps between checkpoints. 0: only each new best, a run's last step, and on a signal."""
+    """Steps between checkpoints. 0: only each new best, the last step, and on a signal."""
 
     keep_checkpoints: Positive | None = 2
-    """How many checkpoints a run keeps beside its best; older ones are removed. null: all."""
+    """How many checkpoints to keep beside the best; older ones are removed. null: all."""
 
     keep_every: Count = 0
-    """Checkpoints at multiples of so many steps are made, and kept for good. 0: none."""
+    """Also save at multiples of this many steps, and never remove these. 0: none."""
 
 
 class Runtime(Settings):
-    """The machine. Changes rounding, and between kinds of device what dropout draws; no more."""
+    """The machine. Affects rounding and, between device types, the dropout masks; nothing else."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How the processes of torchrun share a model. ddp: each has all of it; fsdp: each a part."""
+    """How torchrun's processes share the model. ddp: replicated; fsdp: sharded."""
 
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of each process. null: as many as PyTorch chooses."""
+    """CPU threads per process. null: PyTorch's choice."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products. auto: bf16 where the processor multiplies in it, else fp32."""
+    """Of matrix products. auto: bf16 if the hardware supports it natively, else fp32."""
 
     torch_compile: Switch = "auto"
-    """Train through torch.compile. auto: where that pays back within the run, and works."""
+    """Use torch.compile. auto: if it works and saves time within the run."""
 
     compile_backend: Literal["auto", "inductor", "aot_eager"] = "auto"
-    """torch.compile's backend. auto: inductor, and aot_eager on MPS."""
+    """torch.compile's backend. auto: inductor, or aot_eager on MPS."""
 
 
 class Tracking(Settings):
-    """What is shown and logged while a run goes on."""
+    """What is printed and logged during a run."""
 
     log_interval: Positive = 50
-    """Steps from one printed line to the next, at most; every step is logged."""
+    """Steps between printed lines; every step is logged."""
 
     sample_interval: Count = 500
-    """Show generated text at the first evaluation after so many steps. 0: at the end only."""
+    """Print a sample at the first evaluation after this many steps. 0: at the end only."""
 
     histogram_interval: Count = 250
-    """Steps between histograms of all weights and gradients. 0: none."""
+    """Steps between histograms of weights and gradients. 0: none."""
 
     aim_logging: bool = False
-    """Whether to log to Aim as well (extra aim)."""
+    """Whether to log to Aim too (extra aim)."""
 
 
 class Run(Settings):
-    """What a run is called and where it is kept. A rerun of its record has its own."""
+    """Names and directories. Not part of a run's record: a rerun has its own."""
 
     run_tag: str | None = None
-    """A word for the run directory's name, after the time."""
+    """Suffix of the run directory's name, after the time."""
 
     runs_dir: str = Field(default="runs", min_length=1)
-    """Where run directories are made."""
+    """Directory of the runs."""
 
     aim_repo: str | None = Field(default=None, min_length=1)
-    """Where Aim keeps runs: a directory, or aim://host:port. null: .aim beside runs_dir."""
+    """Aim's repository: a directory, or aim://host:port. null: .aim beside runs_dir."""
 
     model_name: ModelName | None = None
-    """Train this model in checkpoints_dir: go on where it stands, or begin it."""
+    """Train this named model in checkpoints_dir: resume it if it exists, else create it."""
 
     checkpoints_dir: str = Field(default="checkpoints", min_length=1)
-    """Where named models are kept."""
+    """Directory of the named models."""
 
     cache_dir: str | None = Field(default=None, min_length=1)
-    """Where token stores, standard input and the sample corpus are kept. null: the user's cache."""
+    """Cache of token stores, standard input and the sample corpus. null: the user's cache."""
 
 
 class Initialization(Settings):
-    """What a new model begins with. Resuming is a flag of its own: --resume."""
+    """Where a new model's weights come from. To resume, use --resume."""
 
     init_from: str | None = Field(default=None, min_length=1)
-    """Fine-tune: begin with the weights and tokenizer of this named model, run or bundle."""
+    """Fine-tune: start from the weights and tokenizer of this named model, run or bundle."""
 
 
 GROUPS: dict[str, type[Settings]] = {
@@ -258,7 +258,7 @@ GROUPS: dict[str, type[Settings]] = {
     for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Initialization, Run)
 }
 ALIASES = {"input_file": "data"}
-# What an architecture takes for a setting that is null.
+# The values that an architecture gives to settings that are null.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modern": {"tie_weights": False, "activation": "silu"},
     "gpt2": {"tie_weights": True, "activation": "gelu"},
@@ -267,33 +267,33 @@ DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 
 
 class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
-    """Every setting of a run, checked. The bases stand in reverse, as pydantic takes them."""
+    """Every setting of a run, checked. Pydantic orders fields from the last base to the first."""
 
     @model_validator(mode="before")
     @classmethod
-    def _length_replaces_default(cls, values: Any) -> Any:
-        """Let `epochs` or `max_minutes` alone stand for the default `max_iters`."""
+    def _drop_default_length(cls, values: Any) -> Any:
+        """Drop the default `max_iters` if `epochs` or `max_minutes` is set alone."""
         if isinstance(values, dict) and "max_iters" not in values:
             if values.get("epochs") is not None or values.get("max_minutes") is not None:
                 return {**values, "max_iters": None}
         return values
 
     @model_validator(mode="after")
-    def _no_conflicts(self, info: ValidationInfo) -> "ModelConfig":
-        # One layer of a configuration is checked on its own; its values meet the others' later.
+    def _check_conflicts(self, info: ValidationInfo) -> "ModelConfig":
+        # A single layer is checked alone; conflicts with other layers are found after merging.
         if not (info.context and info.context.get("one_layer")):
             if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
                 raise ValueError("; ".join(problems))
-            # Settled here, and not among `model_fields_set`: nobody has set them.
+            # Not through assignment, so that `model_fields_set` lists what the user has set.
             own = ARCHITECTURES[self.architecture].items()
             self.__dict__.update({n: value for n, value in own if getattr(self, n) is None})
         return self
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (settings, problem) for legal values that do not go together.
+    """Yield (settings, problem) for each conflict between legal values.
 
-    `values` may lack settings that were already found wrong; rules about them are skipped.
+    `values` may lack settings that are wrong by themselves; rules about them are skipped.
     """
 
     def given(*names: str) -> bool:
@@ -313,8 +313,8 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
         if given("n_embd", "n_head") and values["n_embd"] / values["n_head"] % 2 == 1:
             yield (
                 ("architecture", "n_embd", "n_head"),
-                f"architecture modern turns pairs of channels, and n_embd {values['n_embd']} "
-                f"gives each of {values['n_head']} heads an odd number of them",
+                f"architecture modern needs an even head size, and n_embd {values['n_embd']} / "
+                f"n_head {values['n_head']} is odd",
             )
     if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
         yield (
@@ -330,18 +330,18 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
     if given("max_iters", "epochs"):
         yield (
             ("max_iters", "epochs"),
-            "max_iters and epochs both say how long to train: set one of them to null",
+            "max_iters and epochs both set the length of the run: set one of them to null",
         )
     lengths = ("max_iters", "epochs", "max_minutes")
     if all(name in values for name in lengths) and not any(map(given, lengths)):
         yield (
             ("max_iters",),
-            "nothing says how long to train: set max_iters, epochs or max_minutes",
+            "the length of the run is not set: set max_iters, epochs or max_minutes",
         )
 
 
 def build_json_schema() -> dict[str, Any]:
-    """The JSON Schema of a configuration file, for editors."""
+    """Return the JSON Schema of a configuration file, for editors."""
     schema = ModelConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Folio configuration"

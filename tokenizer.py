@@ -1,8 +1,7 @@
-"""Text to token ids and back.
+"""Text <-> token ids: by characters, or by GPT-2's byte pair encoding (BPE).
 
-A character tokenizer's vocabulary is the sorted set of the characters in a text: one token each,
-nothing merged, nothing normalised. GPT-2's byte pairs are the other kind. A tokenizer's state is
-`tokenizer.json`, which travels with the model.
+A character tokenizer's vocabulary is the sorted set of the characters of a text, without any
+normalization. A tokenizer's state is saved as `tokenizer.json` in each bundle.
 """
 
 import codecs
@@ -18,7 +17,7 @@ GPT2_TOKENS = 50_257
 GPT2_VOCAB_SIZE = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
 
 _LAST_CODE_POINT = 0x10FFFF
-_CHUNK = 1 << 16  # characters encoded at once: what they need in between stays in the cache
+_CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay in the CPU cache
 
 
 class CharTokenizer:
@@ -28,7 +27,7 @@ class CharTokenizer:
         chars: the vocabulary, in the order of the ids.
 
     Raises:
-        UserError: `chars` is empty, or an entry is not exactly one character, or stands twice.
+        UserError: `chars` is empty, or an entry is not exactly one character or is repeated.
     """
 
     token_kind = "char"
@@ -39,81 +38,84 @@ class CharTokenizer:
         if not is_list or not chars or any(not isinstance(c, str) or len(c) != 1 for c in chars):
             raise UserError("a tokenizer's chars must be a list of single characters")
         if len(set(chars)) != len(chars):
-            raise UserError("a tokenizer's chars must be different from one another")
+            raise UserError("a tokenizer's chars must not repeat")
         self.chars = list(chars)
         self._code_points = _code_points("".join(self.chars))
-        # Code point -> id, in a table: one gather encodes a whole book. Its last slot, where all
-        # code points beyond the largest known one are sent too, says "unknown" with the id V.
+        # A table from code point to id, so that one gather encodes a chunk. Unknown code points
+        # have the id V; so has the last slot, to which larger ones are clipped.
         self._ids = np.full(int(self._code_points.max()) + 2, self.vocab_size, dtype=self.dtype)
         self._ids[self._code_points] = np.arange(self.vocab_size)
-        # The same for bytes of ASCII, where an id is a byte too.
+        # The same for ASCII text, as a table for `bytes.translate`, if an id is a byte too.
         ascii_ids = self._ids.take(np.arange(256), mode="clip").tobytes()
         self._ascii_ids = ascii_ids if self.dtype == np.uint8 else None
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of tokens."""
+        """V, the size of the vocabulary."""
         return len(self.chars)
 
     @property
     def num_tokens(self) -> int:
-        """The ids below this one stand for text; those from here to `vocab_size` are padding."""
+        """Number of ids that stand for text; those from here to `vocab_size` are padding."""
         return self.vocab_size
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest unsigned integer type that holds every id, and one more."""
+        """The smallest unsigned integer type that holds every id, and V for unknown characters."""
         return np.min_scalar_type(self.vocab_size)
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """The length of each token in UTF-8 bytes, `(V,)` int64: what bits per byte divide by."""
+        """The length of each token in UTF-8 bytes, `(V,)` int64, for bits per byte."""
         return np.array([len(char.encode("utf-8")) for char in self.chars], dtype=np.int64)
 
     @property
     def default_prompt(self) -> str:
-        """What to begin with where nobody gives a prompt: a new line, if the text had lines."""
+        """The prompt of a sample: a line end, if the vocabulary has it."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
-        """The ids of `text`, `(len(text),)` of `dtype`.
+        """Return the ids of `text`, `(len(text),)` of `dtype`.
 
-        Characters that the vocabulary lacks are left out if `drop` is set.
-
-        Raises:
-            UserError: `text` has such characters, and `drop` is not set; they are listed.
+        Raises `UserError` with a list of the characters that the vocabulary lacks, or, if `drop` is
+        set, leaves them out.
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHUNK):
             self._look_up(text[start : start + _CHUNK], ids[start : start + _CHUNK])
         if ids.size and ids.max() == self.vocab_size:
             if not drop:
-                raise self._unknown_characters(text)
+                unknown = list(self.count_unknown(text))
+                more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+                raise UserError(
+                    f"the model's vocabulary lacks {' '.join(map(repr, unknown[:20]))}{more}: "
+                    f"it has the {self.vocab_size} characters of the text it was trained on"
+                )
             return ids[ids != self.vocab_size]
         return ids
 
     def _look_up(self, text: str, ids: np.ndarray) -> None:
-        """Write the ids of `text` into `ids`, `(len(text),)`; V where it is unknown."""
+        """Write the ids of `text` into `ids`, `(len(text),)`; V for unknown characters."""
         if self._ascii_ids is not None and text.isascii():
             ids[:] = np.frombuffer(text.encode("ascii").translate(self._ascii_ids), dtype=np.uint8)
         else:
             self._ids.take(_code_points(text), mode="clip", out=ids)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of a sequence of ids; the inverse of `encode`."""
+        """Return the text of a sequence of ids."""
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.intp)
         return str(self._code_points[ids].tobytes(), "utf-32-le", "surrogatepass")
 
     def create_stream_decoder(self) -> Callable[[Sequence[int]], str]:
-        """`decode` for ids that come a few at a time."""
+        """Return a function that decodes the next ids of a stream."""
         return self.decode
 
     def get_state(self) -> dict[str, Any]:
-        """What `restore_tokenizer` makes the same tokenizer from; plain JSON values."""
+        """Return the arguments of `restore_tokenizer`, as plain JSON values."""
         return {"token_kind": self.token_kind, "chars": self.chars}
 
     def count_unknown(self, text: str) -> dict[str, int]:
-        """The characters of `text` that the vocabulary lacks, sorted, and how often each stands."""
+        """Count the characters of `text` that the vocabulary lacks, sorted by character."""
         counts: Counter[int] = Counter()
         for start in range(0, len(text), _CHUNK):
             chunk = text[start : start + _CHUNK]
@@ -124,25 +126,14 @@ class CharTokenizer:
         return {chr(code_point): counts[code_point] for code_point in sorted(counts)}
 
     def extend(self, chars: Sequence[str]) -> "CharTokenizer":
-        """A tokenizer that knows `chars` too; the ids of the others stay as they are."""
+        """Return a tokenizer with `chars` added; the ids of the others stay the same."""
         return CharTokenizer([*self.chars, *chars])
-
-    def _unknown_characters(self, text: str) -> UserError:
-        unknown = sorted(set(text) - set(self.chars))
-        listed = " ".join(repr(char) for char in unknown[:20])
-        more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-        return UserError(
-            f"the model does not know {listed}{more}: "
-            f"it knows the {self.vocab_size} characters of the text it was trained on"
-        )
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte pairs (Radford et al. 2019), by tiktoken: any text, about 4 characters a token.
+    """GPT-2's BPE (Radford et al. 2019), by tiktoken: any text, about 4 characters a token.
 
-    Raises:
-        UserError: tiktoken is not installed, or GPT-2's vocabulary is neither in its cache nor to
-            be had.
+    Raises `UserError` if tiktoken is not installed or cannot load the vocabulary.
     """
 
     token_kind = "gpt2"
@@ -161,43 +152,42 @@ class GPT2Tokenizer:
             ) from None
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of the network, the disk or the file, as it happens
+        except Exception as error:  # of the network, the disk or the file
             raise UserError(
-                f"GPT-2's vocabulary cannot be had ({type(error).__name__}): tiktoken downloads it "
-                "once; without a network, set TIKTOKEN_CACHE_DIR to a copy of its cache"
+                f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}): tiktoken downloads "
+                "it once; without a network, set TIKTOKEN_CACHE_DIR to a copy of its cache"
             ) from None
 
     @property
     def token_bytes(self) -> np.ndarray:
         """The length of each token in UTF-8 bytes, `(V,)` int64; 0 for the padding."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token in range(self.num_tokens):
-            lengths[token] = len(self._encoding.decode_single_token_bytes(token))
-        return lengths
+        tokens = map(self._encoding.decode_single_token_bytes, range(self.num_tokens))
+        lengths = [len(token) for token in tokens]
+        return np.array(lengths + [0] * (self.vocab_size - self.num_tokens), dtype=np.int64)
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
-        """The ids of `text`, `(N,)` uint16. There is nothing that they could not spell."""
+        """Return the ids of `text`, `(N,)` uint16; no text is unknown."""
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([int(token) for token in ids])
 
     def create_stream_decoder(self) -> Callable[[Sequence[int]], str]:
-        """`decode` for ids that come a few at a time: a character is given when it is whole.
+        """Return a function that decodes the next ids of a stream, up to the last whole character.
 
-        No ids at all are the end: what is left of a character becomes U+FFFD.
+        An empty sequence of ids ends the stream: an incomplete character becomes U+FFFD.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         spell = self._encoding.decode_single_token_bytes
         return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
 
     def count_unknown(self, text: str) -> dict[str, int]:
-        """Nothing: byte pairs can spell any text."""
+        """Return no characters: bytes encode any text."""
         return {}
 
     def get_state(self) -> dict[str, Any]:
-        """What `restore_tokenizer` makes the same tokenizer from."""
+        """Return the arguments of `restore_tokenizer`, as plain JSON values."""
         return {"token_kind": self.token_kind}
 
 
@@ -205,9 +195,9 @@ Tokenizer = CharTokenizer | GPT2Tokenizer
 
 
 def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
-    """`text` without the characters that the tokenizer lacks, and how many those were.
+    """Return `text` without the characters that the tokenizer lacks, and how many there were.
 
-    Each is replaced by a space, or by what a text begins with where no space is known; or left out.
+    If `replace` is set, each is replaced by a space, or by the default prompt if that is unknown.
     """
     unknown = tokenizer.count_unknown(text)
     space = "" if tokenizer.count_unknown(" ") else " "
@@ -216,22 +206,22 @@ def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str,
 
 
 def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer:
-    """The tokenizer of that `token_kind`; a character tokenizer knows the characters of `text`.
+    """Create a tokenizer of that `token_kind`; for char, with the characters of `text`.
 
-    Raises `UserError` where `text` is empty, or GPT-2's tokenizer is not to be had.
+    Raises `UserError` if there are none, or GPT-2's tokenizer cannot be loaded.
     """
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
     chars = collect_chars([text] if isinstance(text, str) else text)
     if not chars:
-        raise UserError("there is no text to make a tokenizer from")
+        raise UserError("the text is empty: a tokenizer needs characters")
     return CharTokenizer(chars)
 
 
 def collect_chars(texts: Iterable[str]) -> list[str]:
-    """All different characters of some texts, sorted. Each text is looked at once."""
+    """Return the set of the characters of some texts, sorted."""
     seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
-    known = b""  # of ASCII: what is left of a text without them is new, and soon nothing is
+    known = b""  # ASCII characters seen; deleting them from a chunk soon leaves nothing to mark
     for text in texts:
         for start in range(0, len(text), _CHUNK):
             chunk = text[start : start + _CHUNK]
@@ -244,15 +234,12 @@ def collect_chars(texts: Iterable[str]) -> list[str]:
 
 
 def restore_tokenizer(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `state()` described.
-
-    Raises `UserError` for a `token_kind` this version does not know, or a state without `chars`.
-    """
+    """Restore a tokenizer from `get_state()`. Raises `UserError` if the state is not valid."""
     kind = state.get("token_kind")
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
     if kind != CharTokenizer.token_kind:
-        raise UserError(f"tokenizer.json: token_kind {kind!r} is not known; char and gpt2 are")
+        raise UserError(f"tokenizer.json: token_kind must be char or gpt2, not {kind!r}")
     return CharTokenizer(state.get("chars", []))
 
 

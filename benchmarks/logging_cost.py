@@ -14,10 +14,10 @@ from pathlib import Path
 from optim import learning_rate_at
 from parameters import ModelConfig
 from prepare import open_run, set_up
-from report import write_report
 from step import Setup, training_step
 from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
 from utils.output import Output
+from utils.report import write_report
 
 STEPS, BLOCK = 1000, 40
 

@@ -1,7 +1,7 @@
-"""What saving costs: its share of the default run's time, and the memory of saving a larger model.
+"""Measure saving: its share of the default run's time, and the peak memory for a larger model.
 
-The default run, shortened to three evaluations: each is a new best, and has a checkpoint and an
-export. The larger model is saved in a process of its own, whose peak memory is looked at before.
+The default run is shortened to three evaluations; each is a new best, with a checkpoint and an
+export. The larger model is saved in its own process, to compare the peak memory before and after.
 """
 
 import multiprocessing
@@ -28,14 +28,14 @@ def run(data: str | None) -> None:
     seconds: list[float] = []
     save = CheckpointWriter.save
 
-    def timed(*arguments) -> None:
+    def time_save(*arguments) -> None:
         start = time.perf_counter()
         save(*arguments)
         seconds.append(time.perf_counter() - start)
 
     with (
         tempfile.TemporaryDirectory(dir=".") as directory,
-        patch.object(CheckpointWriter, "save", timed),
+        patch.object(CheckpointWriter, "save", time_save),
     ):
         config = ModelConfig(data=data, max_iters=750, runs_dir=directory)
         result = train(config, output=Output(quiet=True))
@@ -46,10 +46,10 @@ def run(data: str | None) -> None:
     )
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        print(pool.apply(_memory_of_saving, (data,)))
+        print(pool.apply(_measure_memory, (data,)))
 
 
-def _memory_of_saving(data: str | None) -> str:
+def _measure_memory(data: str | None) -> str:
     config = ModelConfig(data=data, n_embd=768, n_head=12, n_layer=8, batch_size=1)
     setup = create_setup(config, {}, load_dataset(config), torch.device("cpu"), ResumePlan())
     for step in range(2):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS, assert_equal, train_until
+from helpers import CHECKOUT, TINY_FLAGS, assert_equal, train_until
 from safetensors.torch import load_file
 
 import train as train_module

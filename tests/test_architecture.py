@@ -9,16 +9,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 # The reading order. A module imports only from those before it.
 ORDER = [
     *(
         "parameters",
-        "corpus",
         "config",
         "tokenizer",
-        "store",
+        "corpus",
         "data",
         "sampling",
         "model",
@@ -69,7 +68,7 @@ def test_utils_are_leaves(path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("parameters", "corpus", "config", "store", "bundle", "start", "inspect_model", "report"),
+        *("parameters", "corpus", "config", "bundle", "start", "inspect_model", "report"),
         *("study", "tune"),
     ],
 )

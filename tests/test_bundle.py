@@ -1,6 +1,6 @@
-"""bundle.py and checkpoint.py: a model on disk, and every file of it that can be damaged.
+"""bundle.py and checkpoint.py: the files of a bundle, loading, and damaged files.
 
-That a crash cannot tear it is the subject of test_crash.py.
+test_crash.py tests crashes of the writer.
 
 python -m pytest tests/test_bundle.py
 """
@@ -20,14 +20,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLE_CONFIG, BUNDLE_FILES_OF_EXPORT, CHECKOUT, loaded_step, save_bundle
+from helpers import (
+    BUNDLE_CONFIG,
+    BUNDLE_FILES_OF_EXPORT,
+    CHECKOUT,
+    DEAD_PROCESS,
+    list_names,
+    loaded_step,
+    resume_run,
+    save_bundle,
+)
 from safetensors import safe_open
 
 from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
-    _host,
     check_files,
     compute_state_digest,
     copy_bundle,
@@ -44,8 +52,6 @@ from checkpoint import load_model, load_weights, restore_training_state
 from model import LanguageModel
 from optim import create_optimizer
 from sampling import SamplingParams
-from start import plan_run
-from train import train
 from utils.errors import RunError, UserError
 
 STATE_FILE = "training_state.json"
@@ -53,15 +59,11 @@ STATE_FILE = "training_state.json"
 
 @pytest.fixture
 def bundle(tmp_path):
-    """A bundle, with the model that is in it."""
+    """A bundle and its model."""
     return tmp_path / "bundle", save_bundle(tmp_path / "bundle")
 
 
-def names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-def contents(directory: Path, name: str) -> dict:
+def read_json(directory: Path, name: str) -> dict:
     return json.loads((directory / name).read_text(encoding="utf-8"))
 
 
@@ -76,33 +78,33 @@ def resume(directory: Path):
     return model, optimizer
 
 
-# What is in it --------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------
 
 
-def test_a_bundle_holds_exactly_its_five_files_and_an_export_four(bundle, tmp_path):
-    assert names_in(bundle[0]) == sorted(BUNDLE_FILES)
+def test_a_bundle_has_five_files_and_an_export_four(bundle, tmp_path):
+    assert list_names(bundle[0]) == sorted(BUNDLE_FILES)
     copy_bundle(bundle[0], tmp_path / "export", with_optimizer=False)
-    assert names_in(tmp_path / "export") == sorted(BUNDLE_FILES_OF_EXPORT)
-    assert contents(tmp_path / "export", STATE_FILE)["optimizer_file"] is None
+    assert list_names(tmp_path / "export") == sorted(BUNDLE_FILES_OF_EXPORT)
+    assert read_json(tmp_path / "export", STATE_FILE)["optimizer_file"] is None
     check_files(tmp_path / "export")
 
 
-def test_config_json_is_the_architecture_and_names_no_run(bundle):
-    config = contents(bundle[0], "config.json")
+def test_config_json_has_the_architecture_and_nothing_of_the_run(bundle):
+    config = read_json(bundle[0], "config.json")
     expected = "batch_size block_size vocab_size n_embd n_head n_layer dropout bias device"
     more = {"architecture", "tie_weights", "activation", "rope_theta", "format_version"}
     assert config.keys() == {*expected.split(), *more}
     assert (config["vocab_size"], config["batch_size"], config["device"]) == (3, 3, "cpu")
 
 
-def test_every_json_file_carries_the_version_of_the_format(bundle):
+def test_every_json_file_has_the_format_version(bundle):
     for name in BUNDLE_FILES:
         if name.endswith(".json"):
-            assert contents(bundle[0], name)["format_version"] == 1
+            assert read_json(bundle[0], name)["format_version"] == 1
 
 
-def test_the_state_has_the_documented_fields_and_the_hash_of_each_other_file(bundle):
-    state = contents(bundle[0], STATE_FILE)
+def test_the_state_has_the_documented_fields_and_the_sha256_of_each_other_file(bundle):
+    state = read_json(bundle[0], STATE_FILE)
     expected = "format_version step optimizer_file best_val_loss val_loss run_id lineage files"
     assert state.keys() == {*expected.split(), "training_config"}
     assert (state["step"], state["optimizer_file"]) == (7, "optimizer.pt")
@@ -112,7 +114,7 @@ def test_the_state_has_the_documented_fields_and_the_hash_of_each_other_file(bun
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_file_modes_are_those_of_the_umask_whichever_library_wrote(tmp_path, mask):
+def test_file_modes_follow_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         save_bundle(tmp_path / "bundle")
@@ -123,19 +125,19 @@ def test_file_modes_are_those_of_the_umask_whichever_library_wrote(tmp_path, mas
     assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_the_weights_name_their_step_and_run(bundle):
+def test_the_weights_metadata_has_the_step_and_the_run_id(bundle):
     with safe_open(bundle[0] / "model.safetensors", "pt") as file:
         assert (file.metadata()["step"], file.metadata()["run_id"]) == ("7", "r")
 
 
-def test_the_optimizers_state_is_tensors_and_plain_values_under_the_parameters_names(bundle):
+def test_the_optimizer_state_is_keyed_by_parameter_name_and_needs_no_pickle(bundle):
     saved = torch.load(bundle[0] / "optimizer.pt", weights_only=True)
     assert saved["optimizer"] == "AdamW"
     assert saved["state"].keys() == dict(bundle[1].named_parameters()).keys()
     assert saved["generators"]["cpu"].dtype == torch.uint8
 
 
-def test_a_new_bundle_replaces_the_old_one_and_a_failed_one_leaves_it(bundle, monkeypatch):
+def test_a_save_replaces_the_old_bundle_and_a_failed_save_leaves_it(bundle, monkeypatch):
     directory, _ = bundle
     save_bundle(directory, step=8)
     assert loaded_step(directory) == 8
@@ -147,24 +149,24 @@ def test_a_new_bundle_replaces_the_old_one_and_a_failed_one_leaves_it(bundle, mo
     with pytest.raises(OSError, match="No space"):
         save_bundle(directory, step=9)
     assert loaded_step(directory) == 8
-    assert names_in(directory) == sorted(BUNDLE_FILES)
+    assert list_names(directory) == sorted(BUNDLE_FILES)
 
 
-def test_weights_that_are_not_finite_replace_no_good_ones(bundle, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(bundle, monkeypatch):
     real = LanguageModel.parameters
 
-    def spoilt(self, *arguments):
+    def make_infinite(self, *arguments):
         for parameter in real(self, *arguments):
             parameter.data[..., 0] = float("inf")
             yield parameter
 
-    monkeypatch.setattr(LanguageModel, "parameters", spoilt)
-    with pytest.raises(RunError, match="weights are not finite after step 8"):
+    monkeypatch.setattr(LanguageModel, "parameters", make_infinite)
+    with pytest.raises(RunError, match="step 8"):
         save_bundle(bundle[0], step=8)
     assert loaded_step(bundle[0]) == 7
 
 
-def test_files_that_a_user_put_beside_the_model_stay(bundle):
+def test_a_users_files_in_the_directory_stay(bundle):
     directory, _ = bundle
     (directory / "notes.txt").write_text("mine", encoding="utf-8")
     (directory / "plots").mkdir()
@@ -173,8 +175,7 @@ def test_files_that_a_user_put_beside_the_model_stay(bundle):
     save_bundle(directory, step=8)
     assert loaded_step(directory) == 8
     remove_bundle(directory)
-    assert names_in(directory) == ["link", "notes.txt", "plots"]
-    assert (directory / "plots" / "a.svg").exists()
+    assert list_names(directory) == ["a.svg", "link", "notes.txt", "plots"]
 
 
 # The golden bundle ----------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_files_that_a_user_put_beside_the_model_stay(bundle):
 GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must read it
 
 
-def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
+def test_the_golden_bundle_generates_the_same_text_as_when_it_was_saved():
     model, tokenizer = load_model(GOLDEN)
     state = read_state(GOLDEN)
     ids = model.generate(tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
@@ -190,10 +191,9 @@ def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
     assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
 
 
-def test_the_golden_bundle_goes_on_as_it_would_have_then(text_file, quiet):
+def test_the_golden_bundle_resumes_with_the_same_losses_as_when_it_was_saved(text_file):
     flags = {"max_iters": 603, "data": str(text_file), "eval_interval": 0}
-    loaded, start = plan_run(flags, resume=str(GOLDEN))
-    result = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    result = resume_run(GOLDEN, flags)
     text = (result.run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8")
     losses = [json.loads(line).get("loss/train") for line in text.splitlines()[:3]]
     # Other processors round otherwise; another batch or dropout mask would be far off.
@@ -204,7 +204,7 @@ def test_the_golden_bundle_goes_on_as_it_would_have_then(text_file, quiet):
 # Loading --------------------------------------------------------------------------------------
 
 
-def test_a_model_is_loaded_from_its_bundle_alone_wherever_it_is_moved(bundle, tmp_path):
+def test_a_moved_bundle_loads(bundle, tmp_path):
     directory, model = bundle
     shutil.move(directory, tmp_path / "elsewhere")
     loaded, tokenizer = load_model(tmp_path / "elsewhere")
@@ -216,20 +216,19 @@ def test_a_model_is_loaded_from_its_bundle_alone_wherever_it_is_moved(bundle, tm
     assert state.val_loss == 1.5
 
 
-def killed_half_way(directory: Path) -> None:
-    """Leave what a process of this machine leaves that is killed in a publication, and more."""
-    dead = f"{2**30}-{_host()}"
-    (directory / f".tmp-{dead}").mkdir()
-    (directory / f".tmp-{dead}" / "config.json").write_text("{", encoding="utf-8")
-    (directory / f".next-{dead}").mkdir()
+def leave_half_published(directory: Path) -> None:
+    """Leave the directories of a process that was killed while it built, or published."""
+    (directory / f".tmp-{DEAD_PROCESS}").mkdir()
+    (directory / f".tmp-{DEAD_PROCESS}" / "config.json").write_text("{", encoding="utf-8")
+    (directory / f".next-{DEAD_PROCESS}").mkdir()
     for name in ("optimizer.pt", STATE_FILE):
-        (directory / name).rename(directory / f".next-{dead}" / name)
+        (directory / name).rename(directory / f".next-{DEAD_PROCESS}" / name)
 
 
-def test_nothing_that_loads_writes(bundle, tmp_path):
+def test_loading_writes_nothing(bundle, tmp_path):
     directory, _ = bundle
     save_bundle(directory.with_name("other"))
-    killed_half_way(directory.with_name("other"))
+    leave_half_published(directory.with_name("other"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     load_model(directory)
     resume(directory)
@@ -239,7 +238,7 @@ def test_nothing_that_loads_writes(bundle, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_what_a_user_keeps_there_is_left_alone_whatever_it_is_called(bundle):
+def test_a_users_files_named_like_temporary_directories_stay(bundle):
     (bundle[0] / ".next-2-notes").write_text("mine", encoding="utf-8")
     for name in (".tmp-notes", ".next-steps", ".tmp-1-notes"):
         (bundle[0] / name).mkdir()
@@ -251,7 +250,7 @@ def test_what_a_user_keeps_there_is_left_alone_whatever_it_is_called(bundle):
     assert loaded_step(bundle[0]) == 8
 
 
-def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other(bundle, tmp_path):
+def test_a_reader_gets_the_old_or_the_new_bundle_while_one_is_published(bundle, tmp_path):
     directory, _ = bundle
     save_bundle(tmp_path / "other", step=8)
     process = os.fork()
@@ -274,26 +273,25 @@ def test_whoever_reads_while_another_process_publishes_gets_the_one_or_the_other
         os.waitpid(process, 0)
 
 
-def test_a_bundle_without_its_optimizer_still_speaks(bundle):
+def test_a_bundle_without_its_optimizer_loads_but_does_not_resume(bundle):
     (bundle[0] / "optimizer.pt").unlink()
     assert loaded_step(bundle[0]) == 7
-    with pytest.raises(UserError, match=r"optimizer\.pt: not there.*--reset-optimizer"):
+    with pytest.raises(UserError, match=r"optimizer\.pt: .*--reset-optimizer"):
         resume(bundle[0])
 
 
-def test_a_reader_waits_for_a_writer_that_is_in_the_middle_of_it(bundle, monkeypatch):
-    """Every file is another's by the time it is read: the reader begins again."""
+def test_a_reader_retries_if_a_bundle_was_published_meanwhile(bundle, monkeypatch):
     directory, _ = bundle
     real, published = Path.read_bytes, []
 
-    def overtaken(path):
+    def publish_after_read(path):
         content = real(path)
         if path.name == STATE_FILE and not published:
             published.append(True)
             save_bundle(directory, step=8)
         return content
 
-    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    monkeypatch.setattr(Path, "read_bytes", publish_after_read)
     assert loaded_step(directory) == 8
 
 
@@ -303,7 +301,7 @@ def test_a_reader_waits_for_a_writer_that_is_in_the_middle_of_it(bundle, monkeyp
 @pytest.mark.parametrize("name", BUNDLE_FILES_OF_EXPORT)
 def test_a_missing_file_is_named(bundle, name):
     (bundle[0] / name).unlink()
-    with pytest.raises(UserError, match=rf"{name}.* not there"):
+    with pytest.raises(UserError, match=name):
         load_model(bundle[0])
 
 
@@ -333,23 +331,21 @@ def test_a_damaged_file_is_named_in_one_line(bundle, name, damage):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", STATE_FILE])
-@pytest.mark.parametrize(
-    ("version", "remedy"), [(2, "update Folio"), ("x", "not a file that"), (True, "not a file")]
-)
-def test_another_version_of_the_format_is_refused(bundle, name, version, remedy):
+@pytest.mark.parametrize(("version", "remedy"), [(2, "update Folio"), ("x", ""), (True, "")])
+def test_another_format_version_is_an_error(bundle, name, version, remedy):
     rewrite(bundle[0], name, lambda content: {**content, "format_version": version})
-    with pytest.raises(UserError, match=rf"{name}: format_version .* reads 1: {remedy}"):
+    with pytest.raises(UserError, match=rf"{name}: format_version {version!r}.* 1.*{remedy}"):
         load_model(bundle[0])
 
 
 def rewrite(directory: Path, name: str, change) -> None:
-    """Change a file, and the hash of it in the state too."""
-    (directory / name).write_text(json.dumps(change(contents(directory, name))), encoding="utf-8")
+    """Change a file and update its SHA-256 in the state."""
+    (directory / name).write_text(json.dumps(change(read_json(directory, name))), encoding="utf-8")
     rehash(directory, name)
 
 
 def rehash(directory: Path, name: str) -> None:
-    state = contents(directory, STATE_FILE)
+    state = read_json(directory, STATE_FILE)
     if name != STATE_FILE:
         state["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
     state["training_config"]["state_sha256"] = compute_state_digest(state)
@@ -357,32 +353,32 @@ def rehash(directory: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
+    ("name", "change", "facts"),
     [
-        ("config.json", lambda c: {**c, "rotary": True}, "not the architecture of a Folio model"),
-        ("config.json", lambda c: {k: c[k] for k in c if k != "n_head"}, "not the architecture"),
-        ("config.json", lambda c: {**c, "n_head": "2"}, "n_head: Input should be a valid integer"),
-        ("config.json", lambda c: {**c, "n_embd": 16}, "not the weights of this model"),
-        ("tokenizer.json", lambda c: {**c, "chars": ["a"]}, "not of one model"),
-        ("tokenizer.json", lambda c: {**c, "chars": 3}, "list of single characters"),
-        ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind 'bpe' is not known"),
-        (STATE_FILE, lambda c: {**c, "step": -1}, "not the state of a Folio model: step"),
-        (STATE_FILE, lambda c: {**c, "step": True}, "not the state of a Folio model: step"),
-        (STATE_FILE, lambda c: {**c, "val_loss": "low"}, "not the state of a Folio model: val"),
-        (STATE_FILE, lambda c: {**c, "files": {}}, "does not record the files"),
-        (STATE_FILE, lambda c: {**c, "files": {"../x": "0"}}, "does not record the files"),
-        (STATE_FILE, lambda c: {**c, "more": 1}, "not the state of a Folio model: more"),
+        ("config.json", lambda c: {**c, "rotary": True}, "config.json"),
+        ("config.json", lambda c: {k: c[k] for k in c if k != "n_head"}, "config.json"),
+        ("config.json", lambda c: {**c, "n_head": "2"}, "config.json: n_head"),
+        ("config.json", lambda c: {**c, "n_embd": 16}, "model.safetensors"),
+        ("tokenizer.json", lambda c: {**c, "chars": ["a"]}, "tokenizer.json .*config.json"),
+        ("tokenizer.json", lambda c: {**c, "chars": 3}, "chars"),
+        ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind 'bpe'"),
+        (STATE_FILE, lambda c: {**c, "step": -1}, f"{STATE_FILE}.*: step"),
+        (STATE_FILE, lambda c: {**c, "step": True}, f"{STATE_FILE}.*: step"),
+        (STATE_FILE, lambda c: {**c, "val_loss": "low"}, f"{STATE_FILE}.*: val_loss"),
+        (STATE_FILE, lambda c: {**c, "files": {}}, STATE_FILE),
+        (STATE_FILE, lambda c: {**c, "files": {"../x": "0"}}, STATE_FILE),
+        (STATE_FILE, lambda c: {**c, "more": 1}, f"{STATE_FILE}.*: more"),
     ],
 )
-def test_files_that_do_not_fit_one_another_are_refused(bundle, name, change, words):
+def test_files_that_do_not_fit_together_are_an_error(bundle, name, change, facts):
     rewrite(bundle[0], name, change)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=facts) as caught:
         load_model(bundle[0])
     assert "\n" not in str(caught.value)
 
 
-def test_every_flipped_bit_of_a_bundle_is_noticed(bundle):
-    """One in every seven bytes of every file; safetensors and torch alone notice few of them."""
+def test_every_flipped_bit_is_detected(bundle):
+    """One bit in every 7th byte (997th of large files); safetensors and torch detect few."""
     directory, _ = bundle
     for name in BUNDLE_FILES:
         content = (directory / name).read_bytes()
@@ -400,37 +396,39 @@ class Malicious:
         return (os.system, ("touch it_ran",))
 
 
-def test_a_malicious_pickle_is_refused_and_nothing_runs(bundle):
+def test_a_malicious_pickle_is_an_error_and_runs_nothing(bundle):
     directory, _ = bundle
     torch.save({"format_version": 1, "state": Malicious()}, directory / "optimizer.pt")
     rehash(directory, OPTIMIZER_FILE)
-    with pytest.raises(UserError, match=r"not the state of an optimizer \(UnpicklingError\)"):
+    with pytest.raises(UserError, match=r"UnpicklingError.*--reset-optimizer"):
         resume(directory)
     (directory / "optimizer.pt").write_bytes(pickle.dumps(Malicious()))
     rehash(directory, OPTIMIZER_FILE)
     with pytest.raises(UserError, match="--reset-optimizer"):
         resume(directory)
     assert not Path("it_ran").exists()
-    pickle.loads(pickle.dumps(Malicious()))  # it would have
+    pickle.loads(pickle.dumps(Malicious()))  # pickle would run it
     assert Path("it_ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "facts"),
     [
-        (lambda s: s.update(optimizer="Muon"), "the state of Muon, and this run has AdamW"),
-        (lambda s: s.update(format_version=2), "format_version 2, and this Folio reads 1"),
-        (lambda s: s["state"].popitem(), "parameters are not those of this model"),
-        (lambda s: s["generators"].clear(), "does not fit"),
+        (lambda s: s.update(optimizer="Muon"), "Muon.*AdamW"),
+        (lambda s: s.update(format_version=2), "format_version 2"),
+        (lambda s: s["state"].popitem(), "parameters"),
+        (lambda s: s["generators"].clear(), "generators"),
         (lambda s: s["generators"].update(cpu=torch.zeros(3)), "RNG state must be"),
         (
             lambda s: s["state"]["final_norm.weight"].update(exp_avg=torch.zeros(5)),
-            "final_norm.weight has another shape",
+            "final_norm.weight",
         ),
-        (lambda s: s.pop("generators"), "not the state of an optimizer"),
+        (lambda s: s.pop("generators"), "generators"),
     ],
 )
-def test_the_state_of_another_optimizer_asks_for_a_new_one(bundle, change, words):
+def test_an_optimizer_state_that_does_not_fit_is_an_error_with_the_flag_to_use(
+    bundle, change, facts
+):
     directory, _ = bundle
     saved = torch.load(directory / "optimizer.pt", weights_only=True)
     change(saved)
@@ -438,25 +436,25 @@ def test_the_state_of_another_optimizer_asks_for_a_new_one(bundle, change, words
     torch.save(saved, buffer)
     (directory / "optimizer.pt").write_bytes(buffer.getvalue())
     rehash(directory, OPTIMIZER_FILE)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=facts) as caught:
         resume(directory)
-    assert "--reset-optimizer goes on with a new optimizer" in str(caught.value)
+    assert "--reset-optimizer" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model_type": "gpt2"}'])
 def test_a_directory_of_another_program_is_not_a_folio_model(tmp_path, content):
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"not a Folio model: training_state\.json is not there"):
+    with pytest.raises(UserError, match=r"training_state\.json"):
         load_model(tmp_path)
 
 
 # Finding --------------------------------------------------------------------------------------
 
 
-def test_the_model_of_the_newest_run_that_has_one_is_found(tmp_path):
+def test_the_newest_run_with_a_model_is_found(tmp_path):
     runs = tmp_path / "runs"
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match=r"python train\.py"):
         find_newest_usable_bundle(runs)
     for name in ("20260101_000000_b", "20260102_000000_a", "20260103_000000"):
         (runs / name / "artifacts" / "checkpoints").mkdir(parents=True)
@@ -468,22 +466,22 @@ def test_the_model_of_the_newest_run_that_has_one_is_found(tmp_path):
     assert find_newest_usable_bundle(runs).name == "step_00000004"
     save_bundle(runs / "20260102_000000_a" / "artifacts" / "export")
     assert find_newest_usable_bundle(runs) == runs / "20260102_000000_a" / "artifacts" / "export"
-    with pytest.raises(UserError, match="this run has saved no model yet"):
+    with pytest.raises(UserError, match="20260103_000000"):
         find_usable_bundle(runs / "20260103_000000")
 
 
-def test_a_model_is_a_path_a_run_or_a_name(tmp_path):
+def test_a_reference_is_a_path_a_run_id_or_a_model_name(tmp_path):
     runs, checkpoints = tmp_path / "runs", tmp_path / "checkpoints"
     for place in (runs / "r", checkpoints / "dante", Path("here")):
         place.mkdir(parents=True)
     assert find_directory("r", runs, checkpoints) == runs / "r"
     assert find_directory("dante", runs, checkpoints) == checkpoints / "dante"
     assert find_directory("here", runs, checkpoints) == Path("here")
-    with pytest.raises(UserError, match=r"virgil: no such model: neither virgil nor .* is there"):
+    with pytest.raises(UserError, match=r"virgil: .*runs/virgil.*checkpoints/virgil"):
         find_directory("virgil", runs, checkpoints)
 
 
-def test_model_info_is_the_whole_story_without_the_weights(bundle):
+def test_model_info_has_everything_but_the_weights(bundle):
     directory, model = bundle
     info = get_model_info(directory)
     assert info["training_state"]["training_config"]["learning_rate"] == 3e-3
@@ -501,9 +499,9 @@ def test_model_info_is_the_whole_story_without_the_weights(bundle):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0[]", b"\4\0\0\0\0\0\0\0x"]
 )
-def test_a_header_that_is_none_is_one_clear_line(bundle, content):
+def test_an_invalid_safetensors_header_is_an_error_in_one_line(bundle, content):
     (bundle[0] / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors: no safetensors file") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors: ") as caught:
         get_model_info(bundle[0])
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, TINY_FLAGS
 
 RAN_WITHOUT_TORCH = """
 import runpy, sys
@@ -138,11 +138,11 @@ BAD = {
     ),
     "empty directory": (
         "--data {0}/void",
-        ["{0}/void (--data): a directory, in which no file with text is found"],
+        ["{0}/void (--data): no file in this directory"],
     ),
     "pattern without a match": (
         "--data {0}/*.md",
-        ["{0}/*.md (--data): a pattern, for which no file with text is found"],
+        ["{0}/*.md (--data): no file that matches this pattern"],
     ),
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",

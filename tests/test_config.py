@@ -9,7 +9,7 @@ import re
 
 import pytest
 import yaml
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 from config import CONFIG_FILES, ConfigLoader, format_settings, read_config_file
 from parameters import GROUPS, ModelConfig
@@ -23,7 +23,7 @@ VALUES = {"flag": 11, "config file": 12, "configs": 13, "legacy": 14}
 def world(tmp_path):
     """A configs/ directory and a working directory to fill, and a loader that reads them."""
 
-    class World:
+    class Sources:
         configs = tmp_path / "configs"
         cwd = tmp_path / "work"
 
@@ -37,14 +37,17 @@ def world(tmp_path):
             return str(path)
 
         def load(self, flags=None, config_file=None, problems=()):
-            return ConfigLoader(self.configs, self.cwd).load(flags, config_file, problems)
+            loader = ConfigLoader(
+                flags, config_file, problems, configs_dir=self.configs, working_dir=self.cwd
+            )
+            return loader.load()
 
         def problems(self, *args, **kwargs) -> list[str]:
             with pytest.raises(UserError) as caught:
                 self.load(*args, **kwargs)
             return list(caught.value.problems)
 
-    return World()
+    return Sources()
 
 
 # Layers ---------------------------------------------------------------------------------------
@@ -109,7 +112,7 @@ def test_the_shipped_files_state_the_defaults():
     loaded = ConfigLoader().load()
     assert loaded.config == ModelConfig()
     stated = {name for name, source in loaded.sources.items() if source != "default"}
-    own = {*GROUPS["run"].model_fields, *GROUPS["beginning"].model_fields}
+    own = {*GROUPS["run"].model_fields, *GROUPS["initialization"].model_fields}
     assert stated == set(ModelConfig.model_fields) - own
 
 
@@ -137,7 +140,7 @@ PRESETS = sorted((CHECKOUT / "configs" / "presets").iterdir())
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_names_every_setting_that_shapes_its_result_and_says_what_that_is(path):
-    assert ConfigLoader().load(config_file=str(path)).config
+    assert ConfigLoader(config_file=str(path)).load().config
     assert re.search(r"# Measured[^.]*(\d|\bnot\b)", path.read_text(encoding="utf-8"))
     preset = read_config_file(path)
     assert {"precision", "torch_compile", "compile_backend"} <= preset.keys()

@@ -1,24 +1,31 @@
-"""A bundle survives whatever stops its writer: at every call of the operating system, one by one.
+"""A crash at any system call of a save leaves the old bundle or the new one.
 
-A process is forked and killed before each call that a publication makes, or killed and what it had
-not synced of its files lost, or told that the disk is full; what then stands in the directory must
-be the old bundle or the new one, and the next save must leave nothing behind.
+A process is forked and killed before each call that changes the disk, or killed and its unsynced
+data lost, or the call fails with "disk full". The directory must then load as the old bundle or
+the new one, and the next save must leave no temporary files.
 
 python -m pytest tests/test_crash.py
 """
 
-import builtins
 import errno
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_bundle
+from helpers import (
+    DEAD_PROCESS,
+    Faults,
+    count_calls,
+    in_a_process_that_ends_at,
+    killed,
+    list_names,
+    powerless,
+    refused,
+    save_bundle,
+)
 from safetensors.torch import load
 
 import bundle as bundle_module
@@ -36,143 +43,11 @@ from bundle import (
 from utils import files
 from utils.errors import UserError
 
-CALLS = ("mkdir", "replace", "unlink", "rmdir", "chmod", "fsync")  # of those that change a disk
 OLD, NEW, NEXT = 7, 8, 9  # the steps of three bundles
 
 
-class Faults:
-    """Stands between `utils/files.py` and the operating system, and strikes at one call.
-
-    Args:
-        strike: called with what was being done when the call number `at` is reached; it raises,
-            or does not return.
-        at: the number of that call; -1 counts them only.
-        lasting: whether all later calls are struck too.
-    """
-
-    def __init__(self, strike: Callable[["Faults"], None], at: int = -1, lasting: bool = False):
-        self.strike, self.at, self.lasting = strike, at, lasting
-        self.count = 0
-        self.unsynced: set[Path] = set()
-        self.names: list[str] = []
-
-    def call(self, name: str) -> None:
-        self.names.append(name)
-        self.count += 1
-        if self.count - 1 == self.at or (self.lasting and self.count - 1 > self.at >= 0):
-            self.strike(self)
-
-    # What utils/files.py sees in the place of `os` and `open` ...
-
-    def __getattr__(self, name: str):
-        real = getattr(os, name)
-        if name not in CALLS:
-            return real
-
-        def called(*arguments, **options):
-            self.call(name)
-            result = real(*arguments, **options)
-            if name == "replace":
-                source, target = map(Path, arguments)
-                moved = {path for path in self.unsynced if path.is_relative_to(source)}
-                self.unsynced -= moved
-                self.unsynced |= {target / path.relative_to(source) for path in moved}
-            elif name == "fsync":
-                synced = Path(f"/proc/self/fd/{arguments[0]}").resolve()
-                self.unsynced = {path for path in self.unsynced if path.resolve() != synced}
-            return result
-
-        return called
-
-    def open_file(self, path, mode="r", **options):
-        file = builtins.open(path, mode, **options)
-        if mode in ("r", "rb"):
-            return file
-        self.unsynced.add(Path(path))
-        real = file.write
-
-        def write_in_halves(data):
-            real(data[: len(data) // 2])  # a write that is interrupted has written a part
-            file.flush()
-            self.call("write")
-            return real(data[len(data) // 2 :])
-
-        class Writer:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *exception):
-                file.close()
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            write = staticmethod(write_in_halves)
-
-        return Writer()
-
-    # ... and around the writers of safetensors and torch.
-
-    def write_by_library(self, path, write, like):
-        def interrupted(target):
-            write(target)
-            self.unsynced.add(Path(target))
-            whole = target.read_bytes()
-            os.truncate(target, len(whole) // 2)
-            self.call("library")
-            target.write_bytes(whole)
-
-        return files.write_with(path, interrupted, like)
-
-    def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
-        patch.setattr(files, "os", self)
-        patch.setattr(files, "open", self.open_file, raising=False)
-        patch.setattr(bundle_module, "write_with", self.write_by_library)
-        return self
-
-
-def killed(faults: Faults) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def powerless(faults: Faults) -> None:
-    """What was not synced is gone, and the process with it."""
-    for path in faults.unsynced:
-        if path.exists():
-            os.truncate(path, 0)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def refused(number: int) -> Callable[[Faults], None]:
-    def strike(faults: Faults) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return strike
-
-
-def count_calls(work: Callable[[], None]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(killed).installed(patch)
-        work()
-    return faults.count
-
-
-def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None]) -> None:
-    """Fork, and do `work` there until the call number `at`."""
-    process = os.fork()
-    if process == 0:
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                Faults(strike, at).installed(patch)
-                work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), f"call {at} was never reached"
-
-
-def assert_whole(directory: Path, *steps: int) -> int:
-    """The directory loads as the bundle of one of these steps, with the weights of that step."""
+def assert_loads(directory: Path, *steps: int) -> int:
+    """Assert that the directory loads as the bundle of one of these steps, and return its step."""
     bundle = read_bundle(directory, WEIGHTS_FILE)
     assert bundle.state.step in steps
     torch.manual_seed(bundle.state.step)
@@ -186,13 +61,9 @@ def assert_whole(directory: Path, *steps: int) -> int:
     return bundle.state.step
 
 
-def names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.rglob("*"))
-
-
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Where a bundle is published, beside references of what each step's holds."""
+    """A directory to publish in, beside a reference bundle for each step."""
     for step in (OLD, NEW, NEXT):
         save_bundle(tmp_path / f"reference-{step}", step)
     return tmp_path / "model"
@@ -202,16 +73,16 @@ def save(directory: Path, step: int) -> None:
     save_bundle(directory, step)
 
 
-def give(directory: Path) -> None:
+def copy(directory: Path) -> None:
     copy_bundle(directory.parent / f"reference-{NEW}", directory)
 
 
-def give_export(directory: Path) -> None:
+def copy_export(directory: Path) -> None:
     copy_bundle(directory.parent / f"reference-{NEW}", directory, with_optimizer=False)
 
 
-def stop_half_way(directory: Path) -> None:
-    """Leave a bundle that is committed, and of which half the files have moved up."""
+def publish_half(directory: Path) -> None:
+    """Leave a committed bundle, half of its files moved up."""
     names: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(killed).installed(patch)
@@ -222,20 +93,18 @@ def stop_half_way(directory: Path) -> None:
     assert list(directory.glob(".next-*/*")) and len(list(directory.glob(".next-*/*"))) < 5
 
 
-SITUATIONS = {
-    "another over one": (lambda d: save(d, OLD), lambda d: save(d, NEW)),
-    "the first": (lambda d: None, lambda d: save(d, NEW)),
-    "over one that was never finished": (stop_half_way, lambda d: save(d, NEW)),
-    "a copy over one": (lambda d: save(d, OLD), give),
-    "an export over a checkpoint": (lambda d: save(d, OLD), give_export),
+SAVES = {
+    "replace": (lambda d: save(d, OLD), lambda d: save(d, NEW)),
+    "create": (lambda d: None, lambda d: save(d, NEW)),
+    "replace a half published one": (publish_half, lambda d: save(d, NEW)),
+    "copy": (lambda d: save(d, OLD), copy),
+    "export over a checkpoint": (lambda d: save(d, OLD), copy_export),
 }
 
 
 @pytest.mark.parametrize("strike", [killed, powerless])
-@pytest.mark.parametrize(("before", "work"), SITUATIONS.values(), ids=SITUATIONS.keys())
-def test_a_process_killed_at_any_call_leaves_the_old_bundle_or_the_new_one(
-    place, before, work, strike, tmp_path
-):
+@pytest.mark.parametrize(("before", "work"), SAVES.values(), ids=SAVES.keys())
+def test_a_killed_save_leaves_the_old_or_the_new_bundle(place, before, work, strike, tmp_path):
     before(tmp_path / "counted")
     calls = count_calls(lambda: work(tmp_path / "counted"))
     assert calls > 15
@@ -243,32 +112,32 @@ def test_a_process_killed_at_any_call_leaves_the_old_bundle_or_the_new_one(
     for at in range(calls):
         directory = tmp_path / f"model-{at}"
         before(directory)
-        had_one = is_bundle(directory)
-        if had_one:
-            (directory / "notes.txt").write_text("a user's own", encoding="utf-8")
+        existed = is_bundle(directory)
+        if existed:
+            (directory / "notes.txt").write_text("notes", encoding="utf-8")
         in_a_process_that_ends_at(at, strike, lambda: work(directory))  # noqa: B023
-        if had_one or is_bundle(directory):
-            outcomes.append(assert_whole(directory, OLD, NEW))
-        save(directory, NEXT)  # and the next save finds nothing in its way, and leaves nothing
-        assert assert_whole(directory, NEXT) == NEXT
-        own = ["notes.txt"] if had_one else []
-        assert names_in(directory) == sorted([*BUNDLE_FILES, *own])
+        if existed or is_bundle(directory):
+            outcomes.append(assert_loads(directory, OLD, NEW))
+        save(directory, NEXT)  # works, and removes leftovers
+        assert assert_loads(directory, NEXT) == NEXT
+        own = ["notes.txt"] if existed else []
+        assert list_names(directory) == sorted([*BUNDLE_FILES, *own])
         if own:
-            assert (directory / "notes.txt").read_text(encoding="utf-8") == "a user's own"
-    assert NEW in outcomes, "the later calls come after the commit"
+            assert (directory / "notes.txt").read_text(encoding="utf-8") == "notes"
+    assert NEW in outcomes, "no process was killed after the commit"
 
 
 @pytest.mark.parametrize(
     ("number", "lasting"),
     [
-        pytest.param(errno.ENOSPC, True, id="full from then on"),
-        pytest.param(errno.EIO, False, id="broken once"),
-        pytest.param(errno.ENOSPC, False, id="full once", marks=pytest.mark.slow),
-        pytest.param(errno.EIO, True, id="broken from then on", marks=pytest.mark.slow),
+        pytest.param(errno.ENOSPC, True, id="disk full from then on"),
+        pytest.param(errno.EIO, False, id="one I/O error"),
+        pytest.param(errno.ENOSPC, False, id="disk full once", marks=pytest.mark.slow),
+        pytest.param(errno.EIO, True, id="I/O errors from then on", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("before", "work"), SITUATIONS.values(), ids=SITUATIONS.keys())
-def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
+@pytest.mark.parametrize(("before", "work"), SAVES.values(), ids=SAVES.keys())
+def test_a_failed_call_leaves_the_old_or_the_new_bundle(
     place, before, work, number, lasting, tmp_path
 ):
     before(tmp_path / "counted")
@@ -277,7 +146,7 @@ def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
     for at in range(calls):
         directory = tmp_path / f"model-{at}"
         before(directory)
-        had_one = is_bundle(directory)
+        existed = is_bundle(directory)
         with pytest.MonkeyPatch.context() as patch:
             Faults(refused(number), at, lasting).installed(patch)
             try:
@@ -285,17 +154,17 @@ def test_a_disk_that_refuses_any_call_leaves_the_old_bundle_or_the_new_one(
             except OSError as error:
                 assert error.errno == number
                 failures += 1
-        if had_one or is_bundle(directory):
-            assert_whole(directory, OLD, NEW)
+        if existed or is_bundle(directory):
+            assert_loads(directory, OLD, NEW)
         elif not lasting:
-            assert not directory.exists() or names_in(directory) == []
+            assert not directory.exists() or list_names(directory) == []
         save(directory, NEXT)
-        assert assert_whole(directory, NEXT) == NEXT
-        assert names_in(directory) == sorted(BUNDLE_FILES)
+        assert assert_loads(directory, NEXT) == NEXT
+        assert list_names(directory) == sorted(BUNDLE_FILES)
     assert failures > 10
 
 
-def test_a_removal_killed_at_any_call_leaves_a_bundle_or_none(place, tmp_path):
+def test_a_killed_removal_leaves_the_whole_bundle_or_none(place, tmp_path):
     save(tmp_path / "counted", OLD)
     calls = count_calls(lambda: remove_bundle(tmp_path / "counted"))
     assert not (tmp_path / "counted").exists()
@@ -304,14 +173,14 @@ def test_a_removal_killed_at_any_call_leaves_a_bundle_or_none(place, tmp_path):
         save(directory, OLD)
         in_a_process_that_ends_at(at, killed, lambda: remove_bundle(directory))  # noqa: B023
         if is_bundle(directory):
-            assert_whole(directory, OLD)
+            assert_loads(directory, OLD)
             remove_bundle(directory)
         clean_up(directory)
         assert not directory.exists()
 
 
-def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
-    """Python's own audit hooks see every call of a publication: there are no others to strike."""
+def test_faults_cover_every_call_that_changes_the_disk(place, tmp_path):
+    """Python's audit hooks see the same calls in a save as `Faults`."""
     save(tmp_path / "model", OLD)
     read, write = os.pipe()
     process = os.fork()
@@ -327,14 +196,14 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
         counted: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(killed).installed(patch)
-            # The wrapper around the libraries truncates and writes: leave it out here.
+            # Without the wrapper around the libraries, which truncates and writes itself.
             patch.setattr(bundle_module, "write_with", files.write_with)
             sys.addaudithook(hook)
             save(tmp_path / "model", NEW)
             counted = faults.names
         events = {"mkdir": "os.mkdir", "replace": "os.rename", "unlink": "os.remove"}
         events |= {"rmdir": "os.rmdir", "chmod": "os.chmod", "write": "open"}
-        # torch.save's writer, which is struck as a library's, opens its file through Python too.
+        # torch.save opens its file through Python, too.
         expected = sorted([*(events[name] for name in counted if name in events), "open"])
         os.write(write, b"same" if expected == sorted(seen) else f"{expected} {seen}".encode())
         os._exit(0)
@@ -343,23 +212,23 @@ def test_no_call_that_changes_the_disk_goes_past_the_faults(place, tmp_path):
     assert os.read(read, 10_000).decode() == "same"
 
 
-def test_only_what_nobody_is_writing_any_more_is_cleaned_up(place):
+def test_only_leftovers_of_ended_processes_are_removed(place):
     save(place, OLD)
     host, day = _host(), 86_400
     living, other_host = f".tmp-{os.getppid()}-{host}", ".tmp-1-elsewhere"
-    dead, old = f".tmp-{2**30}-{host}", ".tmp-2-elsewhere"
+    dead, old = f".tmp-{DEAD_PROCESS}", ".tmp-2-elsewhere"
     for name in (living, other_host, dead, old, f".tmp-{os.getpid()}-{host}"):
         (place / name).mkdir()
         (place / name / WEIGHTS_FILE).touch()
-        (place / name / ".tmp3CziYK").touch()  # what safetensors writes to, before it renames it
+        (place / name / ".tmp3CziYK").touch()  # a temporary file of safetensors
     os.utime(place / old, (0, time.time() - 2 * day))
     save(place, NEW)
     assert {path.name for path in place.glob(".tmp-*")} == {living, other_host}
 
 
-def test_a_half_published_bundle_with_a_file_of_another_is_refused_by_name(place, tmp_path):
-    stop_half_way(place)
+def test_a_half_published_bundle_with_another_bundles_file_is_an_error(place, tmp_path):
+    publish_half(place)
     other = (tmp_path / f"reference-{NEW}" / WEIGHTS_FILE).read_bytes()
     (place / WEIGHTS_FILE).write_bytes(other)
-    with pytest.raises(UserError, match=r"model\.safetensors: not the file that was saved"):
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
         read_bundle(place, WEIGHTS_FILE)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LINES
+from helpers import LINES
 from torch import nn
 
 from decoding import Int8Linear, choose_decoding, compile_decode, quantize

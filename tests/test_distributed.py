@@ -6,29 +6,33 @@ torch is imported already, which is all that torchrun would do otherwise.
 python -m pytest tests/test_distributed.py
 """
 
-import contextlib
-import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, FEW_TOKENS, TINY_FLAGS, assert_same_bits, loaded_step
+from helpers import (
+    CHECKOUT,
+    DEAD_WITHIN,
+    TINY_FLAGS,
+    Ended,
+    Processes,
+    assert_same_bits,
+    loaded_step,
+    side_by_side,
+    trains,
+)
 
-import train as train_module
+import trainer as trainer_module
 import utils.output as output_module
 from bundle import is_bundle, list_checkpoints, list_runs
+from config import ConfigLoader
 from distributed import (
     World,
     check_world_size,
@@ -39,12 +43,11 @@ from distributed import (
     to_local,
 )
 from parameters import ModelConfig
-from prepare import set_up
-from start import plan_run
-from step import training_step
+from resume import plan_run
+from trainer import Trainer, prepare_trainer
 from utils.device import choose_device
 from utils.errors import EndedOnAnotherRank, UserError
-from utils.output import pluralize, run_command
+from utils.output import pluralize
 from utils.ranks import ALONE, Ranks
 
 FORKING = multiprocessing.get_context("forkserver")
@@ -181,12 +184,12 @@ def trains(
         for where, when, number in strikes:
             if (where, when) == (rank, step + 1):
                 os.kill(os.getpid(), number)
-        return training_step(setup, step, *rest)
+        return Trainer.training_step(setup, step, *rest)
 
-    train_module.training_step = struck
-    train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
+    trainer_module.Trainer.training_step = struck
+    trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
     output_module.SILENCE = 0.0  # nobody ends these when one has ended
-    return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
+    return run_command(train_command.main, [*flags, *(own[rank] if own else [])])
 
 
 @pytest.fixture
@@ -271,7 +274,7 @@ def test_processes_share_one_store_of_a_text_that_one_of_them_makes(flags):
     flags = [*flags, "--token-store=on", "--cache-dir=cache", "--window-order=shuffled"]
     ended = side_by_side(2, trains, flags)
     assert_went_well(ended)
-    assert len(list(Path("cache").rglob("shard_*.bin"))) == 1
+    assert len(list(Path("cache").rglob("*.bin"))) == 1
     both = logged(newest())
     assert_went_well(side_by_side(1, trains, [*flags, "--token-store=off"]))
     assert both == pytest.approx(logged(newest()), abs=1e-5)
@@ -290,10 +293,12 @@ def test_all_of_a_split_is_evaluated_however_many_share_it(flags):
 def counts_what_it_shares(rank: int, flags: list[str]) -> int:
     """One step of two micro-batches, in which DDP shares each bucket of gradients once."""
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 16, "device": "cpu"}
-    loaded, start = plan_run({"data": flags[0], "micro_batch_size": 1, "batch_size": 4, **shape})
+    loaded, plan = plan_run(
+        ConfigLoader({"data": flags[0], "micro_batch_size": 1, "batch_size": 4, **shape})
+    )
     shared = []
     with open_world(loaded.config) as world:
-        setup = set_up(loaded.config, loaded, start, world=world)
+        setup = prepare_trainer(loaded.config, loaded, plan, world=world)
 
         def hook(_, bucket):
             shared.append(bucket.index())
@@ -301,7 +306,7 @@ def counts_what_it_shares(rank: int, flags: list[str]) -> int:
             ).then(lambda done: done.value()[0])  # fmt: skip
 
         setup.learner.register_comm_hook(None, hook)
-        training_step(setup, 0)
+        Trainer.training_step(setup, 0)
     assert shared == sorted(set(shared)) and shared, shared
     return 0
 
@@ -387,7 +392,7 @@ def test_a_signal_to_any_process_ends_all_with_one_bundle_to_go_on_with(
 
 def is_late(rank: int, flags: list[str]) -> int:
     """Rank 1 gets its signal when all have just agreed to go on after step 4."""
-    agreed, calls = train_module.agreed, []
+    agreed, calls = trainer_module.agreed, []
 
     def then_signalled(*arguments):
         answer = agreed(*arguments)
@@ -396,7 +401,7 @@ def is_late(rank: int, flags: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return answer
 
-    train_module.agreed = then_signalled
+    trainer_module.agreed = then_signalled
     return trains(rank, flags)
 
 
@@ -532,14 +537,12 @@ def loses_its_text(rank: int, flags: list[str], text: str) -> int:
         def fail(*_, **__):
             raise UserError(f"{text}: no such file")
 
-        import prepare
-
         prepare.load_data = fail
     return trains(rank, flags)
 
 
 def test_a_model_that_somebody_else_trains_is_one_line(flags):
-    from start import lock_named_model
+    from resume import lock_named_model
 
     with lock_named_model(Path("checkpoints/dante")):
         ended = side_by_side(2, trains, [*flags, "--model-name=dante"])

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, LINES
-
+from helpers import CHECKOUT, LINES
 from utils.tracking.metrics import METRICS, get_tag
 
 # The pages whose commands run, in an order in which each finds the models that it needs.

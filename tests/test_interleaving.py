@@ -1,7 +1,7 @@
-"""Processes that work in one directory do not trip over each other, whatever the order.
+"""Two processes may work in one directory in any order.
 
-One process stops before a look at the disk, or a change of it; another does all of its work; the
-first goes on. So at each of the calls of the operating system below, one by one.
+One process is paused before a system call that reads or changes the disk, another one does all of
+its work, and the first continues: at each such call, one by one.
 
 python -m pytest tests/test_interleaving.py
 """
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import save_bundle
+from helpers import DEAD_PROCESS, list_names, save_bundle
+from start import lock_named_model
 
 from bundle import (
     BUNDLE_FILES,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    _host,
     check_files,
     clean_up,
     copy_bundle,
@@ -35,7 +35,6 @@ from bundle import (
 )
 from checkpoint import CheckpointWriter
 from parameters import ModelConfig
-from start import lock_named_model
 from utils.errors import UserError
 from utils.run_manager import RunDirectory
 
@@ -51,46 +50,45 @@ CALLS = (
     os.rmdir,
 )
 OLD, NEW = 7, 8  # the steps of two bundles
-DEAD = f"{2**30}-{_host()}"  # a process that is no more
 NEVER_REACHED = 3
 
 
-def in_another_process(work: Callable[[], object]) -> Callable[[], int]:
-    """Fork. What is returned has `work` done there, and gives the exit status: 1 where it raises.
+def fork(work: Callable[[], object]) -> Callable[[], int]:
+    """Fork, and return a function that runs `work` there and returns the exit status.
 
-    Nothing is done where that is never called.
+    The status is 1 if `work` raises. The process ends without work if that is never called.
     """
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        os.close(tell)
+        os.close(writer)
         try:
-            if os.read(told, 1):
+            if os.read(reader, 1):
                 work()
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    os.close(told)
+    os.close(reader)
 
     def do() -> int:
-        os.write(tell, b"!")
-        os.close(tell)
+        os.write(writer, b"!")
+        os.close(writer)
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
     return do
 
 
-def interrupted_at(number: int, work: Callable[[], object], other: Callable[[], object]) -> int:
-    """Do `work` in a process, and before its call of this number `other` in another one."""
+def run_interrupted(number: int, work: Callable[[], object], other: Callable[[], object]) -> int:
+    """Run `work` in a process, pause it before the call `number`, run `other`, and continue."""
 
-    def works() -> None:
+    def run() -> None:
         calls = itertools.count()
-        does_other = in_another_process(other)  # forked now: filelock allows no fork in its calls
+        run_other = fork(other)  # forked now: filelock allows no fork in its calls
 
         def hook(frame, event: str, function) -> None:
             about_to_call = event == "c_call" and function in CALLS
-            if about_to_call and next(calls) == number and does_other():
+            if about_to_call and next(calls) == number and run_other():
                 os._exit(2)
 
         sys.setprofile(hook)
@@ -99,62 +97,62 @@ def interrupted_at(number: int, work: Callable[[], object], other: Callable[[], 
         if next(calls) <= number:
             os._exit(NEVER_REACHED)
 
-    return in_another_process(works)()
+    return fork(run)()
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Where a run's checkpoint is to be; what is copied there is in `tmp_path`."""
+    """The path of a run's checkpoint; the bundles that are copied there are in `tmp_path`."""
     for step in (OLD, NEW):
         save_bundle(tmp_path / f"saved-{step}", step)
     return RunDirectory(tmp_path / "runs" / "20260131_235959_other").get_checkpoint(NEW)
 
 
-def runs_of(checkpoint: Path) -> Path:
+def get_runs_dir(checkpoint: Path) -> Path:
     return checkpoint.parents[3]
 
 
-def saved(step: int, checkpoint: Path) -> Path:
-    return runs_of(checkpoint).parent / f"saved-{step}"
+def get_saved(step: int, checkpoint: Path) -> Path:
+    return get_runs_dir(checkpoint).parent / f"saved-{step}"
 
 
-# What stands there before
+# Before
 
 
-def nothing(directory: Path) -> None:
+def leave_nothing(directory: Path) -> None:
     directory.parent.mkdir(parents=True)
 
 
-def empty(directory: Path) -> None:
+def leave_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def old(directory: Path) -> None:
-    copy_bundle(saved(OLD, directory), directory)
+def publish_old(directory: Path) -> None:
+    copy_bundle(get_saved(OLD, directory), directory)
 
 
-def begun(directory: Path) -> None:
-    unfinished = directory / f".tmp-{DEAD}"
+def leave_unfinished(directory: Path) -> None:
+    unfinished = directory / f".tmp-{DEAD_PROCESS}"
     unfinished.mkdir(parents=True)
     for name in (WEIGHTS_FILE, ".tmp3CziYK"):
         (unfinished / name).touch()
 
 
-def committed(directory: Path) -> None:
-    shutil.copytree(saved(NEW, directory), directory / f".next-{DEAD}")
+def leave_committed(directory: Path) -> None:
+    shutil.copytree(get_saved(NEW, directory), directory / f".next-{DEAD_PROCESS}")
 
 
-def half_published(directory: Path) -> None:
-    old(directory)
-    committed(directory)
-    (directory / f".next-{DEAD}" / CONFIG_FILE).replace(directory / CONFIG_FILE)
+def leave_half_published(directory: Path) -> None:
+    publish_old(directory)
+    leave_committed(directory)
+    (directory / f".next-{DEAD_PROCESS}" / CONFIG_FILE).replace(directory / CONFIG_FILE)
 
 
-# What one process does, and another one in the midst of it
+# The work of a process
 
 
 def save(directory: Path) -> None:
-    copy_bundle(saved(NEW, directory), directory)
+    copy_bundle(get_saved(NEW, directory), directory)
 
 
 def read(directory: Path) -> None:
@@ -164,89 +162,89 @@ def read(directory: Path) -> None:
     assert get_model_info(directory)["parameters"]["total"] == 848
 
 
-def find(directory: Path) -> None:
+def find_newest(directory: Path) -> None:
     assert list_checkpoints(directory.parents[2]) == [directory]
-    assert find_newest_usable_bundle(runs_of(directory)) == directory
+    assert find_newest_usable_bundle(get_runs_dir(directory)) == directory
 
 
-def look_around(directory: Path) -> None:
-    for run in list_runs(runs_of(directory)):
+def list_all(directory: Path) -> None:
+    for run in list_runs(get_runs_dir(directory)):
         list_checkpoints(run)
 
 
-def begin_to_save(directory: Path) -> None:
-    """In a run beside this one."""
-    run = RunDirectory(runs_of(directory) / "20260201_000000_own")
-    CheckpointWriter(run, None, *[None] * 4, ModelConfig())._clean_up_after_others()
+def start_saving(directory: Path) -> None:
+    """Start saving in another run of the same `runs_dir`."""
+    run = RunDirectory(get_runs_dir(directory) / "20260201_000000_own")
+    CheckpointWriter(run, None, *[None] * 4, ModelConfig())._clean_up_runs()
 
 
-def take_the_name(directory: Path) -> None:
-    """As a named model's."""
+def lock_name(directory: Path) -> None:
+    """Lock the directory as a named model's."""
     try:
         with lock_named_model(directory):
             pass
     except UserError as error:
-        assert "is being trained by another process" in str(error)
+        assert "another process" in str(error)
 
 
 def remove_run(directory: Path) -> None:
     shutil.rmtree(directory.parents[2])
 
 
-# What is to stand there after
+# After
 
 
-def is_whole(directory: Path) -> None:
-    assert {path.name for path in directory.iterdir()} == set(BUNDLE_FILES)
+def assert_whole(directory: Path) -> None:
+    assert list_names(directory) == sorted(BUNDLE_FILES)
     check_files(directory)
 
 
-def is_readable(directory: Path) -> None:
+def assert_readable(directory: Path) -> None:
     check_files(directory)
 
 
-def is_gone(directory: Path) -> None:
+def assert_gone(directory: Path) -> None:
     assert not directory.exists()
 
 
-MEETINGS = [
-    (nothing, save, clean_up, is_whole),
-    (old, save, clean_up, is_whole),
-    (empty, clean_up, save, is_whole),
-    (old, clean_up, save, is_whole),
-    (begun, save, clean_up, is_whole),
-    (begun, clean_up, save, is_whole),
-    (half_published, save, clean_up, is_whole),
-    (begun, clean_up, clean_up, is_gone),
-    (committed, clean_up, clean_up, is_whole),
-    (half_published, clean_up, clean_up, is_whole),
-    (old, clean_up, remove_bundle, is_gone),
-    (half_published, clean_up, remove_bundle, is_gone),
-    (old, remove_bundle, clean_up, is_gone),
-    (half_published, remove_bundle, clean_up, is_gone),
-    (old, begin_to_save, remove_run, is_gone),
-    (half_published, begin_to_save, remove_run, is_gone),
-    (old, look_around, remove_run, is_gone),
-    (nothing, take_the_name, take_the_name, is_gone),
-    (old, read, save, is_readable),
-    (committed, read, clean_up, is_readable),
-    (half_published, read, clean_up, is_readable),
-    (old, find, save, is_readable),
-    (committed, find, clean_up, is_readable),
+PAIRS = [
+    (leave_nothing, save, clean_up, assert_whole),
+    (publish_old, save, clean_up, assert_whole),
+    (leave_empty, clean_up, save, assert_whole),
+    (publish_old, clean_up, save, assert_whole),
+    (leave_unfinished, save, clean_up, assert_whole),
+    (leave_unfinished, clean_up, save, assert_whole),
+    (leave_half_published, save, clean_up, assert_whole),
+    (leave_unfinished, clean_up, clean_up, assert_gone),
+    (leave_committed, clean_up, clean_up, assert_whole),
+    (leave_half_published, clean_up, clean_up, assert_whole),
+    (publish_old, clean_up, remove_bundle, assert_gone),
+    (leave_half_published, clean_up, remove_bundle, assert_gone),
+    (publish_old, remove_bundle, clean_up, assert_gone),
+    (leave_half_published, remove_bundle, clean_up, assert_gone),
+    (publish_old, start_saving, remove_run, assert_gone),
+    (leave_half_published, start_saving, remove_run, assert_gone),
+    (publish_old, list_all, remove_run, assert_gone),
+    (leave_nothing, lock_name, lock_name, assert_gone),
+    (publish_old, read, save, assert_readable),
+    (leave_committed, read, clean_up, assert_readable),
+    (leave_half_published, read, clean_up, assert_readable),
+    (publish_old, find_newest, save, assert_readable),
+    (leave_committed, find_newest, clean_up, assert_readable),
 ]
 
 
 @pytest.mark.parametrize(
-    ("before", "work", "other", "is_right"),
-    [pytest.param(*each, id="-".join(step.__name__ for step in each[:3])) for each in MEETINGS],
+    ("before", "work", "other", "check"),
+    [pytest.param(*each, id="-".join(step.__name__ for step in each[:3])) for each in PAIRS],
 )
-def test_neither_of_two_processes_trips_over_the_other(place, before, work, other, is_right, capfd):
+def test_two_processes_in_one_directory_both_succeed(place, before, work, other, check, capfd):
     for number in itertools.count():
-        shutil.rmtree(runs_of(place), ignore_errors=True)
+        shutil.rmtree(get_runs_dir(place), ignore_errors=True)
         before(place)
-        status = interrupted_at(number, lambda: work(place), lambda: other(place))
+        status = run_interrupted(number, lambda: work(place), lambda: other(place))
         if status == NEVER_REACHED:
             break
         assert status == 0, f"at call {number}: {capfd.readouterr().err}"
-        is_right(place)
+        check(place)
     assert number > 1

@@ -7,7 +7,7 @@ import json
 
 import jsonschema
 import pytest
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 from pydantic import ValidationError
 
 from parameters import GROUPS, ModelConfig, Settings, build_json_schema, find_conflicts

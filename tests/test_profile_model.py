@@ -7,16 +7,16 @@ import json
 import traceback
 
 import pytest
+import step as step_module
 import torch
-from conftest import TINY_FLAGS
+from helpers import TINY_FLAGS
+from start import plan_run
+from step import PHASES
 
 import profile_model
-import step as step_module
 from checkpoint import load_model
 from model import compute_gated_width
 from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
-from start import plan_run
-from step import PHASES
 from train import train
 from utils.tracking.run_log import RunLogger
 

@@ -1,4 +1,4 @@
-"""report.py and utils/charts.py: a run as a page.
+"""report.py and utils/report/: the page of a run, the comparison of several, the picture.
 
 python -m pytest tests/test_report.py
 """
@@ -12,15 +12,17 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from conftest import CHECKOUT
+from start import plan_run
 
 import train as train_module
 from callbacks import TrainResult
 from parameters import ModelConfig
-from report import read_run, write_report
-from start import plan_run
 from train import train
-from utils.charts import Line, draw_line_chart
-from utils.errors import RunError
+from utils.errors import RunError, UserError
+from utils.report import write_report
+from utils.report.charts import Line, draw_line_chart
+from utils.report.runs import read_run
 from utils.run_manager import RunDirectory
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -60,7 +62,7 @@ def page_of(result: TrainResult) -> Page:
 # The page of a run -----------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_a_page_that_tells_it_whole(tiny, quiet, text_file):
+def test_a_run_ends_with_a_report_of_its_losses_settings_code_and_samples(tiny, quiet, text_file):
     config = tiny(run_tag="shown", sample_interval=3, learning_rate=2e-3)
     argv = ["--run-tag", "shown", "--learning-rate", "2e-3"]
     result = train(config, argv=argv, output=quiet)
@@ -90,7 +92,7 @@ def test_a_run_ends_with_a_page_that_tells_it_whole(tiny, quiet, text_file):
         assert " ".join(sample["text"].split()) in page.text
 
 
-def test_the_page_needs_nothing_but_itself(tiny, quiet):
+def test_a_report_refers_to_no_other_file_or_address(tiny, quiet):
     result = train(tiny(), output=quiet)
     source = RunDirectory(result.run_dir).report.read_text(encoding="utf-8")
     assert page_of(result).addresses == []
@@ -100,7 +102,7 @@ def test_the_page_needs_nothing_but_itself(tiny, quiet):
     assert "prefers-color-scheme: dark" in source
 
 
-def test_what_a_model_or_a_user_wrote_is_never_markup(tiny, quiet, text_file):
+def test_text_of_a_model_or_a_user_is_escaped(tiny, quiet, text_file):
     text_file.write_text("<script>alert(1)</script>&amp; \n" * 200, encoding="utf-8")
     hostile = '"><img src=x onerror=alert(1)>'
     result = train(tiny(run_tag="x"), argv=["--run-tag", hostile], output=quiet)
@@ -110,7 +112,7 @@ def test_what_a_model_or_a_user_wrote_is_never_markup(tiny, quiet, text_file):
     assert hostile in page.text.replace("'\"'\"'", "'")
 
 
-def test_the_page_of_a_resumed_run_shows_the_training_from_its_beginning(tiny, quiet):
+def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
     loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
@@ -118,11 +120,12 @@ def test_the_page_of_a_resumed_run_shows_the_training_from_its_beginning(tiny, q
     assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
     seconds = [line["seconds"] for line in run.steps]
     assert seconds == sorted(seconds)
-    assert f"begin with those of {part.run_dir.name}" in page_of(rest).text
+    assert run.resumed_runs == [part.run_dir.name]
+    assert f"resumed runs: {part.run_dir.name}" in page_of(rest).text
     assert f"run {part.run_dir.name}, step 3" in page_of(rest).text
 
 
-def test_the_page_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_file):
+def test_the_report_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_file):
     train(tiny(model_name="dante"), output=quiet)
     flags = {"init_from": "dante", "data": str(text_file), "max_iters": 2, "device": "cpu"}
     loaded, start = plan_run(flags)
@@ -130,7 +133,7 @@ def test_the_page_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_fi
     assert "Lineage dante, step 6" in page_of(child).text
 
 
-def test_a_run_that_failed_has_a_page_too(tiny, quiet, monkeypatch):
+def test_a_failed_run_has_a_report_with_the_reason(tiny, quiet, monkeypatch):
     real = train_module.training_step
 
     def diverging(setup, step):
@@ -142,11 +145,12 @@ def test_a_run_that_failed_has_a_page_too(tiny, quiet, monkeypatch):
         train(tiny(), output=quiet)
     (run_dir,) = Path("runs").iterdir()
     text = Page(run_dir / "report.html").text
-    assert "4 steps of 6: the loss is nan at step 5: the run cannot go on" in text
+    for fact in ("4 steps of 6", "nan", "step 5"):
+        assert fact in text
     assert json.loads((run_dir / "meta" / "result.json").read_bytes()).keys() == {"error"}
 
 
-def test_the_page_and_the_record_say_why_a_run_ended(tiny, quiet):
+def test_the_report_and_result_json_have_the_reason_why_a_run_ended(tiny, quiet):
     reason = SimpleNamespace(after_step=lambda step: "far <enough>" if step.step == 4 else None)
     result = train(tiny(), output=quiet, callbacks={"mine": lambda _: reason})
     assert "4 steps of 6: far <enough>" in page_of(result).text
@@ -156,10 +160,10 @@ def test_the_page_and_the_record_say_why_a_run_ended(tiny, quiet):
     assert record["best_val_loss"] == result.best_val_loss
     (result.run_dir / "meta" / "result.json").unlink()  # as a kill would have left it
     write_report(Path("page.html"), [result.run_dir])
-    assert "4 steps of 6; not ended, or killed" in Page(Path("page.html")).text
+    assert "4 steps of 6: still running, or killed" in Page(Path("page.html")).text
 
 
-def test_the_curves_of_a_resumed_run_are_cut_where_it_began(tiny, quiet):
+def test_steps_after_the_resumed_checkpoint_are_left_out(tiny, quiet):
     whole = train(tiny(checkpoint_interval=1, keep_checkpoints=None), output=quiet)
     checkpoint = RunDirectory(whole.run_dir).get_checkpoint(2)
     loaded, start = plan_run({"max_iters": 5}, resume=str(checkpoint))
@@ -167,7 +171,7 @@ def test_the_curves_of_a_resumed_run_are_cut_where_it_began(tiny, quiet):
     assert [line["step"] for line in read_run(rest.run_dir).steps] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_was_moved_still_finds_what_it_goes_on_with(tiny, quiet):
+def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
     loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
@@ -178,12 +182,12 @@ def test_a_run_that_was_moved_still_finds_what_it_goes_on_with(tiny, quiet):
 @pytest.mark.parametrize(
     "text", ["a\u2028b\x85c\u2029", "tab\t\x00\x1b[31mred", "\u202eright to left", "]]>&lt;"]
 )
-def test_any_text_that_a_model_writes_is_on_the_page(tiny, quiet, text):
+def test_a_report_shows_any_sample_without_control_characters(tiny, quiet, text):
     result = train(tiny(), output=quiet)
     line = json.dumps({"step": 3, "text": text}, ensure_ascii=False)
     RunDirectory(result.run_dir).samples.write_text(line + "\n", encoding="utf-8")
     write_report(Path("page.html"), [result.run_dir])
-    assert "In its own words" in Page(Path("page.html")).text
+    assert "Samples" in Page(Path("page.html")).text
     content = Path("page.html").read_bytes()
     assert not any(byte in content for byte in b"\x00\x1b")
 
@@ -196,7 +200,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("line", GARBAGE, ids=range(len(GARBAGE)))
-def test_garbage_in_the_metrics_or_samples_is_left_out(tiny, quiet, line):
+def test_garbage_in_metrics_or_samples_is_left_out(tiny, quiet, line):
     result = train(tiny(), output=quiet)
     for path in (RunDirectory(result.run_dir).metrics, RunDirectory(result.run_dir).samples):
         with open(path, "a", encoding="utf-8") as file:
@@ -217,7 +221,7 @@ def test_garbage_in_the_metrics_or_samples_is_left_out(tiny, quiet, line):
         {"parameters": "many"},
     ],
 )
-def test_a_damaged_record_is_one_line(tiny, quiet, folio, change):
+def test_a_damaged_record_is_an_error_that_names_the_file_and_the_key(tiny, quiet, folio, change):
     result = train(tiny(), output=quiet)
     path = result.run_dir / "meta" / "full_config.json"
     record = json.loads(path.read_bytes())
@@ -225,20 +229,29 @@ def test_a_damaged_record_is_one_line(tiny, quiet, folio, change):
     done = folio("report.py", "last")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert f"full_config.json is damaged: {next(iter(change))}" in done.stderr
+    for fact in ("full_config.json", "damaged", next(iter(change))):
+        assert fact in done.stderr
 
 
-def test_records_that_lead_in_a_circle_end(tiny, quiet):
+def test_a_damaged_result_is_an_error_that_names_the_file_and_the_key(tiny, quiet):
+    path = train(tiny(), output=quiet).run_dir / "meta" / "result.json"
+    for content, fact in (('{"seconds": "x"}', "seconds"), ("{", "JSON")):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"result\.json.*{fact}"):
+            write_report(Path("page.html"), [path.parent.parent])
+
+
+def test_records_that_refer_to_each_other_in_a_circle_are_read_once(tiny, quiet):
     runs = [train(tiny(run_tag=tag), output=quiet).run_dir for tag in "ab"]
     for run, other in (runs, reversed(runs)):
         path = run / "meta" / "full_config.json"
         record = json.loads(path.read_bytes())
         record["run"]["resumed_from"] = {"run_id": other.name, "step": 3, "path": ""}
         path.write_text(json.dumps(record), encoding="utf-8")
-    assert read_run(runs[0]).continued == [runs[1].name]
+    assert read_run(runs[0]).resumed_runs == [runs[1].name]
 
 
-def test_a_page_that_cannot_be_drawn_costs_a_warning(tiny, quiet, monkeypatch):
+def test_a_report_that_cannot_be_written_costs_a_warning_and_not_the_run(tiny, quiet, monkeypatch):
     def broken(*_):
         raise OSError("no room")
 
@@ -246,10 +259,11 @@ def test_a_page_that_cannot_be_drawn_costs_a_warning(tiny, quiet, monkeypatch):
     result = train(tiny(), output=quiet)
     console = RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
     assert console.count("warning:") == 1
-    assert "report.html cannot be drawn: no room" in console
+    for fact in ("report.html", "no room"):
+        assert fact in console
 
 
-def test_a_line_that_a_kill_cut_short_is_left_out(tiny, quiet):
+def test_a_line_cut_off_by_a_kill_is_left_out(tiny, quiet):
     result = train(tiny(), output=quiet)
     metrics = RunDirectory(result.run_dir).metrics
     metrics.write_bytes(metrics.read_bytes()[:-9])
@@ -257,7 +271,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tiny, quiet):
     assert len(read_run(result.run_dir).evaluations) == 1
 
 
-def test_a_run_with_no_step_has_a_page(tiny, quiet):
+def test_a_run_without_a_step_has_a_report(tiny, quiet):
     result = train(tiny(), output=quiet)
     for name in ("metrics", "samples", "console"):
         getattr(RunDirectory(result.run_dir), name).unlink()
@@ -265,8 +279,7 @@ def test_a_run_with_no_step_has_a_page(tiny, quiet):
     assert "No loss yet." in Page(Path("page.html")).text
 
 
-def test_a_run_from_before_there_were_pages_has_one(tiny, quiet):
-    """Its metrics know no seconds, its record fewer facts."""
+def test_an_old_run_without_seconds_and_with_few_facts_has_a_report(tiny, quiet):
     result = train(tiny(), output=quiet)
     run = RunDirectory(result.run_dir)
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
@@ -284,7 +297,7 @@ def test_a_run_from_before_there_were_pages_has_one(tiny, quiet):
 # Several runs ----------------------------------------------------------------------------------
 
 
-def test_each_of_many_runs_has_a_line_of_its_own_look(tiny, quiet):
+def test_each_of_many_runs_has_its_own_color_or_dashes(tiny, quiet):
     result = train(tiny(), output=quiet)
     paths = [Path(shutil.copytree(result.run_dir, f"place{n}/same_name")) for n in range(8)]
     write_report(Path("many.html"), paths)
@@ -292,10 +305,10 @@ def test_each_of_many_runs_has_a_line_of_its_own_look(tiny, quiet):
     looks = re.findall(r'<polyline class="([^"]*)" style="--color: var\(--line-(\d)\)"', source)
     assert len(set(looks[:8])) == 8
     for path in paths:
-        assert f">{path}<" in source  # their name alone would not tell them apart
+        assert f">{path}<" in source  # as their names are the same
 
 
-def test_a_comparison_shows_each_run_and_only_what_differs(tiny, quiet):
+def test_a_comparison_shows_each_run_and_only_the_differences(tiny, quiet):
     one = train(tiny(run_tag="narrow"), output=quiet)
     other = train(tiny(run_tag="wide", n_embd=32), output=quiet)
     write_report(Path("both.html"), [one.run_dir, other.run_dir])
@@ -303,16 +316,16 @@ def test_a_comparison_shows_each_run_and_only_what_differs(tiny, quiet):
     for result in (one, other):
         assert result.run_dir.name in page.text
         assert f"{result.best_val_loss:.4f}" in page.text
-    differing = page.text.partition("What differs")[2]
+    differing = page.text.partition("Differences")[2]
     assert "n_embd 16 32" in differing
     assert "n_layer" not in differing
-    assert "Val loss by time" in page.text
+    assert "Validation loss by time" in page.text
 
 
 # The command -----------------------------------------------------------------------------------
 
 
-def test_the_command_draws_a_run_again_and_several_together(tiny, quiet, folio):
+def test_the_command_writes_the_report_of_a_run_or_a_comparison(tiny, quiet, folio):
     runs = [train(tiny(run_tag=tag), output=quiet).run_dir for tag in ("a", "b")]
     RunDirectory(runs[1]).report.unlink()
     done = folio("report.py", "last")
@@ -326,28 +339,55 @@ def test_the_command_draws_a_run_again_and_several_together(tiny, quiet, folio):
     assert Path(done.stdout.strip()).exists()
 
 
+def test_a_picture_is_an_svg_with_the_curves_and_the_sample_in_light_and_dark(tiny, quiet, folio):
+    result = train(tiny(run_tag="<&>"), output=quiet)
+    (line,) = RunDirectory(result.run_dir).samples.read_text(encoding="utf-8").splitlines()
+    sample = json.loads(line)["text"].strip()
+    assert folio("report.py", "last", "--output", "run.svg").returncode == 0
+    source = Path("run.svg").read_text(encoding="utf-8")
+    words = " ".join(ElementTree.fromstring(source).itertext())
+    for fact in (f"{result.best_val_loss:.4f}", "step", "loss", *sample.split()[:3]):
+        assert fact in words
+    assert source.count("<polyline") == 3
+    assert "prefers-color-scheme: dark" in source
+    assert "href" not in source
+    done = folio("report.py", result.run_dir, _copy(result.run_dir), "--output", "runs.svg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "runs.svg" in done.stderr
+
+
+def _copy(run_dir: Path) -> Path:
+    return Path(shutil.copytree(run_dir, "copy"))
+
+
+def test_the_picture_in_the_docs_is_small():
+    picture = CHECKOUT / "docs" / "images" / "default_run.svg"
+    ElementTree.parse(picture)
+    assert picture.stat().st_size < 150_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere"),
-        (["last"], "no run in runs yet"),
-        ([], "no run in runs yet"),
-        (["--output"], "--output needs a value"),
+        (["last"], "no run in runs"),
+        ([], "no run in runs"),
+        (["--output"], "--output"),
     ],
 )
-def test_a_run_that_is_not_there_is_one_line(folio, arguments, words):
+def test_a_missing_run_is_an_error_of_one_line(folio, arguments, words):
     done = folio("report.py", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tiny, quiet, folio):
+def test_an_output_that_cannot_be_written_is_an_error_of_one_line(tiny, quiet, folio):
     train(tiny(), output=quiet)
     done = folio("report.py", "--output", "no/such/directory/page.html")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "cannot be written" in done.stderr
+    assert "no/such/directory/page.html" in done.stderr
 
 
 # Charts ----------------------------------------------------------------------------------------
@@ -364,19 +404,19 @@ def drawn(svg: ElementTree.Element) -> list[tuple[float, float]]:
     return [tuple(map(float, point.split(","))) for point in points]
 
 
-def test_a_line_goes_through_its_points_from_left_to_right_and_up():
+def test_x_grows_to_the_right_and_y_upwards():
     (x1, y1), (x2, y2), (x3, y3) = drawn(chart([(0, 1.0), (5, 2.0), (10, 3.0)]))
     assert x1 < x2 < x3
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
     assert y1 > y2 > y3  # SVG counts downwards
 
 
-def test_a_logarithmic_axis_makes_equal_ratios_equal_distances():
+def test_equal_ratios_are_equal_distances_on_a_logarithmic_axis():
     (_, y1), (_, y2), (_, y3) = drawn(chart([(0, 1.0), (1, 2.0), (2, 4.0)], logarithmic=True))
     assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2)
 
 
-def test_a_long_line_is_thinned_to_means_in_a_band():
+def test_a_long_noisy_line_is_drawn_as_means_in_a_band():
     svg = chart([(n, n % 2) for n in range(100_000)], noisy=True)
     points = drawn(svg)
     assert 100 < len(points) < 1000
@@ -397,7 +437,7 @@ def test_a_long_line_is_thinned_to_means_in_a_band():
     ],
 )
 @pytest.mark.parametrize("logarithmic", [False, True])
-def test_any_numbers_can_be_drawn(points, logarithmic):
+def test_any_numbers_give_coordinates_within_the_chart(points, logarithmic):
     line = Line("a", points, 1)
     options = {"title": "Loss", "x_label": "step", "logarithmic": logarithmic}
     svg = draw_line_chart([line], mark=points[0] if points[0][1] < 1 else None, **options)
@@ -410,7 +450,7 @@ def test_any_numbers_can_be_drawn(points, logarithmic):
             assert 0 <= y <= 320
 
 
-def test_ticks_are_round_numbers_within_the_axis():
+def test_ticks_are_round_numbers():
     svg = chart([(0, 1.43), (2250, 4.31)], logarithmic=True)
     labels = [text.text for text in svg.findall("text")]
     assert "1.5" in labels

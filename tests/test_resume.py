@@ -21,15 +21,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
-import train as train_module
+import trainer as trainer_module
 from bundle import list_checkpoints, list_runs
 from callbacks import TrainResult
-from start import plan_run
-from step import training_step
-from train import train
+from config import ConfigLoader
+from resume import plan_run
+from trainer import Trainer, train
 
 N = 6
 # Both halves follow the schedule of the whole: it ends at 2N, wherever one of them does.
@@ -71,8 +71,8 @@ def resume(quiet):
     """Go on with a run, a bundle or a named model; keywords are what one would type as flags."""
 
     def run(what: str | Path | None, **flags) -> TrainResult:
-        loaded, start = plan_run({"device": "cpu", **flags}, resume=what and str(what))
-        return train(loaded.config, loaded=loaded, start=start, output=quiet)
+        loaded, plan = plan_run(ConfigLoader({"device": "cpu", **flags}), resume=what and str(what))
+        return train(loaded.config, loaded=loaded, plan=plan, output=quiet)
 
     return run
 
@@ -83,9 +83,9 @@ def stop_after(step: int, monkeypatch) -> None:
     def interrupted(setup, index):
         if index == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", interrupted)
 
 
 def logged(*runs: Path) -> dict[tuple[int, str], float]:
@@ -239,10 +239,10 @@ def test_a_named_model_that_never_came_to_a_checkpoint_begins_at_step_0_again(
     def dies(setup, index):
         if index == 2:
             raise KeyboardInterrupt
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "training_step", dies)
+        patch.setattr(trainer_module.Trainer, "training_step", dies)
         changes = {"max_iters": 2 * N, "dropout": 0.2, "model_name": "dante"}
         train(tiny(**{**SETTINGS, **changes}), output=quiet)
     resume(None, model_name="dante")

@@ -1,4 +1,4 @@
-"""utils/run_manager.py: a directory of its own for each run, and the record of how it was made.
+"""utils/run_manager.py: run ids, run directories, and the record of how a run was made.
 
 python -m pytest tests/test_run_manager.py
 """
@@ -16,10 +16,12 @@ from parameters import ModelConfig
 from utils import run_manager
 from utils.errors import UserError
 from utils.run_manager import (
+    MetadataCapture,
     RunDirectoryCreator,
     RunIDGenerator,
     describe_environment,
     describe_git,
+    read_record,
     write_full_config,
 )
 
@@ -42,11 +44,11 @@ NOW = datetime(2026, 1, 31, 23, 59, 58)
         ("line\nbreak\x00", "20260131_235958_line-break"),
     ],
 )
-def test_a_run_is_named_by_time_and_sanitised_tag(tag, expected):
+def test_a_run_id_is_the_time_and_the_sanitized_tag(tag, expected):
     assert RunIDGenerator.generate(tag, NOW) == expected
 
 
-def test_a_second_run_of_the_same_name_gets_a_number(tmp_path):
+def test_a_taken_run_id_gets_a_number(tmp_path):
     creator = RunDirectoryCreator(tmp_path / "runs")
     names = [creator.create("r").run_id for _ in range(3)]
     assert names == ["r", "r_2", "r_3"]
@@ -56,14 +58,14 @@ def _start(runs_dir: Path) -> str:
     return RunDirectoryCreator(runs_dir).create("same").run_id
 
 
-def test_twenty_simultaneous_starts_give_twenty_directories(tmp_path):
+def test_processes_that_start_at_once_create_different_directories(tmp_path):
     with ProcessPoolExecutor(8) as pool:
         names = list(pool.map(_start, [tmp_path / "runs"] * 20))
     assert len(set(names)) == 20
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
 
 
-def test_a_run_directory_has_the_documented_shape(tmp_path):
+def test_a_run_directory_has_the_documented_structure(tmp_path):
     run = RunDirectoryCreator(tmp_path / "runs").create("r")
     assert run.tensorboard.is_dir()
     assert run.meta.is_dir()
@@ -71,7 +73,7 @@ def test_a_run_directory_has_the_documented_shape(tmp_path):
     assert {path.name for path in run.path.iterdir()} == {"artifacts", "logs", "meta"}
 
 
-def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
+def test_a_runs_dir_that_cannot_be_written_is_a_users_mistake(tmp_path):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "runs"
     for place in (tmp_path / "file", below, Path("/proc/runs"), Path("nul\0l")):
@@ -82,7 +84,7 @@ def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
 # The record -----------------------------------------------------------------------------------
 
 
-def test_the_environment_record_holds_no_environment(monkeypatch):
+def test_env_txt_has_no_environment_variables(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
     record = describe_environment({"device": "CPU"})
     assert "hf_secret_value" not in record
@@ -92,7 +94,7 @@ def test_the_environment_record_holds_no_environment(monkeypatch):
     assert "pydantic==" in record
 
 
-def test_full_config_names_no_run_and_keeps_the_sources(tmp_path):
+def test_full_config_has_the_sources_and_no_setting_of_the_run_itself(tmp_path):
     config = ModelConfig(run_tag="secret-plan", n_layer=3)
     sources = dict.fromkeys(ModelConfig.model_fields, "default") | {"n_layer": "--n-layer"}
     write_full_config(tmp_path / "c.json", config, sources, {"run_id": "r"})
@@ -102,6 +104,32 @@ def test_full_config_names_no_run_and_keeps_the_sources(tmp_path):
     assert record["run"] == {"run_id": "r"}
     assert record["config"].keys() == record["sources"].keys()
     assert not {"run_tag", "runs_dir"} & record["config"].keys()
+
+
+def test_a_record_is_read_back(repo, tmp_path):
+    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    (repo / "code.py").write_text("changed\n", encoding="utf-8")
+    config = ModelConfig(n_layer=3)
+    MetadataCapture(run.meta, repo).capture(config, {"n_layer": "--n-layer"}, {"argv": []}, {})
+    record = read_record(run.path)
+    assert record["config"]["n_layer"] == 3
+    assert record["sources"] == {"n_layer": "--n-layer"}
+    assert record["run"] == {"argv": []}
+    assert record["git"]["branch"] == "trunk"
+    assert "+changed" in record["diff"]
+    (run.meta / "git.txt").unlink()
+    record = read_record(run.path)
+    assert "unavailable" in record["git"]["git"]
+    assert record["diff"] == ""
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"config": {}, "sources": {}, "run": 5}'])
+def test_a_missing_or_damaged_record_is_a_users_mistake(tmp_path, content):
+    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    if content is not None:
+        (run.meta / "full_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"full_config\.json"):
+        read_record(run.path)
 
 
 # Git ------------------------------------------------------------------------------------------
@@ -152,7 +180,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", [None, *SETTINGS])
-def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
+def test_git_apply_accepts_the_recorded_diff(repo, tmp_path, setting):
     if setting:
         git(repo, "config", setting, SETTINGS[setting])
     (repo / "code.py").write_bytes(b"one\ntwo and \xe9\nno newline at the end")
@@ -170,7 +198,7 @@ def test_the_recorded_diff_is_one_that_git_apply_takes(repo, tmp_path, setting):
         assert (tmp_path / "clone" / name).read_bytes() == (repo / name).read_bytes()
 
 
-def test_variables_that_name_another_repository_are_not_heeded(repo, tmp_path, monkeypatch):
+def test_variables_that_select_another_repository_are_ignored(repo, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "-q")
@@ -182,14 +210,14 @@ def test_variables_that_name_another_repository_are_not_heeded(repo, tmp_path, m
     assert "+changed" in record
 
 
-def test_the_record_leaves_the_index_alone(repo):
+def test_the_record_does_not_write_the_index(repo):
     os.utime(repo / "code.py", (1, 1))  # git would note the new time in its index
     before = (repo / ".git" / "index").read_bytes()
     describe_git(repo)
     assert (repo / ".git" / "index").read_bytes() == before
 
 
-def test_a_copy_unpacked_inside_another_repository_tells_nothing_of_that_one(repo):
+def test_the_record_of_a_copy_inside_another_repository_has_no_changes_of_that_one(repo):
     (repo / "folio").mkdir()
     (repo / "folio" / "train.py").touch()
     (repo / "code.py").write_text("private\n", encoding="utf-8")
@@ -198,12 +226,19 @@ def test_a_copy_unpacked_inside_another_repository_tells_nothing_of_that_one(rep
     assert "dirty: no (0 changed, 1 untracked)" in record
 
 
-def test_a_huge_diff_is_capped_and_said_so(repo, monkeypatch):
+def test_a_huge_diff_is_capped_with_a_note(repo, monkeypatch):
     monkeypatch.setattr(run_manager, "DIFF_LIMIT", 1000)
     (repo / "code.py").write_text("line\n" * 10_000, encoding="utf-8")
     record = describe_git(repo)
-    assert b"diff: over 1000 bytes and cut there" in record
+    assert b"diff: over 1000 bytes" in record
     assert len(record) < 2000
+
+
+def test_names_of_untracked_files_are_quoted_as_git_does(repo):
+    for name in ("a b", "tab\t", "plain"):
+        (repo / name).touch()
+    record = describe_git(repo).decode()
+    assert 'untracked:\n  "a b"\n  plain\n  "tab\\t"\n' in record
 
 
 def test_many_untracked_files_are_counted(repo, monkeypatch):
@@ -252,11 +287,10 @@ def test_a_repository_of_dubious_ownership_is_recorded_as_such(repo, monkeypatch
 
 def test_a_machine_without_git_is_recorded_as_such(repo, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(__import__("sys").modules, "git", None)  # its import fails without git
     assert describe_git(repo).startswith(b"git: unavailable: git is not installed")
 
 
-def test_a_git_that_hangs_is_given_up(repo, monkeypatch, tmp_path):
+def test_a_git_command_that_hangs_is_stopped(repo, monkeypatch, tmp_path):
     fake = tmp_path / "bin" / "git"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -266,3 +300,12 @@ def test_a_git_that_hangs_is_given_up(repo, monkeypatch, tmp_path):
     started = datetime.now()
     assert describe_git(repo).startswith(b"git: unavailable: ")
     assert (datetime.now() - started).total_seconds() < 20
+
+
+def test_a_git_program_with_other_output_is_recorded_as_such(repo, monkeypatch, tmp_path):
+    fake = tmp_path / "bin" / "git"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho '# branch.head'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    assert describe_git(repo).startswith(b"git: unavailable: ")

@@ -21,23 +21,23 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
+from helpers import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
 from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
-import store
-import train as train_module
+import corpus
+import trainer as trainer_module
 from bundle import BUNDLE_FILES, get_model_info
 from callbacks import TrainResult
 from checkpoint import load_model
-from start import lock_named_model, plan_run
-from step import training_step
-from train import dry_run, train
+from config import ConfigLoader
+from resume import lock_named_model, plan_run
+from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
 from utils.stop import StopRequest
 
 DANTE = Path("checkpoints/dante")
-SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test in test_store.py
+SLOW_KINDS = ("directory", "gz", "zst")  # what differs in them is quick to test in test_corpus.py
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def go(tiny, quiet):
     def run(resume=None, *, fresh=False, overwrite=False, reset_optimizer=False, **flags):
         if fresh:
             flags = {**tiny().model_dump(exclude_unset=True), **flags}
-        loaded, start = plan_run(
-            flags, resume=resume, overwrite=overwrite, reset_optimizer=reset_optimizer
+        loaded, plan = plan_run(
+            ConfigLoader(flags), resume=resume, overwrite=overwrite, reset_optimizer=reset_optimizer
         )
-        return train(loaded.config, loaded=loaded, start=start, output=quiet)
+        return train(loaded.config, loaded=loaded, plan=plan, output=quiet)
 
     return run
 
@@ -75,9 +75,9 @@ def stop(monkeypatch, at: int, number: int = signal.SIGTERM) -> None:
     def interrupted(setup, index):
         if index == at:
             os.kill(os.getpid(), number)
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", interrupted)
 
 
 # Named models ---------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ def test_a_named_model_is_there_from_step_0_and_always_at_its_last_step(go, monk
 
     def watched(setup, index):
         steps.append(state(DANTE)["step"])
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", watched)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", watched)
     go(fresh=True, model_name="dante", max_iters=7, checkpoint_interval=2, eval_interval=0)
     assert steps == [0, 0, 2, 2, 4, 4, 6]
     assert state(DANTE)["step"] == 7
@@ -129,7 +129,7 @@ def test_a_signal_publishes_the_named_model(go, monkeypatch, number):
 def test_the_named_model_holds_the_last_step_and_the_export_the_best(go, monkeypatch):
     scripted = iter([1.0, 2.0])
     monkeypatch.setattr(
-        train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
+        trainer_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
     )
     result = go(fresh=True, model_name="dante", max_iters=4, eval_interval=2)
     assert (state(DANTE)["step"], state(result.export_dir)["step"]) == (4, 2)
@@ -158,7 +158,7 @@ def test_a_name_that_could_lead_out_of_its_directory_is_refused(folio, text_file
 def test_two_processes_on_one_name_are_refused_and_the_lock_dies_with_its_process(go):
     go(fresh=True, model_name="dante", max_iters=2)
     code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import start\n"
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import resume\n"
         "with start.name_locked(pathlib.Path('checkpoints/dante')):\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )
@@ -175,10 +175,10 @@ def test_two_processes_on_one_name_are_refused_and_the_lock_dies_with_its_proces
 
 def test_a_name_that_another_process_has_advanced_meanwhile_is_not_overwritten(go, quiet):
     go(fresh=True, model_name="dante", max_iters=2)
-    loaded, start = plan_run({"model_name": "dante", "max_iters": 6})
+    loaded, plan = plan_run(ConfigLoader({"model_name": "dante", "max_iters": 6}))
     go(model_name="dante", max_iters=4)
     with pytest.raises(UserError, match="dante was changed by another process just now: try again"):
-        train(loaded.config, loaded=loaded, start=start, output=quiet)
+        train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     assert state(DANTE)["step"] == 4
 
 
@@ -282,7 +282,7 @@ def test_a_config_file_conflicts_as_a_flag_does_and_all_conflicts_are_told_toget
     first = go(fresh=True, max_iters=2)
     Path("my.yaml").write_text("n_layer: 3\nblock_size: 16\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        plan_run({"n_head": 1}, "my.yaml", resume=str(first.run_dir))
+        plan_run(ConfigLoader({"n_head": 1}, "my.yaml"), resume=str(first.run_dir))
     assert [problem.split(" is not")[0] for problem in caught.value.problems] == [
         "n_head 1 (--n-head)",
         "n_layer 3 (my.yaml)",
@@ -292,14 +292,16 @@ def test_a_config_file_conflicts_as_a_flag_does_and_all_conflicts_are_told_toget
 def test_a_flag_counts_for_more_than_the_file_also_where_they_could_conflict(go):
     first = go(fresh=True, max_iters=2)
     Path("my.yaml").write_text("n_layer: 3\n", encoding="utf-8")
-    loaded, _ = plan_run({"n_layer": 2, "max_iters": 4}, "my.yaml", resume=str(first.run_dir))
+    loaded, _ = plan_run(
+        ConfigLoader({"n_layer": 2, "max_iters": 4}, "my.yaml"), resume=str(first.run_dir)
+    )
     assert loaded.config.n_layer == 2
 
 
 def test_auto_takes_the_checkpoint_before_a_damaged_one(go):
     first = go(fresh=True, max_iters=4, checkpoint_interval=2)
     (first.checkpoint / "training_state.json").write_text("", encoding="utf-8")
-    _, start = plan_run({"max_iters": 6}, resume="auto")
+    _, start = plan_run(ConfigLoader({"max_iters": 6}), resume="auto")
     assert start.step == 3
 
 
@@ -311,7 +313,7 @@ def test_the_same_value_and_the_device_are_no_conflict(go):
 def test_the_defaults_in_configs_do_not_conflict(go):
     """configs/model.json says n_layer 4, and the model has 2: nobody asked for 4."""
     first = go(fresh=True, max_iters=2)
-    loaded, _ = plan_run({"max_iters": 4}, resume=str(first.run_dir))
+    loaded, _ = plan_run(ConfigLoader({"max_iters": 4}), resume=str(first.run_dir))
     assert loaded.config.n_layer == 2
     assert loaded.sources["n_layer"] == str(first.checkpoint)
 
@@ -365,7 +367,7 @@ def test_a_text_of_any_kind_trains_as_one_file_does_and_is_found_again(
     )
     run = str(first.run_dir.resolve())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "iter_chunks", None)  # nothing is read again
+    monkeypatch.setattr(corpus, "iter_chunks", None)  # nothing is read again
     second = go(run, max_iters=4)
     assert "ANOTHER TEXT" not in console(second)
     assert second.val_loss == whole.val_loss
@@ -391,7 +393,7 @@ def test_the_order_of_windows_is_the_models_and_a_resume_keeps_it(go):
 def test_a_model_of_the_sample_corpus_goes_on_with_it_beside_an_input_txt(
     go, quiet, monkeypatch, tiny
 ):
-    monkeypatch.setattr("data.sample_corpus", lambda cache, **where: LINES * 40)
+    monkeypatch.setattr("corpus.load_sample_corpus", lambda cache, **where: LINES * 40)
     first = go(fresh=True, data=None, max_iters=2)
     Path("input.txt").write_text("something else\n" * 100, encoding="utf-8")
     second = go(str(first.run_dir), max_iters=4)
@@ -417,7 +419,7 @@ def test_last_is_the_newest_run_and_a_run_may_be_named_in_three_ways(go):
     newest = go(fresh=True, max_iters=3)
     names = ("last", newest.run_dir.name, str(newest.run_dir), str(newest.checkpoint))
     for name in names:
-        _, start = plan_run({"max_iters": 9}, resume=name)
+        _, start = plan_run(ConfigLoader({"max_iters": 9}), resume=name)
         assert start.bundle.path.resolve() == newest.checkpoint.resolve()
 
 
@@ -451,7 +453,7 @@ def test_auto_with_a_tag_looks_at_runs_of_that_tag_alone(go):
     go(fresh=True, max_iters=2, run_tag="big")
     small = go("auto", fresh=True, max_iters=2, run_tag="small", n_layer=1)
     assert small.step == 2
-    _, start = plan_run({"run_tag": "big", "max_iters": 4}, resume="auto")
+    _, start = plan_run(ConfigLoader({"run_tag": "big", "max_iters": 4}), resume="auto")
     assert start.bundle.config.n_layer == 2
 
 
@@ -461,7 +463,7 @@ def test_a_tag_is_the_whole_tag_and_outlives_a_resume(go):
     resumed = go("last", max_iters=5)
     assert "_lr" in resumed.run_dir.name
     assert state(resumed.checkpoint)["training_config"]["run_tag"] == "lr"
-    _, start = plan_run({"max_iters": 9, "run_tag": "lr"}, resume="auto")
+    _, start = plan_run(ConfigLoader({"max_iters": 9, "run_tag": "lr"}), resume="auto")
     assert start.step == 5
 
 
@@ -589,7 +591,7 @@ def test_a_signal_at_the_worst_moment_saves_the_step(go, monkeypatch):
     monkeypatch.setattr(StopRequest, "requested", property(late))
     scripted = iter([1.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr(
-        train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
+        trainer_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
     )
     result = go(fresh=True, max_iters=100, eval_interval=1, checkpoint_interval=0)
     assert state(result.checkpoint)["step"] == result.step
@@ -599,12 +601,14 @@ def test_a_run_that_fails_or_is_aborted_says_what_it_has_saved(go, monkeypatch, 
     def aborted(setup, index):
         if index == 5:
             raise KeyboardInterrupt
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", aborted)
-    loaded, start = plan_run(tiny(checkpoint_interval=2).model_dump(exclude_unset=True))
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", aborted)
+    loaded, plan = plan_run(
+        ConfigLoader(tiny(checkpoint_interval=2).model_dump(exclude_unset=True))
+    )
     with pytest.raises(KeyboardInterrupt):
-        train(loaded.config, loaded=loaded, start=start)
+        train(loaded.config, loaded=loaded, plan=plan)
     shown = capsys.readouterr().out
     (run,) = Path("runs").iterdir()
     assert "The last checkpoint is that of step 4; go on from it with\n" in shown
@@ -619,7 +623,7 @@ def scripted(monkeypatch):
     def give(*losses: float) -> None:
         values = iter(losses)
         monkeypatch.setattr(
-            train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(values)}
+            trainer_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(values)}
         )
 
     return give
@@ -695,9 +699,9 @@ def test_a_child_begins_at_step_0_with_the_weights_of_its_parent(go, purgatorio,
         if index == 0:
             seen.update({k: v.clone() for k, v in setup.model.state_dict().items()})
             assert not setup.optimizer.state
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", watched)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", watched)
     result = go(
         init_from="dante", model_name="child", data=purgatorio, max_iters=3, warmup_iters=1,
         batch_size=2, dropout=0.1, device="cpu", eval_iters=1,
@@ -776,8 +780,10 @@ def test_new_characters_are_listed_dropped_or_learned(go, tmp_path):
     go(model_name="dropped", max_iters=3)  # and remembers to drop them
 
     # Before the first step, the old rows are the parent's to the byte.
-    loaded, start = plan_run({**small, "model_name": "extended", "on_new_chars": "extend"})
-    setup = train_module.set_up(loaded.config, loaded, start)
+    loaded, plan = plan_run(
+        ConfigLoader({**small, "model_name": "extended", "on_new_chars": "extend"})
+    )
+    setup = trainer_module.prepare_trainer(loaded.config, loaded, plan)
     rows = setup.model.token_embedding.weight
     assert torch.equal(rows[: len(chars)], parent["token_embedding.weight"])
     assert rows.shape[0] == len(chars) + 2
@@ -793,25 +799,25 @@ def test_the_record_of_a_fine_tuning_trains_the_same_child_again(go, purgatorio,
     settings = {"data": purgatorio, "max_iters": 3, "warmup_iters": 1, "device": "cpu"}
     child = go(init_from="dante", model_name="child", **settings)
     record = str(child.run_dir / "meta" / "full_config.json")
-    loaded, start = plan_run({}, record)
-    again = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader({}, record))
+    again = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     one, two = (load_file(r.checkpoint / "model.safetensors") for r in (child, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     go(model_name="dante", max_iters=4)
-    loaded, start = plan_run({}, record)
+    loaded, plan = plan_run(ConfigLoader({}, record))
     with pytest.raises(UserError, match=r"not the model that .* began with \(dante, step 3"):
-        train(loaded.config, loaded=loaded, start=start, output=quiet)
+        train(loaded.config, loaded=loaded, plan=plan, output=quiet)
 
 
 def test_the_record_of_a_resumed_run_asks_for_what_it_went_on_from(go, quiet):
     first = go(fresh=True, max_iters=2)
     second = go("last", max_iters=4)
     record = str(second.run_dir / "meta" / "full_config.json")
-    loaded, start = plan_run({}, record)
+    loaded, plan = plan_run(ConfigLoader({}, record))
     with pytest.raises(UserError, match=rf"went on from step 2 .* --resume .*{first.run_dir}"):
-        train(loaded.config, loaded=loaded, start=start, output=quiet)
-    loaded, start = plan_run({}, record, resume=str(first.checkpoint))
-    again = train(loaded.config, loaded=loaded, start=start, output=quiet)
+        train(loaded.config, loaded=loaded, plan=plan, output=quiet)
+    loaded, plan = plan_run(ConfigLoader({}, record), resume=str(first.checkpoint))
+    again = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     assert_same_bits(second.checkpoint, again.checkpoint)
 
 
@@ -824,8 +830,8 @@ def test_a_record_that_was_edited_by_hand_breaks_nothing(go, quiet, lineage, pur
     record = json.loads(path.read_text(encoding="utf-8"))
     record["run"]["lineage"] = lineage
     path.write_text(json.dumps(record), encoding="utf-8")
-    loaded, start = plan_run({}, str(path))
-    assert train(loaded.config, loaded=loaded, start=start, output=quiet).step == 2
+    loaded, plan = plan_run(ConfigLoader({}, str(path)))
+    assert train(loaded.config, loaded=loaded, plan=plan, output=quiet).step == 2
 
 
 # Odd places -----------------------------------------------------------------------------------
@@ -838,7 +844,7 @@ def test_copies_of_checkpoints_and_renamed_runs_are_in_nobodys_way(go):
     first.run_dir.rename("runs/a_good_one")
     second = go(fresh=True, max_iters=3)
     os.utime("runs/a_good_one", (0, 0))
-    _, start = plan_run({"max_iters": 9}, resume="last")
+    _, start = plan_run(ConfigLoader({"max_iters": 9}), resume="last")
     assert start.bundle.path == second.checkpoint
     assert go("a_good_one", max_iters=4).step == 4
     assert copy.exists() is False
@@ -906,8 +912,8 @@ def test_a_config_made_in_python_names_a_model_too(tiny, quiet):
 def test_a_dry_run_of_a_resume_tells_what_is_left_and_writes_nothing(go):
     first = go(fresh=True, max_iters=2)
     before = fingerprint(Path.cwd())
-    loaded, start = plan_run({"max_iters": 6}, resume=str(first.run_dir))
-    text = dry_run(loaded, start)
+    loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(first.run_dir))
+    text = dry_run(loaded, plan)
     assert "Steps  2 to 6 of 4 x 16" in text
     assert f"Resume {first.checkpoint}, step 2" in text
     assert fingerprint(Path.cwd()) == before

@@ -1,4 +1,4 @@
-"""tokenizer.py: text to ids and back, for any text.
+"""tokenizer.py: encoding and decoding of any text.
 
 python -m pytest tests/test_tokenizer.py
 """
@@ -38,7 +38,7 @@ def test_decoding_inverts_encoding(text):
 
 
 @given(st.text(min_size=1))
-def test_decoding_inverts_encoding_of_anything(text):
+def test_decoding_inverts_encoding_of_any_text(text):
     tokenizer = create_tokenizer(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -62,7 +62,7 @@ def test_the_empty_text_has_no_ids():
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(255, np.uint8), (256, np.uint16), (257, np.uint16)])
-def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
+def test_ids_have_the_smallest_type_that_holds_them(size, dtype):
     text = "".join(chr(0x4E00 + i) for i in range(size))
     tokenizer = create_tokenizer(text)
     assert tokenizer.encode(text).dtype == dtype
@@ -73,17 +73,17 @@ def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
 
 @pytest.mark.parametrize("unknown", ["A", "\u00e9", "\U0001f600", "`"])
 def test_an_unknown_character_is_listed(unknown):
-    with pytest.raises(UserError, match="does not know") as caught:
+    with pytest.raises(UserError) as caught:
         create_tokenizer("abz").encode("ab" + unknown)
     assert repr(unknown) in str(caught.value)
 
 
-def test_many_unknown_characters_are_counted_not_listed():
-    with pytest.raises(UserError, match="and 6 more"):
+def test_unknown_characters_beyond_twenty_are_counted_not_listed():
+    with pytest.raises(UserError, match="6 more"):
         create_tokenizer("é").encode("abcdefghijklmnopqrstuvwxyz")
 
 
-def test_the_state_goes_through_json():
+def test_a_tokenizer_is_restored_from_its_state_in_json():
     tokenizer = create_tokenizer('a"\\\n😀\u2028')
     state = json.loads(json.dumps(tokenizer.get_state()))
     assert state == {"token_kind": "char", "chars": sorted('a"\\\n😀\u2028')}
@@ -103,7 +103,7 @@ def test_the_state_goes_through_json():
         {"token_kind": "char", "chars": ["a", "a"]},
     ],
 )
-def test_a_broken_state_is_refused(state):
+def test_an_invalid_state_is_an_error(state):
     with pytest.raises(UserError):
         restore_tokenizer(state)
 
@@ -112,12 +112,12 @@ def test_token_bytes_are_utf8_lengths():
     assert CharTokenizer(["a", "é", "€", "😀"]).token_bytes.tolist() == [1, 2, 3, 4]
 
 
-def test_no_text_makes_no_tokenizer():
+def test_a_tokenizer_of_an_empty_text_is_an_error():
     with pytest.raises(UserError):
         create_tokenizer("")
 
 
-def test_unknown_characters_are_counted_and_new_ones_come_after_the_old():
+def test_unknown_characters_are_counted_and_appended_to_the_vocabulary():
     tokenizer = create_tokenizer("abc")
     assert tokenizer.count_unknown("aéébß") == {"ß": 1, "é": 2}
     assert tokenizer.count_unknown("abc") == {}
@@ -126,14 +126,14 @@ def test_unknown_characters_are_counted_and_new_ones_come_after_the_old():
     assert extended.encode("aé").tolist() == [0, 4]
 
 
-# GPT-2's byte pairs ---------------------------------------------------------------------------
+# GPT-2's BPE ---------------------------------------------------------------------------------
 
 
-def test_gpt2_spells_any_text_and_its_ids_are_gpt2s(gpt2_vocabulary):
+def test_gpt2_encodes_any_text_with_the_ids_of_gpt2(gpt2_vocabulary):
     tokenizer = create_tokenizer("", "gpt2")
     assert isinstance(tokenizer, GPT2Tokenizer)
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
-    assert tokenizer.encode("<|endoftext|>").size > 1, "text is text, whatever it says"
+    assert tokenizer.encode("<|endoftext|>").size > 1, "special tokens are plain text"
     for text in TEXTS.values():
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.count_unknown(text) == {}
@@ -149,11 +149,11 @@ def test_gpt2_is_padded_and_the_padding_has_no_bytes(gpt2_vocabulary):
     assert tokenizer.get_state() == {"token_kind": "gpt2"}
 
 
-def test_gpt2_without_tiktoken_or_without_its_vocabulary_is_one_clear_line(tmp_path, monkeypatch):
+def test_gpt2_without_tiktoken_or_its_vocabulary_is_an_error_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    with pytest.raises(UserError, match=r"vocabulary cannot be had \(.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         create_tokenizer("", "gpt2")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(UserError, match=r"needs tiktoken: install it with `pip install"):
+    with pytest.raises(UserError, match=r"tiktoken.*pip install"):
         create_tokenizer("", "gpt2")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CHECKOUT,
     TINY_FLAGS,
     assert_equal,
@@ -26,17 +26,14 @@ from conftest import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import step as step_module
-import train as train_module
+import trainer as trainer_module
 from bundle import BUNDLE_FILES
 from callbacks import TrainResult
 from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
 from model import LanguageModel
 from parameters import ModelConfig
-from prepare import set_up
-from step import estimate_loss, training_step
-from train import dry_run, train
+from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
 from utils.errors import RunError, UserError
 from utils.run_manager import RunDirectory, RunDirectoryCreator
 from utils.tracking.tensorboard import TensorBoardTracker
@@ -181,10 +178,10 @@ def test_looking_more_often_changes_nothing_that_is_learned(tiny, quiet, changes
 
 def test_an_evaluation_is_the_same_however_many_windows_come_at_once(tiny, monkeypatch):
     config = tiny(eval_iters=7)
-    setup = set_up(config)
+    setup = prepare_trainer(config)
     found = []
     for numbers in (1, 1 << 30):
-        monkeypatch.setattr(step_module, "EVALUATED_AT_ONCE_ON_CPU", numbers)
+        monkeypatch.setattr(trainer_module, "EVALUATED_AT_ONCE_ON_CPU", numbers)
         found.append(estimate_loss(setup.model, setup.data, config))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
@@ -201,9 +198,9 @@ def test_a_lower_precision_learns_nearly_the_same_and_is_recorded(tiny, quiet, p
 
 def test_in_fp16_a_step_whose_gradients_overflow_is_left_out(tiny):
     at_once = torch.amp.GradScaler("cpu", init_scale=1e30)  # at which everything overflows
-    setup = replace(set_up(tiny(precision="fp16")), scaler=at_once)
+    setup = replace(prepare_trainer(tiny(precision="fp16")), scaler=at_once)
     before = {name: p.clone() for name, p in setup.model.named_parameters()}
-    _, grad_norm = step_module.training_step(setup, 0)
+    _, grad_norm = trainer_module.Trainer.training_step(setup, 0)
     assert not grad_norm.isfinite()
     assert all(torch.equal(p, before[name]) for name, p in setup.model.named_parameters())
     assert setup.scaler.get_scale() < 1e30
@@ -246,7 +243,7 @@ def test_evaluations_come_every_interval_and_at_the_last_step(tiny, quiet):
 
 def test_the_whole_split_evaluation_is_the_mean_over_every_target(tiny):
     config = tiny(eval_iters=0, batch_size=3)
-    setup = set_up(config)
+    setup = prepare_trainer(config)
     val = torch.from_numpy(setup.data.splits["val"].astype("int64"))
     total = 0.0
     for start in range(0, len(val) - 1, 16):
@@ -262,7 +259,7 @@ def test_the_export_is_the_step_with_the_lowest_val_loss(tiny, quiet, monkeypatc
     schedule = {"lr_schedule": "constant"}
     with monkeypatch.context() as patch:
         patch.setattr(
-            train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
+            trainer_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(scripted)}
         )
         result = train(tiny(max_iters=6, eval_interval=2, **schedule), output=quiet)
     assert (result.best_step, result.best_val_loss, result.val_loss) == (4, 1.0, 2.0)
@@ -374,7 +371,7 @@ def test_num_threads_is_obeyed(tiny, quiet):
 def test_a_dry_run_does_not_even_cache_the_corpus(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "data.sample_corpus", lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500
+        "corpus.load_sample_corpus", lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500
     )
     config = tiny(data=None)
     dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
@@ -406,10 +403,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_export(
     tiny, quiet, monkeypatch
 ):
     def diverging(setup, step):
-        loss, grad_norm = training_step(setup, step)
+        loss, grad_norm = Trainer.training_step(setup, step)
         return (loss * float("nan") if step == 3 else loss), grad_norm
 
-    monkeypatch.setattr(train_module, "training_step", diverging)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", diverging)
     with pytest.raises(RunError, match="the loss is nan at step 4: the run cannot go on"):
         train(tiny(eval_interval=2), output=quiet)
     (run_dir,) = Path("runs").iterdir()
@@ -431,9 +428,9 @@ def interrupting(monkeypatch, at: int, number: int, times: int = 1):
             for _ in range(times):
                 os.kill(os.getpid(), number)
                 time.sleep(0.01)
-        return training_step(setup, index)
+        return Trainer.training_step(setup, index)
 
-    monkeypatch.setattr(train_module, "training_step", step)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", step)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -457,7 +454,7 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_it(tiny, quiet, monkey
         os.kill(os.getpid(), number)
         return estimate_loss(*arguments)
 
-    monkeypatch.setattr(train_module, "estimate_loss", evaluate)
+    monkeypatch.setattr(trainer_module, "estimate_loss", evaluate)
     result = train(tiny(eval_interval=2), output=quiet)
     assert (result.step, result.exit_status) == (2, 128 + number)
 
@@ -478,7 +475,7 @@ def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(train_module, "training_step", no_memory)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", no_memory)
     with pytest.raises(RunError, match="lower micro_batch_size") as caught:
         train(tiny(), output=quiet)
     for name in ("block_size", "n_embd", "n_layer"):
@@ -586,7 +583,7 @@ def test_a_gradient_that_is_not_finite_leaves_histograms_and_stops_the_run(
     tiny, quiet, monkeypatch, poison
 ):
     """The histogram skips and counts; then the norm stops the run, and the last bundle is good."""
-    real = train_module.training_step
+    real = trainer_module.Trainer.training_step
 
     def poisoned(setup, step, *phases):
         loss, grad_norm = real(setup, step, *phases)
@@ -595,7 +592,7 @@ def test_a_gradient_that_is_not_finite_leaves_histograms_and_stops_the_run(
             grad_norm = grad_norm * poison
         return loss, grad_norm
 
-    monkeypatch.setattr(train_module, "training_step", poisoned)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", poisoned)
     with pytest.raises(RunError, match=r"gradient's norm is (nan|inf) at step 5"):
         train(tiny(histogram_interval=5), output=quiet)
     (run_dir,) = Path("runs").iterdir()
@@ -618,7 +615,7 @@ def test_trackers_are_closed_whatever_happens(tiny, quiet, monkeypatch, error):
     def fail(*_):
         raise error("x")
 
-    monkeypatch.setattr(train_module, "training_step", fail)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", fail)
     with pytest.raises(error):
         train(tiny(), output=quiet)
     assert closed == [True]

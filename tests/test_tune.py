@@ -18,7 +18,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from conftest import CHECKOUT, LINES, TINY_FLAGS
+from helpers import CHECKOUT, LINES, TINY_FLAGS
 from optuna.trial import TrialState
 
 import study as study_module

@@ -17,19 +17,19 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.output import pluralize
-from utils.ranks import ALONE, Ranks
+from utils.ranks import Ranks
 
 _T = TypeVar("_T")
 
 
-def choose_device(requested: str, ranks: Ranks = ALONE) -> torch.device:
+def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
     """The device for `--device`: auto is CUDA, else MPS, else the CPU.
 
     Of several processes on a machine each takes a CUDA device of its own, or all the CPU.
 
     Raises `UserError` where the device asked for is not there.
     """
-    if ranks.size > 1:
+    if ranks is not None and ranks.size > 1:
         return _choose_among(requested, ranks)
     if requested == "auto":
         if torch.cuda.is_available():

@@ -2,9 +2,9 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line a problem, each saying what, where and what to do.
+    """A user's mistake: `problems` has one line each, with what, where and what to do.
 
-    Raised before a run directory exists. A command prints the problems and exits with 2.
+    Raised before a run directory exists. The command prints the problems and exits with 2.
     """
 
     exit_status = 2
@@ -15,23 +15,23 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that could not go on, as one line. The run is closed; a command exits with 1."""
+    """A run failed, in one line. The run is closed; the command exits with 1."""
 
     exit_status = 1
 
 
 class Aborted(SystemExit):
-    """A second SIGTERM: unlike the `sys.exit()` of a user's callback, it ends the run."""
+    """A second SIGTERM. It ends the run, which a `sys.exit()` in a user's callback does not."""
 
 
 class NothingToDo(Exception):
-    """What was asked for is there already, as one line. Nothing was changed; a command exits 0."""
+    """The requested result exists already, in one line. The command exits with 0."""
 
     exit_status = 0
 
 
 class EndedOnAnotherRank(Exception):
-    """The run has ended in another of its processes, which says why: this one ends in silence."""
+    """The run ended on another rank, which prints why; this process prints nothing."""
 
     def __init__(self, exit_status: int):
         super().__init__(f"ended in another process, with status {exit_status}")
@@ -39,9 +39,9 @@ class EndedOnAnotherRank(Exception):
 
 
 def format_reason(error: BaseException) -> str:
-    """What an exception says, in one line; its type where it says nothing, or cannot."""
+    """Return the first line of an exception's message, or its type if there is none."""
     try:
         lines = str(error).split("\n")
-    except Exception:  # whoever wrote its __str__
+    except Exception:  # raised by a user's __str__
         lines = []
     return next((" ".join(line.split()) for line in lines if line.strip()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Files: the checks that a user's path deserves, and writes that are whole or not there at all.
+"""Checks of a user's paths, and writes that a crash leaves whole or undone.
 
-Whatever must survive a crash is written by the functions below and by nothing else, a call of the
-operating system at a time: `tests/test_crash.py` stops a process at each one of them.
+Everything that must survive a crash is written by the functions below, one system call at a time:
+`tests/test_crash.py` stops a process at each of them.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ from typing import IO
 
 from utils.errors import UserError
 
-_COPIED_AT_ONCE = 1 << 20  # bytes
+_COPY_SIZE = 1 << 20  # bytes
 
 
 def find_text_file_problem(path: Path) -> str | None:
-    """What keeps `path` from being read as a text file, or None. Reads its first byte alone."""
+    """Return why `path` cannot be read as a text file, or None. Reads its first byte only."""
     try:
         if path.is_dir():
             return "a directory, where a file is wanted"
-        if path.exists() and not path.is_file():  # a pipe would wait for ever, or be used up
+        if path.exists() and not path.is_file():  # a pipe would block, or be used up
             return "a device or a pipe, where a file is wanted"
         with open(path, "rb") as file:
             return None if file.read(1) else "the file is empty"
@@ -32,14 +32,14 @@ def find_text_file_problem(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a text file. Raises `UserError` where it cannot be had, or is empty."""
+    """Return the content of a text file. Raises `UserError` if it is empty or cannot be read."""
     if problem := find_text_file_problem(path):
         raise UserError(f"{path}: {problem}")
     return path.read_bytes()
 
 
 def decode_text(raw: bytes, name: str) -> str:
-    """UTF-8, a byte order mark dropped, line ends as they are. Raises `UserError` for others."""
+    """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -54,9 +54,9 @@ def decode_text(raw: bytes, name: str) -> str:
 
 
 def list_files(directory: str) -> Iterator[str]:
-    """The names of all files in a directory and those in it, relative to it, in any order.
+    """Yield the relative paths of all files below a directory, in any order, hidden ones excluded.
 
-    Hidden ones are left out, and so is what is no file. Raises `OSError` where one can't be read.
+    Raises `OSError` if a directory cannot be read.
     """
     folders = [""]
     while folders:
@@ -73,7 +73,7 @@ def list_files(directory: str) -> Iterator[str]:
 
 
 def glob_files(directory: Path, pattern: str) -> list[Path]:
-    """What is in a directory by names like `pattern`; nothing where the directory is not there."""
+    """Return the paths in a directory that match `pattern`; none if there is no directory."""
     try:
         return list(directory.glob(pattern))
     except FileNotFoundError:  # removed just after pathlib had seen it (Python 3.11)
@@ -81,26 +81,31 @@ def glob_files(directory: Path, pattern: str) -> list[Path]:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory is there; False too for a path that no system takes."""
+    """Return whether a directory exists; False also for an invalid path."""
     return os.path.isdir(path)
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; False too for a path that no system takes."""
+    """Return whether a file exists; False also for an invalid path."""
     return os.path.isfile(path)
 
 
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_durable(path: Path, data: bytes) -> None:
-    """Write a file, and return when it is on the disk. A crash may leave a part of it."""
+    """Write a file and wait until it is on the disk. A crash may leave a part of it."""
     with open(path, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one."""
-    # Names of files may hold bytes that are no text; in JSON, the escape is read back as they were.
+    """Write a file so that a reader, or a crash, finds the old content or the new one."""
+    # Names of files may have bytes that are no text; JSON reads the escapes back as these bytes.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -112,9 +117,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_with(path: Path, write: Callable[[Path], None], like: Path) -> None:
-    """Have a library write a file; give it the permissions of `like`, and see it on the disk.
+    """Let a library write a file, and wait until it is on the disk.
 
-    A library may keep a file to its owner alone; those that Python opens follow the umask.
+    It gets the permissions of `like`, as a library may ignore the umask.
     """
     write(path)
     os.chmod(path, like.stat().st_mode)
@@ -122,41 +127,37 @@ def write_with(path: Path, write: Callable[[Path], None], like: Path) -> None:
 
 
 def copy_durable(source: Path, target: Path) -> str:
-    """Copy a file's content, and return its SHA-256 when it is on the disk."""
+    """Copy a file's content, wait until it is on the disk, and return its SHA-256."""
+    with open(source, "rb") as reader:
+        return _copy_stream(reader, target)
+
+
+def _copy_stream(reader: IO[bytes], target: Path) -> str:
     digest = hashlib.sha256()
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        while part := reader.read(_COPIED_AT_ONCE):
-            digest.update(part)
-            writer.write(part)
-        writer.flush()
-        os.fsync(writer.fileno())
+    with open(target, "wb") as writer:
+        while chunk := reader.read(_COPY_SIZE):
+            digest.update(chunk)
+            writer.write(chunk)
+        sync_file(writer)
     return digest.hexdigest()
 
 
 def spool(reader: IO[bytes], directory: Path) -> Path:
-    """Copy what `reader` gives to a file named for its SHA-256, and return that.
+    """Copy a stream to a file in `directory` that is named for its SHA-256, and return its path.
 
-    Raises `ValueError` where it gives nothing.
+    Raises `ValueError` if the stream is empty.
     """
     make_directory(directory)
-    for left in glob_files(directory, ".*.tmp"):  # by a process that was killed
-        if left.name.split(".")[1].isdigit() and not is_process_running(
-            int(left.name.split(".")[1])
-        ):
-            remove_file(left)
-    temporary, digest, size = directory / f".{os.getpid()}.tmp", hashlib.sha256(), 0
+    for path in glob_files(directory, ".*.tmp"):
+        process = path.name.split(".")[1]
+        if process.isdigit() and not is_process_running(int(process)):  # it was killed
+            remove_file(path)
+    temporary = directory / f".{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as writer:
-            while part := reader.read(_COPIED_AT_ONCE):
-                digest.update(part)
-                size += len(part)
-                writer.write(part)
-            writer.flush()
-            os.fsync(writer.fileno())
-        if size == 0:
-            raise ValueError("nothing to keep")
-        target = directory / f"{digest.hexdigest()}.txt"
-        if not target.exists():  # else what was made of it stays as new as it is
+        target = directory / f"{_copy_stream(reader, temporary)}.txt"
+        if temporary.stat().st_size == 0:
+            raise ValueError("the stream is empty")
+        if not target.exists():  # else keep its time: caches made from it stay valid
             os.replace(temporary, target)
             sync(directory)
     finally:
@@ -165,9 +166,9 @@ def spool(reader: IO[bytes], directory: Path) -> Path:
 
 
 def open_at(path: Path, size: int) -> IO[bytes]:
-    """Open a file to write on after its first `size` bytes; what it had after them is dropped.
+    """Open a file to append after its first `size` bytes; the rest is dropped.
 
-    Where that is all, it is another file: whoever has mapped the one that was there keeps it.
+    If `size` is 0, the file is a new one: processes that have mapped the old one keep it.
     """
     if size == 0:
         remove_file(path)
@@ -178,7 +179,7 @@ def open_at(path: Path, size: int) -> IO[bytes]:
 
 
 def sync_file(file: IO[bytes]) -> None:
-    """Wait until what was written to an open file is on the disk."""
+    """Wait until the content of an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -186,7 +187,7 @@ def sync_file(file: IO[bytes]) -> None:
 def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no directories, and keeps their names in order by itself
+        return  # Windows cannot open directories, and orders changes of names itself
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,19 +195,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def move(source: Path, target: Path) -> None:
-    """Rename a file or directory, in the place of the file that may be there."""
-    os.replace(source, target)
-
-
-def move_if_exists(source: Path, target: Path) -> None:
-    """Rename a file, in the place of the one that may be there; if it is gone, it has moved."""
-    with contextlib.suppress(FileNotFoundError):
+def move(source: Path, target: Path, *, missing_ok: bool = False) -> None:
+    """Rename a file or directory, replacing an existing file."""
+    with contextlib.suppress(*[FileNotFoundError] if missing_ok else []):
         os.replace(source, target)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those it is in, if they are not there; their names are durable."""
+    """Create a directory and its parents if they do not exist; their names are durable."""
     tries = 10
     while not path.is_dir():
         make_directory(path.parent)
@@ -216,7 +212,7 @@ def make_directory(path: Path) -> None:
         except FileExistsError:  # another process was faster
             if not path.is_dir():
                 raise
-        except FileNotFoundError:  # it has just removed the empty directory above: once more
+        except FileNotFoundError:  # another process has just removed the empty parent: retry
             if tries == 0:
                 raise
             continue
@@ -224,25 +220,25 @@ def make_directory(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there and can be."""
+    """Remove a file, if it exists and can be removed."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove a directory, if it is there and nothing is in it."""
+    """Remove a directory, if it exists and is empty."""
     with contextlib.suppress(OSError):
         os.rmdir(path)
 
 
 def is_process_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine, as far as can be told."""
-    if os.name == "nt":  # where asking by signal 0 would end it
+    """Return whether a process of this id runs on this machine; True if that is not known."""
+    if os.name == "nt":  # os.kill(process, 0) would end it
         return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
-        return True
+    except PermissionError:  # another user's
+        pass
     return True

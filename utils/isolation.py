@@ -1,4 +1,4 @@
-"""What watches a run, and may fail without hurting it."""
+"""Isolate a run from failures of its trackers and callbacks."""
 
 import contextlib
 import traceback
@@ -7,58 +7,58 @@ from typing import Generic, TypeVar
 
 from utils.errors import Aborted, format_reason
 
-_Watcher = TypeVar("_Watcher")
-_Answer = TypeVar("_Answer")
+_Member = TypeVar("_Member")
+_Result = TypeVar("_Result")
 
 
-class Isolated(Generic[_Watcher]):
-    """Trackers or callbacks: one that raises is dropped, with one warning, and the others go on.
+class Isolated(Generic[_Member]):
+    """Trackers or callbacks: one that raises is removed with one warning; the others continue.
 
     Args:
-        warn: takes the warning, one line, and the traceback, for the record.
-        discard: is tried on one that is dropped while the run goes on.
+        warn: receives the warning, one line, and the traceback.
+        discard: is called with one that was removed during the run, its errors ignored.
     """
 
     def __init__(
         self,
         warn: Callable[[str, str], None],
-        discard: Callable[[_Watcher], object] = lambda watcher: None,
+        discard: Callable[[_Member], object] = lambda member: None,
     ):
         self._warn = warn
         self._discard = discard
-        self._watchers: dict[str, _Watcher] = {}
+        self._members: dict[str, _Member] = {}
 
-    def add(self, name: str, make: Callable[[], _Watcher]) -> None:
-        """Add what `make` returns, under the name that a warning would give it."""
+    def add(self, name: str, make: Callable[[], _Member]) -> None:
+        """Add the result of `make()`, or warn that `name` failed."""
         try:
-            self._watchers[name] = make()
+            self._members[name] = make()
         except Exception as error:
-            self._tell(name, error)
+            self._warn_of(name, error)
 
-    def call_each(self, call: Callable[[_Watcher], _Answer]) -> list[_Answer]:
-        """Call each that is left, in order, and return what they answered."""
-        answers = []
-        for name, watcher in list(self._watchers.items()):
+    def call_each(self, call: Callable[[_Member], _Result]) -> list[_Result]:
+        """Call `call` with each member, in order, and return the results."""
+        results = []
+        for name, member in list(self._members.items()):
             try:
-                answers.append(call(watcher))
+                results.append(call(member))
             except (Exception, SystemExit) as error:
-                del self._watchers[name]
-                self._tell(name, error)
+                del self._members[name]
+                self._warn_of(name, error)
                 with contextlib.suppress(Exception):
-                    self._discard(watcher)
-        return answers
+                    self._discard(member)
+        return results
 
-    def close_each(self, call: Callable[[_Watcher], object]) -> None:
-        """Call each that is left for the last time, and let go of it."""
-        while self._watchers:
-            name = next(iter(self._watchers))
-            watcher = self._watchers.pop(name)  # first: whatever interrupts, it is not called again
+    def close_each(self, call: Callable[[_Member], object]) -> None:
+        """Remove each member and call `call` with it, once even if this is interrupted."""
+        while self._members:
+            name = next(iter(self._members))
+            member = self._members.pop(name)
             try:
-                call(watcher)
+                call(member)
             except (Exception, SystemExit) as error:
-                self._tell(name, error)
+                self._warn_of(name, error)
 
-    def _tell(self, name: str, error: BaseException) -> None:
+    def _warn_of(self, name: str, error: BaseException) -> None:
         if isinstance(error, Aborted):
             raise error
         self._warn(

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun tells it."""
+"""The rank of this process among those that torchrun started."""
 
 import os
 from dataclasses import dataclass
@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of a process among those that torchrun has started; alone, the first of one.
-
-    `rank` counts them on all machines, `local_rank` those on this one.
-    """
+    """Rank and world size over all machines, and on this one; a single process by default."""
 
     rank: int = 0
     local_rank: int = 0
@@ -18,11 +15,8 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As the environment says, whose names torchrun has made a custom."""
+        """Read the environment variables that torchrun sets."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         if not all(os.environ.get(name, "").isdecimal() for name in names):
             return cls()
         return cls(*(int(os.environ[name]) for name in names))
-
-
-ALONE = Ranks()

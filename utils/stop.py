@@ -1,4 +1,4 @@
-"""Stopping a run from outside, between two steps."""
+"""Stop a run between two steps on Ctrl-C or SIGTERM."""
 
 import signal
 import threading
@@ -8,30 +8,30 @@ from utils.errors import Aborted
 
 
 class StopRequest:
-    """Within the block, Ctrl-C and SIGTERM ask the run to stop; the second time they abort it.
+    """Within the block, the first Ctrl-C or SIGTERM requests a stop and the second aborts.
 
-    `requested` turns true at the first; the loop looks at it after each step. Outside the main
-    thread, where Python lets nobody handle signals, nothing changes.
+    The loop reads `requested` after each step. Outside the main thread, where Python allows no
+    signal handlers, nothing changes.
 
     Args:
-        is_one_of_several: whether torchrun has started this process. It passes each signal on to
-            all, who may have had it from the terminal already, so a second one does not abort. And
-            it sends SIGTERM to those that are left as soon as one has ended, so that goes on being
-            unheard after the block: a process may say how the run ended.
+        is_one_of_several: whether torchrun started this process. torchrun forwards each signal to
+            all processes, which may have it from the terminal already: a second one does not abort.
+            It also sends SIGTERM to the remaining processes when one has ended, so SIGTERM stays
+            handled after the block: a process can still print how the run ended.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, *, is_one_of_several: bool = False) -> None:
         self._is_one_of_several = is_one_of_several
-        self._signal: int | None = None
         self._previous: dict[int, object] = {}
+        self.signal = 0
+        """The signal that requested the stop, or 0."""
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {
-                number: signal.signal(number, self._handle) for number in self.SIGNALS
-            }
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -41,22 +41,17 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self._signal is not None
-
-    @property
-    def signal(self) -> int:
-        """The signal that asked for it, or 0."""
-        return self._signal or 0
-
-    def request(self, number: int) -> None:
-        """Ask as the signal of that number does."""
-        self._signal = self._signal or number
+        """Whether a stop was requested."""
+        return self.signal != 0
 
     @property
     def exit_status(self) -> int:
-        """0, or as a shell counts it: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 0 if self._signal is None else 128 + self._signal
+        """0, or as in a shell: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal if self.requested else 0
+
+    def request(self, number: int) -> None:
+        """Request a stop, as the signal of that number does."""
+        self.signal = self.signal or number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested or self._is_one_of_several:

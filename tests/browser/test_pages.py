@@ -1,7 +1,7 @@
-"""What people look at, in a real browser: TensorBoard, Aim and the report.
+"""The report, its picture, TensorBoard and Aim in a real browser.
 
 python -m pytest -m browser tests/browser
-FOLIO_SCREENSHOTS=/tmp/shots python -m pytest -m browser tests/browser    # and keep pictures
+FOLIO_SCREENSHOTS=/tmp/shots python -m pytest -m browser tests/browser    # save screenshots
 
 Needs the extra `browser` and a Chromium (`apt-get install chromium`, or FOLIO_CHROMIUM=path).
 """
@@ -20,15 +20,15 @@ from pathlib import Path
 import pytest
 
 from parameters import ModelConfig
-from report import write_report
 from train import TrainResult, train
 from utils.output import Output
+from utils.report import write_report
 from utils.run_manager import RunDirectory
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
 
-# Without these it asks for the network at every start.
+# Without these Chromium calls the network at every start.
 QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
     *("--disable-component-update", "--no-first-run", "--disable-quic"),
@@ -49,7 +49,7 @@ def browser() -> Iterator["playwright.Browser"]:
 
 @pytest.fixture
 def picture(request) -> Callable[["playwright.Page", str], None]:
-    """Keep a picture of a page, where pictures are asked for."""
+    """Save a screenshot of a page if FOLIO_SCREENSHOTS is set."""
 
     def take(page: "playwright.Page", name: str) -> None:
         if directory := os.environ.get("FOLIO_SCREENSHOTS"):
@@ -61,7 +61,7 @@ def picture(request) -> Callable[["playwright.Page", str], None]:
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable[..., "playwright.Page"]]:
-    """Open an address. What the page's scripts complain of, and whom it calls, is on it."""
+    """Open an address. `page.errors` has its scripts' errors, `page.calls` its requests."""
     contexts = []
 
     def open_it(address: str, **options) -> "playwright.Page":
@@ -81,7 +81,7 @@ def open_page(browser) -> Iterator[Callable[..., "playwright.Page"]]:
 
 @pytest.fixture
 def run(text_file) -> TrainResult:
-    """A run with a curve to look at, logged to Aim too."""
+    """A run of 120 steps, logged to Aim too."""
     config = ModelConfig(
         data=str(text_file),
         run_tag="seen",
@@ -104,7 +104,7 @@ def run(text_file) -> TrainResult:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """Start a server of this Python's environment on loopback; its address."""
+    """Start a server of this Python's environment on loopback and return its address."""
     servers = []
 
     def start(program: str, *words: str) -> str:
@@ -120,13 +120,13 @@ def serve() -> Iterator[Callable[..., str]]:
 
     yield start
     for server, log in servers:
-        os.killpg(server.pid, 9)  # with the workers that it has started
+        os.killpg(server.pid, 9)  # with its workers
         server.wait()
         log.close()
 
 
 def visit(open_page, address: str) -> "playwright.Page":
-    """Open a page of a server that may still be starting."""
+    """Open a page of a server, waiting until it listens."""
     for _ in range(120):
         try:
             return open_page(address)
@@ -134,7 +134,7 @@ def visit(open_page, address: str) -> "playwright.Page":
             if "ERR_CONNECTION_REFUSED" not in str(error):
                 raise
             time.sleep(0.5)
-    raise AssertionError(f"{address} never answered")
+    raise AssertionError(f"{address}: no answer")
 
 
 def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
@@ -150,22 +150,47 @@ def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
         assert page.get_by_text(f"{run.best_val_loss:.4f}").first.is_visible()
         backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         wide = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert wide, "nothing sticks out"
+        assert wide, "the page scrolls sideways"
         picture(page, f"report_{scheme}")
         charts.first.hover()
         tip = page.locator(".tip:visible")
-        assert re.search(r"step \d+.*every step [\d.]+.*val [\d.]+", tip.inner_text(), re.DOTALL)
+        assert re.search(
+            r"step \d+.*each step [\d.]+.*val loss [\d.]+", tip.inner_text(), re.DOTALL
+        )
         assert page.errors == []
         assert page.calls == [address]
     assert backgrounds[0] != backgrounds[1]
 
 
-def test_the_report_fits_a_telephone(run, open_page, picture):
+def test_the_report_fits_a_phone(run, open_page, picture):
     address = RunDirectory(run.run_dir).report.resolve().as_uri()
     page = open_page(address, screen={"width": 390, "height": 800})
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    picture(page, "report_telephone")
+    picture(page, "report_phone")
+
+
+def test_the_picture_has_curves_and_text_inside_it_in_light_and_dark(run, open_page):
+    target = Path("run.svg")
+    write_report(target, [run.run_dir])
+    fills = []
+    for scheme in ("light", "dark"):
+        page = open_page(target.resolve().as_uri(), color_scheme=scheme)
+        assert page.locator("polyline").count() == 3
+        fills.append(page.evaluate("getComputedStyle(document.querySelector('rect')).fill"))
+        outside = page.evaluate(
+            """() => {
+                const edge = document.querySelector("rect").getBoundingClientRect();
+                return [...document.querySelectorAll("text, polyline")].filter((each) => {
+                    const box = each.getBoundingClientRect();
+                    return box.left < edge.left || box.right > edge.right
+                        || box.top < edge.top || box.bottom > edge.bottom;
+                }).map((each) => each.textContent || each.tagName);
+            }"""
+        )
+        assert outside == []
+        assert len(page.calls) == 1
+    assert fills[0] != fills[1]
 
 
 def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, picture):
@@ -200,11 +225,11 @@ def test_tensorboard_shows_the_loss_curves_of_the_run(run, open_page, serve, pic
         line.wait_for(state="attached", timeout=SECONDS)
         assert line.evaluate("path => path.getTotalLength()") > 30  # pixels of a curve
     names = page.locator("runs-data-table tb-data-table-content-row")
-    assert names.count() == 1, "one run of Folio is one of TensorBoard's"
+    assert names.count() == 1, "one run of Folio is one run of TensorBoard"
     picture(page, "tensorboard")
 
 
-def test_tensorboard_shows_train_and_val_in_one_chart_and_the_settings(
+def test_tensorboard_shows_train_and_val_loss_in_one_chart_and_the_settings(
     run, open_page, serve, picture
 ):
     address = serve("tensorboard", "--logdir", "runs")

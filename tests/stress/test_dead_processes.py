@@ -1,4 +1,4 @@
-"""Processes that train one model together, killed at random moments: one of them, or all.
+"""Ranks of one training, killed at random moments: one of them, or both.
 
 make test-stress
 """
@@ -9,21 +9,26 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY_FLAGS, assert_same_bits
-from stress.test_sigkill import left_half_written, newest_step
-from test_distributed import DEAD_WITHIN, Processes, side_by_side, trains
+from helpers import (
+    DEAD_WITHIN,
+    TINY_FLAGS,
+    Processes,
+    assert_same_bits,
+    list_temporary_directories,
+    side_by_side,
+    trains,
+    verify_newest_step,
+)
 
 from bundle import list_checkpoints, list_runs
 
 KILLS = 25
-STEPS = 10_000  # more than all processes together will come to
+STEPS = 10_000  # more than all processes together reach
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_killed_again_and_again_lose_nothing_and_end_with_the_same_bits(
-    text_file, parallel, capsys
-):
+def test_killed_ranks_lose_no_checkpoint_and_end_bit_for_bit_identical(text_file, parallel, capsys):
     flags = [*TINY_FLAGS, f"--data={text_file}", "--dropout=0.2", f"--parallel={parallel}"]
     flags += ["--lr-decay-iters=100", "--checkpoint-interval=2", "--eval-interval=3"]
     chance = random.Random(parallel)
@@ -42,20 +47,20 @@ def test_processes_killed_again_and_again_lose_nothing_and_end_with_the_same_bit
         longest = max(longest, time.monotonic() - killed)
         for rank, process in enumerate(ended):
             assert process.status == (-signal.SIGKILL if rank in victims else 1), ended
-        in_publication += bool(left_half_written(Path("killed")))
-        reached = newest_step(Path("killed"))
+        in_publication += bool(list_temporary_directories(Path("killed")))
+        reached = verify_newest_step(Path("killed"))
         assert reached >= step, "a checkpoint was lost"
         step = reached
 
     end = step + 5
     for place in ("killed", "whole"):
         more = [f"--max-iters={end}", f"--runs-dir={place}", "--resume=auto"]
-        ended = side_by_side(2, trains, [*flags, *more], within=600)  # all steps again, at once
+        ended = side_by_side(2, trains, [*flags, *more], within=600)  # "whole" repeats all steps
         assert [process.status for process in ended] == [0, 0], ended
     last, whole = (list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("killed", "whole"))
     assert_same_bits(whole, last)
-    assert left_half_written(Path("killed")) == []
-    assert step > KILLS // 4, "the processes were killed before they could work"
+    assert list_temporary_directories(Path("killed")) == []
+    assert step > KILLS // 4, "the processes were killed before they trained"
     with capsys.disabled():
         print(f"\n{KILLS} kills, {in_publication} within a publication, {end} steps; ", end="")
         print(f"the others ended within {longest:.1f} s")

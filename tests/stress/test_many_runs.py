@@ -1,4 +1,4 @@
-"""Many runs begun at the same moment.
+"""Many runs started at the same moment.
 
 make test-stress
 """
@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, TINY_FLAGS
 
 
 @pytest.mark.stress
-def test_twenty_runs_started_at_once_with_one_tag_are_twenty_runs(text_file):
-    """Twenty real processes."""
+def test_twenty_runs_started_at_once_with_one_tag_get_twenty_run_directories(text_file):
     command = [sys.executable, str(CHECKOUT / "train.py"), "--data", str(text_file), *TINY_FLAGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [

@@ -1,7 +1,7 @@
-"""Real SIGKILLs at random moments of real training, hundreds of them.
+"""Hundreds of SIGKILLs at random moments of real training.
 
-The children are forked from a process that has imported everything, so that they live long enough
-to be killed at work: they save after every step or two, and resume where the last one was killed.
+The children are forked from a process that has imported everything, so that they are killed while
+they train: they save after every step or two, and each resumes the run of the last one.
 
 make test-stress
 """
@@ -13,53 +13,40 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLE_FILES_OF_EXPORT, assert_same_bits
+from helpers import (
+    BUNDLE_FILES_OF_EXPORT,
+    assert_same_bits,
+    list_names,
+    list_temporary_directories,
+    resume_run,
+    verify_bundle,
+    verify_newest_step,
+)
 
-from bundle import BUNDLE_FILES, is_bundle, list_checkpoints, list_runs, read_bundle
-from start import plan_run
+from bundle import BUNDLE_FILES, is_bundle, list_runs
 from train import train
 from utils.output import Output
 
 KILLS = 250
-STEPS = 10_000  # more than all children together will come to
+STEPS = 10_000  # more than all children together reach
 
 
-def begin(flags: dict) -> int:
-    """Fork a child that resumes, or begins, and trains. Returns its process id."""
+def fork_training(flags: dict) -> int:
+    """Fork a child that resumes or starts, and trains. Returns its process id."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
-            loaded, start = plan_run(flags, resume="auto")
-            train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
+            resume_run("auto", flags)
             status = 0
         finally:
             os._exit(status)
     return process
 
 
-def newest_step(runs_dir: Path) -> int:
-    """The step of the newest checkpoint; every bundle there is has to load."""
-    steps = [0]
-    for run in list_runs(runs_dir):
-        bundles = [*list_checkpoints(run), *filter(is_bundle, [run / "artifacts" / "export"])]
-        steps += [check(bundle) for bundle in bundles]
-    return max(steps)
-
-
-def check(directory: Path) -> int:
-    bundle = read_bundle(directory)
-    read_bundle(directory, *bundle.state.files)
-    return bundle.state.step
-
-
-def left_half_written(*places: Path) -> list[Path]:
-    return [path for place in places for path in place.rglob(".[tn]*") if path.is_dir()]
-
-
 @pytest.mark.stress
 @pytest.mark.parametrize("named", [False, True], ids=["a run", "a named model"])
-def test_hundreds_of_kills_lose_nothing_and_leave_nothing(tiny, named, capsys):
+def test_hundreds_of_kills_lose_no_checkpoint_and_leave_no_temporary_files(tiny, named, capsys):
     flags = tiny(
         max_iters=STEPS,
         dropout=0.2,
@@ -72,35 +59,36 @@ def test_hundreds_of_kills_lose_nothing_and_leave_nothing(tiny, named, capsys):
     ).model_dump(exclude_unset=True)
     if named:
         flags["model_name"] = "dante"
-    train(tiny(runs_dir="warm"), output=Output(quiet=True))  # imports all that the children need
+    train(
+        tiny(runs_dir="warm"), output=Output(quiet=True)
+    )  # imports everything that the children need
     chance = random.Random(int(named))
     kills = in_publication = step = named_step = 0
     while kills < KILLS // 2:
-        process = begin(flags)
+        process = fork_training(flags)
         time.sleep(chance.uniform(0.02, 0.5))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-        assert os.WIFSIGNALED(status), "the child ended by itself"
+        assert os.WIFSIGNALED(status), "the child was not killed"
         kills += 1
-        in_publication += bool(left_half_written(Path("killed"), Path("checkpoints")))
-        reached = newest_step(Path("killed"))
+        in_publication += bool(list_temporary_directories(Path("killed"), Path("checkpoints")))
+        reached = verify_newest_step(Path("killed"))
         assert reached >= step, "a checkpoint was lost"
         step = reached
         if named and is_bundle(Path("checkpoints/dante")):
-            reached = check(Path("checkpoints/dante"))
+            reached = verify_bundle(Path("checkpoints/dante"))
             assert reached >= named_step, "the named model went back"
             named_step = reached
 
     end = step + 5
-    loaded, start = plan_run({**flags, "max_iters": end}, resume="auto")
-    last = train(loaded.config, loaded=loaded, start=start, output=Output(quiet=True))
+    last = resume_run("auto", {**flags, "max_iters": end})
     whole = train(tiny(**{**flags, "max_iters": end, "runs_dir": "whole", "model_name": None}))
     assert_same_bits(whole.checkpoint, last.checkpoint)
-    assert left_half_written(Path("killed"), Path("checkpoints")) == []
+    assert list_temporary_directories(Path("killed"), Path("checkpoints")) == []
     for directory in Path("killed").glob("*/artifacts/checkpoints/*"):
-        assert sorted(path.name for path in directory.iterdir()) == sorted(BUNDLE_FILES)
+        assert list_names(directory) == sorted(BUNDLE_FILES)
     for directory in Path("killed").glob("*/artifacts/export"):
-        assert sorted(p.name for p in directory.iterdir()) == sorted(BUNDLE_FILES_OF_EXPORT)
+        assert list_names(directory) == sorted(BUNDLE_FILES_OF_EXPORT)
     with capsys.disabled():
         runs = len(list_runs(Path("killed")))
         print(f"\n{kills} kills, {in_publication} within a publication, {runs} runs, {end} steps")

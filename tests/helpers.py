@@ -1,0 +1,487 @@
+"""Functions and constants that several tests share; fixtures are in conftest.py."""
+
+import builtins
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from start import plan_run
+from step import training_step
+
+import bundle as bundle_module
+import train as train_module
+import utils.output as output_module
+from bundle import (
+    BUNDLE_FILES,
+    OPTIMIZER_FILE,
+    TRAINING_SETTINGS,
+    WEIGHTS_FILE,
+    TrainingState,
+    _host,
+    check_files,
+    find_usable_bundle,
+    is_bundle,
+    list_checkpoints,
+    list_runs,
+    read_bundle,
+    read_state,
+)
+from callbacks import TrainResult
+from checkpoint import load_model_from_bundle, save_checkpoint
+from model import LanguageModel
+from optim import apply_update, clip_gradients, create_optimizer
+from parameters import ModelConfig
+from tokenizer import create_tokenizer
+from utils import files
+from utils.output import Output, run_command
+from utils.ranks import Ranks
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+LINES = (
+    "To be, or not to be, that is the question:\n"
+    "Whether 'tis nobler in the mind to suffer\n"
+    "The slings and arrows of outrageous fortune,\n"
+    "Or to take arms against a sea of troubles.\n\n"
+)
+
+FEW_TOKENS = 40  # in a run's last sample: 400 would take half of a tiny run's time
+
+DEAD_PROCESS = f"{2**30}-{_host()}"  # in names of temporary directories
+BUNDLE_FILES_OF_EXPORT = [name for name in BUNDLE_FILES if name != OPTIMIZER_FILE]
+BUNDLE_CONFIG = ModelConfig(
+    architecture="gpt2",
+    n_embd=8,
+    n_head=2,
+    n_layer=1,
+    block_size=4,
+    batch_size=3,
+    optimizer="adamw",
+    learning_rate=3e-3,
+)
+
+
+def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
+    """Save a small model after one update; each step has other weights."""
+    torch.manual_seed(step)
+    model = LanguageModel(BUNDLE_CONFIG, 3)
+    optimizer = create_optimizer(model, BUNDLE_CONFIG)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
+    clip_gradients(model, BUNDLE_CONFIG.grad_clip)
+    apply_update(optimizer, scaler, step, BUNDLE_CONFIG)
+    settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
+    facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
+    values = {
+        "step": step,
+        "optimizer_file": None,
+        "best_val_loss": 1.5,
+        "val_loss": 1.5,
+        "run_id": "r",
+        "lineage": [],
+        "training_config": {**settings, **facts},
+    }
+    state = TrainingState(**{**values, **changes})
+    tokenizer = create_tokenizer("abc")
+    save_checkpoint(directory, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG, state)
+    return model
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Assert that two bundles have identical weights, optimizer and generator state, bit for bit.
+
+    Their best steps may differ: these depend on the evaluation interval.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    steps = [json.loads((b / "training_state.json").read_bytes())["step"] for b in (one, other)]
+    assert steps[0] == steps[1]
+    weights = [load_file(bundle / "model.safetensors") for bundle in (one, other)]
+    assert_equal(*weights)
+    states = [torch.load(bundle / "optimizer.pt", weights_only=True) for bundle in (one, other)]
+    assert states[0]["state"], "there is something to compare"
+    assert_equal(*states)
+
+
+def assert_equal(one, other) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        for values in zip(one, other, strict=True):
+            assert_equal(*values)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def train_until(number: signal.Signals, *flags: str) -> tuple[int, str, str]:
+    """Run train.py, send it a signal after its first printed step, and wait.
+
+    Returns the exit status, and the rest of stdout and stderr.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+
+TINY_FLAGS = (
+    "--block-size=16 --n-embd=16 --n-head=2 --n-layer=1 --batch-size=4 --max-iters=4 "
+    "--warmup-iters=1 --eval-interval=2 --eval-iters=1 --log-interval=2 --device=cpu "
+    "--precision=fp32"
+).split()
+
+
+def loaded_step(directory: Path) -> int:
+    """Load the model of a bundle, or of a run's export, and return its step."""
+    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    load_model_from_bundle(bundle)
+    return bundle.state.step
+
+
+def resume_run(reference: Path | str, flags: Mapping | None = None, **options) -> TrainResult:
+    """Resume a run, quietly, as `train.py --resume` with these settings does."""
+    loaded, start = plan_run(flags or {}, resume=str(reference))
+    output = Output(quiet=True)
+    return train_module.train(loaded.config, loaded=loaded, start=start, output=output, **options)
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the sorted names of everything below a directory."""
+    return sorted(path.name for path in directory.rglob("*"))
+
+
+def verify_bundle(directory: Path) -> int:
+    """Read all files of a bundle, compare them with their hashes, and return its step."""
+    check_files(directory)
+    return read_state(directory).step
+
+
+def verify_newest_step(runs_dir: Path) -> int:
+    """Verify every bundle in `runs_dir`, and return the step of the newest, or 0."""
+    steps = [0]
+    for run in list_runs(runs_dir):
+        bundles = [*list_checkpoints(run), *filter(is_bundle, [run / "artifacts" / "export"])]
+        steps += [verify_bundle(bundle) for bundle in bundles]
+    return max(steps)
+
+
+def list_temporary_directories(*places: Path) -> list[Path]:
+    """Return the `.tmp-*` and `.next-*` directories of saves below these places."""
+    return [path for place in places for path in place.rglob(".[tn]*") if path.is_dir()]
+
+
+# Faults -----------------------------------------------------------------------------------------
+
+CALLS = (
+    "mkdir",
+    "replace",
+    "unlink",
+    "rmdir",
+    "chmod",
+    "fsync",
+)  # the system calls that change a disk
+
+
+class Faults:
+    """Replaces `os` and `open` in `utils/files.py`, and injects a fault at one call.
+
+    Args:
+        strike: called with these faults at the call number `at`; it raises or ends the process.
+        at: the number of that call; -1 only counts calls.
+        lasting: whether all later calls fail, too.
+    """
+
+    def __init__(self, strike: Callable[["Faults"], None], at: int = -1, lasting: bool = False):
+        self.strike, self.at, self.lasting = strike, at, lasting
+        self.count = 0
+        self.unsynced: set[Path] = set()
+        self.names: list[str] = []
+
+    def call(self, name: str) -> None:
+        self.names.append(name)
+        self.count += 1
+        if self.count - 1 == self.at or (self.lasting and self.count - 1 > self.at >= 0):
+            self.strike(self)
+
+    # The replacements of `os` and `open` ...
+
+    def __getattr__(self, name: str):
+        real = getattr(os, name)
+        if name not in CALLS:
+            return real
+
+        def called(*arguments, **options):
+            self.call(name)
+            result = real(*arguments, **options)
+            if name == "replace":
+                source, target = map(Path, arguments)
+                moved = {path for path in self.unsynced if path.is_relative_to(source)}
+                self.unsynced -= moved
+                self.unsynced |= {target / path.relative_to(source) for path in moved}
+            elif name == "fsync":
+                synced = Path(f"/proc/self/fd/{arguments[0]}").resolve()
+                self.unsynced = {path for path in self.unsynced if path.resolve() != synced}
+            return result
+
+        return called
+
+    def open_file(self, path, mode="r", **options):
+        file = builtins.open(path, mode, **options)
+        if mode in ("r", "rb"):
+            return file
+        self.unsynced.add(Path(path))
+        real = file.write
+
+        def write_in_halves(data):
+            real(data[: len(data) // 2])  # an interrupted write has written a part
+            file.flush()
+            self.call("write")
+            return real(data[len(data) // 2 :])
+
+        class Writer:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                file.close()
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            write = staticmethod(write_in_halves)
+
+        return Writer()
+
+    # ... and a wrapper around the writers of safetensors and torch.
+
+    def write_by_library(self, path, write, like):
+        def interrupted(target):
+            write(target)
+            self.unsynced.add(Path(target))
+            whole = target.read_bytes()
+            os.truncate(target, len(whole) // 2)
+            self.call("library")
+            target.write_bytes(whole)
+
+        return files.write_with(path, interrupted, like)
+
+    def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
+        patch.setattr(files, "os", self)
+        patch.setattr(files, "open", self.open_file, raising=False)
+        patch.setattr(bundle_module, "write_with", self.write_by_library)
+        return self
+
+
+def killed(faults: Faults) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def powerless(faults: Faults) -> None:
+    """Lose the data that was not synced, as in a power failure, and end the process."""
+    for path in faults.unsynced:
+        if path.exists():
+            os.truncate(path, 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refused(number: int) -> Callable[[Faults], None]:
+    def strike(faults: Faults) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return strike
+
+
+def count_calls(work: Callable[[], None]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(killed).installed(patch)
+        work()
+    return faults.count
+
+
+def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None]) -> None:
+    """Fork, and run `work` there until the call number `at`."""
+    process = os.fork()
+    if process == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                Faults(strike, at).installed(patch)
+                work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), f"call {at} was never reached"
+
+
+# Processes --------------------------------------------------------------------------------------
+
+FORKING = multiprocessing.get_context("forkserver")
+# The imports of a run, so that forked processes have them; DDP and FSDP need the first two.
+FORKING.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "helpers", "jinja2", "git"]
+)
+SECONDS = 60  # a test whose processes take longer fails
+DEAD_WITHIN = 30  # seconds for all to end after one was killed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The exit status and output of a process."""
+
+    status: int
+    out: str
+    error: str
+
+
+class Processes:
+    """Ranks started as by torchrun; each runs `work(rank, *arguments)`."""
+
+    def __init__(self, size: int, work: Callable, *arguments):
+        # Bound until all have ended, so that the port stays ours; rank 0 may still listen at it.
+        self.port = socket.socket()
+        self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.port.bind(("127.0.0.1", 0))
+        self.place = Path(tempfile.mkdtemp(prefix="printed-", dir=Path.cwd()))
+        environment = dict(os.environ)
+        self.all = [
+            FORKING.Process(
+                target=_begin,
+                args=(
+                    Ranks(rank, rank, size, size),
+                    self.port.getsockname()[1],
+                    self.place,
+                    environment,
+                    work,
+                    arguments,
+                ),
+            )
+            for rank in range(size)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            # For the fork server, which starts with the first process and imports these modules.
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            for process in self.all:
+                process.start()
+
+    def meet(self) -> None:
+        """Wait until all are connected: before that, only torchrun would notice a dead one."""
+        deadline = time.monotonic() + SECONDS
+        while len(list(self.place.glob("met-*"))) < len(self.all):
+            assert time.monotonic() < deadline, "the processes did not connect"
+            time.sleep(0.01)
+
+    def end(self, within: float = SECONDS) -> list[Ended]:
+        deadline = time.monotonic() + within
+        for process in self.all:
+            process.join(max(0.0, deadline - time.monotonic()))
+        still = [rank for rank, process in enumerate(self.all) if process.is_alive()]
+        for rank in still:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.all[rank].pid, signal.SIGUSR1)
+                time.sleep(1)  # while it writes its stack
+        for process in self.all:
+            process.kill()
+        self.port.close()
+        said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
+        assert not still, (still, [path.read_text(encoding="utf-8") for path in said])
+        return [
+            Ended(
+                process.exitcode,
+                (self.place / f"out-{rank}").read_text(encoding="utf-8"),
+                (self.place / f"error-{rank}").read_text(encoding="utf-8"),
+            )
+            for rank, process in enumerate(self.all)
+        ]
+
+
+def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, arguments) -> None:
+    os.chdir(place.parent)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        LOCAL_RANK=str(ranks.local_rank),
+        WORLD_SIZE=str(ranks.size),
+        LOCAL_WORLD_SIZE=str(ranks.local_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    for descriptor, name in ((1, "out"), (2, "error")):
+        os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
+    # For a process that hangs. A faulthandler timer would dump the stacks of working ones, too,
+    # without Python's lock: one such dump in 26 ends in a segmentation fault.
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    connect = torch.distributed.init_process_group
+
+    def connect_and_tell(*arguments, **options):
+        connect(*arguments, **options)
+        (place / f"met-{ranks.rank}").touch()
+
+    torch.distributed.init_process_group = connect_and_tell
+    library = torch.library.Library("c10d", "IMPL")  # its registrations last as long as it
+    _refuse_long_names(library)
+    sys.exit(work(ranks.rank, *arguments))
+
+
+def _refuse_long_names(library: torch.library.Library) -> None:
+    """Fail for a message that could crash a process: see `gather_full_tensor` in distributed.py."""
+
+    def refuse(*_):
+        raise AssertionError("the name of this message has more than 15 characters")
+
+    with warnings.catch_warnings(action="ignore"):  # about overridden kernels
+        for name in ("allgather_into_tensor", "reduce_scatter_tensor", "allgather", "allreduce"):
+            library.impl(f"{name}_coalesced_", refuse, "CPU", allow_override=True)
+
+
+def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS) -> list[Ended]:
+    return Processes(size, work, *arguments).end(within)
+
+
+def trains(
+    rank: int, flags: Sequence[str], strikes: Sequence[tuple[int, int, int]] = (), *own: list[str]
+) -> int:
+    """Run train.py in this process; at a step, a rank may send itself a signal."""
+
+    def struck(setup, step, *rest):
+        for where, when, number in strikes:
+            if (where, when) == (rank, step + 1):
+                os.kill(os.getpid(), number)
+        return training_step(setup, step, *rest)
+
+    train_module.training_step = struck
+    train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
+    output_module.SILENCE = 0.0  # there is no torchrun to end these
+    return run_command(train_module.main, [*flags, *(own[rank] if own else [])])

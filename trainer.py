@@ -1,0 +1,975 @@
+"""Train a model: the run, the loop, the step and the evaluation.
+
+`train` is a run from start to end. `Trainer.run_loop` is the training loop: steps, evaluations,
+checkpoints. `Trainer.training_step` is the step itself: batch, forward, backward, gradient
+accumulation, clipping, schedule, update. `profile_model.py` measures this same step.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bundle import (
+    TRAINING_SETTINGS,
+    WEIGHTS_FILE,
+    Bundle,
+    TrainingState,
+    copy_bundle,
+    is_bundle,
+    list_checkpoints,
+    parse_step,
+    read_state,
+)
+from callbacks import (
+    Best,
+    CallbackFactory,
+    Callbacks,
+    EarlyStopping,
+    Evaluation,
+    Step,
+    TrainResult,
+    describe_callbacks,
+)
+from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
+from config import CHECKOUT, LoadedConfig, format_settings, upgrade_settings
+from data import (
+    Dataset,
+    count_windows,
+    get_batch,
+    iter_evaluation_batches,
+    load_dataset,
+    split_micro_batches,
+)
+from distributed import (
+    SINGLE_PROCESS,
+    World,
+    check_same_settings,
+    defer_gradient_sync,
+    derive_seed,
+    gather_to_main,
+    open_world,
+    shard_model,
+    translate_peer_errors,
+    wrap_ddp,
+)
+from generate import SamplingParams, generate_tokens
+from model import LanguageModel
+from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
+from parameters import ModelConfig
+from resume import (
+    ResumePlan,
+    check_not_stopped_early,
+    check_rerun,
+    check_steps_left,
+    check_unchanged,
+    find_kept_checkpoint,
+    is_stopped_early,
+    lock_named_model,
+    plan_from_config,
+    read_start_bundle,
+)
+from utils import summary
+from utils.data_files import resolve_data_path
+from utils.device import (
+    DTYPES,
+    CompileResult,
+    autocast,
+    choose_backend,
+    choose_device,
+    choose_precision,
+    compile_model,
+    describe_device,
+    get_peak_memory,
+    get_processor_name,
+    is_out_of_memory,
+    set_tf32,
+    synchronize,
+)
+from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
+from utils.output import Output
+from utils.ranks import Ranks
+from utils.report import write_report
+from utils.run_manager import (
+    MetadataCapture,
+    RunDirectory,
+    RunDirectoryCreator,
+    RunIDGenerator,
+    read_record,
+    write_result,
+)
+from utils.stop import StopRequest
+from utils.tracking import CompositeTracker
+from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
+from utils.tracking.run_log import RunLogger
+from utils.tracking.tensorboard import TensorBoardTracker
+
+PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a step
+SAMPLE_TOKENS = 200  # at an evaluation
+LAST_SAMPLE_TOKENS = 400  # at the end of a run
+SAMPLE_TEMPERATURE = 0.8
+# Elements of the largest tensor in an evaluation, approximately. A CPU is fastest within its cache.
+EVALUATION_ELEMENTS, EVALUATION_ELEMENTS_CPU = 1 << 22, 1 << 18
+MIN_MINUTES_TO_COMPILE = 4.0  # a shorter time limit does not pay for compiling
+
+
+def train(
+    config: ModelConfig,
+    *,
+    loaded: LoadedConfig | None = None,
+    plan: ResumePlan | None = None,
+    argv: Sequence[str] = (),
+    output: Output | None = None,
+    callbacks: Mapping[str, CallbackFactory] | None = None,
+) -> TrainResult:
+    """Train a model in a run directory of its own. Under torchrun, all processes call this.
+
+    Args:
+        config: the settings.
+        loaded: their sources, for the record; None: they were made in Python.
+        plan: what the run starts from, as `plan_run` returns it together with `loaded`; None:
+            scratch, or the model that `config.init_from` names.
+        argv: the command line, for the record.
+        output: the console; `Output(quiet=True)` prints nothing.
+        callbacks: functions or classes that are called with the settings and return callbacks
+            (see callbacks.py), by the names to show for them.
+
+    Raises:
+        UserError: the device, the text, `runs_dir` or the start model cannot be used, a callback
+            cannot be created, Aim is requested but not installed, or another process trains the
+            named model. No run directory was created.
+        NothingToDo: the model to resume has been trained for `max_iters` steps. Nothing changed.
+        RunError: the run cannot continue: non-finite loss, full disk, out of memory, lost peer.
+        EndedOnAnotherRank: another rank raised one of these.
+        KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
+    """
+    output = output or Output()
+    try:
+        with translate_failures(config, output), open_world(config) as world:
+            trainer = prepare_trainer(
+                config, loaded, plan, callbacks, world=world, on_progress=output.print
+            )
+            with (
+                world.enter_on_main(lock_named_model(trainer.plan.named_model)),
+                StopRequest(is_one_of_several=world.size > 1) as stop,
+            ):
+                world.broadcast_from_main(check_unchanged, trainer.plan)
+                with open_callbacks(trainer, output) as called:
+                    run = world.broadcast_from_main(open_run, trainer, loaded, argv, output)
+                    with record_end(trainer, run, output):
+                        with contextlib.closing(open_log(trainer, run, output)) as log:
+                            result = trainer.run_loop(run, log, called, output, stop)
+                        called.at_end(result)
+                        world.broadcast_from_main(conclude, trainer, result, run, output)
+            return result
+    finally:
+        output.close()
+
+
+@dataclass
+class Trainer:
+    """A model and everything that trains it.
+
+    Attributes:
+        config: the settings; `max_iters` is known.
+        sources: the source of each setting.
+        plan: what the training starts from.
+        model: the network itself: evaluated, sampled and saved, whatever the shapes.
+        train_model: the same weights as the training step calls them: compiled, or wrapped in DDP.
+        scaler: the loss scaler of fp16; disabled otherwise.
+        precision: of matrix products: fp32, bf16 or fp16.
+        compile_result: what became of torch.compile.
+        callbacks: factories of the user's callbacks, by name.
+    """
+
+    config: ModelConfig
+    sources: dict[str, str]
+    plan: ResumePlan
+    device: torch.device
+    data: Dataset
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: str
+    train_model: Callable[..., tuple[Tensor, Tensor | None]]
+    compile_result: CompileResult
+    world: World = SINGLE_PROCESS
+    callbacks: Mapping[str, CallbackFactory] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------
+    # The loop
+
+    def run_loop(
+        self,
+        run: RunDirectory,
+        log: RunLogger,
+        callbacks: Callbacks,
+        output: Output,
+        stop: StopRequest,
+    ) -> TrainResult:
+        """Train from `plan.start_step` to `max_iters`; log, evaluate and save on the way."""
+        config, world = self.config, self.world
+        best = world.broadcast_from_main(restore_best, self, run, output)
+        checkpoints = self.open_checkpoints(run)
+        losses: dict[str, float | None] = {"train": None, "val": None}
+        last_evaluated = last_sampled = self.plan.start_step
+        time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
+        began = time.monotonic()
+
+        def save(step: int) -> None:
+            val_loss = losses["val"] if step == last_evaluated else None
+            checkpoints.save(self.get_state(run, step, val_loss, best))
+
+        initial_state = self.get_state(run, self.plan.start_step, None, best)
+        checkpoints.create_named_model(initial_state)
+        with output.show_progress(config.max_iters):
+            for index in range(self.plan.start_step, config.max_iters):
+                loss, grad_norm = self.training_step(index)
+                step = index + 1  # the number of steps done
+                learning_rate = learning_rate_at(index, config)
+                if is_due(step, config.histogram_interval):
+                    # Before the loss is logged, which may end the run: these may show why.
+                    log.log_histograms(step, collect_weights_and_gradients(self.model, world))
+                log.log_step(step, loss, grad_norm, learning_rate)
+                why_stop = callbacks.after_step(
+                    Step(step, loss, grad_norm, learning_rate, run.path, config)
+                )
+                if time.monotonic() - began > time_limit:
+                    why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
+                stop_requested, why_stop = agree_to_stop(world, stop, why_stop)
+
+                is_last = step == config.max_iters or why_stop is not None
+                is_evaluated = is_last or is_due(step, config.eval_interval)
+                is_saved = is_due(step, config.checkpoint_interval)
+                is_saved = is_saved or is_due(step, config.keep_every)
+                if not (is_evaluated or is_saved or stop_requested):
+                    continue
+                log.flush_steps()  # a non-finite loss ends the run here, before anything is saved
+                if stop_requested:
+                    how = " (Ctrl-C again aborts)" if world.size == 1 else ""
+                    output.print(f"Stopping after step {step}: saving{how}")
+                    if is_evaluated:
+                        save(step)  # now: an evaluation may take longer than the user waits
+                if is_evaluated:
+                    last_evaluated = step
+                    losses = self.evaluate()
+                    best, reason = self.log_evaluation(step, losses, best, run, log, callbacks)
+                    stop_requested, why_stop = agree_to_stop(world, stop, why_stop or reason)
+                    is_last = is_last or why_stop is not None
+                if is_saved or is_last or stop_requested or best.step == step:
+                    save(step)
+                if stop_requested:
+                    break
+                sample_due = last_sampled + config.sample_interval
+                if is_last or (is_evaluated and config.sample_interval and step >= sample_due):
+                    last_sampled = step
+                    length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
+                    log.log_sample(step, sample_text(self.model, self.data, config, length))
+                if is_last:
+                    break
+                log.reset_timer()
+        return TrainResult(
+            run_dir=run.path,
+            export_dir=run.export,
+            checkpoint=checkpoints.newest,
+            step=step,
+            train_loss=losses["train"],
+            val_loss=losses["val"],
+            best_step=best.step,
+            best_val_loss=best.loss,
+            seconds=time.monotonic() - began,
+            exit_status=stop.exit_status,
+            stopped_by=why_stop if step < config.max_iters else None,
+        )
+
+    # ------------------------------------------------------------------------------------------
+    # The step
+
+    def training_step(
+        self, index: int, phase: Callable[[str], AbstractContextManager] = nullcontext
+    ) -> tuple[Tensor, Tensor]:
+        """Train on batch `index`, counted from 0: each rank on its rows, by micro-batches.
+
+        Returns the mean loss over the whole batch and the gradient norm before clipping, scalars
+        that stay on the device. The clipped gradients stay with the parameters until the next step.
+        `phase` surrounds each of `PHASES`, for profiling.
+        """
+        config, world, tokens = self.config, self.world, self.data.splits["train"]
+        batch_loss = torch.zeros((), device=self.device)
+        with phase("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
+        own_rows = world.get_rows(config.batch_size)
+        for rows in split_micro_batches(config, own_rows):
+            with phase("data"):
+                inputs, targets = get_batch(
+                    tokens,
+                    index,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    block_size=config.block_size,
+                    rows=rows,
+                    order=config.window_order,
+                )
+                inputs, targets = inputs.to(self.device), targets.to(self.device)
+            with defer_gradient_sync(self.train_model, is_last=rows.stop == own_rows.stop):
+                with phase("forward"), autocast(self.device, self.precision):
+                    _, loss = self.train_model(inputs, targets)
+                    # Weighted by its rows: gradient accumulation changes memory use, nothing else.
+                    loss = loss * (inputs.size(0) / (own_rows.stop - own_rows.start))
+                with phase("backward"):
+                    self.scaler.scale(loss).backward()
+            batch_loss += loss.detach() / world.size
+        world.all_reduce_sum(batch_loss)
+        with phase("gradient clipping"):
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = clip_gradients(self.model, config.grad_clip)
+        with phase("optimizer"):
+            set_learning_rate(self.optimizer, learning_rate_at(index, config))
+            self.scaler.step(self.optimizer)  # in fp16, skipped if gradients have overflowed
+            self.scaler.update()
+        return batch_loss, grad_norm
+
+    # ------------------------------------------------------------------------------------------
+    # The evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the mean loss of the train and val splits, in nats per token."""
+        return estimate_loss(self.model, self.data, self.config, self.precision, self.world)
+
+    def log_evaluation(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        best: Best,
+        run: RunDirectory,
+        log: RunLogger,
+        callbacks: Callbacks,
+    ) -> tuple[Best, str | None]:
+        """Log an evaluation and pass it to the callbacks.
+
+        Returns the best evaluation so far, and a callback's reason to stop, if any.
+        """
+        bits = compute_bits_per_byte(losses, self.data)
+        is_best = best.loss is None or losses["val"] < best.loss
+        log.log_evaluation(step, losses, bits, is_best=is_best)
+        if is_best:
+            best = Best(step, losses["val"])
+        else:
+            best = replace(best, evaluations_since=best.evaluations_since + 1)
+        evaluation = Evaluation(
+            step=step,
+            train_loss=losses["train"],
+            val_loss=losses["val"],
+            val_bits_per_byte=bits["val"],
+            best=best,
+            run_dir=run.path,
+            config=self.config,
+        )
+        return best, callbacks.after_evaluation(evaluation)
+
+    # ------------------------------------------------------------------------------------------
+    # The checkpoint
+
+    def open_checkpoints(self, run: RunDirectory) -> CheckpointWriter:
+        """Create the writer of the run's checkpoints, its export, and the named model."""
+        return CheckpointWriter(
+            run,
+            self.plan.named_model,
+            self.model,
+            self.optimizer,
+            self.scaler,
+            self.data.tokenizer,
+            self.config,
+            self.world,
+        )
+
+    def get_state(
+        self, run: RunDirectory, step: int, val_loss: float | None, best: Best
+    ) -> TrainingState:
+        """Return what a checkpoint after `step` records about the training."""
+        config, plan = self.config, self.plan
+        settings = {name: getattr(config, name) for name in TRAINING_SETTINGS}
+        facts = {
+            "start_step": plan.start_step,
+            "previous_runs": plan.previous_runs,
+            "best_step": best.step,
+            "evaluations_since_best": best.evaluations_since,
+            "data_sha256": self.data.sha256,
+            "computed_in": self.precision,
+            "compiled_by": self.compile_result.mode,
+            "processes": self.world.size,
+            "model_name": plan.named_model.name if plan.named_model else None,
+            "run_tag": plan.run_tag,
+        }
+        return TrainingState(
+            step=step,
+            optimizer_file=None,
+            best_val_loss=best.loss,
+            val_loss=val_loss,
+            run_id=run.run_id,
+            lineage=plan.lineage,
+            training_config={**settings, "data": get_recorded_path(self.data), **facts},
+        )
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Return whether `step` is a multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tuple[bool, str | None]:
+    """Agree across ranks whether a signal requests a stop, and on rank 0's reason to stop, if any.
+
+    A later signal counts at the next call: a rank that acted on it alone would deadlock the others.
+    """
+    if world.size == 1:
+        return stop.requested, why_stop
+    has_reason = int(why_stop is not None and world.is_main)
+    signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
+    if signal:
+        stop.request(signal)
+    return bool(signal), world.broadcast(why_stop) if has_reason else None
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: LanguageModel,
+    data: Dataset,
+    config: ModelConfig,
+    precision: str = "fp32",
+    world: World = SINGLE_PROCESS,
+) -> dict[str, float]:
+    """Return the mean loss of the train and val splits on their fixed windows, in nats per token.
+
+    The ranks share the windows. How many are evaluated at once affects rounding only. If
+    `eval_iters` is 0, train is evaluated on as many windows as val has.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    elements = EVALUATION_ELEMENTS_CPU if device.type == "cpu" else EVALUATION_ELEMENTS
+    rows = elements // (config.block_size * max(model.vocab_size, config.n_embd)) * world.size
+    most = count_windows(data.splits["val"], config)
+    losses = {}
+    for split in ("train", "val"):
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        count = 0
+        for inputs, targets in iter_evaluation_batches(
+            data.splits[split], config, rows=rows, most=most
+        ):
+            count += targets.numel()
+            # All ranks must call a sharded model: one without a window of its own repeats another.
+            has_own = world.rank < len(inputs)
+            own = slice(world.rank if has_own else 0, None, world.size)
+            with autocast(device, precision):
+                _, loss = model(inputs[own].to(device), targets[own].to(device))
+            total += loss * (targets[own].numel() * has_own)
+        losses[split] = world.all_reduce_sum(total).item() / count
+    model.train(was_training)
+    return losses
+
+
+def compute_bits_per_byte(losses: Mapping[str, float], data: Dataset) -> dict[str, float]:
+    """Convert nats per token to bits per byte of text, comparable between tokenizers."""
+    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
+
+
+def collect_weights_and_gradients(
+    model: LanguageModel, world: World = SINGLE_PROCESS
+) -> dict[str, Tensor]:
+    """Return every parameter and its clipped gradient, gathered on rank 0."""
+    parameters = dict(model.named_parameters())
+    gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
+    tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
+    collected = {name: gather_to_main(tensor, world) for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in collected.items() if tensor is not None}
+
+
+def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
+    """Generate `length` tokens from the default prompt, with the run's seed."""
+    tokenizer = data.tokenizer
+    prompt = tokenizer.encode(tokenizer.default_prompt)
+    sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
+    ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
+    return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
+
+
+# ----------------------------------------------------------------------------------------------
+# Set-up: device, text, model, optimizer
+
+
+def prepare_trainer(
+    config: ModelConfig,
+    loaded: LoadedConfig | None = None,
+    plan: ResumePlan | None = None,
+    callbacks: Mapping[str, CallbackFactory] | None = None,
+    *,
+    world: World = SINGLE_PROCESS,
+    cache: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> Trainer:
+    """Create everything that a run needs before its first step. All ranks call this.
+
+    Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
+    """
+    plan = plan or plan_from_config(config)
+    check_same_settings(world, (config, plan.bundle and plan.bundle.state))
+    check_steps_left(config, plan)
+    if config.aim_logging:
+        require_aim(config)
+    device = open_device(config)
+    if loaded is not None:
+        sources = dict(loaded.sources)
+    else:
+        given = config.model_fields_set
+        sources = {n: "train()" if n in given else "default" for n in ModelConfig.model_fields}
+    bundle = read_start_bundle(plan)
+    data = world.run_on_all_ranks(
+        load_dataset,
+        config,
+        tokenizer=load_tokenizer(bundle) if bundle else None,
+        may_extend=not plan.is_resume,
+        # A model trained on the sample corpus resumes on it, even if there is an input.txt now.
+        sample=plan.is_resume and sources["data"] == str(plan.bundle.path),
+        cache=cache,
+        on_progress=on_progress,
+    )
+    if loaded is not None:
+        check_rerun(loaded, plan, data.name, data.sha256)
+    precision = choose_precision(config.precision, device)
+    if plan.is_resume and is_comparable(config, data, precision, plan.bundle.state):
+        check_not_stopped_early(config, plan)
+    settled, length = settle_length(config, data, device, plan, world)
+    if length != "max_iters":
+        sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
+        check_steps_left(settled, plan)
+    trainer = create_trainer(settled, sources, data, device, plan, bundle, on_progress, world)
+    return replace(trainer, callbacks=callbacks or {})
+
+
+def open_device(config: ModelConfig) -> torch.device:
+    """Choose the device, and set CPU threads and TF32. Raises `UserError`."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device, Ranks.from_environment())
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # also the default of PyTorch's own allocations
+    set_tf32(device, config.precision)
+    return device
+
+
+def create_trainer(
+    config: ModelConfig,
+    sources: dict[str, str],
+    data: Dataset,
+    device: torch.device,
+    plan: ResumePlan,
+    bundle: Bundle | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    world: World = SINGLE_PROCESS,
+) -> Trainer:
+    """Create a model and its optimizer, and load the plan's bundle into them. All ranks call this.
+
+    `bundle` is the plan's, with the bytes of its weights; it is not needed afterwards.
+    """
+    torch.manual_seed(config.seed)
+    tokenizer = data.tokenizer
+    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens)
+    if bundle is not None:
+        load_weights(bundle, model)
+    if world.size > 1 and config.parallel == "fsdp":
+        shard_model(model, device)
+    model.to(device)
+    if world.rank > 0:  # dropout masks differ between ranks
+        torch.manual_seed(derive_seed(config.seed, world.rank, plan.start_step))
+    precision = choose_precision(config.precision, device)
+    optimizer = create_optimizer(model, config, DTYPES[precision])
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    train_model, compile_result = create_train_model(
+        model, data, config, device, on_progress, world
+    )
+    if bundle is not None and plan.is_resume and not plan.reset_optimizer:
+        # Last: this restores the RNG state, which everything above may have advanced.
+        restore_training_state(bundle, model, optimizer, scaler, world)
+    return Trainer(
+        config=config,
+        sources=sources,
+        plan=plan,
+        device=device,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        train_model=train_model,
+        compile_result=compile_result,
+        world=world,
+    )
+
+
+def create_train_model(
+    model: LanguageModel,
+    data: Dataset,
+    config: ModelConfig,
+    device: torch.device,
+    on_progress: Callable[[str], None] | None = None,
+    world: World = SINGLE_PROCESS,
+) -> tuple[Callable, CompileResult]:
+    """Compile the model if the settings say so and it works, and wrap it in DDP if needed.
+
+    Raises `UserError` if compiling was requested and does not work.
+    """
+    if world.size > 1 and config.parallel == "fsdp":
+        return model, CompileResult("off", "parallel is fsdp")
+    tokens = (config.max_iters or 1) * config.batch_size * config.block_size
+    operations = 6.0 * model.count_parameters() * tokens  # forward and backward, approximately
+    if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
+        operations = 0.0
+    backend = choose_backend(config.torch_compile, config.compile_backend, device, operations)
+    if backend.mode != "off" and on_progress:
+        on_progress(f"Compiling the model ({backend.mode}), up to a minute …")
+
+    def probe(train_model: Callable) -> None:
+        """Run forward and backward once with each shape of a step."""
+        sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
+        micro_batches = split_micro_batches(config, world.get_rows(config.batch_size))
+        shapes = {rows.stop - rows.start: rows for rows in micro_batches}
+        for rows in shapes.values():
+            batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
+            inputs, targets = (part.to(device) for part in batch)
+            with autocast(device, choose_precision(config.precision, device)):
+                _, loss = train_model(inputs, targets)
+            loss.backward()
+        model.zero_grad()
+
+    train_model, compile_result = compile_model(model, backend, config.torch_compile, probe)
+    return wrap_ddp(train_model, device, world), compile_result
+
+
+def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
+    """Return the best evaluation of a resumed training, and copy its model to the run's export.
+
+    If that model is missing, or was evaluated differently, the best starts anew.
+    """
+    plan, config = trainer.plan, trainer.config
+    if not plan.is_resume or plan.bundle.state.best_val_loss is None:
+        return Best()
+    state = plan.bundle.state
+    since = state.get_fact("evaluations_since_best") or 0
+    best = Best(state.get_fact("best_step"), state.best_val_loss, since)
+    comparable = is_comparable(config, trainer.data, trainer.precision, state)
+    earlier = RunDirectory(plan.continued_run or Path(config.runs_dir) / str(state.run_id))
+    for place in (earlier.export, earlier.get_checkpoint(best.step or 0)):
+        if comparable and is_bundle(place):
+            with contextlib.suppress(UserError):  # damaged, or just removed by its own run
+                if read_state(place).step == best.step:
+                    copy_bundle(place, run.export, with_optimizer=False)
+                    return best
+    why = "is missing" if comparable else "was evaluated differently"
+    output.print(f"Note: the best model so far (step {best.step}) {why}: best val loss reset\n")
+    return Best()
+
+
+def is_comparable(config: ModelConfig, data: Dataset, precision: str, state: TrainingState) -> bool:
+    """Return whether val losses of a run with `config` are comparable with those of `state`."""
+    measure = ("eval_iters", "train_split", "test_split", "split_by", "on_new_chars")
+    recorded = upgrade_settings(state.settings)
+    return (
+        data.sha256 == state.get_fact("data_sha256")
+        and precision == (state.get_fact("computed_in") or "fp32")
+        and all(recorded.get(name) == getattr(config, name) for name in measure)
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The length of a run, and its speed
+
+
+def settle_length(
+    config: ModelConfig,
+    data: Dataset,
+    device: torch.device,
+    plan: ResumePlan,
+    world: World = SINGLE_PROCESS,
+) -> tuple[ModelConfig, str]:
+    """Convert `epochs` or `max_minutes` to `max_iters`; return the setting that decided, too.
+
+    A record with a number of steps alone trains the same model on any machine.
+    """
+    if config.max_iters is not None:
+        return config, "max_iters"
+    if config.epochs is not None:
+        tokens_per_step = config.batch_size * config.block_size
+        max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
+        return config.model_copy(update={"max_iters": max_iters, "epochs": None}), "epochs"
+    assert config.max_minutes is not None
+    step, evaluation = measure_speed(
+        config.model_copy(update={"max_iters": 1}), data, device, world
+    )
+    seconds = world.broadcast(step + evaluation / (config.eval_interval or math.inf))
+    max_iters = plan.start_step + max(1, int(config.max_minutes * 60 / seconds))
+    return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
+
+
+def measure_speed(
+    config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
+) -> tuple[float, float]:
+    """Return the seconds of a step and of a whole evaluation, timed on a model of its own."""
+    trainer = create_trainer(config, {}, data, device, ResumePlan(), world=world)
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
+        start = time.perf_counter()
+        trainer.training_step(len(seconds))
+        synchronize(device)
+        seconds.append(world.broadcast(time.perf_counter() - start))
+    median = sorted(seconds[1:])[len(seconds[1:]) // 2]  # without the first, a warmup
+    return median, time_evaluation(trainer)
+
+
+def time_evaluation(trainer: Trainer) -> float:
+    """Estimate the seconds of a whole evaluation from one batch of each split."""
+    config = trainer.config
+    one_batch = replace(trainer, config=config.model_copy(update={"eval_iters": 1}))
+    one_batch.evaluate()  # warmup
+    start = time.perf_counter()
+    one_batch.evaluate()
+    seconds = time.perf_counter() - start
+    windows = count_windows(trainer.data.splits["val"], config)
+    return seconds * (config.eval_iters or windows / config.batch_size)
+
+
+def dry_run(
+    loaded: LoadedConfig,
+    plan: ResumePlan | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> str:
+    """Return every setting, and the time and memory that a run would take.
+
+    Leaves nothing behind but what the run would reuse: an encoded text, or standard input.
+    """
+    quiet = Output(quiet=True)
+    with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
+        trainer = prepare_trainer(
+            loaded.config, loaded, plan, world=world, cache=False, on_progress=on_progress
+        )
+        speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
+    settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
+    banner = summary.format_banner(trainer, loaded.changes)
+    estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
+    return f"{settings}\n\n{banner}\n{estimate}"
+
+
+# ----------------------------------------------------------------------------------------------
+# The run directory, its record, its log
+
+
+def open_run(
+    trainer: Trainer, loaded: LoadedConfig | None, argv: Sequence[str], output: Output
+) -> RunDirectory:
+    """Create the run directory with its `console.txt` and `meta/`, and print the banner."""
+    config, data, plan = trainer.config, trainer.data, trainer.plan
+    run_id = RunIDGenerator.generate(plan.run_tag)
+    run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+    output.record_to(run.console)
+    output.print(summary.format_banner(trainer, loaded.changes if loaded else []))
+    output.print(f"Run     {run.path}\n")
+    if warning := summary.format_text_warning(trainer):
+        output.print_warning(warning)
+    last_rate = learning_rate_at(config.max_iters - 1, config)
+    for note in summary.list_notes(trainer, loaded.rerun_of if loaded else None, last_rate):
+        output.print(f"Note: {note}\n")
+    parent = plan.bundle if not plan.is_resume else None
+    init_from = str(parent.path.resolve()) if parent is not None else None
+    recorded = config.model_copy(update={"data": get_recorded_path(data), "init_from": init_from})
+    machine = {
+        "device": describe_device(trainer.device),
+        "processor": get_processor_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
+    }
+    capture = MetadataCapture(run.meta, CHECKOUT)
+    capture.capture(recorded, trainer.sources, describe_run(trainer, run.run_id, argv), machine)
+    return run
+
+
+def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the `run` part of full_config.json."""
+    plan, data = trainer.plan, trainer.data
+    resumed_from = None
+    if plan.is_resume:
+        resumed_from = {
+            "run_id": plan.bundle.state.run_id,
+            "step": plan.start_step,
+            "weights_sha256": plan.bundle.state.files[WEIGHTS_FILE],
+            "path": str(find_kept_checkpoint(plan, Path(trainer.config.runs_dir)).resolve()),
+        }
+    return {
+        "run_id": run_id,
+        "argv": list(argv),
+        "callbacks": describe_callbacks(trainer.callbacks),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resumed_from": resumed_from,
+        "model_name": plan.named_model.name if plan.named_model else None,
+        "lineage": [ancestor.model_dump() for ancestor in plan.lineage],
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "tokens": data.num_tokens,
+            "vocab_size": data.tokenizer.vocab_size,
+        },
+        "parameters": trainer.model.count_parameters(),
+        "device": str(trainer.device),
+        "processes": trainer.world.size,
+        "threads": torch.get_num_threads(),
+        "precision": trainer.precision,
+        "torch_compile": trainer.compile_result.mode,
+        "torch_compile_reason": trainer.compile_result.reason,
+    }
+
+
+def get_recorded_path(data: Dataset) -> str | None:
+    """Return the text's absolute path: a record works from any directory."""
+    return data.path and resolve_data_path(data.path)
+
+
+def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
+    """Open metrics.jsonl, TensorBoard and, if requested, Aim, and log the settings.
+
+    Ranks above 0 process the same numbers, and write them nowhere.
+    """
+    config, is_main = trainer.config, trainer.world.is_main
+    trackers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
+    if config.aim_logging:
+        trackers["Aim"] = lambda: AimTracker(get_aim_repo(config), run.run_id)
+    tracker = CompositeTracker(trackers if is_main else {}, output.print_warning)
+    if is_main:
+        record = read_record(run.path)
+        about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
+        about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
+        tracker.log_config(record["config"], about)
+    return RunLogger(
+        run.metrics if is_main else Path(os.devnull),
+        run.samples if is_main else Path(os.devnull),
+        tracker,
+        output,
+        first_step=trainer.plan.start_step,
+        max_iters=config.max_iters,
+        tokens_per_step=config.batch_size * config.block_size,
+        interval=config.log_interval,
+        may_overflow=trainer.precision == "fp16",
+    )
+
+
+@contextlib.contextmanager
+def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
+    """Create early stopping, if requested, and the user's callbacks, on rank 0 only.
+
+    `at_end` is called even if the run fails. Raises `UserError` if one cannot be created.
+    """
+    patience = trainer.config.early_stopping_patience
+    own = {"early stopping": EarlyStopping(patience)} if patience else {}
+    callbacks = Callbacks(own if trainer.world.is_main else {}, output.print_warning)
+    try:
+        trainer.world.broadcast_from_main(callbacks.add, trainer.callbacks, trainer.config)
+        yield callbacks
+    finally:
+        callbacks.at_end(None)  # does nothing for those already called with a result
+
+
+# ----------------------------------------------------------------------------------------------
+# The end, good or bad
+
+
+def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: Output) -> None:
+    """Print how the run ended and the commands that come next, and record it."""
+    best = {"val": result.best_val_loss} if result.best_val_loss is not None else {}
+    is_stopped = result.step < trainer.config.max_iters
+    stopped_early = is_stopped and is_stopped_early(read_state(result.checkpoint), trainer.config)
+    bits = compute_bits_per_byte(best, trainer.data).get("val")
+    output.print(summary.format_result(trainer, result, bits, stopped_early=stopped_early))
+    write_result(run.meta / "result.json", asdict(result))
+
+
+@contextlib.contextmanager
+def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[None]:
+    """Record a failure of the run, print how to resume it, and draw report.html.
+
+    A `UserError` becomes a `RunError`: from here on the run's own files are at fault. Ranks above 0
+    end without a message: rank 0 fails for the same reason.
+    """
+    if not trainer.world.is_main:
+        try:
+            yield
+        except (RunError, UserError) as error:
+            raise EndedOnAnotherRank(RunError.exit_status) from error
+        return
+    try:
+        with translate_peer_errors():
+            yield
+    except BaseException as error:
+        if isinstance(error, Exception):  # not if interrupted a second time
+            with contextlib.suppress(OSError):  # a full disk must not hide the reason
+                write_result(run.meta / "result.json", {"error": format_reason(error)})
+            draw_report(run, output)
+        with contextlib.suppress(OSError):
+            if checkpoints := list_checkpoints(run.path):
+                output.print(
+                    f"\nLast checkpoint: step {parse_step(checkpoints[-1])}. Resume from it:\n"
+                    f"  {summary.format_resume_command(trainer, run.path)}"
+                )
+        if isinstance(error, UserError):
+            raise RunError(str(error)) from error
+        raise
+    draw_report(run, output)
+
+
+def draw_report(run: RunDirectory, output: Output) -> None:
+    """Draw report.html; a failure is a warning, and does not fail the run."""
+    try:
+        write_report(run.report, [run.path])
+    except Exception as error:
+        output.print_warning(
+            f"{run.report} cannot be drawn: {format_reason(error)}", traceback.format_exc()
+        )
+
+
+@contextlib.contextmanager
+def translate_failures(config: ModelConfig, output: Output) -> Iterator[None]:
+    """Turn failures of the machine (memory, disk) into a `RunError`; record why a run ended."""
+    try:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                "out of memory: lower micro_batch_size (now "
+                f"{config.micro_batch_size or config.batch_size}; does not change the training), "
+                f"block_size ({config.block_size}), n_embd ({config.n_embd}) or "
+                f"n_layer ({config.n_layer})"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            # safetensors writes in Rust, and puts the system's reason last.
+            reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
+            where = getattr(error, "filename", None)
+            raise RunError(
+                f"cannot write the run's files: {f'{where}: ' if where else ''}{reason}; "
+                "earlier checkpoints are intact"
+            ) from error
+    except (RunError, KeyboardInterrupt, SystemExit) as error:
+        with contextlib.suppress(OSError):  # a full disk cannot hold the record either
+            output.record(f"error: {error if isinstance(error, RunError) else 'interrupted'}")
+        raise

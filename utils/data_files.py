@@ -1,0 +1,193 @@
+"""The files that a `data` setting names, the checks on them, and their bytes, decompressed.
+
+`data` is a file, a directory, a glob, or `-` for standard input.
+"""
+
+import glob
+import gzip
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from utils.errors import UserError
+from utils.files import find_text_file_problem, is_directory, list_files, spool
+
+STANDARD_INPUT = "-"
+BLOCK_BYTES = 1 << 20  # read at once
+# Zstandard makes at most 128 KB of each four bytes: this bounds the memory for a hostile file.
+_COMPRESSED_BYTES = 1 << 12
+
+
+def get_cache_dir(cache_dir: str | None) -> Path:
+    """Return the cache directory: `cache_dir`, or the user's own for None."""
+    return Path(cache_dir) if cache_dir else user_cache_path("folio", appauthor=False)
+
+
+def is_pattern(data: str) -> bool:
+    """Return whether `data` is a glob, and not an existing file with a name like one."""
+    return glob.has_magic(data) and not os.path.lexists(data)
+
+
+def find_data_problem(data: str) -> str | None:
+    """Return why `data` cannot be read as a text, or None. Reads one byte at most."""
+    if data == STANDARD_INPUT:
+        return "there is none" if sys.stdin is None else None
+    if not is_directory(Path(data)) and not is_pattern(data):
+        return find_text_file_problem(Path(data))
+    try:
+        has_text = any(path.stat().st_size for path in _iter_files(data))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if has_text:
+        return None
+    kind = "in this directory" if is_directory(Path(data)) else "that matches this pattern"
+    return f"no file {kind} has text"
+
+
+def find_files(data: str) -> list[Path]:
+    """Return the files of a text, sorted by path; hidden files of directories are skipped.
+
+    Raises `UserError` if a directory cannot be read or a file's name is not text.
+    """
+    if not is_directory(Path(data)) and not is_pattern(data):
+        return [Path(data)]
+    try:
+        files = sorted(_iter_files(data), key=str)
+    except OSError as error:
+        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
+    if wrong := [name for name in map(str, files) if not name.isprintable()]:
+        raise UserError(f"{data}: a file name is not printable text: {wrong[0]!a}: rename it")
+    return files
+
+
+def _iter_files(data: str) -> Iterator[Path]:
+    """Yield the files of a directory or a glob, in any order."""
+    if is_directory(Path(data)):
+        yield from (Path(data, name) for name in list_files(data))
+    else:
+        names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
+        yield from (path for path in map(Path, names) if path.is_file())
+
+
+def find_overlap_problem(
+    data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
+) -> str | None:
+    """Return why files that Folio writes would be read as part of the text, or None.
+
+    Args:
+        data: the directory or glob that names the text.
+        files: the files that it names now.
+        written: pairs of a setting and the directory that it names, in which Folio writes.
+    """
+    root = Path(data).resolve() if is_directory(Path(data)) else None
+    matches = [str(path.resolve()) for path in files] if is_pattern(data) else []
+    for setting, directory in written:
+        place = directory.resolve()
+        if root is not None and place.is_relative_to(root):
+            is_read = not any(name.startswith(".") for name in place.relative_to(root).parts)
+        else:
+            is_read = any(name.startswith(f"{place}{os.sep}") for name in matches)
+        if is_read:
+            return (
+                f"{setting} {directory} is inside it, so files that Folio writes would be read as "
+                f"text: name the text files only, or choose another {setting}"
+            )
+    return None
+
+
+def resolve_data_path(data: str) -> str:
+    """Return `data` as an absolute path or glob, as a run records it; `-` is unchanged."""
+    if data == STANDARD_INPUT:
+        return data
+    if is_pattern(data):
+        return data if Path(data).is_absolute() else str(Path(glob.escape(str(Path.cwd())), data))
+    return str(Path(data).resolve())
+
+
+def keep_standard_input(cache: Path) -> Path:
+    """Copy standard input to a file of the cache, named for its SHA-256, and return the path.
+
+    Raises `UserError` if it is empty or the cache cannot be written.
+    """
+    try:
+        return spool(sys.stdin.buffer, cache / "stdin")
+    except OSError as error:
+        raise UserError(
+            f"standard input cannot be written to {cache}: {error.strerror}; "
+            "name another directory with --cache-dir"
+        ) from None
+    except ValueError:
+        raise UserError("standard input: it is empty") from None
+
+
+def has_bytes(files: Sequence[Path], limit: int) -> bool:
+    """Return whether the files have `limit` bytes or more, decompressed.
+
+    Raises `UserError` if a file cannot be read.
+    """
+    total = 0
+    for path in files:
+        is_compressed = path.suffix.lower() in (".gz", ".zst")
+        for size in map(len, iter_blocks(path)) if is_compressed else [get_stat(path).st_size]:
+            total += size
+            if total >= limit:
+                return True
+    return False
+
+
+def get_stat(path: Path) -> os.stat_result:
+    """Return the size and times of a file. Raises `UserError` if they cannot be read."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def iter_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Yield the bytes of a file, decompressed, at most `size` at once; no block is empty.
+
+    Raises `UserError` if the file cannot be read or is damaged.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".zst":
+            for piece in _decompress_zstandard(path):
+                yield from (piece[i : i + size] for i in range(0, len(piece), size))
+        else:
+            with gzip.open(path) if suffix == ".gz" else open(path, "rb", buffering=0) as file:
+                yield from iter(lambda: file.read(size), b"")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: incomplete or damaged {suffix} file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _decompress_zstandard(path: Path) -> Iterator[bytes]:
+    """Yield the content of all frames of a .zst file, in pieces of any size.
+
+    The library's own `stream_reader` does not report a file that ends within a frame.
+    """
+    import zstandard  # here, as few texts need it
+
+    decompressor, frame = zstandard.ZstdDecompressor(), None
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(_COMPRESSED_BYTES):
+                while data:
+                    frame = frame or decompressor.decompressobj()
+                    yield frame.decompress(data)
+                    data = frame.unused_data if frame.eof else b""
+                    frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("it ends within a frame")
+    except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path}: decompressing it takes more than 128 MB of memory: compress it again "
+                "without --long=28 or more"
+            ) from None
+        raise UserError(f"{path}: incomplete or damaged .zst file: {error}") from None

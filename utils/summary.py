@@ -1,0 +1,226 @@
+"""The text that a training run prints at its start and at its end.
+
+Functions take the run's `Trainer`, and return lines without printing them.
+"""
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parameters import ModelConfig
+from utils.command_line import format_flag
+from utils.device import describe_device
+from utils.output import align_columns, format_bytes, format_command, format_duration, pluralize
+from utils.ranks import Ranks
+from utils.run_manager import RunDirectory
+from utils.tracking.aim import get_aim_repo
+
+if TYPE_CHECKING:
+    from callbacks import TrainResult
+    from trainer import Trainer
+
+
+def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
+    """Format what is trained, on what, and how; `changes` are the settings a resume changes."""
+    config, data, plan = trainer.config, trainer.data, trainer.plan
+    sizes = ", ".join(f"{tokens.size:,} {split}" for split, tokens in data.splits.items())
+    unit = data.tokenizer.unit
+    rows = [
+        (
+            "Model",
+            f"{trainer.model.count_parameters():,} parameters: "
+            f"{pluralize(config.n_layer, 'layer')}, {pluralize(config.n_head, 'head')}, "
+            f"{config.n_embd} channels, context {config.block_size}",
+        ),
+        (
+            "Text",
+            f"{data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
+            f"vocabulary {data.tokenizer.num_tokens:,}",
+        ),
+    ]
+    if data.left_out:
+        rows.append(("", f"dropped {format_char_counts(data.left_out)}"))
+    if plan.is_resume:
+        reset = ", with a new optimizer" if plan.reset_optimizer else ""
+        rows.append(("Resumed", f"from {plan.bundle.path} (step {plan.start_step:,}){reset}"))
+        rows += [("", change) for change in changes]
+    elif plan.bundle is not None:
+        rows.append(("Parent", f"{plan.bundle.path} (step {plan.bundle.state.step:,})"))
+        added = data.tokenizer.num_tokens - plan.bundle.vocab_size
+        if data.tokenizer.token_kind == "char" and added:
+            rows.append(("", f"{pluralize(added, 'character')} added to the vocabulary"))
+    if plan.named_model is not None:
+        rows.append(("Name", str(plan.named_model)))
+    tokens = (config.max_iters - plan.start_step) * config.batch_size * config.block_size
+    epochs = tokens / data.splits["train"].size
+    start = f"{plan.start_step:,} to " if plan.start_step else ""
+    mode = trainer.compile_result.mode
+    device = f"{describe_device(trainer.device)}, {trainer.precision}"
+    device += "" if mode == "off" else f", torch.compile {mode}"
+    if trainer.world.size > 1:
+        device += f", {trainer.world.size} processes ({config.parallel})"
+    rows += [
+        (
+            "Steps",
+            f"{start}{config.max_iters:,}, batch {config.batch_size} x {config.block_size} {unit}s "
+            f"({epochs:.2g} epochs)",
+        ),
+        ("Device", device),
+    ]
+    return "\n".join(f"{label:<7} {value}" for label, value in rows)
+
+
+def format_char_counts(counts: Mapping[str, int]) -> str:
+    """Format characters and their counts, the first twenty: `'é' (12 times), 'ß' (once)`."""
+    shown = [
+        f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
+        for char, count in list(counts.items())[:20]
+    ]
+    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+    return ", ".join(shown) + more
+
+
+def format_text_warning(trainer: "Trainer") -> str | None:
+    """Return a warning if a resumed model continues on a different text."""
+    plan, data = trainer.plan, trainer.data
+    known = plan.bundle.state.get_fact("data_sha256") if plan.is_resume else None
+    if known is None or known == data.sha256:
+        return None
+    before = plan.bundle.state.settings.get("data") or "the sample corpus"
+    return (
+        f"DIFFERENT TEXT: {data.name} (SHA-256 {data.sha256[:12]}…) is not the text this model was "
+        f"trained on so far ({before}, SHA-256 {known[:12]}…)"
+    )
+
+
+def list_notes(
+    trainer: "Trainer", rerun_of: Mapping[str, Any] | None, last_rate: float
+) -> Iterator[str]:
+    """Yield what a user may not expect of the run that starts.
+
+    `rerun_of` is the record that the run repeats, `last_rate` the learning rate of its last step.
+    """
+    config, result = trainer.config, trainer.compile_result
+    had = [each["name"] for each in (rerun_of or {}).get("callbacks") or [] if each.get("name")]
+    if missing := [name for name in had if name not in trainer.callbacks]:
+        yield f"the repeated run had {', '.join(missing)}: add it to repeat the run exactly"
+    if changed := _compare_computation(trainer):
+        yield f"{changed}: results after this point will not match the original run bitwise"
+    if result.fell_back:
+        yield f"training without torch.compile: {result.reason}"
+    if config.warmup_iters > config.max_iters:
+        yield (
+            f"the run ends during its warmup of {config.warmup_iters} steps, at learning rate "
+            f"{last_rate:g}: lower warmup_iters"
+        )
+
+
+def _compare_computation(trainer: "Trainer") -> str | None:
+    """Describe how a resumed run computes differently from before: `precision bf16 → fp32, …`."""
+    state = trainer.plan.bundle.state if trainer.plan.is_resume else None
+    if state is None or state.get_fact("compiled_by") is None:  # not recorded by old versions
+        return None
+    before = (
+        state.get_fact("computed_in") or "fp32",
+        state.get_fact("compiled_by"),
+        state.get_fact("processes") or 1,
+    )
+    now = (trainer.precision, trainer.compile_result.mode, trainer.world.size)
+    names = ("precision", "torch.compile", "processes")
+    changes = [f"{n} {b} → {a}" for n, b, a in zip(names, before, now, strict=True) if a != b]
+    return ", ".join(changes) or None
+
+
+def format_result(
+    trainer: "Trainer", result: "TrainResult", best_bits: float | None, *, stopped_early: bool
+) -> str:
+    """Format how a run ended, and the commands that come next.
+
+    `best_bits` is the best val loss in bits per byte; `stopped_early` means by early stopping.
+    """
+    is_stopped = result.step < trainer.config.max_iters
+    ended = f"Stopped after step {result.step:,}" if is_stopped else f"Done: {result.step:,} steps"
+    why = f": {result.stopped_by}" if result.stopped_by else ""
+    heading = f"\n{ended} in {format_duration(result.seconds)}{why}."
+    rows = []
+    if result.best_val_loss is not None:
+        heading += (
+            f" Best val loss {result.best_val_loss:.4f} ({best_bits:.3f} bits per byte) at step "
+            f"{result.best_step:,}."
+        )
+        rows.append(("Best model:", str(result.export_dir)))
+    rows.append(("Last checkpoint:", str(result.checkpoint)))
+    if trainer.plan.named_model is not None:
+        rows.append(("Named model:", f"{trainer.plan.named_model} (step {result.step:,})"))
+    rows.append(("Report:", str(RunDirectory(result.run_dir).report)))
+    run = shlex.quote(str(result.run_dir))
+    commands = [
+        (f"{format_command('inference.py')} --run {run}", ""),
+        (f"{format_command('tensorboard')} --logdir {shlex.quote(trainer.config.runs_dir)}", ""),
+    ]
+    if trainer.config.aim_logging:
+        repo = shlex.quote(get_aim_repo(trainer.config))
+        commands.append((f"{format_command('aim')} up --repo {repo}", ""))
+    if is_stopped:
+        patience = " --early-stopping-patience 0" if stopped_early else ""
+        commands.append((format_resume_command(trainer, result.run_dir) + patience, "resume"))
+    elif not trainer.plan.is_resume:
+        record = f"{run}/meta/full_config.json{_format_callback_flags(trainer)}"
+        commands.append((f"{_format_train_command()} --config {record}", "repeat this run"))
+    lines = [f"  {command}{f'   # {what}' if what else ''}" for command, what in commands]
+    return "\n".join([heading, align_columns(rows), "", "Next:", *lines])
+
+
+def format_resume_command(trainer: "Trainer", run_dir: Path) -> str:
+    """Return the command that resumes the run where it stopped."""
+    command = f"{_format_train_command()} --resume {shlex.quote(str(run_dir))}"
+    # Settings that no checkpoint has.
+    for name in ("device", "runs_dir", *(["checkpoints_dir"] if trainer.plan.named_model else [])):
+        value = getattr(trainer.config, name)
+        if value != ModelConfig.model_fields[name].default:
+            command += f" {format_flag(name)} {shlex.quote(value)}"
+    return command + _format_callback_flags(trainer)
+
+
+def _format_train_command() -> str:
+    """Return the command that starts train.py as this process was started: alone or by torchrun."""
+    ranks = Ranks.from_environment()
+    if ranks.size == 1:
+        return format_command("train.py")
+    nodes = ranks.size // ranks.local_size
+    several = f" --nnodes={nodes} …" if nodes > 1 else ""
+    script = format_command("train.py").split(" ", 1)[1]
+    return f"{format_command('torchrun')}{several} --nproc-per-node={ranks.local_size} {script}"
+
+
+def _format_callback_flags(trainer: "Trainer") -> str:
+    """Return the flags of the run's callbacks: no checkpoint and no record executes code."""
+    return "".join(f" {name}" for name in trainer.callbacks if name.startswith("--callback "))
+
+
+def format_estimate(
+    trainer: "Trainer", step: float, evaluation: float, peak_memory: int | None
+) -> str:
+    """Format the memory and the time that a run would take.
+
+    `step` and `evaluation` are in seconds, `peak_memory` in bytes.
+    """
+    config = trainer.config
+    steps = config.max_iters - trainer.plan.start_step
+    evaluations = math.ceil(steps / (config.eval_interval or steps))
+    seconds = steps * step + evaluations * evaluation
+    # float32: weights, gradients, and two moments of AdamW or one of Muon
+    size = sum(
+        4 * (3 if "momentum" in group else 4) * parameter.numel()
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    )
+    scope = "this whole process" if trainer.device.type == "cpu" else "the device"
+    peak = f"; peak of {scope}: {format_bytes(peak_memory)}" if peak_memory else ""
+    return (
+        f"Memory  {format_bytes(size)} for weights, gradients and optimizer state{peak}\n"
+        f"Time    about {format_duration(seconds)}: {step * 1000:.1f} ms per step, "
+        f"{pluralize(evaluations, 'evaluation')} of {evaluation:.1f} s"
+    )
