@@ -604,10 +604,7 @@ class StoredCorpus:
                     f"space, or {remedy}"
                 ) from None
             place = error.filename2 or error.filename or self.directory
-            raise UserError(
-                f"the cache {self.directory.parent.parent} cannot be written "
-                f"({place}: {reason}): {remedy}"
-            ) from None
+            raise UserError(f"the cache cannot be written: {place}: {reason}: {remedy}") from None
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What a large text costs: encoding 2 GB into a store, and training on that beside 1 MB.
+"""The cost of a large text: encoding 2 GB into the cache, and training on it and on 1 MB.
 
-Words of random letters, lines of random length, and an accent in some of them. Each process is a
-new one; those that train are taken in turns, and the store is there already. Memory is read from
-/proc, which Linux has.
+The text has words of random letters, lines of random length, and an accent in some of them. Each
+measurement is a new process; those that train alternate, with the encoding in the cache already.
+Memory is read from Linux's /proc.
 """
 
 import json
@@ -20,15 +20,17 @@ REPEATS = 3
 _BLOCK = 16_000_000
 
 ENCODE = """
-import json, sys, time
-from store import open_text
+import json, resource, sys, time
+from corpus import open_corpus
 began = time.perf_counter()
-text = open_text(sys.argv[1], cache_dir=sys.argv[2], token_store="on")
+text = open_corpus(sys.argv[1], cache_dir=sys.argv[2], token_store="on")
 encoded = text.encode(text.create_tokenizer("char"))
 seconds = time.perf_counter() - began
+usage = resource.getrusage(resource.RUSAGE_SELF)
+cpu = {"user": usage.ru_utime, "system": usage.ru_stime}
 with open("/proc/self/status", encoding="utf-8") as status:
     lines = dict(line.split(":", 1) for line in status)
-print(json.dumps({"seconds": seconds, "peak": int(lines["VmHWM"].split()[0]) * 1024}))
+print(json.dumps({**cpu, "seconds": seconds, "peak": int(lines["VmHWM"].split()[0]) * 1024}))
 """
 TRAIN = """
 import json, sys, time
@@ -54,14 +56,15 @@ def run(data: str | None) -> None:
         large, small = Path(directory) / "large.txt", Path(directory) / "small.txt"
         write_text(large, BYTES)
         write_text(small, SMALL_BYTES)
-        encoding = _measured(ENCODE, large, directory)
+        encoding = _measure(ENCODE, large, directory)
         speed = large.stat().st_size / encoding["seconds"] / 1e6
         print(
             f"  {large.stat().st_size / 1e9:.3f} GB encoded in {encoding['seconds']:.1f} s: "
-            f"{speed:.0f} MB/s, at most {encoding['peak'] / 1e6:.0f} MB in memory"
+            f"{speed:.0f} MB/s ({encoding['user']:.1f} s user and {encoding['system']:.1f} s system "
+            f"CPU time), at most {encoding['peak'] / 1e6:.0f} MB in memory"
         )
         turns = [
-            [_measured(TRAIN, text, directory) for text in (small, large)] for _ in range(REPEATS)
+            [_measure(TRAIN, text, directory) for text in (small, large)] for _ in range(REPEATS)
         ]
         first = [median(pair[i]["seconds"] for pair in turns) for i in (0, 1)]
         grown = median(pair[1]["anonymous"] - pair[0]["anonymous"] for pair in turns)
@@ -81,7 +84,7 @@ def write_text(path: Path, size: int) -> None:
         file.write(lines[: size % len(lines)].rpartition(b"\n")[0])
 
 
-def _measured(script: str, text: Path, cache: str) -> dict[str, float]:
+def _measure(script: str, text: Path, cache: str) -> dict[str, float]:
     command = [sys.executable, "-c", script, str(text), str(Path(cache) / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,8 @@
-"""How fast text becomes ids and ids become text, on one core."""
+"""Speed of encoding and decoding by characters, on one core."""
 
 import time
 
-from data import load_sample_corpus
+from corpus import load_sample_corpus
 from tokenizer import create_tokenizer
 
 REPEATS = 5
@@ -18,11 +18,11 @@ def run(data: str | None) -> None:
         ("encode", lambda: tokenizer.encode(text)),
         ("decode", lambda: tokenizer.decode(ids)),
     ):
-        best = min(_seconds(work) for _ in range(REPEATS))
+        best = min(_measure_seconds(work) for _ in range(REPEATS))
         print(f"  {name:<18} {megabytes / best:6.0f} MB/s of {megabytes:.0f} MB")
 
 
-def _seconds(work) -> float:
+def _measure_seconds(work) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -138,15 +138,15 @@ BAD = {
     ),
     "empty directory": (
         "--data {0}/void",
-        ["{0}/void (--data): no file in this directory"],
+        ["{0}/void (--data): no file in this directory has text"],
     ),
     "pattern without a match": (
         "--data {0}/*.md",
-        ["{0}/*.md (--data): no file that matches this pattern"],
+        ["{0}/*.md (--data): no file that matches this pattern has text"],
     ),
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",
-        ["the cache {0}/file cannot be written: File exists; name another place with --cache-dir"],
+        ["the cache cannot be written: {0}/file: File exists: name another directory with --cache-dir"],
     ),
     "short text": (
         "--data {0}/short.txt --block-size 8",
