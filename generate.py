@@ -1,6 +1,6 @@
 """Generation: sampling, the KV cache, prefill and decoding, and streaming beyond the context.
 
-    tokens = generate_tokens(model, prompt, 200, SamplingParams(temperature=0.8), seeds=[1])
+tokens = generate_tokens(model, prompt, 200, SamplingParams(temperature=0.8), seeds=[1])
 """
 
 import functools

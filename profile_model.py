@@ -84,10 +84,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks import Best
 from checkpoint import load_tokenizer
 from data import load_dataset
-from model import KVCache
+from generate import KVCache, SamplingParams, decode_tokens
 from optim import learning_rate_at
 from prepare import create_setup, open_device, time_evaluation
-from sampling import SamplingParams
 from start import ResumePlan, read_start_bundle
 from step import PHASES, Setup, training_step
 from train import (
@@ -279,11 +278,13 @@ def profile_inference(
 
         @torch.inference_mode()
         def prefill(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt, cache.positions, cache, draw, SamplingParams())
+            decode_tokens(model, prompt, cache.positions, cache, draw, SamplingParams())
 
         @torch.inference_mode()
         def decode(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, SamplingParams())
+            decode_tokens(
+                model, prompt[:, -1:], cache.positions[-1:], cache, draw, SamplingParams()
+            )
 
         first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
         length = config.block_size

@@ -16,13 +16,12 @@ from callbacks import CallbackFactory
 from data import Dataset, count_windows, get_batch, iter_evaluation_batches, split_micro_batches
 from distributed import SINGLE_PROCESS, World, defer_gradient_sync
 from model import LanguageModel
-from optim import apply_update, clip_gradients
+from optim import clip_gradients, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
 from start import ResumePlan
 from utils.device import CompileResult, autocast
+from utils.evaluation import compute_loss, count_parallel_windows, evaluation_mode
 
-# Numbers in the largest tensor of an evaluation, about. On the CPU what counts is its cache.
-EVALUATED_AT_ONCE, EVALUATED_AT_ONCE_ON_CPU = 1 << 22, 1 << 18
 # The parts of a step, in their order.
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")
 
@@ -97,11 +96,12 @@ def training_step(
         setup.scaler.unscale_(setup.optimizer)
         grad_norm = clip_gradients(setup.model, config.grad_clip)
     with phase("optimizer"):
-        apply_update(setup.optimizer, setup.scaler, step, config)
+        set_learning_rate(setup.optimizer, learning_rate_at(step, config))
+        setup.scaler.step(setup.optimizer)  # in fp16, skipped if gradients have overflowed
+        setup.scaler.update()
     return total, grad_norm
 
 
-@torch.no_grad()
 def estimate_loss(
     model: LanguageModel,
     data: Dataset,
@@ -114,28 +114,21 @@ def estimate_loss(
     As many windows at once as are quick, and each process some of them; how many changes nothing
     but rounding. Where `eval_iters` is 0, train is measured on as many windows as val has.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    numbers = EVALUATED_AT_ONCE_ON_CPU if device.type == "cpu" else EVALUATED_AT_ONCE
-    rows = numbers // (config.block_size * max(model.vocab_size, config.n_embd)) * world.size
+    rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
     losses = {}
-    for split in ("train", "val"):
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        count = 0
-        for inputs, targets in iter_evaluation_batches(
-            data.splits[split], config, rows=rows, most=most
-        ):
-            count += targets.numel()
-            # Sharded weights are gathered by all processes: one without a window takes any.
-            has_own = world.rank < len(inputs)
-            own = slice(world.rank if has_own else 0, None, world.size)
-            with autocast(device, precision):
-                _, loss = model(inputs[own].to(device), targets[own].to(device))
-            total += loss * (targets[own].numel() * has_own)
-        losses[split] = world.all_reduce_sum(total).item() / count
-    model.train(was_training)
+    with evaluation_mode(model):
+        for split in ("train", "val"):
+            total, count = torch.zeros((), device=next(model.parameters()).device), 0
+            tokens = data.splits[split]
+            for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
+                count += targets.numel()
+                # All ranks must call a sharded model: one without a window repeats another.
+                has_own = world.rank < len(inputs)
+                own = slice(world.rank if has_own else 0, None, world.size)
+                loss = compute_loss(model, inputs[own], targets[own], precision)
+                total += loss * (targets[own].numel() * has_own)
+            losses[split] = world.all_reduce_sum(total).item() / count
     return losses
 
 

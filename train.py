@@ -110,11 +110,11 @@ from callbacks import Best, Callbacks, EarlyStopping, Evaluation, Step, TrainRes
 from checkpoint import CheckpointWriter
 from data import Dataset
 from distributed import SINGLE_PROCESS, World, gather_to_main, open_world, translate_peer_errors
+from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import learning_rate_at
 from prepare import banner, bring_best, measure_speed, open_run, recorded_path, set_up
 from report import write_report
-from sampling import SamplingParams
 from start import check_unchanged, is_stopped_early, lock_named_model
 from step import Setup, bits_per_byte, estimate_loss, training_step
 from utils.device import is_out_of_memory
@@ -357,7 +357,8 @@ def sample(model: LanguageModel, data: Dataset, config: ModelConfig, length: int
     """`length` tokens in the model's own words, from a line's beginning; its weights decide."""
     tokenizer = data.tokenizer
     prompt = tokenizer.encode(tokenizer.default_prompt)
-    ids = model.generate(
+    ids = generate_tokens(
+        model,
         prompt,
         length,
         SamplingParams(temperature=SAMPLE_TEMPERATURE),

@@ -32,7 +32,7 @@ from bundle import (
 )
 from checkpoint import load_model_from_bundle, save_checkpoint
 from model import LanguageModel
-from optim import apply_update, clip_gradients, create_optimizer
+from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
 from tokenizer import create_tokenizer
 from utils.output import Output
@@ -124,7 +124,8 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
     clip_gradients(model, BUNDLE_CONFIG.grad_clip)
-    apply_update(optimizer, scaler, step, BUNDLE_CONFIG)
+    set_learning_rate(optimizer, learning_rate_at(step, BUNDLE_CONFIG))
+    optimizer.step()
     settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
     facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
     values = {

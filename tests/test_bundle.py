@@ -43,7 +43,7 @@ from bundle import (
 from checkpoint import load_model, load_weights, restore_training_state
 from model import LanguageModel
 from optim import create_optimizer
-from sampling import SamplingParams
+from generate import SamplingParams, generate_tokens
 from start import plan_run
 from train import train
 from utils.errors import RunError, UserError
@@ -185,7 +185,7 @@ GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must
 def test_the_golden_bundle_says_what_it_said_when_it_was_saved():
     model, tokenizer = load_model(GOLDEN)
     state = read_state(GOLDEN)
-    ids = model.generate(tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
+    ids = generate_tokens(model, tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
     assert tokenizer.decode(ids[0].numpy()) == "To be, or not to be, that is the question:\nWh"
     assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
 

@@ -32,6 +32,7 @@ from bundle import BUNDLE_FILES
 from callbacks import TrainResult
 from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
+from generate import generate_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from prepare import set_up
@@ -655,5 +656,5 @@ def test_a_model_of_gpt2s_tokens_trains_speaks_and_goes_on(tiny, quiet, gpt2_voc
 def test_padding_is_never_sampled():
     model = LanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4), 64, 3)
     torch.nn.init.zeros_(model.token_embedding.weight)  # all ids are as likely
-    ids = model.generate([0], 10, seeds=range(50))
+    ids = generate_tokens(model, [0], 10, seeds=range(50))
     assert set(ids.flatten().tolist()) == {0, 1, 2}
