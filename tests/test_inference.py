@@ -24,10 +24,22 @@ from utils.errors import UserError
 from utils.output import Output
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict:
+    """Where `run` keeps its result, so that these tests train once."""
+    return {"directory": tmp_path_factory.mktemp("trained") / "runs"}
+
+
 @pytest.fixture
-def run(tiny, quiet):
-    """A run whose model is trained a little."""
-    return train(tiny(max_iters=60, n_embd=32, learning_rate=1e-2, eval_interval=0), output=quiet)
+def run(trained, tiny, quiet):
+    """A run whose model is trained a little, in `runs`."""
+    if "result" in trained:
+        shutil.copytree(trained["directory"], "runs")
+    else:
+        config = tiny(max_iters=60, n_embd=32, learning_rate=1e-2, eval_interval=0)
+        trained["result"] = train(config, output=quiet)
+        shutil.copytree("runs", trained["directory"])
+    return trained["result"]
 
 
 @pytest.fixture
