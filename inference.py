@@ -9,16 +9,18 @@ All it needs is a bundle, wherever that was moved to.
 """
 
 import contextlib
+import functools
 import io
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from bundle import (
@@ -39,13 +41,14 @@ from utils.files import decode_text, read_file
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
-    from model import LanguageModel
+    from torch import Tensor
 
 STANDARD_INPUT = "-"
+SAMPLING_SETTINGS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
 
-class InferenceConfig(Settings):
-    """What to generate, and from which model."""
+class ModelChoice(Settings):
+    """Which model to use; evaluate.py chooses one in the same way."""
 
     run: Annotated[str, Field(min_length=1)] | None = None
     """A run's id or directory, or a bundle anywhere. null: the newest run in runs_dir."""
@@ -54,10 +57,14 @@ class InferenceConfig(Settings):
     """A named model, instead of a run."""
 
     runs_dir: str = "runs"
-    """Where runs are looked for."""
+    """The directory of the runs."""
 
     checkpoints_dir: str = "checkpoints"
-    """Where named models are looked for."""
+    """The directory of the named models."""
+
+
+class InferenceConfig(ModelChoice):
+    """What to generate, and from which model."""
 
     prompt: str = ""
     """The text to continue; \\n is a new line, and - standard input. Empty: a new line."""
@@ -112,78 +119,14 @@ ACTIONS = (
 OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command: settle the settings, load the model, and let it speak."""
-    command_line = CommandLine(__doc__, InferenceConfig, ACTIONS, operands=OPERAND)
-    flags, actions, problems = command_line.parse(argv)
-    if problems := problems + conflicts(flags, actions):
-        raise UserError(*problems)
-    config = InferenceConfig(**flags)
-    directory = find_model(config, actions.get("model"))
-    prompt = "" if "interactive" in actions else given_prompt(config)
-    stops = [unescaped(text) for text in actions.get("stop", [])]
-    output = Output()
-
-    may_end_early = bool(stops) or "interactive" in actions
-    with memory_explained(config):
-        speaker = load_speaker(config, directory, may_end_early, output)
-        if "json" in actions:
-            output.print(json.dumps(speaker.as_json(prompt, stops)))
-        elif "interactive" in actions:
-            converse(speaker, stops, output)
-        else:
-            speaker.speak(prompt, stops, output)
-    return output.exit_status
-
-
-@contextlib.contextmanager
-def memory_explained(config: InferenceConfig) -> Iterator[None]:
-    """A lack of memory as the user's mistake that it is."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        from utils.device import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        samples = pluralize(config.num_samples, "sample")
-        raise UserError(f"{samples} at once do not fit into memory: take fewer") from error
-
-
-def conflicts(flags: dict[str, Any], actions: dict[str, Any]) -> list[str]:
-    """Flags that cannot stand together."""
-    problems = []
-    if sys.stdin is None and ("interactive" in actions or flags.get("prompt") == STANDARD_INPUT):
-        problems.append("standard input is closed")
-    if "interactive" in actions:
-        others = {"json": "json" in actions, "prompt": "prompt" in flags}
-        others["prompt-file"] = flags.get("prompt_file") is not None
-        names = [f"--{name}" for name, is_there in others.items() if is_there]
-        problems += [f"--interactive asks for prompts: leave {name} out" for name in names]
-    if "prompt" in flags and flags.get("prompt_file") is not None:
-        problems.append("--prompt and --prompt-file both give a prompt: choose one")
-    if "" in actions.get("stop", []):
-        problems.append("--stop must not be empty")
-    return problems
-
-
 # ----------------------------------------------------------------------------------------------
-# What is asked for
-
-
-class ModelChoice(Protocol):
-    """The settings that say which model is meant."""
-
-    run: str | None
-    model_name: str | None
-    runs_dir: str
-    checkpoints_dir: str
+# The model and the prompt
 
 
 def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Path:
-    """The bundle that the settings, or a word without a flag, name.
+    """Return the bundle that the settings, or a word without a flag, name.
 
-    Raises `UserError` where there is none, or where more than one is named.
+    Raises `UserError` if there is none, or if more than one is named.
     """
     runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
     flags = {"--run": config.run, "--model-name": config.model_name}
@@ -198,230 +141,109 @@ def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Pa
     return find_newest_usable_bundle(runs_dir)
 
 
-def given_prompt(config: InferenceConfig) -> str:
-    """The text to continue. Raises `UserError` where a file, or standard input, has none."""
+def format_source(directory: Path, step: int) -> str:
+    """Describe the bundle, and whether it is a checkpoint in the place of an export."""
+    run = find_run_of(directory)
+    note = f"{directory}, step {step}"
+    if run is None or (run / "artifacts" / "export").exists():
+        return note
+    if directory != list_checkpoints(run)[-1]:  # an older one, named by the user
+        return note
+    return f"{note}: its run has no export yet, so this is its newest checkpoint"
+
+
+def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:
+    """Return one message for each pair of flags that exclude each other."""
+    problems = []
+    if sys.stdin is None and ("interactive" in actions or flags.get("prompt") == STANDARD_INPUT):
+        problems.append("standard input is closed")
+    has_file = flags.get("prompt_file") is not None
+    if "interactive" in actions:
+        others = {"json": "json" in actions, "prompt": "prompt" in flags, "prompt-file": has_file}
+        names = [f"--{name}" for name, is_given in others.items() if is_given]
+        problems += [f"--interactive asks for prompts: leave {name} out" for name in names]
+    if "prompt" in flags and has_file:
+        problems.append("--prompt and --prompt-file both give a prompt: choose one")
+    if "" in actions.get("stop", []):
+        problems.append("--stop must not be empty")
+    return problems
+
+
+def read_prompt(config: InferenceConfig) -> str:
+    """Return the prompt. Raises `UserError` if its file or standard input is not text."""
     if config.prompt_file is not None:
         return decode_text(read_file(Path(config.prompt_file)), config.prompt_file)
     if config.prompt == STANDARD_INPUT:
         content = sys.stdin.buffer.read()
         return decode_text(content, "standard input") if content else ""
-    return unescaped(config.prompt)
+    return unescape(config.prompt)
 
 
-def unescaped(text: str) -> str:
-    r"""The text that was meant: `\n` is a new line, `\t` a tabulator, `\\` a backslash."""
+def unescape(text: str) -> str:
+    r"""Replace `\n` by a new line, `\t` by a tab, `\\` by a backslash."""
     meanings = {"n": "\n", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nt\\])", lambda match: meanings[match[1]], text)
 
 
 # ----------------------------------------------------------------------------------------------
-# Speaking
-
-
-def load_speaker(
-    config: InferenceConfig, directory: Path, may_end_early: bool, output: Output
-) -> "Speaker":
-    """The model that stands in `directory`, as fast as the settings want it."""
-    # Only here is torch imported: help and mistakes are answered at once.
-    from checkpoint import load_model_from_bundle
-    from decoding import choose_decoding, compile_decode, quantize
-    from sampling import SamplingParams
-    from utils.device import choose_device
-
-    device = choose_device(config.device)
-    bundle = read_bundle(directory, WEIGHTS_FILE)
-    model, tokenizer = load_model_from_bundle(bundle, device)
-    output.print_note(f"{directory}, step {bundle.state.step}{without_export(directory)}")
-    if config.quantize == "int8":
-        quantize(model)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = SamplingParams(**{name: getattr(config, name) for name in names})
-    expected = 0 if may_end_early else config.max_new_tokens
-    wanted = choose_decoding(config.torch_compile, device, expected)
-    if wanted.mode != "off":
-        output.print_note("compiling, which may take a minute or two")
-    fast, compiled, seconds = compile_decode(
-        model,
-        wanted,
-        config.torch_compile,
-        sampling,
-        rows=config.num_samples,
-    )
-    if compiled.fell_back:
-        output.print_note(f"not compiled: {compiled.reason}")
-    elif fast is not None:
-        output.print_note(f"compiled in {seconds:.0f} s")
-    facts = {"model": str(directory), "step": bundle.state.step}
-    facts |= {**asdict(sampling), "quantize": config.quantize, "compiled_by": compiled.mode}
-    return Speaker(model, tokenizer, sampling, config, fast, facts)
-
-
-def without_export(directory: Path) -> str:
-    """A remark where `directory` is a checkpoint that stands in for what its run has not yet."""
-    run = find_run_of(directory)
-    if run is None or (run / "artifacts" / "export").exists():
-        return ""
-    if directory != list_checkpoints(run)[-1]:  # an older one, which somebody named
-        return ""
-    return ": its run has no export yet, and this is its newest checkpoint"
-
-
-class Speaker:
-    """A model that continues texts as the settings say."""
-
-    def __init__(
-        self,
-        model: "LanguageModel",
-        tokenizer: Tokenizer,
-        sampling: "SamplingParams",
-        config: InferenceConfig,
-        fast: "FastDecoder | None",
-        facts: dict[str, Any],
-    ):
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.config, self.fast, self.facts = config, fast, facts
-        self._seed = config.seed
-
-    def speak(self, prompt: str, stops: Sequence[str], output: Output) -> None:
-        """Print the samples: the first as it comes, the others as they stand then."""
-        prompt, ids = self._read(prompt, output)
-        samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
-        printer = Printer(output)
-        printer.write(prompt)
-        try:
-            for _ in self._continue(ids, samples):
-                printer.write(samples[0].news())
-                if output.quiet:  # whoever was reading has gone
-                    return
-        except KeyboardInterrupt:
-            output.print()
-            raise
-        printer.write(samples[0].news())
-        output.print()
-        for sample in samples[1:]:
-            output.print("---")
-            output.print((prompt + sample.text).strip("\n"))
-
-    def as_json(self, prompt: str, stops: Sequence[str]) -> dict[str, Any]:
-        """The samples for programs: the first one outermost, and all of several beside it."""
-        prompt, ids = self._read(prompt, Output())
-        samples = [Sample(self.tokenizer, stops) for _ in range(self.config.num_samples)]
-        arrivals = [(time.perf_counter(), number) for number in self._continue(ids, samples)]
-        said = [
-            {"text": prompt + s.text, "log_probs": s.log_probs, "seed": self.config.seed + k}
-            for k, s in enumerate(samples)
-        ]
-        # The first tokens wait for the prompt to be read: what is counted comes after them.
-        decoded = sum(number for _, number in arrivals[1:])
-        seconds = arrivals[-1][0] - arrivals[0][0] if decoded else 0.0
-        speed = {"tokens_per_second": decoded / seconds if decoded else None}
-        all_of_them = {"samples": said} if len(said) > 1 else {}
-        return {**self.facts, "prompt": prompt, **said[0], **speed, **all_of_them}
-
-    def _read(self, prompt: str, output: Output) -> tuple[str, Any]:
-        """The prompt as the model can read it, and its ids; says what had to be done for that."""
-        if self.config.on_unknown != "error":
-            replace = self.config.on_unknown == "replace"
-            prompt, number = remove_unknown(self.tokenizer, prompt, replace)
-            if number:
-                done = "replaced" if replace else "skipped"
-                characters = pluralize(number, "character")
-                output.print_note(f"{done} {characters} of the prompt that the model does not know")
-        if not prompt:
-            prompt = self.tokenizer.default_prompt
-            begin = "on a new line" if prompt == "\n" else f"with {prompt!r}"
-            output.print_note(f"no prompt: it begins {begin}")
-        ids = self.tokenizer.encode(prompt)
-        T = self.model.block_size
-        if len(ids) > T:
-            unit = self.tokenizer.unit
-            output.print_note(
-                f"the prompt has {pluralize(len(ids), unit)}: the model sees the last {T}"
-            )
-        return prompt, ids
-
-    def _continue(self, ids: Any, samples: "Sequence[Sample]") -> Iterator[int]:
-        """Give each sample its tokens as they come, until all have ended; how many came."""
-        stream = self.model.stream(
-            ids,
-            self.config.max_new_tokens,
-            self.sampling,
-            seeds=[self._seed + k for k in range(len(samples))],
-            fast=self.fast,
-        )
-        with contextlib.closing(stream):
-            for tokens, log_probs in stream:
-                rows = zip(samples, tokens.tolist(), log_probs.tolist(), strict=True)
-                for sample, its_tokens, its_log_probs in rows:
-                    sample.add(its_tokens, its_log_probs)
-                yield tokens.numel()
-                if all(sample.ended for sample in samples):
-                    break
-        for sample in samples:
-            sample.finish()
-
-    def next_seed(self) -> None:
-        """From here on, other texts: the same prompt may be given again."""
-        self._seed += self.config.num_samples
+# Generation
 
 
 class Sample:
-    """What a model adds to a prompt, up to the first of the stop strings.
+    """The continuation of a prompt, up to the first stop sequence.
 
-    What may yet become a stop string is held back.
+    Text that may be the beginning of a stop sequence is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self.ended = False
+        self.is_finished = False
         self._decode = tokenizer.create_stream_decoder()
         self._stops, self._held = stops, ""
         self._pieces: list[str] = []
-        self._length = self._told = 0  # characters given, and pieces that `news` told of
-        self._log_probs: list[tuple[int, float]] = []  # with where in the text their tokens begin
+        self._length = self._num_taken = 0  # characters, and pieces taken by `take_new_text`
+        self._log_probs: list[tuple[int, float]] = []  # with the position of the token's text
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """The text so far."""
         return "".join(self._pieces)
 
     @property
     def log_probs(self) -> list[float]:
-        """The model's logarithm of the probability of each token that `text` has something of."""
-        return [log_prob for begin, log_prob in self._log_probs if begin < self._length]
+        """The log-probability of each token that contributes to `text`."""
+        return [log_prob for start, log_prob in self._log_probs if start < self._length]
 
-    def news(self) -> str:
-        """What is new in the text since the last call."""
-        new, self._told = self._pieces[self._told :], len(self._pieces)
+    def take_new_text(self) -> str:
+        """Return the text that was added since the last call."""
+        new, self._num_taken = self._pieces[self._num_taken :], len(self._pieces)
         return "".join(new)
 
-    def add(self, tokens: list[int], log_probs: list[float]) -> None:
-        """Take the next tokens; what comes after a stop string is left out."""
+    def add(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Append tokens; drop all that follows a stop sequence."""
         for token, log_prob in zip(tokens, log_probs, strict=True):
-            if self.ended:
+            if self.is_finished:
                 return
             self._log_probs.append((self._length + len(self._held), log_prob))
             self._held += self._decode([token])
             found = [self._held.find(stop) for stop in self._stops if stop in self._held]
-            if found:
-                self._give(min(found))
-                self.ended = True
-            else:
-                self._give(len(self._held) - self._begun())
+            self._release(min(found) if found else len(self._held) - self._count_undecided())
+            self.is_finished = bool(found)
 
     def finish(self) -> None:
-        """No token follows: what was held back was no stop string."""
-        if not self.ended:
-            self._give(len(self._held))
-            self.ended = True
+        """Release the text held back, as no further token can complete a stop sequence."""
+        if not self.is_finished:
+            self._release(len(self._held))
+            self.is_finished = True
 
-    def _give(self, length: int) -> None:
+    def _release(self, length: int) -> None:
+        """Move `length` characters from the text held back to `text`."""
         if length > 0:
             self._pieces.append(self._held[:length])
             self._held = self._held[length:]
             self._length += length
 
-    def _begun(self) -> int:
-        """How many of the characters held last could be the beginning of a stop string."""
+    def _count_undecided(self) -> int:
+        """Return how many of the last characters may begin a stop sequence."""
         longest = max((len(stop) for stop in self._stops), default=0)
         for length in range(min(longest - 1, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -429,15 +251,115 @@ class Sample:
         return 0
 
 
-class Printer:
-    """Prints a text piece by piece, without the empty lines before and after it."""
+class TextGenerator:
+    """Continues prompts by one model and one way of sampling.
+
+    Args:
+        stream: `generate.stream_tokens` of the model, which takes ids and `seeds`.
+        tokenizer: the model's.
+        block_size: the model's context T.
+        config: the number of samples, the first seed, and how to treat unknown characters.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[..., Iterator[tuple["Tensor", "Tensor"]]],
+        tokenizer: Tokenizer,
+        block_size: int,
+        config: InferenceConfig,
+    ):
+        self._stream, self._tokenizer, self._block_size = stream, tokenizer, block_size
+        self._config = config
+        self._seed = config.seed  # of the first sample
+
+    def print_samples(self, prompt: str, stops: Sequence[str], output: Output) -> None:
+        """Print the first sample token by token, then the others."""
+        prompt, ids = self._encode(prompt, output)
+        samples = [Sample(self._tokenizer, stops) for _ in range(self._config.num_samples)]
+        printer = SamplePrinter(output)
+        printer.print(prompt)
+        try:
+            for _ in self._generate(ids, samples):
+                printer.print(samples[0].take_new_text())
+                if output.quiet:  # standard output was closed
+                    return
+        except KeyboardInterrupt:
+            output.print()
+            raise
+        printer.print(samples[0].take_new_text())
+        output.print()
+        for sample in samples[1:]:
+            output.print("---")
+            output.print((prompt + sample.text).strip("\n"))
+
+    def generate_json(self, prompt: str, stops: Sequence[str], output: Output) -> dict[str, Any]:
+        """Generate the samples; return the first one's fields, and a list if there are several."""
+        prompt, ids = self._encode(prompt, output)
+        samples = [Sample(self._tokenizer, stops) for _ in range(self._config.num_samples)]
+        arrivals = [(time.perf_counter(), number) for number in self._generate(ids, samples)]
+        results = [
+            {"text": prompt + s.text, "log_probs": s.log_probs, "seed": self._seed + k}
+            for k, s in enumerate(samples)
+        ]
+        # The first tokens include the prefill: count those after them.
+        decoded = sum(number for _, number in arrivals[1:])
+        seconds = arrivals[-1][0] - arrivals[0][0] if decoded else 0.0
+        speed = {"tokens_per_second": decoded / seconds if decoded else None}
+        several = {"samples": results} if len(results) > 1 else {}
+        return {"prompt": prompt, **results[0], **speed, **several}
+
+    def advance_seed(self) -> None:
+        """Use other seeds from here on, so that the same prompt is continued otherwise."""
+        self._seed += self._config.num_samples
+
+    def _encode(self, prompt: str, output: Output) -> tuple[str, np.ndarray]:
+        """Return the prompt without unknown characters, and its ids; note all changes to it."""
+        tokenizer, config = self._tokenizer, self._config
+        if config.on_unknown != "error":
+            is_replaced = config.on_unknown == "replace"
+            prompt, number = remove_unknown(tokenizer, prompt, is_replaced)
+            if number:
+                done = "replaced" if is_replaced else "skipped"
+                characters = pluralize(number, "character")
+                output.print_note(
+                    f"{done} {characters} of the prompt that are not in the vocabulary"
+                )
+        if not prompt:
+            prompt = tokenizer.default_prompt
+            start = "a new line" if prompt == "\n" else repr(prompt)
+            output.print_note(f"no prompt: starting with {start}")
+        ids = tokenizer.encode(prompt)
+        if len(ids) > self._block_size:
+            length = pluralize(len(ids), tokenizer.unit)
+            output.print_note(
+                f"the prompt has {length}: the model sees the last {self._block_size}"
+            )
+        return prompt, ids
+
+    def _generate(self, ids: np.ndarray, samples: Sequence[Sample]) -> Iterator[int]:
+        """Extend the samples until all are finished; yield the number of tokens of each call."""
+        seeds = [self._seed + k for k in range(len(samples))]
+        with contextlib.closing(self._stream(ids, seeds=seeds)) as stream:
+            for tokens, log_probs in stream:
+                rows = zip(samples, tokens.tolist(), log_probs.tolist(), strict=True)
+                for sample, row_tokens, row_log_probs in rows:
+                    sample.add(row_tokens, row_log_probs)
+                yield tokens.numel()
+                if all(sample.is_finished for sample in samples):
+                    break
+        for sample in samples:
+            sample.finish()
+
+
+class SamplePrinter:
+    """Prints a text piece by piece, without its leading and trailing new lines."""
 
     def __init__(self, output: Output):
         self._output = output
         self._has_begun, self._new_lines = False, ""
 
-    def write(self, piece: str) -> None:
-        """Print what comes next; new lines wait until something follows them."""
+    def print(self, piece: str) -> None:
+        """Print the next piece, but keep its last new lines until text follows."""
         text = self._new_lines + piece if self._has_begun else piece.lstrip("\n")
         shown = text.rstrip("\n")
         self._new_lines = text[len(shown) :]
@@ -446,38 +368,95 @@ class Printer:
             self._output.print_piece(shown)
 
 
-def converse(speaker: Speaker, stops: Sequence[str], output: Output) -> None:
-    """Continue one prompt after another, until there is none.
+def prompt_repeatedly(generator: TextGenerator, stops: Sequence[str], output: Output) -> None:
+    """Ask for one prompt after another and continue each, with new seeds each time.
 
-    Ctrl-C ends a text, or takes a line back; Ctrl-D ends the conversation.
+    Ctrl-C ends a sample or discards a line; Ctrl-D ends the loop.
     """
-    is_asked = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not text is an unknown character
+    is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not text: unknown characters
         sys.stdin.reconfigure(errors="surrogateescape")
-    if is_asked:
-        with contextlib.suppress(ImportError):  # Windows has none, and a history of its own
-            import readline  # noqa: F401  # gives input() its arrow keys and its history
-        output.print_note(
-            "type a text to be continued; Ctrl-C ends it, Ctrl-D ends the conversation"
-        )
+    if is_terminal:
+        with contextlib.suppress(ImportError):  # not on Windows, whose console edits lines itself
+            import readline  # noqa: F401  # gives input() arrow keys and a history
+        output.print_note("type a text to continue; Ctrl-C ends a sample, Ctrl-D ends the program")
     while True:
         try:
-            prompt = input("> " if is_asked else "")
+            prompt = input("> " if is_terminal else "")
         except EOFError:
-            if is_asked:
+            if is_terminal:
                 output.print()
             return
         except KeyboardInterrupt:
             output.print()
             continue
         try:
-            speaker.speak(unescaped(prompt), stops, output)
+            generator.print_samples(unescape(prompt), stops, output)
         except UserError as error:
             for problem in error.problems:
                 output.print_error(problem)
         except KeyboardInterrupt:
             output.print_note("stopped")
-        speaker.next_seed()
+        generator.advance_seed()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generate text: resolve the settings, load the model, then print samples."""
+    command_line = CommandLine(__doc__, InferenceConfig, ACTIONS, operands=OPERAND)
+    flags, actions, problems = command_line.parse(argv)
+    if problems := problems + find_conflicts(flags, actions):
+        raise UserError(*problems)
+    config = InferenceConfig(**flags)
+    directory = find_model(config, actions.get("model"))
+    is_interactive = "interactive" in actions
+    prompt = "" if is_interactive else read_prompt(config)
+    stops = [unescape(text) for text in actions.get("stop", [])]
+    output = Output()
+
+    # These bring torch: imported once the settings are known to be good.
+    from checkpoint import load_model_from_bundle
+    from fast_decode import choose_decoding, compile_decode
+    from generate import SamplingParams, stream_tokens
+    from utils.device import choose_device, is_out_of_memory
+    from utils.kernels import quantize
+
+    try:
+        device = choose_device(config.device)
+        bundle = read_bundle(directory, WEIGHTS_FILE)
+        model, tokenizer = load_model_from_bundle(bundle, device)
+        output.print_note(format_source(directory, bundle.state.step))
+        if config.quantize == "int8":
+            quantize(model)
+        sampling = SamplingParams(**{name: getattr(config, name) for name in SAMPLING_SETTINGS})
+        expected = 0 if stops or is_interactive else config.max_new_tokens  # 0: unknown
+        wanted = choose_decoding(config.torch_compile, device, expected)
+        if wanted.mode != "off":
+            output.print_note("compiling, which may take a minute or two")
+        fast, compiled, seconds = compile_decode(
+            model, wanted, config.torch_compile, sampling, rows=config.num_samples
+        )
+        if compiled.fell_back:
+            output.print_note(f"not compiled: {compiled.reason}")
+        elif fast is not None:
+            output.print_note(f"compiled in {seconds:.0f} s")
+        settings = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "fast": fast}
+        stream = functools.partial(stream_tokens, model, **settings)
+        generator = TextGenerator(stream, tokenizer, model.block_size, config)
+        if "json" in actions:
+            facts = {"model": str(directory), "step": bundle.state.step, **asdict(sampling)}
+            facts |= {"quantize": config.quantize, "compiled_by": compiled.mode}
+            result = generator.generate_json(prompt, stops, Output())
+            output.print(json.dumps({**facts, **result}))
+        elif is_interactive:
+            prompt_repeatedly(generator, stops, output)
+        else:
+            generator.print_samples(prompt, stops, output)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        samples = pluralize(config.num_samples, "sample")
+        raise UserError(f"{samples} at once do not fit into memory: generate fewer") from error
+    return output.exit_status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Which optimizer, and how large a step it takes."""
+"""Optimizers (AdamW and Muon), the learning rate schedule, and gradient clipping."""
 
+import inspect
 import math
 from typing import Any
 
@@ -11,135 +12,77 @@ from distributed import gather_full_tensor, is_sharded, reduce_norm, shard_like,
 from model import LanguageModel
 from parameters import ModelConfig
 
-# Muon's learning rate for each unit of AdamW's, which is what `learning_rate` means.
-MUON_RATE = 2.0
-# The quintic iteration of Muon's author, and how often it is made.
+# Muon's learning rate in units of AdamW's, which is what `learning_rate` means.
+MUON_LR_SCALE = 2.0
+# Coefficients of Muon's quintic Newton-Schulz iteration, and the number of iterations.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def create_optimizer(
     model: LanguageModel, config: ModelConfig, dtype: torch.dtype = torch.float32
-) -> torch.optim.Optimizer:
-    """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
+) -> "AdamW":
+    """Create AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Both decay matrices and embeddings, and leave vectors, which are biases and norms, free.
-    AdamW (arxiv.org/abs/1711.05101) has its fused form where the device has one. `dtype` is what
-    Muon computes in.
+    Weight decay applies to matrices and embeddings, not to vectors (biases and norms). `dtype` is
+    the one of Muon's matrix products.
     """
     matrices = model.get_block_matrices() if config.optimizer == "muon" else {}
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    decayed = {"weight_decay": config.weight_decay}
+    decay = {"weight_decay": config.weight_decay}
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], **decayed},
+        {"params": [p for p in others if p.dim() >= 2], **decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    rates = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    _spare_dynamo()
-    if config.optimizer == "muon":
-        # Queries, keys and values are three matrices, one above the other in one parameter.
-        stacked = [3 if name.endswith("qkv.weight") else 1 for name in matrices]
-        muon = {"params": list(matrices.values()), "stacked": stacked, **decayed}
-        muon |= {"rate": MUON_RATE, "momentum": config.muon_momentum}
-        return Muon([*groups, muon], dtype=dtype, **rates)
-    try:
-        return torch.optim.AdamW(groups, fused=True, **rates)
-    except RuntimeError:  # PyTorch has no fused kernel for this device
-        return torch.optim.AdamW(groups, **rates)
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if config.optimizer == "adamw":
+        return AdamW(groups, **settings)
+    # Queries, keys and values are three matrices, stacked in one parameter.
+    stacked = [3 if name.endswith("qkv.weight") else 1 for name in matrices]
+    muon = {"params": list(matrices.values()), "stacked": stacked, **decay}
+    muon |= {"lr_scale": MUON_LR_SCALE, "momentum": config.muon_momentum}
+    return Muon([*groups, muon], dtype=dtype, **settings)
 
 
-def _spare_dynamo() -> None:
-    """Spare a run the second that PyTorch's optimizers take to import what torch.compile needs.
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arxiv.org/abs/1711.05101), by PyTorch's fused kernel if the device has one.
 
-    They import it when they are made, to be left out of what is compiled; no optimizer of this
-    process is left out from here on, and Folio compiles none. In a PyTorch that does this in
-    another way, nothing happens.
-    """
-    for method in vars(torch.optim.Optimizer).values():
-        if function := getattr(method, "__wrapped__", None):
-            function.__dynamo_disable = function
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for the groups that have a `momentum`, of matrices all, and AdamW for the others.
-
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) follows the mean of the gradients
-    with all its directions made equally long: the nearest matrix with orthogonal rows or columns.
-    PyTorch's own takes one matrix at a time; here those of one shape go together, which is what
-    makes it cheap on a CPU.
+    The arithmetic is `torch.optim.AdamW`'s; that class imports torch._dynamo at its first step.
 
     Args:
-        groups: of parameters, each with its `weight_decay`; of Muon's parameters, `stacked` says
-            how many matrices stand one above the other in each.
-        dtype: what the matrices are multiplied in.
+        groups: parameters and their `weight_decay`.
         lr: the learning rate.
-        betas: AdamW's decay of the gradient's and the squared gradient's running mean.
+        betas: decay rates of the running means of the gradient and of its square.
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        *,
-        dtype: torch.dtype,
-        lr: float,
-        betas: tuple[float, float],
-    ):
-        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-        fused = kinds <= {"cpu", "cuda", "mps"}
+    # PyTorch (read from 2.13) excludes these methods from torch.compile by a decorator that imports
+    # torch._dynamo: 1.3 to 2 s at the start of each run. Optimizers are not compiled here.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]):
+        devices = {parameter.device.type for group in groups for parameter in group["params"]}
+        fused = devices <= {"cpu", "cuda", "mps"}
         super().__init__(groups, {"lr": lr, "betas": betas, "fused": fused})
-        self._dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without a closure
-        """Take a step with the gradients that are there."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            if "momentum" in group:
-                self._step_muon(group)
-            else:
-                self._step_adamw(group)
+            self._update_group(group)
 
-    def _step_muon(self, group: dict[str, Any]) -> None:
-        """Update all matrices; those of one shape, or of its transpose, are computed together."""
-        known = zip(group["params"], group["stacked"], strict=True)
-        stacked = {p: number for p, number in known if p.grad is not None}
-        if not stacked:
-            return
-        matrices = list(stacked)
-        gradients = [to_local(p.grad) for p in matrices]
-        means = [to_local(mean) for mean in self._states("momentum", matrices)]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(
-            [to_local(p) for p in matrices], 1 - group["lr"] * group["weight_decay"]
-        )
-        # What is sharded is made whole for this: all rows of a matrix have a say in each other.
-        ahead = [gather_full_tensor(change, p) for p, change in zip(matrices, ahead, strict=True)]
-        targets = [torch.zeros(p.shape, device=p.device) if is_sharded(p) else p for p in matrices]
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for target, number, change in zip(targets, stacked.values(), ahead, strict=True):
-            for pair in zip(target.chunk(number), change.chunk(number), strict=True):
-                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
-        for pairs in by_shape.values():
-            changes = torch.stack([as_wide(change) for _, change in pairs])
-            for (matrix, _), change in zip(pairs, orthogonalize(changes, self._dtype), strict=True):
-                # So that the change of an output is as large whatever the matrix's shape.
-                outputs, inputs = matrix.shape
-                rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
-                as_wide(matrix).add_(change, alpha=-rate)
-        for p, target in zip(matrices, targets, strict=True):
-            if is_sharded(p):
-                to_local(p).add_(to_local(shard_like(target, p)))
-
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        """Update by PyTorch's AdamW."""
+    def _update_group(self, group: dict[str, Any]) -> None:
+        """Update a group's parameters by AdamW."""
         parameters = [p for p in group["params"] if p.grad is not None]
         adamw(
             [to_local(p) for p in parameters],
             [to_local(p.grad) for p in parameters],
-            [to_local(mean) for mean in self._states("exp_avg", parameters)],
-            [to_local(mean) for mean in self._states("exp_avg_sq", parameters)],
+            [to_local(self._get_state(p, "exp_avg")) for p in parameters],
+            [to_local(self._get_state(p, "exp_avg_sq")) for p in parameters],
             [],
-            self._states("step", parameters),
+            [self._get_state(p, "step") for p in parameters],
             fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
@@ -150,25 +93,74 @@ class Muon(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _states(self, name: str, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """What is remembered of each parameter, zero at first: a number, or one for each weight."""
-        for p in parameters:
-            if name not in self.state[p]:
-                zero = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
-                self.state[p][name] = zero
-        return [self.state[p][name] for p in parameters]
+    def _get_state(self, p: nn.Parameter, name: str) -> Tensor:
+        """Return a state of p, initialized to zero: a scalar `step`, others in the shape of p."""
+        if name not in self.state[p]:
+            zero = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
+            self.state[p][name] = zero
+        return self.state[p][name]
+
+
+class Muon(AdamW):
+    """Muon for groups of matrices with a `momentum`, and AdamW for the others.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces each matrix's Nesterov
+    momentum by the nearest semi-orthogonal matrix. PyTorch's takes one matrix at a time; here those
+    of one shape are batched, which makes it cheap on a CPU.
+
+    Args:
+        groups: as for `AdamW`; those for Muon have `momentum`, and `stacked`, the number of
+            matrices that are stacked in each parameter.
+        dtype: the dtype of the matrix products.
+        settings: `lr` and `betas`, as for `AdamW`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, dtype: torch.dtype, **settings: Any):
+        super().__init__(groups, **settings)
+        self._dtype = dtype
+
+    def _update_group(self, group: dict[str, Any]) -> None:
+        """Update a group's parameters by Muon, or by AdamW if it has no `momentum`."""
+        if "momentum" not in group:
+            super()._update_group(group)
+            return
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        targets: list[tuple[nn.Parameter, Tensor]] = []
+        for p, number in zip(group["params"], group["stacked"], strict=True):
+            if p.grad is None:
+                continue
+            gradient, mean = to_local(p.grad), to_local(self._get_state(p, "momentum"))
+            mean.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(mean, group["momentum"])  # Nesterov momentum
+            to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
+            # Orthogonalization needs all rows of a matrix: gather its shards.
+            update = gather_full_tensor(update, p)
+            target = torch.zeros(p.shape, device=p.device) if is_sharded(p) else p
+            targets.append((p, target))
+            for pair in zip(target.chunk(number), update.chunk(number), strict=True):
+                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
+        for pairs in by_shape.values():
+            updates = torch.stack([as_wide(update) for _, update in pairs])
+            for (matrix, _), update in zip(pairs, orthogonalize(updates, self._dtype), strict=True):
+                # Outputs then change by as much whatever the matrix's shape.
+                outputs, inputs = matrix.shape
+                rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
+                as_wide(matrix).add_(update, alpha=-rate)
+        for p, target in targets:
+            if is_sharded(p):
+                to_local(p).add_(to_local(shard_like(target, p)))
 
 
 def as_wide(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose: whichever has no more rows than columns."""
+    """Return the matrix, transposed if it has more rows than columns."""
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring the singular values of each matrix near 1, `(N, rows, columns)`, by Newton and Schulz.
+    """Bring the singular values of each matrix, `(N, rows, columns)`, near 1 by Newton-Schulz.
 
-    Five iterations bring them to between 0.7 and 1.2, which is as good as 1 to an optimizer. Of
-    fewer rows than columns it is cheaper.
+    Five iterations bring them to between 0.7 and 1.2, which trains as well as exactly 1. Wide
+    matrices are cheaper than tall ones.
     """
     a, b, c = NEWTON_SCHULZ
     X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
@@ -180,10 +172,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def learning_rate_at(step: int, config: ModelConfig) -> float:
-    """The learning rate of the update number `step`, counted from 0: nothing else decides it.
+    """Return the learning rate of update `step`, counted from 0; a function of nothing else.
 
-    A line up to `learning_rate` over `warmup_iters` updates, then `lr_schedule` down to `min_lr`
-    at `lr_decay_iters`, and `min_lr` from there on. The cosine is arxiv.org/abs/1608.03983's,
+    Linear warmup to `learning_rate` over `warmup_iters` updates, then decay by `lr_schedule` to
+    `min_lr` at `lr_decay_iters`, and `min_lr` afterwards. "cosine" is arxiv.org/abs/1608.03983
     without restarts; "wsd" stays at the peak first (arxiv.org/abs/2404.06395).
     """
     peak = config.learning_rate
@@ -204,32 +196,19 @@ def learning_rate_at(step: int, config: ModelConfig) -> float:
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(model: nn.Module, longest: float) -> Tensor:
-    """Scale the gradient down to the norm `longest`, where it is longer; 0 leaves it as it is.
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all groups, scaled for Muon's."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
-    Returns its norm before, a scalar on the device.
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradient to `max_norm` if its norm is larger; 0 never clips.
+
+    Returns the norm before clipping, a scalar on the device.
     """
     parameters = list(model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if longest > 0:
-        nn.utils.clip_grads_with_norm_(parameters, longest, grad_norm)
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
     return reduce_norm(grad_norm)
-
-
-def apply_update(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int, config: ModelConfig
-) -> None:
-    """Apply the gradients that are there, at the learning rate of `step`.
-
-    In fp16, `scaler` leaves a step out whose gradients overflowed.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, config) * group.get("rate", 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def set_learning_rate(optimizer, learning_rate):
-    """Shim."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("rate", 1.0)

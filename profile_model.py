@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parameters import ALIASES, GROUPS, ModelConfig
-from start import plan_run
+from resume import plan_run
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         problems.append(f"--chrome-trace {trace} is not a file in a directory that exists")
     if problems:
         raise UserError(*problems)
-    loaded, start = plan_run(flags, actions.get("config"), problems)
+    loaded, plan = plan_run(flags, actions.get("config"), problems)
 
     # Only here is torch imported: the rest of this file, as a module.
     from profile_model import as_json, described, profile_inference, profile_training
@@ -84,20 +84,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks import Best
 from checkpoint import load_tokenizer
 from data import load_dataset
-from model import KVCache
+from generate import KVCache, SamplingParams, decode_tokens
 from optim import learning_rate_at
-from prepare import create_setup, open_device, time_evaluation
-from sampling import SamplingParams
-from start import ResumePlan, read_start_bundle
-from step import PHASES, Setup, training_step
-from train import (
+from resume import ResumePlan, read_start_bundle
+from trainer import (
+    PHASES,
     SAMPLE_TOKENS,
-    explained_failures,
-    open_checkpoints,
+    Trainer,
+    collect_weights_and_gradients,
+    create_trainer,
+    open_device,
     open_log,
-    sample,
-    training_state,
-    weights_and_gradients,
+    sample_text,
+    time_evaluation,
+    translate_failures,
 )
 from utils.device import DTYPES, describe_device, get_peak_memory, synchronize
 from utils.output import align_columns, format_bytes
@@ -224,7 +224,7 @@ class Stopwatch:
 
 
 Phase = Callable[[str], AbstractContextManager]
-Work = Callable[[Setup, Phase], None]
+Work = Callable[[Trainer, Phase], None]
 
 
 def profile_training(
@@ -235,22 +235,22 @@ def profile_training(
     Of `start`, only the vocabulary is taken.
     """
     with (
-        explained_failures(config, Output(quiet=True)),
+        translate_failures(config, Output(quiet=True)),
         tempfile.TemporaryDirectory(prefix="folio-profile-") as directory,
     ):
         # The numbers are fetched within the steps that are measured, however few these are.
         interval = min(config.log_interval, steps)
         own = {"log_interval": interval, "aim_repo": directory}
         setup = _set_up(config.model_copy(update=own), start)
-        first_call = _seconds(setup, lambda: training_step(setup, 0))
+        first_call = _seconds(setup, lambda: Trainer.training_step(setup, 0))
         run = RunDirectoryCreator(Path(directory)).create("profile")
         write_full_config(run.meta / "full_config.json", setup.config, {}, {})
         numbers = itertools.count(1)
         with contextlib.closing(open_log(setup, run, Output(quiet=True))) as log:
 
-            def step(setup: Setup, phase: Phase) -> None:
+            def step(setup: Trainer, phase: Phase) -> None:
                 number = next(numbers)
-                loss, grad_norm = training_step(setup, number, phase)
+                loss, grad_norm = Trainer.training_step(setup, number, phase)
                 with phase("logging"):
                     log.log_step(
                         number + 1, loss, grad_norm, learning_rate_at(number, setup.config)
@@ -271,19 +271,21 @@ def profile_inference(
     As inference.py does it, which compiles nothing and computes in float32.
     """
     config = config.model_copy(update={"torch_compile": "off", "precision": "fp32"})
-    with explained_failures(config, Output(quiet=True)):
+    with translate_failures(config, Output(quiet=True)):
         setup = _set_up(config, start)
         model = setup.model.eval()
         prompt = torch.zeros(1, config.block_size, dtype=torch.long, device=setup.device)
         draw, cache = torch.zeros(1, 1, device=setup.device), KVCache(model, 1)
 
         @torch.inference_mode()
-        def prefill(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt, cache.positions, cache, draw, SamplingParams())
+        def prefill(setup: Trainer, phase: Phase) -> None:
+            decode_tokens(model, prompt, cache.positions, cache, draw, SamplingParams())
 
         @torch.inference_mode()
-        def decode(setup: Setup, phase: Phase) -> None:
-            model.decode(prompt[:, -1:], cache.positions[-1:], cache, draw, SamplingParams())
+        def decode(setup: Trainer, phase: Phase) -> None:
+            decode_tokens(
+                model, prompt[:, -1:], cache.positions[-1:], cache, draw, SamplingParams()
+            )
 
         first_call = _seconds(setup, lambda: prefill(setup, contextlib.nullcontext))
         length = config.block_size
@@ -297,7 +299,7 @@ def profile_inference(
         return _report(setup, first_call, sections, [])
 
 
-def _set_up(config: ModelConfig, start: ResumePlan | None) -> Setup:
+def _set_up(config: ModelConfig, start: ResumePlan | None) -> Trainer:
     """A new model of these settings, and all that trains it, with the vocabulary of `start`."""
     settled = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
     config = config.model_copy(update=settled)
@@ -305,11 +307,11 @@ def _set_up(config: ModelConfig, start: ResumePlan | None) -> Setup:
     bundle = read_start_bundle(start or ResumePlan())
     tokenizer = load_tokenizer(bundle) if bundle else None
     data = load_dataset(config, tokenizer=tokenizer, may_extend=True)
-    return create_setup(config, {}, data, device, ResumePlan())
+    return create_trainer(config, {}, data, device, ResumePlan())
 
 
 def _section(
-    title: str, tokens: int, setup: Setup, work: Work, steps: int, trace: Path | None
+    title: str, tokens: int, setup: Trainer, work: Work, steps: int, trace: Path | None
 ) -> Section:
     """Time `work` as it is and phase by phase, in turns; then watch it by PyTorch's profiler.
 
@@ -339,7 +341,7 @@ def _section(
     )
 
 
-def _seconds(setup: Setup, call: Callable[[], object]) -> float:
+def _seconds(setup: Trainer, call: Callable[[], object]) -> float:
     synchronize(setup.device)
     began = time.perf_counter()
     call()
@@ -348,7 +350,7 @@ def _seconds(setup: Setup, call: Callable[[], object]) -> float:
 
 
 def _periodic_work(
-    setup: Setup, run: RunDirectory, log: RunLogger, step: float
+    setup: Trainer, run: RunDirectory, log: RunLogger, step: float
 ) -> list[PeriodicWork]:
     """Time once what a run does between its steps of `step` seconds, and its share of the run."""
     config, model = setup.config, setup.model
@@ -356,8 +358,10 @@ def _periodic_work(
     state = training_state(setup, run, 1, None, Best())
     evaluation = time_evaluation(setup)
     checkpoint = _seconds(setup, lambda: checkpoints.save(state))
-    histograms = _seconds(setup, lambda: log.log_histograms(1, weights_and_gradients(model)))
-    text = _seconds(setup, lambda: sample(model, setup.data, config, SAMPLE_TOKENS))
+    histograms = _seconds(
+        setup, lambda: log.log_histograms(1, collect_weights_and_gradients(model))
+    )
+    text = _seconds(setup, lambda: sample_text(model, setup.data, config, SAMPLE_TOKENS))
     rows = (
         ("evaluation", evaluation, config.eval_interval),
         ("checkpoint", checkpoint, config.checkpoint_interval),
@@ -383,14 +387,14 @@ def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _flops(setup: Setup, work: Work) -> int:
+def _flops(setup: Trainer, work: Work) -> int:
     """The floating-point operations of `work`'s matrix products, counted by PyTorch.
 
     On a model of its own that is not compiled, with attention as plain products: the counter does
     not know the CPU's fused attention, nor what a compiler makes of it.
     """
     config = setup.config.model_copy(update={"torch_compile": "off"})
-    plain = create_setup(config, {}, setup.data, setup.device, ResumePlan())
+    plain = create_trainer(config, {}, setup.data, setup.device, ResumePlan())
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         work(plain, contextlib.nullcontext)
@@ -398,7 +402,7 @@ def _flops(setup: Setup, work: Work) -> int:
 
 
 def _report(
-    setup: Setup, first_call: float, sections: list[Section], periodic: list[PeriodicWork]
+    setup: Trainer, first_call: float, sections: list[Section], periodic: list[PeriodicWork]
 ) -> Report:
     return Report(
         device=describe_device(setup.device),
@@ -418,7 +422,7 @@ def _report(
 
 
 def _operators(
-    setup: Setup, work: Work, trace: Path | None
+    setup: Trainer, work: Work, trace: Path | None
 ) -> tuple[list[Operator], list[Operator]]:
     """Categories of operators, and the operators that take most, by PyTorch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells that it starts and stops

@@ -14,6 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
+from start import ResumePlan, choose_start, plan_run
+
 from config import ConfigLoader, Layer, Layers, LoadedConfig, read_config_file
 from parameters import (
     DERIVED,
@@ -25,7 +27,6 @@ from parameters import (
     Settings,
     Training,
 )
-from start import ResumePlan, choose_start, plan_run
 from utils.checks import format_name, format_value, suggest_name, validate_values
 from utils.command_line import format_flag
 from utils.errors import UserError

@@ -99,6 +99,7 @@ from utils.device import (
     synchronize,
 )
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
+from utils.evaluation import compute_loss, count_parallel_windows, evaluation_mode
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
@@ -120,8 +121,6 @@ PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of
 SAMPLE_TOKENS = 200  # at an evaluation
 LAST_SAMPLE_TOKENS = 400  # at the end of a run
 SAMPLE_TEMPERATURE = 0.8
-# Elements of the largest tensor in an evaluation, approximately. A CPU is fastest within its cache.
-EVALUATION_ELEMENTS, EVALUATION_ELEMENTS_CPU = 1 << 22, 1 << 18
 MIN_MINUTES_TO_COMPILE = 4.0  # a shorter time limit does not pay for compiling
 
 
@@ -443,7 +442,6 @@ def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tupl
     return bool(signal), world.broadcast(why_stop) if has_reason else None
 
 
-@torch.no_grad()
 def estimate_loss(
     model: LanguageModel,
     data: Dataset,
@@ -453,31 +451,23 @@ def estimate_loss(
 ) -> dict[str, float]:
     """Return the mean loss of the train and val splits on their fixed windows, in nats per token.
 
-    The ranks share the windows. How many are evaluated at once affects rounding only. If
-    `eval_iters` is 0, train is evaluated on as many windows as val has.
+    The ranks share the windows. If `eval_iters` is 0, train is evaluated on as many as val has.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    elements = EVALUATION_ELEMENTS_CPU if device.type == "cpu" else EVALUATION_ELEMENTS
-    rows = elements // (config.block_size * max(model.vocab_size, config.n_embd)) * world.size
+    rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
     losses = {}
-    for split in ("train", "val"):
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        count = 0
-        for inputs, targets in iter_evaluation_batches(
-            data.splits[split], config, rows=rows, most=most
-        ):
-            count += targets.numel()
-            # All ranks must call a sharded model: one without a window of its own repeats another.
-            has_own = world.rank < len(inputs)
-            own = slice(world.rank if has_own else 0, None, world.size)
-            with autocast(device, precision):
-                _, loss = model(inputs[own].to(device), targets[own].to(device))
-            total += loss * (targets[own].numel() * has_own)
-        losses[split] = world.all_reduce_sum(total).item() / count
-    model.train(was_training)
+    with evaluation_mode(model):
+        for split in ("train", "val"):
+            total, count = torch.zeros((), device=next(model.parameters()).device), 0
+            tokens = data.splits[split]
+            for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
+                count += targets.numel()
+                # All ranks must call a sharded model: one without a window repeats another's.
+                has_own = world.rank < len(inputs)
+                own = slice(world.rank if has_own else 0, None, world.size)
+                loss = compute_loss(model, inputs[own], targets[own], precision)
+                total += loss * (targets[own].numel() * has_own)
+            losses[split] = world.all_reduce_sum(total).item() / count
     return losses
 
 

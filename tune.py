@@ -107,7 +107,7 @@ from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step
 from config import LoadedConfig
 from parameters import Run
-from start import ResumePlan
+from resume import ResumePlan
 from study import DRAWS, Choices, Range, Recipe
 from utils.checks import format_value
 from utils.errors import NothingToDo, RunError, format_reason
@@ -642,7 +642,7 @@ def run_trial(
     desk: Desk, claim: Claim, argv: Sequence[str], makers: Mapping[str, CallbackFactory]
 ) -> End:
     """Train what a trial asks for, from where its dead worker was if there was one."""
-    from train import train  # here, as an answer that needs no trial needs no torch
+    from trainer import train  # here, as an answer that needs no trial needs no torch
 
     (loaded, start), values = beginning(desk.recipe, claim)
     watch = Watch(desk, claim.trial, values)
@@ -650,7 +650,7 @@ def run_trial(
         result = train(
             loaded.config,
             loaded=loaded,
-            start=start,
+            plan=plan,
             argv=argv,
             output=Output(quiet=True),
             callbacks={f"study {desk.recipe.study}": lambda _: watch, **makers},

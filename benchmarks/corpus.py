@@ -36,13 +36,13 @@ TRAIN = """
 import json, sys, time
 began = time.perf_counter()
 from parameters import ModelConfig
-from prepare import set_up
-from step import estimate_loss, training_step
-setup = set_up(ModelConfig(data=sys.argv[1], cache_dir=sys.argv[2], max_iters=20))
-training_step(setup, 0)[0].item()
+from trainer import prepare_trainer
+from trainer import estimate_loss, Trainer
+setup = prepare_trainer(ModelConfig(data=sys.argv[1], cache_dir=sys.argv[2], max_iters=20))
+Trainer.training_step(setup, 0)[0].item()
 seconds = time.perf_counter() - began
 for step in range(1, 10):
-    training_step(setup, step)
+    Trainer.training_step(setup, step)
 estimate_loss(setup.model, setup.data, setup.config)
 with open("/proc/self/status", encoding="utf-8") as status:
     lines = dict(line.split(":", 1) for line in status)

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+from decoding import Int8Linear, choose_decoding, compile_decode, quantize
+from sampling import SamplingParams
 from torch import nn
 
-from decoding import Int8Linear, choose_decoding, compile_decode, quantize
 from model import FastDecoder, LanguageModel
 from parameters import ModelConfig
-from sampling import SamplingParams
-from train import train
+from trainer import train
 from utils.output import Output
 
 V = 65  # the characters of Tiny Shakespeare

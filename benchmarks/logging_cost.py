@@ -13,9 +13,15 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from prepare import open_run, set_up
-from step import Setup, training_step
-from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
+from trainer import (
+    SAMPLE_TOKENS,
+    Trainer,
+    collect_weights_and_gradients,
+    open_log,
+    open_run,
+    prepare_trainer,
+    sample_text,
+)
 from utils.output import Output
 from utils.report import write_report
 
@@ -26,16 +32,16 @@ def run(data: str | None) -> None:
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         config = ModelConfig(data=data, runs_dir=f"{directory}/runs")
-        setup = set_up(config)
+        setup = prepare_trainer(config)
         steps += [_step(setup, number) for number in range(BLOCK)][5:]
         costs = {}
         for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
-            logged = set_up(config.model_copy(update={"aim_logging": aim}))
+            logged = prepare_trainer(config.model_copy(update={"aim_logging": aim}))
             costs[name] = _cost(setup, logged)
             steps += [_step(setup, number) for number in range(BLOCK)]
         step = statistics.median(steps)
         start = time.perf_counter()
-        sample(setup.model, setup.data, config, SAMPLE_TOKENS)
+        sample_text(setup.model, setup.data, config, SAMPLE_TOKENS)
         words = time.perf_counter() - start
         drawn = _drawn(Path(config.runs_dir))
     print(f"  a step takes {step * 1e3:.1f} ms without a log")
@@ -51,13 +57,13 @@ def run(data: str | None) -> None:
     print(f"  the page at the end: {drawn * 1e3:.0f} ms")
 
 
-def _step(setup: Setup, number: int) -> float:
+def _step(setup: Trainer, number: int) -> float:
     start = time.perf_counter()
-    training_step(setup, number)
+    Trainer.training_step(setup, number)
     return time.perf_counter() - start
 
 
-def _cost(setup: Setup, logged: Setup) -> tuple[float, float]:
+def _cost(setup: Trainer, logged: Trainer) -> tuple[float, float]:
     """Seconds a step, and seconds once a run. `setup` has a model with gradients."""
     config, output = logged.config, Output(quiet=True)
     start = time.perf_counter()
@@ -65,11 +71,11 @@ def _cost(setup: Setup, logged: Setup) -> tuple[float, float]:
     log = open_log(logged, run, output)
     once = time.perf_counter() - start
     losses = {"train": 1.5, "val": 1.6}
-    loss, grad_norm = training_step(setup, 0)
+    loss, grad_norm = Trainer.training_step(setup, 0)
     clock, process = time.perf_counter(), time.process_time()
     for step in range(1, STEPS + 1):
         if step % config.histogram_interval == 0:
-            log.log_histograms(step, weights_and_gradients(setup.model))
+            log.log_histograms(step, collect_weights_and_gradients(setup.model))
         log.log_step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
             log.log_evaluation(step, losses, losses, is_best=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
-from step import estimate_loss
-from train import train
+from trainer import estimate_loss, train
 from utils.output import Output
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "presets" / "nanogpt_cpu.yaml"

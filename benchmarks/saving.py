@@ -16,10 +16,8 @@ from bundle import TRAINING_SETTINGS, TrainingState
 from checkpoint import CheckpointWriter, save_checkpoint
 from data import load_dataset
 from parameters import ModelConfig
-from prepare import create_setup
-from start import ResumePlan
-from step import training_step
-from train import train
+from resume import ResumePlan
+from trainer import Trainer, create_trainer, train
 from utils.device import get_peak_memory
 from utils.output import Output, format_bytes
 
@@ -51,9 +49,9 @@ def run(data: str | None) -> None:
 
 def _measure_memory(data: str | None) -> str:
     config = ModelConfig(data=data, n_embd=768, n_head=12, n_layer=8, batch_size=1)
-    setup = create_setup(config, {}, load_dataset(config), torch.device("cpu"), ResumePlan())
+    setup = create_trainer(config, {}, load_dataset(config), torch.device("cpu"), ResumePlan())
     for step in range(2):
-        training_step(setup, step)
+        Trainer.training_step(setup, step)
     before = get_peak_memory(setup.device)
     state = TrainingState(
         step=2,

@@ -16,6 +16,7 @@ import pytest
 import tiktoken.load
 import torch
 
+import trainer
 from parameters import ModelConfig
 from utils.output import Output
 

@@ -20,11 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from start import plan_run
-from step import training_step
 
 import bundle as bundle_module
-import train as train_module
+import trainer as trainer_module
 import utils.output as output_module
 from bundle import (
     BUNDLE_FILES,
@@ -43,10 +41,13 @@ from bundle import (
 )
 from callbacks import TrainResult
 from checkpoint import load_model_from_bundle, save_checkpoint
+from config import ConfigLoader
 from model import LanguageModel
 from optim import apply_update, clip_gradients, create_optimizer
 from parameters import ModelConfig
+from resume import plan_run
 from tokenizer import create_tokenizer
+from trainer import Trainer
 from utils import files
 from utils.output import Output, run_command
 from utils.ranks import Ranks
@@ -171,9 +172,9 @@ def loaded_step(directory: Path) -> int:
 
 def resume_run(reference: Path | str, flags: Mapping | None = None, **options) -> TrainResult:
     """Resume a run, quietly, as `train.py --resume` with these settings does."""
-    loaded, start = plan_run(flags or {}, resume=str(reference))
+    loaded, plan = plan_run(ConfigLoader(flags or {}), resume=str(reference))
     output = Output(quiet=True)
-    return train_module.train(loaded.config, loaded=loaded, start=start, output=output, **options)
+    return trainer_module.train(loaded.config, loaded=loaded, plan=plan, output=output, **options)
 
 
 def list_names(directory: Path) -> list[str]:
@@ -479,9 +480,9 @@ def trains(
         for where, when, number in strikes:
             if (where, when) == (rank, step + 1):
                 os.kill(os.getpid(), number)
-        return training_step(setup, step, *rest)
+        return Trainer.training_step(setup, step, *rest)
 
-    train_module.training_step = struck
-    train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
+    trainer_module.Trainer.training_step = struck
+    trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
     output_module.SILENCE = 0.0  # there is no torchrun to end these
-    return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
+    return run_command(train_command.main, [*flags, *(own[rank] if own else [])])

@@ -21,11 +21,11 @@ import pytest
 from helpers import CHECKOUT, TINY_FLAGS, assert_equal, train_until
 from safetensors.torch import load_file
 
-import train as train_module
+import trainer as trainer_module
 import utils.tracking.aim as module
 from checkpoint import load_model
 from parameters import ModelConfig
-from train import train
+from trainer import train
 from utils.errors import RunError, UserError
 from utils.metrics import METRICS, get_tag
 from utils.run_manager import RunDirectory
@@ -449,7 +449,7 @@ def test_a_run_that_fails_or_is_aborted_is_ended_in_aim_too(tiny, quiet, monkeyp
     def fail(*_):
         raise error("x")
 
-    monkeypatch.setattr(train_module, "training_step", fail)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", fail)
     with pytest.raises(error):
         train(tiny(aim_logging=True), output=quiet)
     (run,) = runs(".").values()

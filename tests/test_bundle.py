@@ -49,9 +49,9 @@ from bundle import (
     remove_bundle,
 )
 from checkpoint import load_model, load_weights, restore_training_state
+from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import create_optimizer
-from sampling import SamplingParams
 from utils.errors import RunError, UserError
 
 STATE_FILE = "training_state.json"
@@ -186,7 +186,7 @@ GOLDEN = CHECKOUT / "tests" / "golden" / "bundle_v1"  # every later version must
 def test_the_golden_bundle_generates_the_same_text_as_when_it_was_saved():
     model, tokenizer = load_model(GOLDEN)
     state = read_state(GOLDEN)
-    ids = model.generate(tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
+    ids = generate_tokens(model, tokenizer.encode("To be"), 40, SamplingParams(temperature=0))
     assert tokenizer.decode(ids[0].numpy()) == "To be, or not to be, that is the question:\nWh"
     assert (state.step, [ancestor.name for ancestor in state.lineage]) == (600, ["parent"])
 

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 from helpers import CHECKOUT, TINY_FLAGS, assert_same_bits, resume_run
 
-import train as train_module
+import trainer as trainer_module
 from bundle import read_state
 from callbacks import Callback, load_callback_factories
 from optim import learning_rate_at
-from train import train
+from trainer import train
 from utils.errors import Aborted, NothingToDo, RunError, UserError
 from utils.isolation import Isolated
 
@@ -51,7 +51,7 @@ def set_val_losses(monkeypatch, *losses: float) -> None:
     """Make the evaluations return these val losses."""
     values = iter(losses)
     monkeypatch.setattr(
-        train_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(values)}
+        trainer_module, "estimate_loss", lambda *_: {"train": 1.0, "val": next(values)}
     )
 
 
@@ -188,7 +188,7 @@ def test_at_end_is_called_with_none_if_the_run_failed(tiny, quiet, monkeypatch, 
     def fail(*_):
         raise error("x")
 
-    monkeypatch.setattr(train_module, "training_step", fail)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", fail)
     recorder = Recorder()
     with pytest.raises(error):
         train(tiny(), output=quiet, callbacks={"recorder": lambda _: recorder})

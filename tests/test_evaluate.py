@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import BUNDLE_CONFIG, CHECKOUT, save_bundle
 from rich.console import Console
-from step import estimate_loss
 
 import evaluate
 from bundle import TRAINING_SETTINGS, read_state
@@ -37,7 +36,7 @@ from evaluate import (
 )
 from model import LanguageModel
 from tokenizer import CharTokenizer, create_tokenizer
-from train import train
+from trainer import estimate_loss, train
 from utils.errors import UserError
 from utils.output import Output
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from helpers import save_bundle
-from start import plan_run
 
 import inspect_model
 from bundle import Ancestor
-from train import train
+from config import ConfigLoader
+from resume import plan_run
+from trainer import train
 from utils.errors import UserError
 
 
@@ -175,6 +176,6 @@ def test_a_users_mistake_is_one_line_with_the_facts(models, flags, facts):
 
 
 def test_a_trained_named_model_can_be_inspected(tiny, quiet, show):
-    loaded, start = plan_run(tiny(model_name="dante").model_dump(exclude_unset=True))
-    train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader(tiny(model_name="dante").model_dump(exclude_unset=True)))
+    train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     assert "Last recorded training step: 6\n" in show("dante")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from helpers import DEAD_PROCESS, list_names, save_bundle
-from start import lock_named_model
 
 from bundle import (
     BUNDLE_FILES,
@@ -35,6 +34,7 @@ from bundle import (
 )
 from checkpoint import CheckpointWriter
 from parameters import ModelConfig
+from resume import lock_named_model
 from utils.errors import UserError
 from utils.run_manager import RunDirectory
 

@@ -7,17 +7,17 @@ import json
 import traceback
 
 import pytest
-import step as step_module
 import torch
 from helpers import TINY_FLAGS
-from start import plan_run
-from step import PHASES
 
 import profile_model
+import trainer as trainer_module
 from checkpoint import load_model
+from config import ConfigLoader
 from model import compute_gated_width
 from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
-from train import train
+from resume import plan_run
+from trainer import PHASES, train
 from utils.tracking.run_log import RunLogger
 
 
@@ -59,9 +59,9 @@ def test_the_fetch_of_many_steps_numbers_is_within_the_steps_that_are_timed(smal
 
 def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
     """The function of step.py itself; the gradient it leaves is that of a training step."""
-    assert profile_model.training_step is step_module.training_step
+    assert profile_model.training_step is trainer_module.Trainer.training_step
     calls = []
-    real = step_module.training_step
+    real = trainer_module.Trainer.training_step
 
     def counted(setup, number, *phase):
         calls.append(number)
@@ -154,9 +154,9 @@ def test_the_vocabulary_is_that_of_the_model_that_a_run_would_begin_with(tiny, q
     train(tiny(model_name="dante"), output=quiet)
     few = tmp_path / "few.txt"
     few.write_text("to be or not to be " * 100, encoding="utf-8")
-    loaded, start = plan_run({"init_from": "dante", "data": str(few), "device": "cpu"})
+    loaded, plan = plan_run(ConfigLoader({"init_from": "dante", "data": str(few), "device": "cpu"}))
     parent = load_model("dante")[0]
-    report = profile_training(loaded.config, 2, start=start)
+    report = profile_training(loaded.config, 2, plan=plan)
     assert report.parameters == parent.num_parameters()
 
 

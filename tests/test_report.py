@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import CHECKOUT
-from start import plan_run
 
-import train as train_module
+import trainer as trainer_module
 from callbacks import TrainResult
+from config import ConfigLoader
 from parameters import ModelConfig
-from train import train
+from resume import plan_run
+from trainer import train
 from utils.errors import RunError, UserError
 from utils.report import write_report
 from utils.report.charts import Line, draw_line_chart
@@ -114,8 +115,8 @@ def test_text_of_a_model_or_a_user_is_escaped(tiny, quiet, text_file):
 
 def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
-    loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
+    rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     run = read_run(rest.run_dir)
     assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
     seconds = [line["seconds"] for line in run.steps]
@@ -128,19 +129,19 @@ def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet
 def test_the_report_of_a_fine_tuned_model_names_its_ancestors(tiny, quiet, text_file):
     train(tiny(model_name="dante"), output=quiet)
     flags = {"init_from": "dante", "data": str(text_file), "max_iters": 2, "device": "cpu"}
-    loaded, start = plan_run(flags)
-    child = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader(flags))
+    child = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     assert "Lineage dante, step 6" in page_of(child).text
 
 
 def test_a_failed_run_has_a_report_with_the_reason(tiny, quiet, monkeypatch):
-    real = train_module.training_step
+    real = trainer_module.Trainer.training_step
 
     def diverging(setup, step):
         loss, grad_norm = real(setup, step)
         return (loss * float("nan") if step == 4 else loss), grad_norm
 
-    monkeypatch.setattr(train_module, "training_step", diverging)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", diverging)
     with pytest.raises(RunError):
         train(tiny(), output=quiet)
     (run_dir,) = Path("runs").iterdir()
@@ -166,15 +167,15 @@ def test_the_report_and_result_json_have_the_reason_why_a_run_ended(tiny, quiet)
 def test_steps_after_the_resumed_checkpoint_are_left_out(tiny, quiet):
     whole = train(tiny(checkpoint_interval=1, keep_checkpoints=None), output=quiet)
     checkpoint = RunDirectory(whole.run_dir).get_checkpoint(2)
-    loaded, start = plan_run({"max_iters": 5}, resume=str(checkpoint))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader({"max_iters": 5}), resume=str(checkpoint))
+    rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     assert [line["step"] for line in read_run(rest.run_dir).steps] == [1, 2, 3, 4, 5]
 
 
 def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
-    loaded, start = plan_run({"max_iters": 6}, resume=str(part.run_dir))
-    rest = train(loaded.config, loaded=loaded, start=start, output=quiet)
+    loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
+    rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     moved = rest.run_dir.rename(Path("elsewhere").resolve())
     assert [line["step"] for line in read_run(moved).steps] == [1, 2, 3, 4, 5, 6]
 
@@ -255,7 +256,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_not_the_run(tiny, q
     def broken(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr(train_module, "write_report", broken)
+    monkeypatch.setattr(trainer_module, "write_report", broken)
     result = train(tiny(), output=quiet)
     console = RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
     assert console.count("warning:") == 1

@@ -31,6 +31,7 @@ from bundle import BUNDLE_FILES
 from callbacks import TrainResult
 from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
+from generate import generate_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
@@ -371,7 +372,8 @@ def test_num_threads_is_obeyed(tiny, quiet):
 def test_a_dry_run_does_not_even_cache_the_corpus(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "corpus.load_sample_corpus", lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500
+        "corpus.load_sample_corpus",
+        lambda *, cache, **where: seen.append(cache) or "a corpus\n" * 500,
     )
     config = tiny(data=None)
     dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
@@ -652,5 +654,5 @@ def test_a_model_of_gpt2s_tokens_trains_speaks_and_goes_on(tiny, quiet, gpt2_voc
 def test_padding_is_never_sampled():
     model = LanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4), 64, 3)
     torch.nn.init.zeros_(model.token_embedding.weight)  # all ids are as likely
-    ids = model.generate([0], 10, seeds=range(50))
+    ids = generate_tokens(model, [0], 10, seeds=range(50))
     assert set(ids.flatten().tolist()) == {0, 1, 2}

@@ -22,7 +22,7 @@ from helpers import CHECKOUT, LINES, TINY_FLAGS
 from optuna.trial import TrialState
 
 import study as study_module
-import train as train_module
+import trainer as trainer_module
 import tune
 from callbacks import Best, Evaluation, Step, TrainResult
 from config import ConfigLoader
@@ -96,7 +96,7 @@ class Trained:
 @pytest.fixture
 def trained(monkeypatch) -> Trained:
     stub = Trained()
-    monkeypatch.setattr(train_module, "train", stub)
+    monkeypatch.setattr(trainer_module, "train", stub)
     monkeypatch.setattr(tune, "_clear_memory", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     return stub
@@ -495,7 +495,7 @@ def test_what_was_reported_after_the_checkpoint_is_not_carried_over(command, tra
         return result
 
     def planned(recipe, params, number, checkpoint):
-        loaded, start = real(recipe, params, number, None)
+        loaded, plan = real(recipe, params, number, None)
         return loaded, types.SimpleNamespace(run_tag=start.run_tag, step=10 if checkpoint else 0)
 
     real = study_module.Recipe.plan
@@ -755,7 +755,7 @@ def test_a_dead_workers_trial_goes_on_from_its_checkpoint(command, monkeypatch):
     flags += ["--trials=1", "--num-threads=1"]
     space = "learning_rate: {low: 1e-3, high: 1e-2}"
     assert command(*flags, "--study", "whole", space=space) == 0
-    real = train_module.train
+    real = trainer_module.train
 
     def mortal(*arguments, callbacks, **others):
         class Reaper:
@@ -766,7 +766,7 @@ def test_a_dead_workers_trial_goes_on_from_its_checkpoint(command, monkeypatch):
         return real(*arguments, callbacks={**callbacks, "reaper": lambda _: Reaper()}, **others)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "train", mortal)
+        patched.setattr(trainer_module, "train", mortal)
         with pytest.raises(Killed):
             command(*flags, "--study", "killed", space=space)
     assert command(*flags, "--study", "killed", space=space) == 0

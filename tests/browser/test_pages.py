@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from callbacks import TrainResult
 from parameters import ModelConfig
-from train import TrainResult, train
+from trainer import train
 from utils.output import Output
 from utils.report import write_report
 from utils.run_manager import RunDirectory

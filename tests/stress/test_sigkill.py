@@ -24,7 +24,7 @@ from helpers import (
 )
 
 from bundle import BUNDLE_FILES, is_bundle, list_runs
-from train import train
+from trainer import train
 from utils.output import Output
 
 KILLS = 250

@@ -1,0 +1,82 @@
+"""Compiled decoding: `generate.decode_tokens` by torch.compile, several tokens per call.
+
+It generates the same tokens as the plain function, which defines what is right.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generate import FastDecoder, SamplingParams, decode_tokens, stream_tokens
+from model import LanguageModel
+from utils.device import CompileResult, try_compile
+
+# Tokens per call of the compiled code: a call costs as much as half a token.
+TOKENS_PER_CALL = 16
+# Tokens in sequence from which on compiling pays off: it takes two minutes and saves half a
+# millisecond per token.
+WORTH_COMPILING = 200_000
+INDUCTOR_OPTIONS = {
+    # One C++ function for everything, and no second thread for loops shorter than its start.
+    "cpu": {"cpp_wrapper": True, "cpp.min_chunk_size": 4096},
+    "cuda": {"triton.cudagraphs": True},  # never run where Folio is developed
+}
+
+
+def choose_decoding(requested: str, device: torch.device, tokens: int) -> CompileResult:
+    """Choose whether to compile, by `--torch-compile` and the tokens to generate in sequence.
+
+    `tokens` is 0 if their number is unknown.
+    """
+    if requested == "off":
+        return CompileResult("off", "torch_compile is off")
+    if requested == "on":
+        return CompileResult("inductor", "torch_compile is on")
+    if device.type not in INDUCTOR_OPTIONS:
+        return CompileResult("off", f"compiling does not speed up {device.type.upper()}")
+    if tokens < WORTH_COMPILING:
+        return CompileResult("off", "too few tokens for compiling to pay off")
+    return CompileResult("inductor", "it pays off")
+
+
+def compile_decode(
+    model: LanguageModel,
+    wanted: CompileResult,
+    requested: str,
+    sampling: SamplingParams,
+    *,
+    rows: int = 1,
+) -> tuple[FastDecoder | None, CompileResult, float]:
+    """Compile `decode_tokens` for `rows` texts and one way of sampling.
+
+    Returns the decoder, or None if it does not compile; the mode in effect; the seconds taken.
+
+    Raises `UserError` if it does not compile and `requested` is "on".
+    """
+    if wanted.mode == "off":
+        return None, wanted, 0.0
+    start = time.perf_counter()
+    device = model.token_embedding.weight.device
+    number = max(1, min(TOKENS_PER_CALL, model.block_size // 2))  # fits after half a window
+
+    def compile_decoder() -> FastDecoder:
+        options = INDUCTOR_OPTIONS.get(device.type)
+        compiled = torch.compile(decode_tokens, fullgraph=True, dynamic=False, options=options)
+
+        def decode(*args: Any) -> tuple[Tensor, ...]:
+            results = compiled(model, *args)
+            # The next replay of a CUDA graph overwrites its results.
+            return tuple(r.clone() for r in results) if device.type == "cuda" else results
+
+        return FastDecoder(decode, number)
+
+    def probe(fast: FastDecoder) -> None:
+        """Run both kinds of call: several tokens, and the prefill of half a window."""
+        length = model.block_size + 2 * number
+        for _ in stream_tokens(model, [0], length, sampling, seeds=range(rows), fast=fast):
+            pass
+
+    fast, effective = try_compile(compile_decoder, wanted, requested, probe)
+    return fast, effective, time.perf_counter() - start

@@ -1,0 +1,120 @@
+"""Kernels: faster forms of plain PyTorch expressions, each with the expression that it replaces.
+
+`tests/test_kernels.py` compares each with that expression.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.errors import UserError
+
+RMS_EPSILON = 1e-6  # Qwen3's
+
+
+def apply_rms_norm(x: Tensor) -> Tensor:
+    """Divide `(..., C)` by its root mean square along the last dimension.
+
+    Replaces `F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)` on the CPU, where PyTorch's makes twice
+    as many passes over memory.
+    """
+    if x.device.type == "cpu":
+        return FusedRMSNorm.apply(x)
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """`apply_rms_norm` for the CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """`(..., C)` to the same shape."""
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.size(-1)
+        scale = mean_square.add_(RMS_EPSILON).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """Remove the gradient's component along y, then scale: (g - y mean(g y)) / rms(x)."""
+        y, scale = ctx.saved_tensors
+        along = (gradient * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(gradient, y, along, value=-1).mul_(scale)
+
+
+def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Attend from each position to itself and those before it, `(B, H, T, D)`.
+
+    Replaces `F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)` in the
+    dtype of v; on the CPU it computes in float32, as PyTorch's kernel there is five times slower
+    in bfloat16.
+    """
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+
+def apply_cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attend from `t` new positions to all T of a cache: `(B, H, t, D)`, by a mask `(t, T)`.
+
+    Replaces `F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)` when one query is
+    compiled: Inductor fuses the expression with the operations around it, in a third of the time.
+    """
+    if torch.compiler.is_compiling() and q.size(2) == 1:
+        return attend_one_query(q, keys, values, mask)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def attend_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Compute attention of one query, `(B, H, 1, D)`, from element-wise products."""
+    scores = (q * keys).sum(dim=-1) / math.sqrt(q.size(-1)) + mask  # (B, H, T)
+    return (scores.softmax(dim=-1)[..., None] * values).sum(dim=2, keepdim=True)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights from -127 to 127 and one scale per row.
+
+    A quarter of the memory traffic, which bounds decoding one token at a time. Like LLM.int8()
+    (arxiv.org/abs/2208.07339), but of the weights only. Replaces
+    `F.linear(x, weight.float() * scale.float()[:, None])` when x has one token per row.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()  # (outputs, inputs)
+        largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (largest / 127).bfloat16()  # (outputs,), the dtype that the kernel takes
+        rounded = (weight / scale[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`, in float32."""
+        if x.size(-2) == 1:  # decoding: a row's result does not depend on the other rows
+            # Private to PyTorch (read from 2.13). Dequantizing first costs twice the float32 layer.
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+            y = y.float().view(*x.shape[:-1], -1)
+        else:  # a prompt: dequantize the weights once for all of it
+            y = F.linear(x, self.weight.float() * self.scale.float()[:, None])
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model: nn.Module) -> None:
+    """Replace the linear layers of `model.blocks` by `Int8Linear`, in place.
+
+    Raises `UserError` if PyTorch or the device has no kernel for them.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
+        raise UserError(f"--quantize int8 needs a CPU, and this model is on {device.type}")
+    for module in model.blocks.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
