@@ -28,9 +28,9 @@ from utils.checks import format_value
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.metrics import get_metric, get_tag
 from utils.output import Output, format_duration, pluralize, run_command
 from utils.run_manager import RunDirectory, read_git_record, read_record
+from utils.tracking.metrics import get_metric, get_tag
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 COLORS = 6  # lines that a page tells apart

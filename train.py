@@ -124,7 +124,7 @@ from utils.run_manager import RunDirectory, read_record, write_result
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
 from utils.tracking.aim import AimTracker, get_aim_repo
-from utils.tracking.run_log import RunLogger
+from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
 SAMPLE_TOKENS = 200  # while the model learns

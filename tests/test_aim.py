@@ -27,17 +27,17 @@ from checkpoint import load_model
 from parameters import ModelConfig
 from train import train
 from utils.errors import RunError, UserError
-from utils.metrics import METRICS, get_tag
 from utils.run_manager import RunDirectory
 from utils.tracking.aim import AimTracker, require_aim
 from utils.tracking.histograms import Histogram
+from utils.tracking.metrics import METRICS, get_tag
 
 # In a process of its own: logs ten losses, then does as it is told.
 RUN = """
 import os, signal, sys, time
 import utils.tracking.aim as module
 repo, name, what = sys.argv[1:]
-module.PATIENCE = 3
+module.TIMEOUT = 3
 start = time.monotonic()
 try:
     tracker = module.AimTracker(repo, name)
@@ -258,11 +258,11 @@ def test_a_busy_index_costs_a_flush_nothing_and_is_waited_for_at_the_end(tracker
 def test_an_index_that_stays_busy_is_said_and_the_run_is_ended(tracker, repo, monkeypatch):
     from aimrocks.errors import RocksIOError
 
-    def busy(run):
+    def busy(*_):
         raise RocksIOError(b"lock hold by another process")
 
-    monkeypatch.setattr(module, "PATIENCE", 0.6)
-    monkeypatch.setattr(module, "_index", busy)
+    monkeypatch.setattr(module, "TIMEOUT", 0.6)
+    monkeypatch.setattr(module, "_index_run", busy)
     with pytest.raises(RuntimeError, match=r"the run is stored, but .* was busy"):
         tracker.close()
     assert locks(repo) == []
@@ -271,7 +271,7 @@ def test_an_index_that_stays_busy_is_said_and_the_run_is_ended(tracker, repo, mo
 def test_a_close_that_does_not_return_is_left_alone(tracker, repo, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(type(tracker._run), "close", lambda run: release.wait(60))
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(module, "TIMEOUT", 0.5)
     with pytest.raises(TimeoutError, match=r"closing .*repo took more than 0.5 seconds"):
         tracker.close()
     release.set()

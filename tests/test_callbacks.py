@@ -94,7 +94,7 @@ def test_a_sentence_stops_the_run_which_is_evaluated_saved_and_told(tiny, quiet,
     assert watcher.told[-2:] == [("evaluation", step), ("end", step)]
     text = console(result.run_dir)
     assert re.search(rf"Stopped after step {step} in \d:\d\d: enough is enough\.", text)
-    assert f"--- sample at step {step} ---" in text
+    assert f"--- Sample at step {step} ---" in text
     assert "--resume" in text
 
 

@@ -8,7 +8,7 @@ import torch
 
 from utils import device
 from utils.device import (
-    WORTH_COMPILING,
+    MIN_FLOPS_TO_COMPILE,
     CompileResult,
     autocast,
     choose_backend,
@@ -149,11 +149,11 @@ LONG, SHORT = 1e30, 1.0
         ("cpu", "auto", "auto", LONG, "linux", "inductor"),
         ("cpu", "auto", "aot_eager", LONG, "linux", "aot_eager"),
         ("cpu", "auto", "auto", SHORT, "linux", "off"),
-        ("cpu", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "inductor"),
+        ("cpu", "auto", "auto", MIN_FLOPS_TO_COMPILE["cpu"], "linux", "inductor"),
         ("cpu", "auto", "auto", LONG, "win32", "off"),
         ("cuda", "auto", "auto", LONG, "win32", "inductor"),
         ("cuda", "auto", "auto", LONG, "linux", "inductor"),
-        ("cuda", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "off"),
+        ("cuda", "auto", "auto", MIN_FLOPS_TO_COMPILE["cpu"], "linux", "off"),
         ("mps", "auto", "auto", LONG, "darwin", "off"),
     ],
 )

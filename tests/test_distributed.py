@@ -185,7 +185,7 @@ def trains(
 
     train_module.training_step = struck
     train_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
-    output_module.SILENCE = 0.0  # nobody ends these when one has ended
+    output_module.TORCHRUN_GRACE = 0.0  # nobody ends these when one has ended
     return run_command(train_module.main, [*flags, *(own[rank] if own else [])])
 
 

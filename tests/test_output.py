@@ -85,7 +85,7 @@ def test_on_a_terminal_step_lines_are_recorded_and_the_bar_is_shown(tmp_path, mo
         output.advance(5, "loss 1.0000")
         output.print_step("step 5/10")
         output.print("eval")
-        output._progress.bar.refresh()
+        output._progress.refresh()
     output.close()
     assert "loss 1.0000" in stream.getvalue()
     assert "step 5/10" not in stream.getvalue()

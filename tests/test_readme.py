@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, LINES
 
-from utils.metrics import METRICS, get_tag
+from utils.tracking.metrics import METRICS, get_tag
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

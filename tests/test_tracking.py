@@ -18,11 +18,11 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils.errors import RunError
-from utils.metrics import METRICS, get_tag
 from utils.output import Output
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
-from utils.tracking.run_log import OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
+from utils.tracking.metrics import METRICS, get_tag
+from utils.tracking.run_logger import MAX_OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
@@ -251,7 +251,7 @@ def step(log, number, loss=1.0):
 def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
     """Two steps of 64 tokens in 4 seconds, and an evaluation of 100 that does not count."""
     now = [0.0]
-    monkeypatch.setattr("utils.tracking.run_log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("utils.tracking.run_logger.time.perf_counter", lambda: now[0])
     log, _, output = make_log(interval=2)
     for number in (1, 2, 3, 4):
         now[0] += 2
@@ -425,7 +425,7 @@ def test_fp16_that_overflows_step_after_step_ends_the_run(tmp_path):
     lengths = {"first_step": 0, "max_iters": 99, "tokens_per_step": 8, "interval": 1}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
     log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
-    norms = [math.inf] * (OVERFLOWS - 1) + [1.0] + [math.nan] * OVERFLOWS
+    norms = [math.inf] * (MAX_OVERFLOWS - 1) + [1.0] + [math.nan] * MAX_OVERFLOWS
     with pytest.raises(RunError, match=r"overflow fp16 at step 50, .* take --precision bf16"):
         for step, norm in enumerate(norms, start=1):
             log.log_step(step, torch.tensor(1.0), torch.tensor(norm), 1e-3)

@@ -348,7 +348,7 @@ def test_max_minutes_beside_max_iters_are_a_time_limit(tiny, quiet):
 def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tiny, quiet):
     result = train(tiny(), output=quiet)
     text = console(result.run_dir)
-    for words in ("Model ", "Text ", "Device CPU", "step 2/6", "eval 6/6", "--- sample at step 6"):
+    for words in ("Model ", "Text ", "Device CPU", "step 2/6", "eval 6/6", "--- Sample at step 6"):
         assert words in text, words
     assert text.count("--- sample at") == 1
     assert f"inference.py --run {result.run_dir}" in text
@@ -357,7 +357,7 @@ def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tin
 def test_samples_are_printed_at_evaluations_when_asked_for(tiny, quiet):
     result = train(tiny(max_iters=9, eval_interval=2, sample_interval=4), output=quiet)
     text = console(result.run_dir)
-    assert [n for n in range(1, 10) if f"--- sample at step {n} ---" in text] == [4, 8, 9]
+    assert [n for n in range(1, 10) if f"--- Sample at step {n} ---" in text] == [4, 8, 9]
 
 
 def test_a_run_within_its_warm_up_says_so(tiny, quiet):
@@ -596,7 +596,7 @@ def test_a_gradient_that_is_not_finite_leaves_histograms_and_stops_the_run(
         return loss, grad_norm
 
     monkeypatch.setattr(train_module, "training_step", poisoned)
-    with pytest.raises(RunError, match=r"gradient's norm is (nan|inf) at step 5"):
+    with pytest.raises(RunError, match=r"gradient norm is (nan|inf) at step 5"):
         train(tiny(histogram_interval=5), output=quiet)
     (run_dir,) = Path("runs").iterdir()
     text = RunDirectory(run_dir).metrics.read_text(encoding="utf-8")
