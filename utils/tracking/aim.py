@@ -113,24 +113,26 @@ class AimTracker:
         if self._is_local:
             # The index may be locked by another process, such as `aim up`, until the next flush.
             with contextlib.suppress(Exception):
-                _index_run(self._run.repo, self._run.meta_run_tree)
+                _index_run(self._run)
 
     def close(self) -> None:
         """End the run and list its final state."""
         run, self._run = self._run, None
-        repo, tree = run.repo, run.meta_run_tree  # run.close() removes the tree
 
         def close_run() -> None:
             try:
-                run.close()
-                _index_run(repo, tree, TIMEOUT / 3)
+                run.meta_run_tree["end_time"] = (
+                    time.time()
+                )  # for the index; run.close() sets it too
+                _index_run(run, TIMEOUT / 3)
             finally:
-                repo.close()  # disconnects from a server
+                run.close()
+                run.repo.close()  # disconnects from a server
 
         if self._is_local:
             close_run()  # in the thread that locked the run, as no other can unlock it
         else:  # Aim may wait forever for a server that is gone, or through a race of its threads
-            _call_with_timeout(f"closing {repo.root_path}", close_run)
+            _call_with_timeout(f"closing {run.repo.root_path}", close_run)
 
 
 def _open_run(repo: str, name: str) -> Any:
@@ -168,7 +170,7 @@ def _open_repo(repo: str) -> Iterator[Any]:
         yield Repo.from_path(repo, init=not (directory / "VERSION").exists())
 
 
-def _index_run(repo: Any, tree: Any, timeout: float = 0.0) -> None:
+def _index_run(run: Any, timeout: float = 0.0) -> None:
     """Copy a run's settings and names, but not its numbers, to the repository's index.
 
     Aim's own RepoIndexManager does the same, and leaves a thread running. `_get_index_tree` is a
@@ -182,11 +184,12 @@ def _index_run(repo: Any, tree: Any, timeout: float = 0.0) -> None:
     until = time.monotonic() + timeout
     while True:
         try:
-            return tree.finalize(index=repo._get_index_tree("meta", 0).view(()))
+            index = run.repo._get_index_tree("meta", 0).view(())
+            return run.meta_run_tree.finalize(index=index)
         except RocksIOError:
             if time.monotonic() >= until:
                 raise RuntimeError(
-                    f"the run is stored, but {repo.path} was busy: `aim up` lists it"
+                    f"the run is stored, but {run.repo.path} was busy: `aim up` lists it"
                 ) from None
             time.sleep(0.05)
 
