@@ -93,26 +93,21 @@ def profile_training(
             )
             checkpoints = train.open_checkpoints(setup, run)
             state = train.training_state(setup, run, 1, None, Best())
-            measure = partial(measure_seconds, device)
-            rows = (
-                ("evaluation", config.eval_interval, time_evaluation(setup)),
-                (
-                    "checkpoint",
-                    config.checkpoint_interval,
-                    measure(lambda: checkpoints.save(state)),
-                ),
-                (
-                    "histograms",
-                    config.histogram_interval,
-                    measure(lambda: log.log_histograms(1, train.weights_and_gradients(model))),
-                ),
-                (
-                    "sample",
-                    config.sample_interval,
-                    measure(lambda: train.sample(model, data, config, train.SAMPLE_TOKENS)),
-                ),
+            works = (
+                ("checkpoint", lambda: checkpoints.save(state)),
+                ("histograms", lambda: log.log_histograms(1, train.weights_and_gradients(model))),
+                ("sample", lambda: train.sample(model, data, config, train.SAMPLE_TOKENS)),
             )
-        return _create_report(setup, first_call, [section], compute_shares(section, rows))
+            seconds = {"evaluation": time_evaluation(setup)}
+            seconds |= {name: measure_seconds(device, work) for name, work in works}
+        intervals = (
+            config.eval_interval,
+            config.checkpoint_interval,
+            config.histogram_interval,
+            config.sample_interval,
+        )
+        periodic = compute_shares(section, seconds, intervals)
+        return _create_report(setup, first_call, [section], periodic)
 
 
 def profile_inference(

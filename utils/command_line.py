@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -25,10 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Flags in one column and help in the next, with each value's name printed once."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=100)
+    """A formatter that prints the placeholder of a value once, and a switch's forms as one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags, metavar = action.option_strings, action.metavar
@@ -101,7 +99,7 @@ class CommandLine:
         self._parser = _Parser(
             description=description.strip().partition("\n\n")[0],
             usage=usage + (f" [{operands.metavar} ...]" if operands else ""),
-            formatter_class=_HelpFormatter,
+            formatter_class=partial(_HelpFormatter, max_help_position=36, width=100),
             allow_abbrev=False,
             add_help=False,
         )
@@ -150,7 +148,7 @@ class CommandLine:
             known, unknown = self._parser.parse_known_args(self._normalize(argv))
         except UserError as error:
             return {}, {}, list(error.problems)
-        problems = self._find_unknown_flags(unknown)
+        problems, fields = self._find_unknown_flags(unknown), self.schema.model_fields
         texts: dict[str, str] = {}
         nulls: dict[str, None] = {}  # pydantic's validation of strings has no null
         actions: dict[str, Any] = {}
@@ -164,15 +162,12 @@ class CommandLine:
                 problems.append(f"{shown} needs a value{dash if metavar == _TEXT else ''}")
             elif name in self._actions:
                 actions[name] = value
-            elif value == "null" and self._is_nullable(name):
+            elif value == "null" and NoneType in get_args(fields[name].annotation):
                 nulls[name] = None
             else:
                 texts[name] = value
         values, wrong = validate_values(self.schema, texts, strings=True, label=format_flag)
         return {**values, **nulls}, actions, problems + wrong
-
-    def _is_nullable(self, name: str) -> bool:
-        return NoneType in get_args(self.schema.model_fields[name].annotation)
 
     def _normalize(self, argv: Sequence[str]) -> list[str]:
         """Turn `--snake_case` into `--kebab-case`, and join a negative number to its flag.

@@ -128,7 +128,7 @@ def choose_precision(requested: str, device: torch.device) -> str:
 
 
 def has_amx() -> bool:
-    """Return whether the CPU multiplies bfloat16 matrices (Intel AMX), as far as Linux reports."""
+    """Return whether the CPU multiplies bfloat16 matrices (Intel AMX), as Linux reports it."""
     return "amx_bf16" in _read_cpuinfo("flags").split()
 
 
@@ -174,7 +174,7 @@ def choose_backend(
 ) -> CompileResult:
     """Return the backend for `--torch-compile` and `--compile-backend` on a device.
 
-    `operations` is for the whole run from step 0, so that a resumed run chooses the same.
+    `operations` counts the whole run from step 0, so that a resumed run chooses the same.
     """
     if requested == "off":
         return CompileResult("off", "torch_compile is off")

@@ -41,11 +41,6 @@ class Output:
         self._pending: list[str] = []  # recorded before there is a file
         self._progress: Progress | None = None
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether a progress bar can be shown."""
-        return self.console.is_terminal and not self.quiet
-
     def print(self, text: str = "") -> None:
         """Print and record one or more lines."""
         self._print(text)
@@ -103,10 +98,10 @@ class Output:
             file.close()
 
     @contextlib.contextmanager
-    def show_progress(self, total: int) -> Iterator["Output"]:
+    def show_progress(self, total: int) -> Iterator[None]:
         """Show a progress bar within the block, if on a terminal; `advance` moves it."""
-        if not self.is_terminal:
-            yield self
+        if self.quiet or not self.console.is_terminal:
+            yield
             return
         progress = Progress(
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
@@ -120,7 +115,7 @@ class Output:
         self._progress = progress
         try:
             with progress:
-                yield self
+                yield
         finally:
             self._progress = None
 
@@ -155,9 +150,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     """Run a command, and turn the errors it raises into lines on stderr and an exit status.
 
     0 is success, 2 a user's mistake (one line a problem), 1 a failed run, 130 Ctrl-C. Under
-    torchrun a mistake is printed by the first rank of each machine, and a failure by every rank
-    that has one of its own. The other ranks wait until torchrun ends them, and print after that
-    time in case no other has.
+    torchrun the first rank of each machine prints a mistake, and every rank its own failure. The
+    others wait until torchrun ends them; if it does not, they print too.
     """
     ranks = Ranks.from_environment()
     output = Output(quiet=ranks.rank > 0)

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,20 +119,11 @@ def profile_work(
     phases: Sequence[str] = (),
     trace: Path | None = None,
 ) -> Section:
-    """Time `work`, as a whole and phase by phase, then trace it with PyTorch's profiler.
+    """Time calls of `work`, as a whole and phase by phase, then trace it with PyTorch's profiler.
 
     Both kinds of call alternate, so that other load on the machine slows both, and each is first
-    in every second turn, so that work at a regular interval falls on both.
-
-    Args:
-        title: heads the section.
-        work: one call, such as a training step.
-        device: the device that it runs on.
-        calls: number of calls of each kind to time.
-        tokens: tokens that a call processes.
-        flops: floating-point operations of a call.
-        phases: names of its phases, in order.
-        trace: a file for the profiler's trace.
+    in every second turn, so that work at a regular interval falls on both. `tokens` and `flops`
+    are those of one call; `trace` is a file to write.
     """
     for _ in range(WARMUP):
         work(nullcontext)
@@ -209,14 +200,14 @@ def count_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def compute_shares(section: Section, rows: Sequence[tuple[str, int, float]]) -> list[PeriodicWork]:
-    """Return (name, interval, seconds) with its share of a run of `section`'s calls."""
-    per_step = [seconds / interval if interval else 0.0 for _, interval, seconds in rows]
-    total = section.timing.median + sum(per_step)
-    return [
-        PeriodicWork(name, seconds, interval, each / total)
-        for (name, interval, seconds), each in zip(rows, per_step, strict=True)
-    ]
+def compute_shares(
+    section: Section, seconds: Mapping[str, float], intervals: Sequence[int]
+) -> list[PeriodicWork]:
+    """Return the work that is done between calls of `section` every so many of them."""
+    per_call = [s / n if n else 0.0 for s, n in zip(seconds.values(), intervals, strict=True)]
+    total = section.timing.median + sum(per_call)
+    rows = zip(seconds.items(), intervals, per_call, strict=True)
+    return [PeriodicWork(*item, interval, each / total) for item, interval, each in rows]
 
 
 def trace_operators(

@@ -29,6 +29,13 @@ class Tracker(Protocol):
         """Flush and release everything. Called once, however the run ends."""
 
 
+def _forward(method: str) -> Callable[..., None]:
+    def call(self: "CompositeTracker", *arguments: Any) -> None:
+        self._trackers.call_each(lambda tracker: getattr(tracker, method)(*arguments))
+
+    return call
+
+
 class CompositeTracker:
     """Pass every call on to several trackers; one that raises is dropped with one warning.
 
@@ -44,25 +51,11 @@ class CompositeTracker:
         for name, create in factories.items():
             self._trackers.add(name, create)
 
-    def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Record the settings and the run's origin."""
-        self._trackers.call_each(lambda tracker: tracker.log_config(config, metadata))
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
-        """Record numbers after `step`."""
-        self._trackers.call_each(lambda tracker: tracker.log_metrics(metrics, step, subset))
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Record histograms after `step`."""
-        self._trackers.call_each(lambda tracker: tracker.log_histograms(histograms, step))
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Record a text after `step`."""
-        self._trackers.call_each(lambda tracker: tracker.log_text(name, text, step))
-
-    def flush(self) -> None:
-        """Flush every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.flush())
+    log_config = _forward("log_config")
+    log_metrics = _forward("log_metrics")
+    log_histograms = _forward("log_histograms")
+    log_text = _forward("log_text")
+    flush = _forward("flush")
 
     def close(self) -> None:
         """Close every tracker."""

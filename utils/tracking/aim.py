@@ -7,10 +7,10 @@ import logging
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
@@ -19,8 +19,6 @@ from utils.errors import UserError
 from utils.tracking.histograms import Histogram
 
 TIMEOUT = 15  # seconds for Aim to open or close a run; on a local disk each takes 0.1 s
-
-_Result = TypeVar("_Result")
 
 
 def require_aim(config: ModelConfig) -> None:
@@ -136,10 +134,22 @@ class AimTracker:
 
 
 def _open_run(repo: str, name: str) -> Any:
-    """Open an Aim run that captures nothing by itself."""
-    import aim
+    """Open an Aim run that captures nothing by itself, in a new repository if there is none.
 
-    with _open_repo(repo) as opened:
+    Processes take turns: until it has a VERSION file, Aim takes a repository that another process
+    is creating, or was killed while creating, for an outdated one.
+    """
+    import aim
+    from aim.sdk.configs import get_aim_repo_name
+    from aim.sdk.utils import clean_repo_path
+
+    with contextlib.ExitStack() as stack:
+        opened = repo
+        if "://" not in repo:
+            directory = Path(clean_repo_path(repo), get_aim_repo_name())
+            (directory / "locks").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(directory / "locks" / "folio", timeout=TIMEOUT))
+            opened = aim.Repo.from_path(repo, init=not (directory / "VERSION").exists())
         run = aim.Run(
             repo=opened,
             system_tracking_interval=None,
@@ -147,37 +157,15 @@ def _open_run(repo: str, name: str) -> Any:
             capture_terminal_logs=False,
         )
         run.name = name
-        return run
-
-
-@contextlib.contextmanager
-def _open_repo(repo: str) -> Iterator[Any]:
-    """Open a repository for `aim.Run`, and create a missing one in one process at a time.
-
-    Until it has a VERSION file, Aim takes a repository that another process is creating, or was
-    killed while creating, for an outdated one.
-    """
-    from aim import Repo
-    from aim.sdk.configs import get_aim_repo_name
-    from aim.sdk.utils import clean_repo_path
-
-    if "://" in repo:
-        yield repo
-        return
-    directory = Path(clean_repo_path(repo), get_aim_repo_name())
-    (directory / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "locks" / "folio", timeout=TIMEOUT):
-        yield Repo.from_path(repo, init=not (directory / "VERSION").exists())
+    return run
 
 
 def _index_run(run: Any, timeout: float = 0.0) -> None:
     """Copy a run's settings and names, but not its numbers, to the repository's index.
 
     Aim's own RepoIndexManager does the same, and leaves a thread running. `_get_index_tree` is a
-    private name of Aim 3.29.
-
-    Raises:
-        RuntimeError: other processes lock the index, each for some 0.05 s, for `timeout` seconds.
+    private name of Aim 3.29. Other processes lock the index for 0.05 s at a time; after `timeout`
+    seconds this raises RuntimeError.
     """
     from aimrocks.errors import RocksIOError
 
@@ -194,7 +182,7 @@ def _index_run(run: Any, timeout: float = 0.0) -> None:
             time.sleep(0.05)
 
 
-def _call_with_timeout(what: str, call: Callable[[], _Result]) -> _Result:
+def _call_with_timeout(what: str, call: Callable[[], Any]) -> Any:
     """Return `call()`; raise `TimeoutError` and leave its thread running after `TIMEOUT`."""
     with ThreadPool(1) as pool:
         try:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,44 +48,24 @@ class SpikeDetector:
         return mean if self._is_high and not was_high else None
 
 
+@dataclass(eq=False)
 class RunLogger:
-    """Log a run's numbers: every step's, though they are fetched from the device in batches.
+    """Log a run's numbers: every step's, though they are fetched from the device in batches."""
 
-    Args:
-        metrics: the `metrics.jsonl` to append to. Unlike a tracker's, its failure ends the run.
-        samples: the `samples.jsonl` to append to.
-        tracker: TensorBoard and Aim.
-        output: prints lines and the progress bar.
-        first_step: steps made before this run.
-        max_iters: the last step.
-        tokens_per_step: B times T.
-        interval: steps between two fetches, and so between two printed lines.
-        may_overflow: whether the gradient may be infinite, as with fp16, which skips that step.
-    """
+    metrics: Path  # metrics.jsonl; unlike a tracker's, its failure ends the run
+    samples: Path  # samples.jsonl
+    tracker: CompositeTracker
+    output: Output
+    first_step: int  # steps made before this run
+    max_iters: int  # the last step
+    tokens_per_step: int  # B times T
+    interval: int  # steps between two fetches, and so between two printed lines
+    may_overflow: bool = False  # the gradient, as with fp16, which skips that step
 
-    def __init__(
-        self,
-        metrics: Path,
-        samples: Path,
-        tracker: CompositeTracker,
-        output: Output,
-        *,
-        first_step: int,
-        max_iters: int,
-        tokens_per_step: int,
-        interval: int,
-        may_overflow: bool = False,
-    ):
-        self._metrics = open(metrics, "a", encoding="utf-8")
+    def __post_init__(self) -> None:
+        self._metrics = open(self.metrics, "a", encoding="utf-8")
         # A lone surrogate is written as an escape, which is valid JSON.
-        self._samples = open(samples, "a", encoding="utf-8", errors="backslashreplace")
-        self._tracker = tracker
-        self._output = output
-        self._first_step = first_step
-        self._max_iters = max_iters
-        self._tokens_per_step = tokens_per_step
-        self._interval = interval
-        self._may_overflow = may_overflow
+        self._samples = open(self.samples, "a", encoding="utf-8", errors="backslashreplace")
         self._queued: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
@@ -101,9 +82,9 @@ class RunLogger:
         """
         self._queued.append((step, self._elapsed(), learning_rate))
         self._on_device += [loss, grad_norm]
-        if len(self._queued) >= self._interval:
+        if len(self._queued) >= self.interval:
             self.flush_steps()
-        self._output.advance(step, self._status)
+        self.output.advance(step, self._status)
 
     def flush_steps(self) -> None:
         """Fetch and log all queued steps, and print a line for the last of them.
@@ -115,7 +96,7 @@ class RunLogger:
             return
         values = torch.stack(self._on_device).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._timer) / len(self._queued)
-        speed = self._tokens_per_step / seconds
+        speed = self.tokens_per_step / seconds
         for (step, elapsed, learning_rate), loss, grad_norm in zip(
             self._queued, values[::2], values[1::2], strict=True
         ):
@@ -129,10 +110,10 @@ class RunLogger:
             self._check_step(step, loss, grad_norm)
         self._metrics.flush()
         self._queued, self._on_device = [], []
-        seconds_per_step = self._elapsed() / (step - self._first_step)
-        left = format_duration(seconds_per_step * (self._max_iters - step))
+        seconds_per_step = self._elapsed() / (step - self.first_step)
+        left = format_duration(seconds_per_step * (self.max_iters - step))
         self._status = f"loss {loss:.4f}  {speed:,.0f} tok/s  {left} left"
-        self._output.print_step(
+        self.output.print_step(
             f"step {self._format_step(step)}  loss {loss:7.4f}  lr {learning_rate:.2e}  "
             f"grad {grad_norm:6.3f}  {seconds * 1000:7.1f} ms  {speed:>9,.0f} tok/s  "
             f"{left:>7} left"
@@ -143,20 +124,20 @@ class RunLogger:
         """Print a note about a loss spike; raise `RunError` if the run cannot continue."""
         mean = self._spikes.update(loss)
         if mean is not None:
-            self._output.print(
+            self.output.print(
                 f"Note: loss spike at step {step}: {loss:.4f}, after a mean of {mean:.4f} "
                 f"(gradient norm {grad_norm:.3g}); if it persists, lower learning_rate"
             )
         self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
         problem, remedy = None, "the run cannot go on; lower learning_rate"
-        if self._may_overflow and self._overflows == MAX_OVERFLOWS:
+        if self.may_overflow and self._overflows == MAX_OVERFLOWS:
             problem = (
                 f"the gradients overflow fp16 at step {step} and the {MAX_OVERFLOWS - 1} before "
                 "it, so all of these were skipped: use --precision bf16 or fp32"
             )
         elif not math.isfinite(loss):
             problem = f"the loss is {loss} at step {step}: {remedy}"
-        elif not (math.isfinite(grad_norm) or self._may_overflow):  # the weights are NaN by now
+        elif not (math.isfinite(grad_norm) or self.may_overflow):  # the weights are NaN by now
             problem = f"the gradient norm is {grad_norm} at step {step}: {remedy}"
         if problem:
             self._metrics.flush()
@@ -171,10 +152,10 @@ class RunLogger:
         }
         self._record(step, self._elapsed(), metrics)
         self._metrics.flush()
-        self._tracker.flush()
+        self.tracker.flush()
         if not all(map(math.isfinite, losses.values())):
             raise RunError(f"the evaluation's loss is not finite at step {step}: {dict(losses)}")
-        self._output.print(
+        self.output.print(
             f"eval {self._format_step(step)}  train {losses['train']:.4f}  "
             f"val {losses['val']:.4f}  ({bits['val']:.3f} bits per byte)"
             f"{'  best' if is_best else ''}"
@@ -183,7 +164,7 @@ class RunLogger:
     def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Log a histogram of each tensor, and the number of values that are not finite."""
         histograms = {name: Histogram.from_tensor(tensor) for name, tensor in tensors.items()}
-        self._tracker.log_histograms(histograms, step)
+        self.tracker.log_histograms(histograms, step)
         if nonfinite := sum(histogram.nonfinite for histogram in histograms.values()):
             self._record(step, self._elapsed(), {"train": {"nonfinite": nonfinite}})
 
@@ -191,8 +172,8 @@ class RunLogger:
         """Log and print generated text."""
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
         self._samples.flush()
-        self._tracker.log_text("sample", text, step)
-        self._output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
+        self.tracker.log_text("sample", text, step)
+        self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
 
     def reset_timer(self) -> None:
         """Exclude the time since the last fetch (an evaluation, a save) from the speed."""
@@ -200,7 +181,7 @@ class RunLogger:
 
     def close(self) -> None:
         """Close the trackers and the files."""
-        self._tracker.close()
+        self.tracker.close()
         self._samples.close()
         self._metrics.close()
 
@@ -208,7 +189,7 @@ class RunLogger:
         return time.perf_counter() - self._start
 
     def _format_step(self, step: int) -> str:
-        return f"{step:>{len(str(self._max_iters))}}/{self._max_iters}"
+        return f"{step:>{len(str(self.max_iters))}}/{self.max_iters}"
 
     def _record(
         self, step: int, elapsed: float, metrics: Mapping[str, Mapping[str, float]]
@@ -219,5 +200,5 @@ class RunLogger:
             for name, value in values.items():
                 # JSON has no NaN and no infinity: they become null.
                 line[get_tag(name, subset)] = value if math.isfinite(value) else None
-            self._tracker.log_metrics(values, step, subset)
+            self.tracker.log_metrics(values, step, subset)
         self._metrics.write(json.dumps(line) + "\n")
