@@ -18,6 +18,7 @@ from corpus import EncodedCorpus, Tokens, open_corpus
 from parameters import ModelConfig
 from tokenizer import Tokenizer
 from utils.errors import UserError
+from utils.output import format_char_counts
 
 DEFAULT_FILE = "input.txt"
 
@@ -125,16 +126,6 @@ def load_dataset(
         },
         left_out=left_out,
     )
-
-
-def format_char_counts(counts: dict[str, int]) -> str:
-    """`'é' (12 times), 'ß' (once)`; at most twenty of them."""
-    shown = [
-        f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
-        for char, count in list(counts.items())[:20]
-    ]
-    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
-    return ", ".join(shown) + more
 
 
 def _split(encoded: EncodedCorpus, config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -114,7 +114,7 @@ from utils.run_manager import (
 from utils.stop import StopRequest
 from utils.tracking import CompositeTracker
 from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
-from utils.tracking.run_log import RunLogger
+from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a step

@@ -1,16 +1,16 @@
-"""Measure what the README claims, on this machine.
+"""Measure the README's figures on this machine.
 
-python -m benchmarks                  # all that need no file
+python -m benchmarks                  # all that need no data file
 python -m benchmarks startup encoding
 python -m benchmarks nanogpt_cpu --data tinyshakespeare.txt
-python -m benchmarks.time_to_loss --data tinyshakespeare.txt       # has flags of its own
+python -m benchmarks.time_to_loss --data tinyshakespeare.txt       # has its own flags
 """
 
 import argparse
 import importlib
 from datetime import date
 
-from benchmarks import current_commit
+from benchmarks import get_commit
 from utils.device import get_processor_name
 
 BENCHMARKS = (
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(unknown)}")
-    print(f"{get_processor_name()}, {date.today()}, commit {current_commit()}")
+    print(f"{get_processor_name()}, {date.today()}, commit {get_commit()}")
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")
         importlib.import_module(f"benchmarks.{name}").run(arguments.data)

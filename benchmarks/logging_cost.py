@@ -1,9 +1,8 @@
-"""What the record costs: its share of the default model's training, at the default intervals.
+"""Cost of logging, as a share of the default model's training at the default intervals.
 
-The log does all that it does in a run (every step, histograms of all weights and gradients,
-evaluations), but nothing else happens meanwhile: what is counted is the time of the process on
-all its threads, TensorBoard's own included, or the time on the clock where that is longer. A step
-without a log is timed in blocks before, between and after.
+Everything is logged as in a run (every step, histograms of all weights and gradients, evaluations),
+but nothing else runs meanwhile. The cost is the CPU time of all threads, TensorBoard's included, or
+the wall time if that is longer. Steps without logging are timed before, between and after.
 """
 
 import statistics
@@ -13,81 +12,78 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from trainer import (
-    SAMPLE_TOKENS,
-    Trainer,
-    collect_weights_and_gradients,
-    open_log,
-    open_run,
-    prepare_trainer,
-    sample_text,
-)
+from prepare import open_run, set_up
+from report import write_report
+from step import Setup, training_step
+from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
 from utils.output import Output
-from utils.report import write_report
 
-STEPS, BLOCK = 1000, 40
+LOGGED_STEPS, TIMED_STEPS, WARMUP = 1000, 40, 5
 
 
 def run(data: str | None) -> None:
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         config = ModelConfig(data=data, runs_dir=f"{directory}/runs")
-        setup = prepare_trainer(config)
-        steps += [_step(setup, number) for number in range(BLOCK)][5:]
+        setup = set_up(config)
+        steps += _time_steps(setup)[WARMUP:]
         costs = {}
         for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
-            logged = prepare_trainer(config.model_copy(update={"aim_logging": aim}))
-            costs[name] = _cost(setup, logged)
-            steps += [_step(setup, number) for number in range(BLOCK)]
+            logged = set_up(config.model_copy(update={"aim_logging": aim}))
+            costs[name] = _measure_cost(setup, logged)
+            steps += _time_steps(setup)
         step = statistics.median(steps)
         start = time.perf_counter()
-        sample_text(setup.model, setup.data, config, SAMPLE_TOKENS)
-        words = time.perf_counter() - start
-        drawn = _drawn(Path(config.runs_dir))
-    print(f"  a step takes {step * 1e3:.1f} ms without a log")
+        sample(setup.model, setup.data, config, SAMPLE_TOKENS)
+        sampling = time.perf_counter() - start
+        report = _time_report(Path(config.runs_dir))
+    print(f"  a step takes {step * 1e3:.1f} ms without logging")
     for name, (each, once) in costs.items():
         print(
             f"  {name}: {each * 1e3:.2f} ms a step, {each / step * 100:.2f} %, and "
             f"{once:.1f} s to open and close"
         )
     print(
-        f"  a sample every {config.sample_interval} steps: {words * 1e3:.0f} ms each, "
-        f"{words / config.sample_interval / step * 100:.2f} %"
+        f"  a sample every {config.sample_interval} steps: {sampling * 1e3:.0f} ms each, "
+        f"{sampling / config.sample_interval / step * 100:.2f} %"
     )
-    print(f"  the page at the end: {drawn * 1e3:.0f} ms")
+    print(f"  the report at the end: {report * 1e3:.0f} ms")
 
 
-def _step(setup: Trainer, number: int) -> float:
-    start = time.perf_counter()
-    Trainer.training_step(setup, number)
-    return time.perf_counter() - start
+def _time_steps(setup: Setup) -> list[float]:
+    seconds = []
+    for number in range(TIMED_STEPS):
+        start = time.perf_counter()
+        training_step(setup, number)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
-def _cost(setup: Trainer, logged: Trainer) -> tuple[float, float]:
-    """Seconds a step, and seconds once a run. `setup` has a model with gradients."""
+def _measure_cost(setup: Setup, logged: Setup) -> tuple[float, float]:
+    """Return the seconds per step, and once per run. `setup`'s model has gradients."""
     config, output = logged.config, Output(quiet=True)
     start = time.perf_counter()
     run = open_run(logged, None, [], output)
     log = open_log(logged, run, output)
     once = time.perf_counter() - start
     losses = {"train": 1.5, "val": 1.6}
-    loss, grad_norm = Trainer.training_step(setup, 0)
-    clock, process = time.perf_counter(), time.process_time()
-    for step in range(1, STEPS + 1):
+    loss, grad_norm = training_step(setup, 0)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for step in range(1, LOGGED_STEPS + 1):
         if step % config.histogram_interval == 0:
-            log.log_histograms(step, collect_weights_and_gradients(setup.model))
+            log.log_histograms(step, weights_and_gradients(setup.model))
         log.log_step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
             log.log_evaluation(step, losses, losses, is_best=True)
             log.log_sample(step, "text " * 40)
-    spent = max(time.perf_counter() - clock, time.process_time() - process)
+    seconds = max(time.perf_counter() - wall, time.process_time() - cpu)
     start = time.perf_counter()
     log.close()
     output.close()
-    return spent / STEPS, once + time.perf_counter() - start
+    return seconds / LOGGED_STEPS, once + time.perf_counter() - start
 
 
-def _drawn(runs: Path) -> float:
+def _time_report(runs: Path) -> float:
     path = min(runs.iterdir())
     start = time.perf_counter()
     write_report(path / "report.html", [path])

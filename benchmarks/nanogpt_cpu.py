@@ -1,27 +1,27 @@
 """nanoGPT's small recipe for a CPU: the loss over the whole validation split, and the time.
 
-Three seeds of `configs/presets/nanogpt_cpu.yaml`, two minutes each.
+Trains `configs/presets/nanogpt_cpu.yaml` with three seeds, for two minutes each.
 """
 
 import json
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 
+from benchmarks import CHECKOUT
 from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
 from trainer import estimate_loss, train
 from utils.output import Output
 
-PRESET = Path(__file__).resolve().parent.parent / "configs" / "presets" / "nanogpt_cpu.yaml"
+PRESET = CHECKOUT / "configs" / "presets" / "nanogpt_cpu.yaml"
 SEEDS = (1337, 1338, 1339)
 
 
 def run(data: str | None) -> None:
     if data is None:
-        print("  left out: it needs --data tinyshakespeare.txt")
+        print("  skipped: it needs --data tinyshakespeare.txt")
         return
     losses = []
     for seed in SEEDS:
@@ -29,7 +29,7 @@ def run(data: str | None) -> None:
             flags = {"data": data, "seed": seed, "runs_dir": runs_dir}
             config = ConfigLoader().load(flags, str(PRESET)).config
             result = train(config, output=Output(quiet=True))
-            if result.exit_status != 0:  # stopped from outside: no figure to report
+            if result.exit_status != 0:  # stopped by a signal
                 sys.exit(result.exit_status)
             whole = config.model_copy(update={"eval_iters": 0, "batch_size": 64})
             model, _ = load_model(result.export_dir)

@@ -1,7 +1,7 @@
-"""What a second process brings: twice the text in how much more time (weak scaling), on one thread.
+"""Weak scaling: the time of a step for twice the text on two processes, one thread each.
 
-In turns: one process with a batch; two that know nothing of each other, which is what the machine
-itself loses; and two that share a batch twice as large, by DDP and by FSDP2.
+In turns: one process with a batch; two independent ones, which measures the machine itself; and two
+that share a batch of twice the size, by DDP and by FSDP2.
 """
 
 import json
@@ -12,44 +12,42 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import CHECKOUT
 from bundle import list_runs
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+TRAIN = str(CHECKOUT / "train.py")
 TURNS = 3
-STEPS, INTERVAL = 120, 20  # the first interval warms up
-BATCH = 8  # sequences for each process
+STEPS, INTERVAL = 120, 20  # the first interval is warmup
+BATCH = 8  # sequences per process
+ALONE = [sys.executable, TRAIN, f"--batch-size={BATCH}"]
 
 
 def run(data: str | None) -> None:
-    seconds: dict[str, list[float]] = {"one": [], "two apart": [], "ddp": [], "fsdp": []}
+    seconds: dict[str, list[float]] = {"one": [], "two": [], "ddp": [], "fsdp": []}
     for _ in range(TURNS):
-        seconds["one"] += measured(data, [_alone()])
-        seconds["two apart"] += measured(data, [_alone(), _alone()])
+        seconds["one"] += measure_steps(data, [ALONE])
+        seconds["two"] += measure_steps(data, [ALONE, ALONE])
         for parallel in ("ddp", "fsdp"):
-            seconds[parallel] += measured(data, [_together(parallel)])
+            seconds[parallel] += measure_steps(data, [_build_torchrun_command(parallel)])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"  one process: {median['one'] * 1e3:.1f} ms a step of {BATCH} sequences")
-    for name, words in (
-        ("two apart", "two processes apart"),
-        ("ddp", f"two that share {2 * BATCH} sequences, ddp"),
-        ("fsdp", f"two that share {2 * BATCH} sequences, fsdp"),
+    for name, label in (
+        ("two", "two independent processes"),
+        ("ddp", f"two processes sharing {2 * BATCH} sequences, ddp"),
+        ("fsdp", f"two processes sharing {2 * BATCH} sequences, fsdp"),
     ):
         efficiency = median["one"] / median[name]
-        print(f"  {words}: {median[name] * 1e3:.1f} ms a step, {efficiency:.1%} of twice the speed")
+        print(f"  {label}: {median[name] * 1e3:.1f} ms a step, {efficiency:.1%} of twice the speed")
 
 
-def _alone() -> list[str]:
-    return [sys.executable, str(TRAIN), f"--batch-size={BATCH}"]
-
-
-def _together(parallel: str) -> list[str]:
+def _build_torchrun_command(parallel: str) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     flags = [f"--batch-size={2 * BATCH}", f"--parallel={parallel}"]
-    return [*torchrun, "--nproc-per-node=2", str(TRAIN), *flags]
+    return [*torchrun, "--nproc-per-node=2", TRAIN, *flags]
 
 
-def measured(data: str | None, commands: list[list[str]]) -> list[float]:
-    """The seconds of a step, a figure an interval, of commands that run side by side."""
+def measure_steps(data: str | None, commands: list[list[str]]) -> list[float]:
+    """Run commands side by side; return the seconds of a step, one value per interval."""
     flags = f"--max-iters={STEPS} --log-interval={INTERVAL} --eval-interval=0 --eval-iters=1"
     flags += " --checkpoint-interval=0 --histogram-interval=0 --num-threads=1 --torch-compile=off"
     text = [f"--data={data}"] if data else []
@@ -68,11 +66,11 @@ def measured(data: str | None, commands: list[list[str]]) -> list[float]:
         return [
             second
             for index in range(len(commands))
-            for second in _seconds(list_runs(Path(directory) / str(index))[0])
+            for second in _read_seconds(list_runs(Path(directory) / str(index))[0])
         ]
 
 
-def _seconds(run_dir: Path) -> list[float]:
+def _read_seconds(run_dir: Path) -> list[float]:
     lines = (run_dir / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     times = {row["step"]: row["seconds"] for row in map(json.loads, lines) if "loss/train" in row}
     return [

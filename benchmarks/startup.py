@@ -1,12 +1,12 @@
-"""How soon a command answers: `--help`, and a mistake."""
+"""Start-up time of a command: `--help` and two mistakes."""
 
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+from benchmarks import CHECKOUT
+
 REPEATS = 7
 
 
@@ -15,7 +15,9 @@ def run(data: str | None) -> None:
         seconds = []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            subprocess.run([sys.executable, TRAIN, *flags], capture_output=True, check=False)
+            subprocess.run(
+                [sys.executable, CHECKOUT / "train.py", *flags], capture_output=True, check=False
+            )
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds)
         print(f"  train.py {flags[-1]:<15} {median:.2f} s, at most {max(seconds):.2f} s")

@@ -1,4 +1,4 @@
-"""utils/device.py: the choice of device, precision and backend; CUDA and MPS are not run here.
+"""utils/device.py: the choice of device, precision and backend. CUDA and MPS are not run here.
 
 python -m pytest tests/test_device.py
 """
@@ -8,7 +8,7 @@ import torch
 
 from utils import device
 from utils.device import (
-    WORTH_COMPILING,
+    MIN_FLOPS_TO_COMPILE,
     CompileResult,
     autocast,
     choose_backend,
@@ -41,37 +41,37 @@ def test_auto_is_cuda_else_mps_else_cpu(machine, cuda, mps, expected):
 
 
 @pytest.mark.parametrize("requested", ["cpu", "mps", "cuda", "cuda:1"])
-def test_a_device_that_is_there_is_taken(machine, requested):
+def test_an_available_device_is_used(machine, requested):
     machine(cuda=2, mps=True)
     assert choose_device(requested) == torch.device(requested)
 
 
 @pytest.mark.parametrize(
-    ("requested", "words"),
+    ("requested", "facts"),
     [
-        ("cuda", "--device cuda: PyTorch sees no CUDA device"),
-        ("cuda:3", "--device cuda:3: PyTorch sees no CUDA device"),
-        ("mps", "--device mps: PyTorch sees no Apple GPU"),
+        ("cuda", "--device cuda: .*no CUDA"),
+        ("cuda:3", "--device cuda:3: .*no CUDA"),
+        ("mps", "--device mps: .*no Apple GPU"),
     ],
 )
-def test_a_device_that_is_not_there_is_a_users_mistake(machine, requested, words):
+def test_a_missing_device_is_a_users_mistake(machine, requested, facts):
     machine()
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=facts):
         choose_device(requested)
 
 
 def test_a_cuda_device_beyond_the_last_is_a_users_mistake(machine):
     machine(cuda=2)
-    with pytest.raises(UserError, match="sees 2 CUDA devices"):
+    with pytest.raises(UserError, match=r"cuda:2.* 2 CUDA devices"):
         choose_device("cuda:2")
 
 
-def test_a_cpu_run_never_asks_for_cuda(monkeypatch):
+def test_a_cpu_run_never_initializes_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for CUDA"))
     device.synchronize(choose_device("cpu"))
 
 
-def test_running_out_of_memory_is_recognised_on_any_device():
+def test_out_of_memory_is_recognized_on_any_device():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as caught:
@@ -94,7 +94,7 @@ def test_running_out_of_memory_is_recognised_on_any_device():
         ("mps", None, True, "fp32"),
     ],
 )
-def test_auto_is_bf16_where_the_processor_multiplies_in_it(
+def test_auto_is_bf16_if_the_processor_multiplies_in_it(
     monkeypatch, kind, capability, amx, expected
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -103,7 +103,7 @@ def test_auto_is_bf16_where_the_processor_multiplies_in_it(
 
 
 @pytest.mark.parametrize("requested", ["fp32", "bf16", "fp16"])
-def test_a_precision_that_is_asked_for_is_taken(requested):
+def test_a_requested_precision_is_used(requested):
     for kind in ("cpu", "cuda", "mps"):
         assert choose_precision(requested, torch.device(kind)) == requested
 
@@ -112,7 +112,7 @@ def test_a_precision_that_is_asked_for_is_taken(requested):
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_products_are_in_the_precision_and_weights_stay_float32(precision, dtype):
+def test_matrix_products_are_in_the_precision_and_weights_stay_float32(precision, dtype):
     layer = torch.nn.Linear(4, 4)
     with autocast(torch.device("cpu"), precision):
         assert layer(torch.ones(1, 4)).dtype == dtype
@@ -123,7 +123,7 @@ def test_products_are_in_the_precision_and_weights_stay_float32(precision, dtype
     ("kind", "requested", "expected"),
     [("cuda", "auto", "high"), ("cuda", "bf16", "high"), ("cuda", "fp32", "highest")],
 )
-def test_tf32_is_for_cuda_unless_fp32_is_asked_for(monkeypatch, kind, requested, expected):
+def test_tf32_is_for_cuda_unless_fp32_is_requested(monkeypatch, kind, requested, expected):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_tf32(torch.device("cpu"), requested)
@@ -149,15 +149,15 @@ LONG, SHORT = 1e30, 1.0
         ("cpu", "auto", "auto", LONG, "linux", "inductor"),
         ("cpu", "auto", "aot_eager", LONG, "linux", "aot_eager"),
         ("cpu", "auto", "auto", SHORT, "linux", "off"),
-        ("cpu", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "inductor"),
+        ("cpu", "auto", "auto", MIN_FLOPS_TO_COMPILE["cpu"], "linux", "inductor"),
         ("cpu", "auto", "auto", LONG, "win32", "off"),
         ("cuda", "auto", "auto", LONG, "win32", "inductor"),
         ("cuda", "auto", "auto", LONG, "linux", "inductor"),
-        ("cuda", "auto", "auto", WORTH_COMPILING["cpu"], "linux", "off"),
+        ("cuda", "auto", "auto", MIN_FLOPS_TO_COMPILE["cpu"], "linux", "off"),
         ("mps", "auto", "auto", LONG, "darwin", "off"),
     ],
 )
-def test_the_backend_is_chosen_by_device_length_and_wish(
+def test_the_backend_depends_on_device_length_and_settings(
     monkeypatch, kind, requested, backend, operations, platform, mode
 ):
     monkeypatch.setattr(device.sys, "platform", platform)
@@ -166,68 +166,66 @@ def test_the_backend_is_chosen_by_device_length_and_wish(
     assert chosen.reason
 
 
-def test_compiling_proves_itself_with_a_forward_and_a_backward_pass_and_draws_nothing():
+def test_compiling_is_probed_with_a_forward_and_backward_pass_that_leave_the_generator_unchanged():
     model, called = torch.nn.Linear(2, 2), []
 
-    def probe(learner):
-        called.append(learner)
+    def probe(train_model):
+        called.append(train_model)
         torch.rand(1)
-        learner(torch.ones(1, 2)).sum().backward()
+        train_model(torch.ones(1, 2)).sum().backward()
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    learner, compiled = compile_model(model, CompileResult("aot_eager", "why"), "on", probe)
-    assert called == [learner]
-    assert compiled == CompileResult("aot_eager", "why")
+    train_model, result = compile_model(model, CompileResult("aot_eager", "why"), "on", probe)
+    assert called == [train_model]
+    assert result == CompileResult("aot_eager", "why")
     assert torch.equal(torch.get_rng_state(), before)
     assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
 
 
-def broken(learner):
+def broken(train_model):
     raise RuntimeError("\n  no compiler here\nand a page of advice")
 
 
-def test_auto_falls_back_and_says_why():
+def test_auto_falls_back_and_records_the_reason():
     model = torch.nn.Linear(2, 2)
-    learner, compiled = compile_model(model, CompileResult("inductor", "why"), "auto", broken)
-    assert learner is model
-    reason = "inductor does not work here (RuntimeError: no compiler here)"
-    assert compiled == CompileResult("off", reason, fell_back=True)
+    train_model, result = compile_model(model, CompileResult("inductor", "why"), "auto", broken)
+    assert train_model is model
+    assert (result.mode, result.fell_back) == ("off", True)
+    assert "inductor" in result.reason and "RuntimeError: no compiler here" in result.reason
 
 
-def test_on_is_a_users_mistake_where_it_does_not_work():
+def test_on_is_a_users_mistake_if_compiling_fails():
     with pytest.raises(UserError) as caught:
         compile_model(torch.nn.Linear(2, 2), CompileResult("inductor", ""), "on", broken)
     (line,) = caught.value.problems
-    assert line == (
-        "torch_compile is on, and inductor does not work here (RuntimeError: no compiler here): "
-        "install what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
-    )
+    for fact in ("torch_compile is on", "inductor", "no compiler here", "C++ compiler", "off"):
+        assert fact in line
 
 
 def test_off_compiles_nothing():
     model = torch.nn.Linear(2, 2)
-    learner, compiled = compile_model(model, CompileResult("off", "why"), "off", broken)
-    assert learner is model
-    assert compiled == CompileResult("off", "why")
+    train_model, result = compile_model(model, CompileResult("off", "why"), "off", broken)
+    assert train_model is model
+    assert result == CompileResult("off", "why")
 
 
-def test_a_lack_of_memory_is_not_taken_for_a_broken_compiler():
-    def probe(learner):
+def test_out_of_memory_is_not_reported_as_a_broken_compiler():
+    def probe(train_model):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
         compile_model(torch.nn.Linear(2, 2), CompileResult("inductor", ""), "auto", probe)
 
 
-def test_every_model_of_a_process_is_compiled_however_many_there_were_before():
-    """PyTorch stops compiling a function anew after eight times, and says so in a warning alone."""
+def test_every_model_of_a_process_is_compiled():
+    """PyTorch stops recompiling a function after eight times, with a warning only."""
     counters = torch._dynamo.utils.counters
     for size in range(1, 13):
 
-        def probe(learner, size=size):
+        def probe(train_model, size=size):
             counters.clear()
-            learner(torch.ones(1, size)).sum().backward()
+            train_model(torch.ones(1, size)).sum().backward()
 
         compile_model(Sum(size), CompileResult("aot_eager", ""), "on", probe)
         assert counters["frames"]["ok"] == counters["frames"]["total"] > 0, size
@@ -242,8 +240,20 @@ class Sum(torch.nn.Module):
         return (x * self.weight).sum()
 
 
-def test_a_cpu_with_tiles_is_asked_of_pytorch(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert device.has_amx()
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False)]
+)
+def test_amx_is_read_from_the_cpu_flags_of_linux(monkeypatch, flags, expected):
+    cpuinfo = f"processor\t: 0\nmodel name\t: A CPU: fast\nflags\t\t: {flags}\n"
+    monkeypatch.setattr(device.Path, "read_text", lambda path, encoding: cpuinfo)
+    assert device.has_amx() == expected
+    assert device.get_processor_name() == "A CPU: fast"
+
+
+def test_a_system_without_cpuinfo_has_no_amx_and_a_processor_name(monkeypatch):
+    def missing(path, encoding):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(device.Path, "read_text", missing)
     assert not device.has_amx()
+    assert device.get_processor_name()

@@ -1,4 +1,4 @@
-"""profile_model.py: where the time goes, told truthfully.
+"""profile_model.py and utils/profiling.py: the time of a step, measured truthfully.
 
 python -m pytest tests/test_profile_model.py
 """
@@ -8,87 +8,83 @@ import traceback
 
 import pytest
 import torch
-from helpers import TINY_FLAGS
+from conftest import TINY_FLAGS
 
-import profile_model
-import trainer as trainer_module
+import step as step_module
 from checkpoint import load_model
-from config import ConfigLoader
+from data import load_dataset
 from model import compute_gated_width
-from profile_model import Stopwatch, as_json, described, profile_inference, profile_training
-from resume import plan_run
-from trainer import PHASES, train
-from utils.tracking.run_log import RunLogger
+from profile_model import profile_inference, profile_training
+from start import plan_run
+from step import PHASES
+from train import train
+from utils import profiling
+from utils.profiling import format_json, format_report, measure_phases
+from utils.tracking.run_logger import RunLogger
 
 
 @pytest.fixture(autouse=True)
 def _small_matrices(monkeypatch):
-    """The peak is measured in a moment, which is long enough for tests."""
-    monkeypatch.setattr(profile_model, "PEAK_SIZES", (256,))
+    """Measure the peak in an instant, which is long enough for tests."""
+    monkeypatch.setattr(profiling, "PEAK_SIZES", (256,))
 
 
 @pytest.fixture
 def small(tiny):
-    """Large enough that Python's own time between the parts is small."""
+    """A model so large that Python's own time between the phases is small."""
     return tiny(n_embd=64, block_size=64, batch_size=8, micro_batch_size=4)
 
 
-def test_the_parts_of_a_step_sum_to_the_step(small):
-    report = profile_training(small, steps=20)
-    (section,) = report.sections
+def test_the_phases_of_a_step_sum_to_the_step(small):
+    (section,) = profile_training(small, steps=20).sections
     assert [phase.name for phase in section.phases] == [*PHASES, "logging"]
     assert sum(phase.share for phase in section.phases) == pytest.approx(1, abs=0.05)
     for phase in section.phases:
         assert phase.low <= phase.median <= phase.high
 
 
-def test_the_fetch_of_many_steps_numbers_is_within_the_steps_that_are_timed(small, monkeypatch):
-    fetched, real = [], RunLogger.fetch
+def test_the_logger_fetches_its_numbers_within_the_timed_steps_of_both_kinds(small, monkeypatch):
+    callers, flush_steps = [], RunLogger.flush_steps
 
-    def fetch(log):
-        caller = [frame.name for frame in traceback.extract_stack()]
-        fetched.append("_seconds" in caller)
-        real(log)
+    def flush(log):
+        callers.append({frame.name for frame in traceback.extract_stack()})
+        flush_steps(log)
 
-    monkeypatch.setattr(RunLogger, "flush_steps", fetch)
+    monkeypatch.setattr(RunLogger, "flush_steps", flush)
     profile_training(small.model_copy(update={"log_interval": 10}), steps=20)
-    as_it_is, phase_by_phase = fetched.count(True), fetched.count(False)
-    assert as_it_is >= 2
-    assert phase_by_phase >= 2
+    for function in ("measure_seconds", "measure_phases"):
+        assert sum(function in names for names in callers) >= 2
 
 
-def test_it_is_the_real_step_that_is_measured(small, monkeypatch):
-    """The function of step.py itself; the gradient it leaves is that of a training step."""
-    assert profile_model.training_step is trainer_module.Trainer.training_step
-    calls = []
-    real = trainer_module.Trainer.training_step
+def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
+    calls, training_step = [], step_module.training_step
 
     def counted(setup, number, *phase):
         calls.append(number)
-        return real(setup, number, *phase)
+        return training_step(setup, number, *phase)
 
-    monkeypatch.setattr(profile_model, "training_step", counted)
+    monkeypatch.setattr(step_module, "training_step", counted)
     profile_training(small, steps=3)
-    # The first call, warm-up, as it is, part by part, under the profiler, for the count.
-    assert len(calls) == 1 + profile_model.WARM_UP + 3 + 3 + profile_model.TRACED + 1
+    # First call, FLOP count, warmup, whole, phase by phase, traced.
+    assert len(calls) == 1 + 1 + profiling.WARMUP + 3 + 3 + profiling.TRACED
 
 
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_the_operations_are_those_of_the_textbook(tiny, architecture, batches):
-    """2 for each weight and token forward and 4 backward; and the two products of attention."""
-    own = {"architecture": architecture, "optimizer": "adamw"}
-    config = tiny(batch_size=4, micro_batch_size=4 // batches, **own)
+def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
+    """2 forward and 4 backward for each weight and token, and the two products of attention."""
+    changes = {"architecture": architecture, "optimizer": "adamw"}
+    config = tiny(batch_size=4, micro_batch_size=4 // batches, **changes)
     (section,) = profile_training(config, steps=2).sections
     B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
-    V = profile_model.load_data(config).tokenizer.vocab_size
+    V = load_dataset(config).tokenizer.vocab_size
     mlp = 8 * C * C if architecture == "gpt2" else 3 * C * compute_gated_width(C)
     weights = L * (4 * C * C + mlp) + V * C
     assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
 
 
-def test_the_operations_of_muon_are_counted_too(tiny):
-    """Five times X X', A A and B X, of matrices with fewer rows than columns."""
+def test_the_flops_of_muon_are_counted_too(tiny):
+    """Five iterations of X X', A A and B X, for matrices with at most as many rows as columns."""
     plain, muon = (
         profile_training(tiny(optimizer=optimizer), steps=2).sections[0].flops
         for optimizer in ("adamw", "muon")
@@ -98,37 +94,37 @@ def test_the_operations_of_muon_are_counted_too(tiny):
     assert muon - plain == L * sum(5 * 2 * (2 * r * r * c + r**3) for r, c in shapes)
 
 
-def test_every_kind_of_operator_that_people_look_for_has_a_share(small):
+def test_every_category_of_operators_has_a_share(small):
     (section,) = profile_training(small, steps=2).sections
-    kinds = {operator.name: operator.share for operator in section.categories}
-    wanted = {
-        f"{what} {way}" for what in ("linear", "attention") for way in ("forward", "backward")
+    shares = {category.name: category.share for category in section.categories}
+    expected = {"optimizer", "gradient clipping", "data"} | {
+        f"{layer} {direction}"
+        for layer in ("linear", "attention", "norm")
+        for direction in ("forward", "backward")
     }
-    assert (
-        wanted | {"norm forward", "norm backward", "optimizer", "gradient clipping", "data"}
-        <= kinds.keys()
-    )
-    assert sum(kinds.values()) == pytest.approx(1)
-    assert kinds["linear backward"] > kinds["loss backward"]
+    assert expected <= shares.keys()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["linear backward"] > shares["loss backward"]
     names = [operator.name for operator in section.operators]
     assert "aten::mm" in names
-    assert len(names) == profile_model.TOP
+    assert len(names) == profiling.TOP
 
 
-def test_what_stands_between_steps_is_shown_with_its_share_of_a_run(small):
+def test_periodic_work_is_shown_with_its_share_of_a_run(small):
     config = small.model_copy(update={"sample_interval": 0})
-    between = {each.name: each for each in profile_training(config, steps=2).periodic}
-    assert between.keys() == {"evaluation", "checkpoint", "histograms", "sample"}
-    assert between["evaluation"].interval == config.eval_interval
-    assert all(each.seconds > 0 for each in between.values())
-    assert 0 < sum(each.share for each in between.values()) < 1
-    per_step = {each.name: each.seconds / (each.interval or 1e9) for each in between.values()}
-    step = per_step["evaluation"] / between["evaluation"].share - sum(per_step.values())
-    assert step > 0, "what is left of a run is its steps"
-    assert between["sample"].share == 0
+    report = profile_training(config, steps=2)
+    periodic = {work.name: work for work in report.periodic}
+    assert periodic.keys() == {"evaluation", "checkpoint", "histograms", "sample"}
+    assert periodic["evaluation"].interval == config.eval_interval
+    assert all(work.seconds > 0 for work in periodic.values())
+    assert periodic["sample"].share == 0
+    per_step = {work.name: work.seconds / (work.interval or 1e99) for work in report.periodic}
+    total = report.sections[0].timing.median + sum(per_step.values())
+    for work in report.periodic:
+        assert work.share == pytest.approx(per_step[work.name] / total)
 
 
-def test_prefill_and_decode_are_measured_apart(small):
+def test_prefill_and_decode_are_separate_sections(small):
     prefill, decode = profile_inference(small, steps=3).sections
     assert (prefill.tokens, decode.tokens) == (small.block_size, 1)
     assert prefill.tokens_per_second > decode.tokens_per_second
@@ -139,48 +135,42 @@ def test_prefill_and_decode_are_measured_apart(small):
         assert not any("backward" in name or "loss" in name for name in names)
 
 
-def test_profiling_leaves_nothing_behind(small, tmp_path):
-    profile_training(small, steps=2)
+@pytest.mark.parametrize("aim_logging", [False, True])
+def test_a_profile_leaves_no_files(small, tmp_path, aim_logging):
+    if aim_logging:
+        pytest.importorskip("aim")
+    profile_training(small.model_copy(update={"aim_logging": aim_logging}), steps=2)
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
-def test_aim_hears_nothing_of_a_profile(small, tmp_path):
-    pytest.importorskip("aim")
-    profile_training(small.model_copy(update={"aim_logging": True}), steps=2)
-    assert list((tmp_path / "cwd").iterdir()) == []
-
-
-def test_the_vocabulary_is_that_of_the_model_that_a_run_would_begin_with(tiny, quiet, tmp_path):
+def test_the_vocabulary_is_that_of_the_model_to_fine_tune(tiny, quiet, tmp_path):
     train(tiny(model_name="dante"), output=quiet)
     few = tmp_path / "few.txt"
     few.write_text("to be or not to be " * 100, encoding="utf-8")
-    loaded, plan = plan_run(ConfigLoader({"init_from": "dante", "data": str(few), "device": "cpu"}))
-    parent = load_model("dante")[0]
+    loaded, plan = plan_run({"init_from": "dante", "data": str(few), "device": "cpu"})
     report = profile_training(loaded.config, 2, plan=plan)
-    assert report.parameters == parent.num_parameters()
+    assert report.parameters == load_model("dante")[0].count_parameters()
 
 
-def test_the_stopwatch_adds_up_a_part_that_comes_again(monkeypatch):
+def test_a_repeated_phase_is_added_up(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("profile_model.time.perf_counter", lambda: now[0])
-    watch = Stopwatch(torch.device("cpu"))
-    for _ in range(2):
-        with watch.step():
-            for _ in range(2):
-                with watch.phase("data"):
-                    now[0] += 1
-                with watch.phase("forward"):
-                    now[0] += 3
-            now[0] += 2
-    data, forward = watch.timings()
-    assert (data.name, data.median, data.share) == ("data", 2, 0.2)
-    assert (forward.name, forward.median, forward.share) == ("forward", 6, 0.6)
+    monkeypatch.setattr("utils.profiling.time.perf_counter", lambda: now[0])
+
+    def work(phase):
+        for _ in range(2):
+            with phase("data"):
+                now[0] += 1
+            with phase("forward"):
+                now[0] += 3
+        now[0] += 2
+
+    seconds = measure_phases(torch.device("cpu"), work)
+    assert seconds == {"data": 2, "forward": 6, "step": 10}
 
 
-def test_the_report_for_people_and_for_programs_says_the_same(small):
+def test_the_tables_and_the_json_have_the_same_numbers(small):
     report = profile_training(small, steps=3)
-    values = json.loads(as_json(report))
-    text = described(report)
+    values, text = json.loads(format_json(report)), format_report(report)
     (section,) = values["sections"]
     assert values["parameters"] == report.parameters
     assert f"{report.parameters:,} parameters" in text
@@ -193,17 +183,10 @@ def test_the_report_for_people_and_for_programs_says_the_same(small):
     assert values["peak_memory"] > 1_000_000
 
 
-def test_the_command_prints_a_table_and_takes_all_settings(folio, text_file):
+def test_the_command_prints_tables_and_takes_all_settings(folio, text_file):
     done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--steps", "3")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in (
-        "forward",
-        "backward",
-        "optimizer",
-        "gradient clipping",
-        "% of the peak",
-        "aten::",
-    ):
+    for word in (*PHASES, "% of the peak", "aten::"):
         assert word in done.stdout
 
 
@@ -216,31 +199,26 @@ def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
     values = json.loads(done.stdout)
     assert values["torch_compile"] == "aot_eager"
     assert values["sections"][0]["flops"] > 0
-    names = {
-        event.get("name")
-        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    }
+    trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
+    names = {event.get("name") for event in trace["traceEvents"]}
     assert {"forward", "backward", "optimizer", "aten::mm"} <= names
-    done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--no-compile", "--json",
-                 "--steps=2", "--inference")  # fmt: skip
+    flags = ["--no-compile", "--json", "--steps=2", "--inference"]
+    done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, *flags)
     assert json.loads(done.stdout)["torch_compile"] == "off"
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
-        (["--steps", "1"], "--steps must be a whole number from 2 to 100000, got 1"),
-        (["--steps", "many"], "got many"),
-        (
-            ["--chrome-trace", "no/such/place.json"],
-            "--chrome-trace no/such/place.json is not a file",
-        ),
-        (["--n-head", "3"], "not divisible"),
-        (["--device", "cuda:9"], "CUDA"),
+        (["--steps", "1"], ["--steps", "2 to 100000", "got 1"]),
+        (["--steps", "many"], ["--steps", "got many"]),
+        (["--chrome-trace", "no/such/place.json"], ["--chrome-trace no/such/place.json"]),
+        (["--n-head", "3"], ["n_head 3"]),
+        (["--device", "cuda:9"], ["--device cuda:9"]),
     ],
 )
-def test_a_mistake_is_one_line(folio, text_file, flags, words):
+def test_a_mistake_is_one_line(folio, text_file, flags, facts):
     done = folio("profile_model.py", "--data", text_file, *flags)
     assert (done.returncode, done.stdout) == (2, "")
-    assert words in done.stderr
+    assert all(fact in done.stderr for fact in facts)
     assert done.stderr.count("\n") == 1

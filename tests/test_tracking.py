@@ -1,4 +1,4 @@
-"""utils/tracking/: every step's numbers, and trackers that cannot hurt.
+"""utils/tracking/: every step is logged, and a failing tracker never stops a run.
 
 python -m pytest tests/test_tracking.py
 """
@@ -16,13 +16,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.errors import RunError
-from utils.metrics import METRICS, get_tag
 from utils.output import Output
 from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
-from utils.tracking.run_log import OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
+from utils.tracking.metrics import METRICS, get_tag
+from utils.tracking.run_logger import MAX_OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
@@ -30,41 +31,41 @@ HISTOGRAM = Histogram.from_tensor(torch.tensor([0.0, 1.0, 1.0]), bins=2)
 
 
 class Recorder:
-    """A tracker that remembers, and raises at the call it is told to."""
+    """A tracker that stores its calls, and raises at the one named `broken`."""
 
     def __init__(self, broken: str | None = None):
         self.broken, self.calls = broken, []
-        self._note("make")
+        self._store("make")
 
-    def _note(self, call, *arguments):
+    def _store(self, call, *arguments):
         if call == self.broken:
             raise RuntimeError(f"{call} is broken\nsecond line")
         self.calls.append((call, *arguments))
 
     def log_config(self, config, metadata):
-        self._note("log_config", dict(config), dict(metadata))
+        self._store("log_config", dict(config), dict(metadata))
 
     def log_metrics(self, metrics, step, subset):
-        self._note("log_metrics", dict(metrics), step, subset)
+        self._store("log_metrics", dict(metrics), step, subset)
 
     def log_histograms(self, histograms, step):
-        self._note("log_histograms", dict(histograms), step)
+        self._store("log_histograms", dict(histograms), step)
 
     def log_text(self, name, text, step):
-        self._note("log_text", name, text, step)
+        self._store("log_text", name, text, step)
 
     def flush(self):
-        self._note("flush")
+        self._store("flush")
 
     def close(self):
-        self._note("close")
+        self._store("close")
 
 
 @pytest.mark.parametrize("broken", CALLS)
-def test_a_tracker_that_raises_costs_one_warning_and_nothing_else(broken):
+def test_a_tracker_that_raises_is_dropped_with_one_warning(broken):
     healthy, warnings = Recorder(), []
-    makers = {"Broken": lambda: Recorder(broken), "Healthy": lambda: healthy}
-    tracker = CompositeTracker(makers, lambda *words: warnings.append(words))
+    factories = {"Broken": lambda: Recorder(broken), "Healthy": lambda: healthy}
+    tracker = CompositeTracker(factories, lambda *words: warnings.append(words))
     tracker.log_config({}, {})
     for step in (1, 2):
         tracker.log_metrics({"loss": 1.0}, step, "train")
@@ -73,27 +74,27 @@ def test_a_tracker_that_raises_costs_one_warning_and_nothing_else(broken):
         tracker.flush()
     tracker.close()
     ((warning, details),) = warnings
-    assert warning == f"Broken failed and is left out from here on: {broken} is broken"
+    assert "Broken" in warning and f"{broken} is broken" in warning and "\n" not in warning
     assert "Traceback" in details
     assert "RuntimeError" in details
     each = ["log_metrics", "log_histograms", "log_text", "flush"]
     assert [call[0] for call in healthy.calls] == ["make", "log_config", *each * 2, "close"]
 
 
-# TensorBoard, read back ------------------------------------------------------------------------
+# TensorBoard -----------------------------------------------------------------------------------
 
 
-def events_of(directory: Path) -> EventAccumulator:
+def read_events(directory: Path) -> EventAccumulator:
     (events,) = directory.iterdir()  # one file, and so one run
     guidance = {"scalars": 0, "histograms": 0, "tensors": 0}
     return EventAccumulator(str(events), size_guidance=guidance).Reload()
 
 
-def text_of(event) -> str:
+def read_text(event) -> str:
     return event.tensor_proto.string_val[0].decode()
 
 
-def test_tensorboard_gives_back_every_number_and_text_once(tmp_path):
+def test_tensorboard_has_every_number_and_text_once(tmp_path):
     before = set(threading.enumerate())
     tracker = TensorBoardTracker(tmp_path / "tb")
     for step in range(1, 31):
@@ -102,23 +103,23 @@ def test_tensorboard_gives_back_every_number_and_text_once(tmp_path):
     tracker.log_text("sample", "# no *markup*\nsecond line", 30)
     tracker.close()
     assert set(threading.enumerate()) == before
-    events = events_of(tmp_path / "tb")
+    events = read_events(tmp_path / "tb")
     tags = ["loss/train", "learning_rate", "eval/val_loss", "eval/val_bits_per_byte"]
     assert events.Tags()["scalars"] == tags
     losses = [(event.step, event.value) for event in events.Scalars("loss/train")]
     assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 31)]
     assert [(event.step, event.value) for event in events.Scalars("eval/val_loss")] == [(30, 2.0)]
     (text,) = events.Tensors("sample/text_summary")
-    assert text_of(text) == "    # no *markup*\n    second line"
+    assert read_text(text) == "    # no *markup*\n    second line"
 
 
-def test_tensorboard_gives_back_the_histograms_as_they_were_counted(tmp_path):
-    values = torch.randn(1000)
+def test_tensorboard_has_the_histograms_as_counted(tmp_path):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     tracker = TensorBoardTracker(tmp_path / "tb")
     for step in (5, 10):
         tracker.log_histograms({"parameters/w": Histogram.from_tensor(values * step)}, step)
     tracker.close()
-    events = events_of(tmp_path / "tb").Histograms("parameters/w")
+    events = read_events(tmp_path / "tb").Histograms("parameters/w")
     assert [event.step for event in events] == [5, 10]
     histogram = events[0].histogram_value
     assert (histogram.num, sum(histogram.bucket)) == (1000, 1000)
@@ -128,19 +129,19 @@ def test_tensorboard_gives_back_the_histograms_as_they_were_counted(tmp_path):
     assert len(histogram.bucket_limit) == len(histogram.bucket)
     buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
     below = sum(count for limit, count in buckets if limit <= 0)
-    assert below == pytest.approx((values < 0).sum().item(), abs=40)  # a bin's worth
+    assert below == pytest.approx((values < 0).sum().item(), abs=50)  # one bin
 
 
-def test_tensorboard_shows_the_config_as_text_and_as_hparams_in_the_same_run(tmp_path):
+def test_tensorboard_has_the_config_as_text_and_as_hparams_in_the_same_run(tmp_path):
     tracker = TensorBoardTracker(tmp_path / "tb")
     config = {"learning_rate": 1e-3, "data": "a|b.txt", "epochs": None, "bias": False}
     tracker.log_config(config, {"run_id": "r", "sources": {"data": "--data"}})
     tracker.close()
-    events = events_of(tmp_path / "tb")
-    table = text_of(events.Tensors("config/text_summary")[0])
+    events = read_events(tmp_path / "tb")
+    table = read_text(events.Tensors("config/text_summary")[0])
     assert "| learning_rate | 0.001 |  |" in table
     assert "| data | a\\|b.txt | --data |" in table
-    assert '"run_id": "r"' in text_of(events.Tensors("run/text_summary")[0])
+    assert '"run_id": "r"' in read_text(events.Tensors("run/text_summary")[0])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert hparams["learning_rate"].number_value == 1e-3
@@ -151,17 +152,34 @@ def test_tensorboard_shows_the_config_as_text_and_as_hparams_in_the_same_run(tmp
 
 def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
     TensorBoardTracker(tmp_path / "tb").close()
-    content = events_of(tmp_path / "tb").Tensors("custom_scalars__config__")[0]
+    content = read_events(tmp_path / "tb").Tensors("custom_scalars__config__")[0]
     layout = Layout.FromString(content.tensor_proto.string_val[0])
     (category,) = layout.category
     tags = [list(chart.multiline.tag) for chart in category.chart]
     assert ["eval/train_loss", "eval/val_loss"] in tags
 
 
-# What is counted -------------------------------------------------------------------------------
+def test_a_full_disk_raises_and_prints_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):
+    """Fails if TensorBoard renames the private names that tracking/tensorboard.py uses."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    tracker = TensorBoardTracker(tmp_path / "tb")
+
+    def write(data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", lambda writer, data: write(data))
+    with pytest.raises(OSError, match="No space"):
+        tracker.log_metrics({"loss": 1.0}, 1, "train")
+        tracker.flush()
+    tracker._writer.file_writer.event_writer._async_writer._worker.join(10)
+    assert printed == []
 
 
-def test_a_histogram_counts_what_numpy_counts():
+# Histograms ------------------------------------------------------------------------------------
+
+
+def test_a_histogram_has_the_counts_of_numpy():
     values = torch.randn(5000)
     histogram = Histogram.from_tensor(values, bins=20)
     counts, edges = np.histogram(values.numpy(), bins=20)
@@ -173,7 +191,7 @@ def test_a_histogram_counts_what_numpy_counts():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_counted_and_skipped(poison):
+def test_values_that_are_not_finite_are_counted_but_in_no_bin(poison):
     values = torch.tensor([1.0, 2.0, poison, 3.0, poison])
     histogram = Histogram.from_tensor(values, bins=2)
     assert histogram == Histogram(1.0, 3.0, [1, 2], 6.0, 14.0, nonfinite=2)
@@ -191,12 +209,12 @@ def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
     assert histogram.nonfinite == tensor.numel() - histogram.num
 
 
-def test_a_bin_counts_beyond_what_float32_can():
+def test_a_bin_counts_beyond_the_integers_of_float32():
     count = 2**24 + 3
     assert max(Histogram.from_tensor(torch.zeros(count)).counts) == count
 
 
-def test_the_largest_numbers_widen_the_range_no_further_than_can_be_divided():
+def test_the_range_is_at_most_the_widest_that_torch_can_divide():
     histogram = Histogram.from_tensor(torch.tensor([3e38, -3e38, 1.0]))
     assert (histogram.low, histogram.high) == (pytest.approx(-1e38), pytest.approx(1e38))
 
@@ -206,7 +224,7 @@ def test_a_histogram_takes_every_floating_type(dtype):
     assert Histogram.from_tensor(torch.linspace(0, 1, 9, dtype=dtype).view(3, 3), bins=3).num == 9
 
 
-# The declaration -------------------------------------------------------------------------------
+# Metrics ---------------------------------------------------------------------------------------
 
 
 def test_tags_are_declared_once_and_differ():
@@ -216,11 +234,11 @@ def test_tags_are_declared_once_and_differ():
         get_tag("undeclared", "train")
 
 
-# The log ---------------------------------------------------------------------------------------
+# The logger ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def make_log(tmp_path):
+def make_logger(tmp_path):
     def make(interval: int = 3, max_iters: int = 100, stream=None, first_step: int = 0):
         recorder = Recorder()
         output = Output(stream=stream or io.StringIO())
@@ -248,11 +266,11 @@ def step(log, number, loss=1.0):
     log.log_step(number, torch.tensor(loss), torch.tensor(2.0), 0.1)
 
 
-def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
-    """Two steps of 64 tokens in 4 seconds, and an evaluation of 100 that does not count."""
+def test_the_speed_excludes_evaluations(make_logger, tmp_path, monkeypatch):
+    """Two steps of 64 tokens take 4 seconds, and an evaluation 100."""
     now = [0.0]
-    monkeypatch.setattr("utils.tracking.run_log.time.perf_counter", lambda: now[0])
-    log, _, output = make_log(interval=2)
+    monkeypatch.setattr("utils.tracking.run_logger.time.perf_counter", lambda: now[0])
+    log, _, output = make_logger(interval=2)
     for number in (1, 2, 3, 4):
         now[0] += 2
         step(log, number)
@@ -264,8 +282,8 @@ def test_the_speed_is_that_of_the_steps_alone(make_log, tmp_path, monkeypatch):
     assert all(" 2000.0 ms " in line and " 32 tok/s" in line for line in printed)
 
 
-def test_every_step_is_logged_in_batches(make_log, tmp_path):
-    log, recorder, _ = make_log(interval=3)
+def test_every_step_is_logged_though_fetched_in_batches(make_logger, tmp_path):
+    log, recorder, _ = make_logger(interval=3)
     for number in (1, 2):
         step(log, number)
     assert lines(tmp_path) == []
@@ -283,18 +301,18 @@ def test_every_step_is_logged_in_batches(make_log, tmp_path):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_log, tmp_path, loss):
-    log, _, _ = make_log(interval=3)
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(make_logger, tmp_path, loss):
+    log, _, _ = make_logger(interval=3)
     step(log, 1)
     step(log, 2, loss)
-    with pytest.raises(RunError, match="at step 2: the run cannot go on"):
+    with pytest.raises(RunError, match=r"at step 2.*learning_rate"):
         step(log, 3)
     log.close()
     assert [line["loss/train"] for line in lines(tmp_path)] == [1.0, None]
 
 
-def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
-    log, recorder, output = make_log()
+def test_an_evaluation_is_recorded_and_printed(make_logger, tmp_path):
+    log, recorder, output = make_logger()
     log.log_evaluation(5, {"train": 1.0, "val": 2.0}, {"train": 1.5, "val": 3.0}, is_best=True)
     (line,) = lines(tmp_path)
     assert line.pop("seconds") >= 0
@@ -314,16 +332,16 @@ def test_an_evaluation_is_recorded_and_printed(make_log, tmp_path):
     assert printed == "eval   5/100  train 1.0000  val 2.0000  (3.000 bits per byte)  best\n"
 
 
-def test_an_evaluation_that_is_not_finite_stops_the_run(make_log):
-    log, _, _ = make_log()
-    with pytest.raises(RunError, match="not finite at step 5"):
+def test_an_evaluation_that_is_not_finite_stops_the_run_with_the_step(make_logger):
+    log, _, _ = make_logger()
+    with pytest.raises(RunError, match="step 5"):
         log.log_evaluation(
             5, {"train": 1.0, "val": float("nan")}, {"train": 1, "val": 1}, is_best=False
         )
 
 
-def test_step_lines_have_a_fixed_width(make_log):
-    log, _, output = make_log(interval=1, max_iters=1000)
+def test_step_lines_have_a_fixed_width(make_logger):
+    log, _, output = make_logger(interval=1, max_iters=1000)
     for number in (1, 999):
         step(log, number, 1.0 / number)
     printed = output.console.file.getvalue().splitlines()
@@ -332,8 +350,8 @@ def test_step_lines_have_a_fixed_width(make_log):
     assert re.match(r"step    1/1000  loss  1\.0000  lr 1\.00e-01  grad  2\.000 ", printed[0])
 
 
-def test_a_sample_is_recorded_printed_and_tracked(make_log, tmp_path):
-    log, recorder, output = make_log()
+def test_a_sample_is_recorded_printed_and_tracked(make_logger, tmp_path):
+    log, recorder, output = make_logger()
     log.log_sample(5, "Nel mezzo\ndel \u2026 [bold]cammin[/]")
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert json.loads(text) == {"step": 5, "text": "Nel mezzo\ndel \u2026 [bold]cammin[/]"}
@@ -341,8 +359,8 @@ def test_a_sample_is_recorded_printed_and_tracked(make_log, tmp_path):
     assert "del \u2026 [bold]cammin[/]" in output.console.file.getvalue()
 
 
-def test_histograms_reach_the_trackers_and_what_is_not_finite_the_record(make_log, tmp_path):
-    log, recorder, _ = make_log()
+def test_histograms_go_to_the_trackers_and_nonfinite_counts_to_the_metrics(make_logger, tmp_path):
+    log, recorder, _ = make_logger()
     log.log_histograms(3, {"parameters/w": torch.ones(4), "gradients/w": torch.ones(4)})
     assert lines(tmp_path) == []
     log.log_histograms(
@@ -358,8 +376,8 @@ def test_histograms_reach_the_trackers_and_what_is_not_finite_the_record(make_lo
     assert (line["step"], line["nonfinite"]) == (6, 1)
 
 
-def test_the_log_closes_its_trackers_and_its_file(make_log):
-    log, recorder, _ = make_log()
+def test_closing_the_logger_closes_its_trackers_and_files(make_logger):
+    log, recorder, _ = make_logger()
     log.close()
     assert recorder.calls[-1] == ("close",)
     assert log._metrics.closed
@@ -369,31 +387,31 @@ def test_the_log_closes_its_trackers_and_its_file(make_log):
 
 
 def falling(step: int) -> float:
-    """A loss as one sees it: it falls, and a batch is harder or easier than the next."""
+    """Return a typical loss: it falls, and some batches are harder than others."""
     return 2 + 2 * math.exp(-step / 40) + 0.05 * math.sin(step * 12.9898)
 
 
-def test_a_loss_that_falls_has_no_spikes():
-    watch = SpikeDetector()
-    assert not any(watch.update(falling(step)) for step in range(2000))
+def test_a_falling_loss_has_no_spikes():
+    detector = SpikeDetector()
+    assert not any(detector.update(falling(step)) for step in range(2000))
 
 
-def test_a_loss_that_leaps_is_a_spike_and_what_was_usual_is_told():
-    watch = SpikeDetector()
+def test_a_sudden_high_loss_is_one_spike_reported_with_the_mean_before_it():
+    detector = SpikeDetector()
     for step in range(SPIKE_AFTER + 200):
-        assert watch.update(falling(step)) is None
-    assert watch.update(3.5) == pytest.approx(2.0, abs=0.1)
-    assert watch.update(3.5) is None  # it is said once
-    assert watch.update(2.0) is None
-    assert watch.update(4.0) is not None
+        assert detector.update(falling(step)) is None
+    assert detector.update(3.5) == pytest.approx(2.0, abs=0.1)
+    assert detector.update(3.5) is None  # reported once
+    assert detector.update(2.0) is None
+    assert detector.update(4.0) is not None
 
 
-def test_what_comes_before_there_is_a_mean_is_no_spike():
-    watch = SpikeDetector()
-    assert not any(watch.update(loss) for loss in [4.0, 3.0] * (SPIKE_AFTER // 2 - 1) + [50.0])
+def test_there_is_no_spike_before_there_is_a_mean():
+    detector = SpikeDetector()
+    assert not any(detector.update(loss) for loss in [4.0, 3.0] * (SPIKE_AFTER // 2 - 1) + [50.0])
 
 
-def test_a_spike_is_one_line_with_its_step(tmp_path, capsys):
+def test_a_spike_is_one_line_with_its_step_and_loss(tmp_path, capsys):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 300, "tokens_per_step": 8, "interval": 50}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
@@ -402,31 +420,29 @@ def test_a_spike_is_one_line_with_its_step(tmp_path, capsys):
         loss = 9.0 if step == 250 else falling(step)
         log.log_step(step, torch.tensor(loss), torch.tensor(4.5), 1e-3)
     log.close()
-    notes = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
-    assert notes == [
-        f"Note: loss spike at step 250: 9.0000, after about {float(notes[0].split()[9]):.4f} "
-        "(gradient 4.5); if it stays up, lower learning_rate"
-    ]
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
+    for fact in ("spike at step 250", "9.0000", "4.5", "learning_rate"):
+        assert fact in note
 
 
-def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(tmp_path):
+def test_with_fp16_a_gradient_may_overflow_but_not_the_loss(tmp_path):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 9, "tokens_per_step": 8, "interval": 1}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
     log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
     log.log_step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
-    with pytest.raises(RunError, match="the loss is nan at step 2"):
+    with pytest.raises(RunError, match="loss is nan at step 2"):
         log.log_step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
     log.close()
 
 
-def test_fp16_that_overflows_step_after_step_ends_the_run(tmp_path):
+def test_fp16_that_overflows_in_many_consecutive_steps_stops_the_run(tmp_path):
     tracker = CompositeTracker({}, lambda *words: None)
     lengths = {"first_step": 0, "max_iters": 99, "tokens_per_step": 8, "interval": 1}
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
     log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
-    norms = [math.inf] * (OVERFLOWS - 1) + [1.0] + [math.nan] * OVERFLOWS
-    with pytest.raises(RunError, match=r"overflow fp16 at step 50, .* take --precision bf16"):
+    norms = [math.inf] * (MAX_OVERFLOWS - 1) + [1.0] + [math.nan] * MAX_OVERFLOWS
+    with pytest.raises(RunError, match=r"fp16 at step 50 .*--precision bf16"):
         for step, norm in enumerate(norms, start=1):
             log.log_step(step, torch.tensor(1.0), torch.tensor(norm), 1e-3)
     log.close()

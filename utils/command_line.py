@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -13,43 +14,40 @@ from utils.errors import UserError
 
 _NO_VALUE = object()
 _BOOL, _TEXT = "true|false", "TEXT"
-# Flags that may stand alone, with a `--no-` form: what either of them means.
+# Flags that may stand alone and have a `--no-` form: the value of each form.
 _SWITCHES = {_BOOL: ("true", "false"), "auto|on|off": ("on", "off")}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like all others, without a page of usage before it."""
+    """A parser whose errors are one line, without a page of usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Flags in one column, meanings in the next, and each value's name said once."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=100)
+    """A formatter that prints the placeholder of a value once, and a switch's forms as one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.metavar in _SWITCHES:
-            value = "" if action.metavar == _BOOL else f" [{action.metavar}]"
-            return ", ".join("--[no-]" + flag[2:] for flag in action.option_strings) + value
-        value = f" {action.metavar}" if action.metavar else ""
-        return (", ".join(action.option_strings) + value).strip()
+        flags, metavar = action.option_strings, action.metavar
+        if metavar in _SWITCHES:
+            flags = ["--[no-]" + flag[2:] for flag in flags]
+            metavar = None if metavar == _BOOL else f"[{metavar}]"
+        return " ".join(filter(None, (", ".join(flags), metavar)))
 
 
 def format_flag(name: str) -> str:
-    """The flag of a setting: `--max-iters` of `max_iters`."""
+    """Return the flag of a setting, such as `--max-iters` for `max_iters`."""
     return "--" + name.replace("_", "-")
 
 
-def _metavar(annotation: Any) -> str:
-    """What stands for a value in `--help`: N, X, TEXT or the choices."""
+def _get_metavar(annotation: Any) -> str:
+    """Return the placeholder of a value in `--help`: N, X, TEXT or the choices."""
     options = [option for option in get_args(annotation) if option is not NoneType]
     if get_origin(annotation) is Literal:
         return "|".join(str(option) for option in options)
     if options:  # Optional, or Annotated inside it
-        return _metavar(options[0])
+        return _get_metavar(options[0])
     return {bool: _BOOL, int: "N", float: "X"}.get(annotation, _TEXT)
 
 
@@ -57,7 +55,7 @@ def _metavar(annotation: Any) -> str:
 class Action:
     """A flag of one command that is not a setting, such as `--config FILE` or `--dry-run`.
 
-    One that `repeats` may be given again and again, and its value is a list.
+    The value of a flag that `repeats` is a list.
     """
 
     name: str
@@ -67,7 +65,7 @@ class Action:
 
 
 class CommandLine:
-    """A command's flags, generated from a schema: `--help`, parsing, and every complaint.
+    """A command's flags, generated from a schema: `--help`, parsing and error messages.
 
     `--kebab-case` and `--snake_case` are the same flag, abbreviations are not accepted, and a
     boolean is `--flag`, `--no-flag` or `--flag false`.
@@ -76,9 +74,9 @@ class CommandLine:
         description: a command's docstring; its first paragraph heads `--help`.
         schema: the settings.
         actions: the command's other flags.
-        groups: how `--help` groups the settings; all in one group by default.
-        aliases: further names of settings.
-        operands: what may stand without a flag, any number of them; its value is a list.
+        groups: the groups of settings in `--help`; one group by default.
+        aliases: other names of settings.
+        operands: arguments without a flag, any number of them; the value is a list.
     """
 
     def __init__(
@@ -91,110 +89,95 @@ class CommandLine:
         operands: Action | None = None,
     ):
         self.schema = schema
-        self._actions = {action.name for action in (*actions, *([operands] if operands else []))}
-        self._operands = {operands.name} if operands else set()
         self._aliases = dict(aliases or {})
+        self._actions = {action.name for action in actions}
         self._metavars: dict[str, str | None] = {}
+        self._flags = ["--help"]
+        self._flags_with_value: set[str] = set()
+        self._operand_name: str | None = None
+        usage = "python %(prog)s [--setting VALUE ...]"
         self._parser = _Parser(
             description=description.strip().partition("\n\n")[0],
-            usage="python %(prog)s [--setting VALUE ...]"
-            + (f" [{operands.metavar} ...]" if operands else ""),
-            formatter_class=_HelpFormatter,
+            usage=usage + (f" [{operands.metavar} ...]" if operands else ""),
+            formatter_class=partial(_HelpFormatter, max_help_position=36, width=100),
             allow_abbrev=False,
             add_help=False,
         )
-        about = self._parser.add_argument_group("command")
-        about.add_argument("-h", "--help", action="help", help="Show this page and exit.")
+        command = self._parser.add_argument_group("command")
+        command.add_argument("-h", "--help", action="help", help="Show this page and exit.")
         if operands is not None:
-            self._metavars[operands.name] = operands.metavar
-            about.add_argument(
-                operands.name, nargs="*", metavar=operands.metavar, help=operands.meaning
-            )
+            name, metavar = operands.name, operands.metavar
+            self._operand_name, self._metavars[name] = name, metavar
+            self._actions.add(name)
+            command.add_argument(name, nargs="*", metavar=metavar, help=operands.meaning)
         for action in actions:
-            self._add(about, action.name, action.metavar, action.meaning, action.repeats)
+            self._add_flag(command, action)
         titles = {f"{name} settings": group for name, group in (groups or {}).items()}
         for title, group in (titles or {"settings": schema}).items():
             section = self._parser.add_argument_group(title, group.__doc__)
             for name, info in group.model_fields.items():
                 default = format_value(info.default).replace('"', "")
                 meaning = f"{info.description} [{default}]"
-                self._add(section, name, _metavar(info.annotation), meaning)
+                self._add_flag(section, Action(name, meaning, _get_metavar(info.annotation)))
 
-    def _add(
-        self, group: Any, name: str, metavar: str | None, meaning: str, repeats: bool = False
-    ) -> None:
+    def _add_flag(self, group: Any, action: Action) -> None:
+        name, metavar = action.name, action.metavar
         names = [name, *(alias for alias, target in self._aliases.items() if target == name)]
         flags = [format_flag(each) for each in names]
-        shared = {"dest": name, "default": argparse.SUPPRESS}
+        options = {"dest": name, "default": argparse.SUPPRESS}
+        meaning = action.meaning.replace("%", "%%")
         self._metavars[name] = metavar
-        meaning = meaning.replace("%", "%%")
+        self._flags += flags
         if metavar is None:
-            group.add_argument(*flags, action="store_true", help=meaning, **shared)
+            group.add_argument(*flags, action="store_true", help=meaning, **options)
             return
-        # A flag without its value is noticed after parsing, so that all problems come together.
-        how = "append" if repeats else "store"
-        group.add_argument(
-            *flags, action=how, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning, **shared
-        )
+        # A missing value is reported after parsing, together with all other problems.
+        self._flags_with_value.update(flags)
+        options |= {"action": "append" if action.repeats else "store", "metavar": metavar}
+        group.add_argument(*flags, nargs="?", const=_NO_VALUE, help=meaning, **options)
         if metavar in _SWITCHES:
-            group.add_argument(
-                *(format_flag("no_" + each) for each in names),
-                action="store_const",
-                const=_SWITCHES[metavar][1],
-                help=argparse.SUPPRESS,
-                **shared,
-            )
+            negated = [format_flag("no_" + each) for each in names]
+            off = _SWITCHES[metavar][1]
+            self._flags += negated
+            options = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(*negated, action="store_const", const=off, **options)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """Split `argv` into (settings, actions, problems). `--help` prints and exits with 0."""
         try:
-            known, unknown = self._parser.parse_known_args(self._normalised(argv))
+            known, unknown = self._parser.parse_known_args(self._normalize(argv))
         except UserError as error:
             return {}, {}, list(error.problems)
-        problems = self._unknown_flags(unknown)
+        problems, fields = self._find_unknown_flags(unknown), self.schema.model_fields
         texts: dict[str, str] = {}
-        nulls: dict[str, None] = {}  # apart, as pydantic's mode for strings knows no null
+        nulls: dict[str, None] = {}  # pydantic's validation of strings has no null
         actions: dict[str, Any] = {}
         for name, value in vars(known).items():
             metavar = self._metavars[name]
             if value is _NO_VALUE and metavar in _SWITCHES:
                 texts[name] = _SWITCHES[metavar][0]
-            elif self._lacks_value(value, metavar):
+            elif _is_missing(value, metavar):
                 dash = f"; one that begins with a dash is written {format_flag(name)}=VALUE"
-                shown = metavar if name in self._operands else format_flag(name)
+                shown = metavar if name == self._operand_name else format_flag(name)
                 problems.append(f"{shown} needs a value{dash if metavar == _TEXT else ''}")
             elif name in self._actions:
                 actions[name] = value
-            elif value == "null" and self._nullable(name):
+            elif value == "null" and NoneType in get_args(fields[name].annotation):
                 nulls[name] = None
             else:
                 texts[name] = value
         values, wrong = validate_values(self.schema, texts, strings=True, label=format_flag)
         return {**values, **nulls}, actions, problems + wrong
 
-    @staticmethod
-    def _lacks_value(value: Any, metavar: str | None) -> bool:
-        values = value if isinstance(value, list) else [value]
-        return any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in values)
+    def _normalize(self, argv: Sequence[str]) -> list[str]:
+        """Turn `--snake_case` into `--kebab-case`, and join a negative number to its flag.
 
-    def _nullable(self, name: str) -> bool:
-        return NoneType in get_args(self.schema.model_fields[name].annotation)
-
-    def _normalised(self, argv: Sequence[str]) -> list[str]:
-        """Fold `--snake_case` into `--kebab-case`, and join a negative number to its flag.
-
-        argparse takes `-1e-3` for a flag, unless an equals sign ties it to the one before.
+        argparse parses `-1e-3` as a flag unless an equals sign precedes it.
         """
-        takes_value = {
-            flag
-            for action in self._parser._actions
-            for flag in action.option_strings
-            if action.nargs == "?"
-        }
         words: list[str] = []
         for word in argv:
             is_negative = re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
-            if is_negative and words and words[-1] in takes_value:
+            if is_negative and words and words[-1] in self._flags_with_value:
                 words[-1] += "=" + word
             elif word.startswith("--"):
                 name, equals, value = word.partition("=")
@@ -203,14 +186,20 @@ class CommandLine:
                 words.append(word)
         return words
 
-    def _unknown_flags(self, unknown: Sequence[str]) -> list[str]:
-        flags = [flag for action in self._parser._actions for flag in action.option_strings]
+    def _find_unknown_flags(self, unknown: Sequence[str]) -> list[str]:
         problems, after_unknown_flag = [], False
         for word in unknown:
-            name = word.partition("=")[0]
-            if word.startswith("-"):
-                problems.append(f"unknown flag {format_name(name)}{suggest_name(name, flags)}")
-            elif not after_unknown_flag:  # what follows an unknown flag was its value
+            name, equals, _ = word.partition("=")
+            is_flag = word.startswith("-")
+            if is_flag:
+                hint = suggest_name(name, self._flags)
+                problems.append(f"unknown flag {format_name(name)}{hint}")
+            elif not after_unknown_flag:  # otherwise it is that flag's value
                 problems.append(f"unexpected argument {format_value(word)}: settings are --flags")
-            after_unknown_flag = word.startswith("-") and "=" not in word
+            after_unknown_flag = is_flag and not equals
         return problems
+
+
+def _is_missing(value: Any, metavar: str | None) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in values)

@@ -1,7 +1,7 @@
-"""Which device a run uses, in which precision, and how the model is compiled for it.
+"""Device, precision and torch.compile of a run.
 
-The CUDA and MPS branches are short because they have not been run where Folio is developed;
-their choice is tested, their arithmetic is not.
+The CUDA and MPS branches are short, as Folio's developers have run neither: the choice of a
+device is tested, its arithmetic is not.
 """
 
 import platform
@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, format_reason
 from utils.output import pluralize
 from utils.ranks import Ranks
 
@@ -23,35 +23,33 @@ _T = TypeVar("_T")
 
 
 def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
-    """The device for `--device`: auto is CUDA, else MPS, else the CPU.
+    """Return the device for `--device`: auto is CUDA, else MPS, else the CPU.
 
-    Of several processes on a machine each takes a CUDA device of its own, or all the CPU.
+    Under torchrun every rank has its own CUDA device, or all ranks share the CPU.
 
-    Raises `UserError` where the device asked for is not there.
+    Raises:
+        UserError: the device is not available.
     """
     if ranks is not None and ranks.size > 1:
-        return _choose_among(requested, ranks)
+        return _choose_device_of_rank(requested, ranks)
     if requested == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(requested)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {requested}: PyTorch sees no CUDA device here; try --device auto"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {requested}: PyTorch sees {torch.cuda.device_count()} CUDA devices here, "
-            "counted from cuda:0"
-        )
+    problem = None
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: PyTorch sees no Apple GPU here; try --device auto")
+        problem = "no Apple GPU here; try --device auto"
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        problem = "no CUDA device here; try --device auto"
+    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        problem = f"{torch.cuda.device_count()} CUDA devices here, counted from cuda:0"
+    if problem:
+        raise UserError(f"--device {requested}: PyTorch sees {problem}")
     return device
 
 
-def _choose_among(requested: str, ranks: Ranks) -> torch.device:
-    """The device of one of several processes."""
+def _choose_device_of_rank(requested: str, ranks: Ranks) -> torch.device:
     if requested == "mps" or ":" in requested:
         raise UserError(
             f"--device {requested} is one device, and there are {ranks.size} processes: "
@@ -68,7 +66,7 @@ def _choose_among(requested: str, ranks: Ranks) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """What the banner says: `CPU (2 threads)`, `CUDA (the card's name)`, `MPS`."""
+    """Return `CPU (2 threads)`, `CUDA (the GPU's name)` or `MPS`."""
     if device.type == "cuda":
         return f"CUDA ({torch.cuda.get_device_name(device)})"
     if device.type == "mps":
@@ -77,18 +75,21 @@ def describe_device(device: torch.device) -> str:
 
 
 def get_processor_name() -> str:
-    """The CPU's name as its system gives it."""
+    """Return the CPU's name as its system reports it."""
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _read_cpuinfo(key: str) -> str:
+    """Return the first value of a key in Linux's /proc/cpuinfo, or nothing."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given, so that a clock may be read."""
+    """Wait until the device has finished its work, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -96,7 +97,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def get_peak_memory(device: torch.device) -> int | None:
-    """The most bytes held so far: by tensors on CUDA, by the whole process on the CPU."""
+    """Return the peak memory in bytes: of tensors on CUDA, of the whole process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -112,14 +113,14 @@ def get_peak_memory(device: torch.device) -> int | None:
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
-    """The precision for `--precision`: auto is bf16 where the processor itself multiplies in it.
+    """Return the precision for `--precision`: auto is bf16 if the processor multiplies in it.
 
-    Elsewhere bfloat16 is emulated, and slower than float32.
+    Other processors emulate bfloat16, which is slower than float32.
     """
     if requested != "auto":
         return requested
     if device.type == "cuda":
-        # From compute capability 8.0 on; `is_bf16_supported` also counts emulation.
+        # Compute capability 8.0 and later; `is_bf16_supported` also counts emulation.
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         has_bf16 = device.type == "cpu" and has_amx()
@@ -127,23 +128,22 @@ def choose_precision(requested: str, device: torch.device) -> str:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has tiles to multiply bfloat16 in (Intel's AMX)."""
-    asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # of PyTorch 2.6 and later
-    return bool(asks and asks())
+    """Return whether the CPU multiplies bfloat16 matrices (Intel AMX), as Linux reports it."""
+    return "amx_bf16" in _read_cpuinfo("flags").split()
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Where matrix products are computed in `precision`, from weights that stay in float32."""
+    """Return a context in which matrix products are in `precision`; weights stay in float32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def set_tf32(device: torch.device, requested: str) -> None:
-    """On CUDA, let what remains in float32 be multiplied as TF32, unless fp32 was asked for."""
+    """On CUDA, allow TF32 for float32 matrix products, unless `--precision fp32` was given."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if requested == "fp32" else "high")
 
@@ -152,16 +152,16 @@ def set_tf32(device: torch.device, requested: str) -> None:
 # torch.compile
 
 
-# Floating-point operations of a whole run from which on compiling it pays back, measured on the
-# CPU: half a minute for a quarter less time. A GPU needs more of them to be busy for as long.
-WORTH_COMPILING = {"cpu": 3e13, "cuda": 3e15}
+# Floating-point operations of a run from which compiling it saves time. Measured on the CPU:
+# compiling takes half a minute and saves a quarter of the time. A GPU does more in that time.
+MIN_FLOPS_TO_COMPILE = {"cpu": 3e13, "cuda": 3e15}
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What became of torch.compile: the backend in effect, or `off`, and why.
+    """The backend of torch.compile in effect, or `off`, and the reason.
 
-    `fell_back` where it was to be compiled, and that did not work.
+    `fell_back` if compiling was chosen and failed.
     """
 
     mode: str = "off"
@@ -172,10 +172,9 @@ class CompileResult:
 def choose_backend(
     requested: str, backend: str, device: torch.device, operations: float
 ) -> CompileResult:
-    """Which backend `--torch-compile` and `--compile-backend` mean on a device.
+    """Return the backend for `--torch-compile` and `--compile-backend` on a device.
 
-    `operations` is what the whole run computes, from its first step: so one that goes on to the
-    same end chooses the same.
+    `operations` counts the whole run from step 0, so that a resumed run chooses the same.
     """
     if requested == "off":
         return CompileResult("off", "torch_compile is off")
@@ -183,11 +182,11 @@ def choose_backend(
         backend = "aot_eager" if device.type == "mps" else "inductor"
     if requested == "on":
         return CompileResult(backend, "torch_compile is on")
-    if device.type not in WORTH_COMPILING:
-        return CompileResult("off", f"compiling brings nothing on {device.type.upper()}")
+    if device.type not in MIN_FLOPS_TO_COMPILE:
+        return CompileResult("off", f"compiling saves no time on {device.type.upper()}")
     if device.type == "cpu" and sys.platform == "win32":
-        return CompileResult("off", "on Windows it is only done when asked for")
-    if operations < WORTH_COMPILING[device.type]:
+        return CompileResult("off", "on Windows it needs torch_compile on")
+    if operations < MIN_FLOPS_TO_COMPILE[device.type]:
         return CompileResult("off", "the run is too short for compiling to pay back")
     return CompileResult(backend, "it pays back within the run")
 
@@ -195,48 +194,48 @@ def choose_backend(
 def compile_model(
     model: nn.Module, wanted: CompileResult, requested: str, probe: Callable[[Callable], None]
 ) -> tuple[Callable, CompileResult]:
-    """The model's call, compiled as `wanted` if that works, and what is in effect then.
+    """Return the model compiled as `wanted`, or itself if that fails, and the result in effect.
 
-    Nothing is compiled before the first call, and the backward pass only when it is needed: so
-    `probe(learner)` makes a step of both. What it draws from the generators of the CPU and of
-    CUDA is put back.
+    torch compiles at the first forward and the first backward pass, so `probe(train_model)` makes
+    a step of both. Its draws from the random number generators of CPU and CUDA are undone.
 
-    Raises `UserError` where it does not work and was asked for by name.
+    Raises:
+        UserError: compiling fails, and `requested` is "on".
     """
     if wanted.mode == "off":
         return model, wanted
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
-    def probe_apart(learner: Callable) -> None:
+    def probe_and_restore(train_model: Callable) -> None:
         with torch.random.fork_rng(devices=devices):
-            probe(learner)
+            probe(train_model)
 
-    def compiled() -> Callable:
+    def compile_it() -> Callable:
         return torch.compile(model, backend=wanted.mode, dynamic=False)
 
-    learner, effective = try_compile(compiled, wanted, requested, probe_apart)
-    return (model if learner is None else learner), effective
+    train_model, effective = try_compile(compile_it, wanted, requested, probe_and_restore)
+    return (model if train_model is None else train_model), effective
 
 
 def try_compile(
-    compiled: Callable[[], _T],
+    compile_it: Callable[[], _T],
     wanted: CompileResult,
     requested: str,
     probe: Callable[[_T], None],
 ) -> tuple[_T | None, CompileResult]:
-    """What `compiled()` gives, if `probe` of it works, or else None; and what is in effect then.
+    """Return `compile_it()`, or None if it or its `probe` fails, and the result in effect.
 
-    Raises `UserError` where it does not work and was asked for by name.
+    Raises:
+        UserError: compiling fails, and `requested` is "on".
     """
-    # What other models of this process have left would count against the limit on recompiling.
-    torch.compiler.reset()
+    torch.compiler.reset()  # earlier models of this process count against the recompile limit
     try:
-        result = compiled()
-        probe(result)
+        compiled = compile_it()
+        probe(compiled)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {format_reason(error)[:200]}"
         if requested == "on":
             raise UserError(
                 f"torch_compile is on, and {wanted.mode} does not work here ({reason}): install "
@@ -244,17 +243,11 @@ def try_compile(
             ) from error
         reason = f"{wanted.mode} does not work here ({reason})"
         return None, CompileResult("off", reason, fell_back=True)
-    return result, wanted
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch wraps what went wrong in its own words, and a page of advice.
-    return lines[0][:200] if lines else "no reason given"
+    return compiled, wanted
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device."""
+    """Return whether an exception reports a lack of memory, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # The CPU's allocator raises a plain RuntimeError, and so does a size beyond all memory.

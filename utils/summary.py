@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from parameters import ModelConfig
 from utils.command_line import format_flag
 from utils.device import describe_device
-from utils.output import align_columns, format_bytes, format_command, format_duration, pluralize
+from utils.output import (
+    align_columns,
+    format_bytes,
+    format_char_counts,
+    format_command,
+    format_duration,
+    pluralize,
+)
 from utils.ranks import Ranks
 from utils.run_manager import RunDirectory
 from utils.tracking.aim import get_aim_repo
@@ -70,16 +77,6 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
         ("Device", device),
     ]
     return "\n".join(f"{label:<7} {value}" for label, value in rows)
-
-
-def format_char_counts(counts: Mapping[str, int]) -> str:
-    """Format characters and their counts, the first twenty: `'é' (12 times), 'ß' (once)`."""
-    shown = [
-        f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
-        for char, count in list(counts.items())[:20]
-    ]
-    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
-    return ", ".join(shown) + more
 
 
 def format_text_warning(trainer: "Trainer") -> str | None:

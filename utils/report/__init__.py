@@ -14,10 +14,10 @@ from parameters import GROUPS
 from utils.checks import format_value
 from utils.errors import UserError
 from utils.files import write_atomic
-from utils.metrics import get_metric, get_tag
 from utils.output import format_duration
 from utils.report.charts import Line, Point, draw_line_chart
 from utils.report.runs import SPEED, STEP_LOSS, TRAIN, VAL, Metrics, Run, read_run
+from utils.tracking.metrics import get_metric, get_tag
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 COLORS = 6  # colors of lines in the templates

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.errors import UserError
-from utils.metrics import get_tag
 from utils.output import pluralize
 from utils.run_manager import RunDirectory, read_record
+from utils.tracking.metrics import get_tag
 
 TRAIN, VAL = get_tag("eval_loss", "train"), get_tag("eval_loss", "val")
 STEP_LOSS, SPEED = get_tag("loss", "train"), get_tag("tokens_per_second", "train")

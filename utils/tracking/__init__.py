@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one small interface, and trackers behind it."""
+"""Trackers: one small interface to TensorBoard and Aim."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -8,63 +8,54 @@ from utils.tracking.histograms import Histogram
 
 
 class Tracker(Protocol):
-    """Takes what a run has to show. `utils/metrics.py` declares the names of the numbers."""
+    """Record a run's numbers, whose names `utils/tracking/metrics.py` declares, and its texts."""
 
     def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Record the settings, and how the run came about: git, lineage, sources. Called once."""
+        """Record the settings, and the run's origin (git, lineage, sources). Called once."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
         """Record numbers of `subset`, train or val, after `step`. They may be NaN or infinite."""
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Record how the values of named tensors are distributed after `step`."""
+        """Record histograms of named tensors after `step`."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Record a text, such as a sample, after `step`."""
 
     def flush(self) -> None:
-        """Make what was recorded readable by others."""
+        """Make the recorded data visible to readers."""
 
     def close(self) -> None:
-        """Flush and let go. Called once, however the run ends."""
+        """Flush and release everything. Called once, however the run ends."""
+
+
+def _forward(method: str) -> Callable[..., None]:
+    def call(self: "CompositeTracker", *arguments: Any) -> None:
+        self._trackers.call_each(lambda tracker: getattr(tracker, method)(*arguments))
+
+    return call
 
 
 class CompositeTracker:
-    """Passes everything on to several trackers, and never lets one of them hurt the run.
-
-    A tracker that raises is dropped: one warning, and the others go on.
+    """Pass every call on to several trackers; one that raises is dropped with one warning.
 
     Args:
-        makers: what makes each tracker, under the name that warnings give it.
-        warn: what a warning and its traceback are handed to.
+        factories: functions that create the trackers, by the names used in warnings.
+        warn: called with a warning and its traceback.
     """
 
     def __init__(
-        self, makers: Mapping[str, Callable[[], Tracker]], warn: Callable[[str, str], None]
+        self, factories: Mapping[str, Callable[[], Tracker]], warn: Callable[[str, str], None]
     ):
         self._trackers: Isolated[Tracker] = Isolated(warn, discard=lambda tracker: tracker.close())
-        for name, make in makers.items():
-            self._trackers.add(name, make)
+        for name, create in factories.items():
+            self._trackers.add(name, create)
 
-    def log_config(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Record the settings and the run's origin in every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.log_config(config, metadata))
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
-        """Record numbers after `step` in every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.log_metrics(metrics, step, subset))
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Record distributions after `step` in every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.log_histograms(histograms, step))
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Record a text after `step` in every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.log_text(name, text, step))
-
-    def flush(self) -> None:
-        """Flush every tracker."""
-        self._trackers.call_each(lambda tracker: tracker.flush())
+    log_config = _forward("log_config")
+    log_metrics = _forward("log_metrics")
+    log_histograms = _forward("log_histograms")
+    log_text = _forward("log_text")
+    flush = _forward("flush")
 
     def close(self) -> None:
         """Close every tracker."""

@@ -1,19 +1,20 @@
-"""How the values of a tensor are distributed: counted once, by torch, for every tracker."""
+"""Histograms of tensors, counted once by torch for all trackers."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BINS = 64  # Aim takes 512 at most; TensorBoard draws 30
+BINS = 64  # Aim takes at most 512; TensorBoard draws 30
+MAX_ABS = 1e38  # torch cannot divide a range beyond float32's into bins
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in bins of one width between `low` and `high`.
+    """Counts of values in equal bins between `low` and `high`.
 
-    Values that are not finite are in no bin; `nonfinite` counts them. `sum` and `sum_squares` are
-    those of the finite values.
+    NaN and infinity are in no bin; `nonfinite` counts them. `sum` and `sum_squares` are those of
+    the finite values.
     """
 
     low: float
@@ -25,43 +26,32 @@ class Histogram:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor, bins: int = BINS) -> "Histogram":
-        """The histogram of a tensor of any shape and floating type, counted where it lies."""
+        """Count a tensor of any shape and floating dtype, on its device."""
         values = tensor.detach().flatten().float()
-        low, high = _range(values)
+        low, high = _compute_range(values)
         nonfinite = 0
-        if not _is_finite(low, high):
+        if not (low > -MAX_ABS and high < MAX_ABS):  # also if NaN
             finite = values[values.isfinite()]
             nonfinite = values.numel() - finite.numel()
-            # A range beyond float32's cannot be divided into bins.
-            values = finite.clamp(-1e38, 1e38)
-            low, high = _range(values) if values.numel() else (0.0, 0.0)
-        if low == high:  # a width, which torch would choose as 2
+            values = finite.clamp(-MAX_ABS, MAX_ABS)
+            low, high = _compute_range(values) if values.numel() else (0.0, 0.0)
+        if low == high:  # torch would choose a width of 2
             margin = abs(low) * 1e-3 or 1e-3
             low, high = low - margin, high + margin
-        # In pieces: histc counts in float32, which stops at 2^24.
-        counts = sum(torch.histc(piece, bins, low, high).long() for piece in values.split(1 << 24))
-        # In float64: float32 overflows when it squares 1e20. MPS has none of it.
+        # In chunks, as histc counts in float32, which stops at 2^24.
+        counts = sum(torch.histc(chunk, bins, low, high).long() for chunk in values.split(1 << 24))
+        # In float64, as the square of 1e20 overflows float32. MPS has no float64.
         wide = values if values.device.type == "mps" else values.double()
-        return cls(
-            low,
-            high,
-            counts.tolist(),
-            wide.sum().item(),
-            wide.square().sum().item(),
-            nonfinite,
-        )
+        total, squares = wide.sum().item(), wide.square().sum().item()
+        return cls(low, high, counts.tolist(), total, squares, nonfinite)
 
     @property
     def num(self) -> int:
-        """How many values were counted."""
+        """Number of values counted."""
         return sum(self.counts)
 
 
-def _range(values: Tensor) -> tuple[float, float]:
-    """The least and the greatest value; NaN where there is one."""
+def _compute_range(values: Tensor) -> tuple[float, float]:
+    """Return the minimum and the maximum, or NaN if any value is NaN."""
     low, high = torch.stack(torch.aminmax(values)).tolist()
     return low, high
-
-
-def _is_finite(low: float, high: float) -> bool:
-    return low > -1e38 and high < 1e38  # false for NaN too

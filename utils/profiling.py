@@ -1,0 +1,324 @@
+"""Profiles: the time of some work as a whole, by phase and by PyTorch operator, and its FLOP/s."""
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.device import synchronize
+from utils.output import align_columns, format_bytes
+
+WARMUP = 5  # calls
+TRACED = 5  # calls under PyTorch's profiler
+TOP = 12  # operators that are listed
+PEAK_SIZES = (512, 1024, 2048)  # of the square matrices whose product is timed
+
+# Categories of operators, by parts of an operator's name.
+CATEGORIES = (
+    ("attention", ("attention", "sdpa")),
+    ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
+    ("norm", ("_norm", "RMSNorm")),
+    ("activation", ("gelu", "silu", "relu")),
+    ("loss", ("nll_loss", "cross_entropy", "LogSoftmaxBackward", "log_softmax_backward")),
+    ("sampling", ("softmax", "cumsum", "argmax")),
+    ("embedding", ("embedding", "index_select")),
+)
+
+# One call of the work to profile. It enters `phase(name)` for each of its phases.
+Work = Callable[[Callable[[str], AbstractContextManager]], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call, or of a phase of it with its share: mean and quartiles."""
+
+    name: str
+    mean: float
+    low: float
+    median: float
+    high: float
+    share: float
+
+    @classmethod
+    def from_seconds(cls, name: str, seconds: Sequence[float], total: float) -> "Timing":
+        """Summarize the seconds of a phase in each call; `total` is that of all calls."""
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(name, statistics.fmean(seconds), *quartiles, sum(seconds) / total)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, or a category of them: seconds, number and share in a call."""
+
+    name: str
+    seconds: float
+    calls: float
+    share: float
+
+
+@dataclass(frozen=True)
+class PeriodicWork:
+    """Work that is done every `interval` steps (0: only at the end), and its share of a run."""
+
+    name: str
+    seconds: float
+    interval: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Section:
+    """The profile of one kind of work. The rates are at the median."""
+
+    title: str
+    timing: Timing  # without phases
+    tokens: int
+    flops: int
+    phases: list[Timing]
+    categories: list[Operator]
+    operators: list[Operator]
+    tokens_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole profile. Times are in seconds, memory in bytes, shares are fractions of 1."""
+
+    device: str
+    precision: str
+    torch_compile: str
+    parameters: int
+    first_call: float
+    peak_memory: int | None
+    peak_flops_per_second: float
+    sections: list[Section]
+    periodic: list[PeriodicWork]
+
+
+def profile_work(
+    title: str,
+    work: Work,
+    device: torch.device,
+    calls: int,
+    *,
+    tokens: int,
+    flops: int,
+    phases: Sequence[str] = (),
+    trace: Path | None = None,
+) -> Section:
+    """Time calls of `work`, as a whole and phase by phase, then trace it with PyTorch's profiler.
+
+    Both kinds of call alternate, so that other load on the machine slows both, and each is first
+    in every second turn, so that work at a regular interval falls on both. `tokens` and `flops`
+    are those of one call; `trace` is a file to write.
+    """
+    for _ in range(WARMUP):
+        work(nullcontext)
+    seconds: list[float] = []
+    phased: list[Counter[str]] = []
+    for turn in range(calls):
+        for is_phased in (turn % 2 == 1, turn % 2 == 0):
+            if is_phased:
+                phased.append(measure_phases(device, work))
+            else:
+                seconds.append(measure_seconds(device, lambda: work(nullcontext)))
+    total = sum(times["step"] for times in phased)
+    timing = Timing.from_seconds("step", seconds, sum(seconds))
+    categories, operators = trace_operators(device, work, trace)
+    return Section(
+        title,
+        timing,
+        tokens,
+        flops,
+        [Timing.from_seconds(name, [times[name] for times in phased], total) for name in phases],
+        categories,
+        # The phases are in the trace too, with the time of Python between their operators.
+        [operator for operator in operators if operator.name not in phases][:TOP],
+        tokens / timing.median,
+        flops / timing.median,
+    )
+
+
+def measure_seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """Return the seconds of one call, until the device has finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_phases(device: torch.device, work: Work) -> Counter[str]:
+    """Return the seconds of each phase of a call, repeated ones added up, and of the "step"."""
+    seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        synchronize(device)
+        start = time.perf_counter()
+        yield
+        synchronize(device)
+        seconds[name] += time.perf_counter() - start
+
+    with phase("step"):
+        work(phase)
+    return seconds
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the highest FLOP/s of a few products of square matrices."""
+    best = 0.0
+    for size in PEAK_SIZES:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = min(measure_seconds(device, lambda a=a, b=b: torch.mm(a, b)) for _ in range(4))
+        best = max(best, 2 * size**3 / seconds)
+    return best
+
+
+def count_flops(work: Work) -> int:
+    """Return the floating-point operations of the matrix products in one call.
+
+    `work` must not be compiled, and its attention is computed as plain products: PyTorch's counter
+    counts neither compiled code nor the CPU's fused attention.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        work(nullcontext)
+    return counter.get_total_flops()
+
+
+def compute_shares(
+    section: Section, seconds: Mapping[str, float], intervals: Sequence[int]
+) -> list[PeriodicWork]:
+    """Return the work that is done between calls of `section` every so many of them."""
+    per_call = [s / n if n else 0.0 for s, n in zip(seconds.values(), intervals, strict=True)]
+    total = section.timing.median + sum(per_call)
+    rows = zip(seconds.items(), intervals, per_call, strict=True)
+    return [PeriodicWork(*item, interval, each / total) for item, interval, each in rows]
+
+
+def trace_operators(
+    device: torch.device, work: Work, trace: Path | None = None
+) -> tuple[list[Operator], list[Operator]]:
+    """Return the categories of operators, and the operators, the slowest first."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints when it starts and stops
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(TRACED):
+            work(record_function)
+        synchronize(device)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    times = [
+        (event, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in profiler.events()
+    ]
+    categories = _sum_times((get_category(event), microseconds) for event, microseconds in times)
+    return categories, _sum_times((event.name, microseconds) for event, microseconds in times)
+
+
+def _sum_times(events: Iterable[tuple[str, float]]) -> list[Operator]:
+    """Sum microseconds by name; return seconds and number per call, the longest first."""
+    times: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    for name, microseconds in events:
+        times[name] += microseconds
+        numbers[name] += 1
+    total = sum(times.values()) or 1
+    return [
+        Operator(name, time / 1e6 / TRACED, numbers[name] / TRACED, time / total)
+        for name, time in times.most_common()
+    ]
+
+
+def get_category(event: FunctionEvent) -> str:
+    """Return the category of an operator, from its name and the phase that called it."""
+    callers = [event.name]
+    parent = event.cpu_parent
+    while parent is not None:
+        callers.append(parent.name)
+        parent = parent.cpu_parent
+    for phase in ("data", "gradient clipping", "optimizer", "logging"):
+        if phase in callers:
+            return phase
+    # On CUDA autograd has its own thread, which is in no phase.
+    is_backward = "backward" in callers or any("autograd::engine" in name for name in callers)
+    for name, words in CATEGORIES:
+        if any(word in caller for word in words for caller in callers):
+            return f"{name} {'backward' if is_backward else 'forward'}"
+    return "other"  # copies, sums, and the calls themselves
+
+
+def format_json(report: Report) -> str:
+    """Return the report as JSON."""
+    content = asdict(report)
+    for section in content["sections"]:
+        section["share_of_peak"] = section["flops_per_second"] / report.peak_flops_per_second
+    return json.dumps(content, indent=2)
+
+
+def format_report(report: Report) -> str:
+    """Return the report as tables."""
+    memory = format_bytes(report.peak_memory) if report.peak_memory else "unknown"
+    owner = "the process's" if report.device.startswith("CPU") else "the device's"
+    lines = [
+        f"Device  {report.device}, {report.precision}, torch.compile {report.torch_compile}; "
+        f"the first call took {report.first_call * 1e3:,.0f} ms",
+        f"Model   {report.parameters:,} parameters; {memory} is {owner} peak memory",
+        f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s in a product of "
+        f"{report.precision} matrices, measured just now",
+    ]
+    for section in report.sections:
+        lines += ["", *_format_section(section, report.peak_flops_per_second)]
+    if report.periodic:
+        rows = [("between steps", "ms", "every", "% of a run")]
+        for work in report.periodic:
+            interval = f"{work.interval:,} steps" if work.interval else "end"
+            seconds, share = f"{work.seconds * 1e3:,.1f}", f"{work.share * 100:.1f}"
+            rows.append((work.name, seconds, interval, share))
+        lines += ["", align_columns(rows, right=(1, 2, 3))]
+    return "\n".join(lines)
+
+
+def _format_section(section: Section, peak: float) -> Iterator[str]:
+    timing = section.timing
+    yield section.title
+    yield (
+        f"{timing.median * 1e3:,.2f} ms is the median (quartiles: {timing.low * 1e3:,.2f} to "
+        f"{timing.high * 1e3:,.2f}), {section.tokens_per_second:,.0f} tokens/s"
+    )
+    yield (
+        f"{section.flops / 1e9:,.3g} GFLOP in matrix products: "
+        f"{section.flops_per_second / 1e9:,.1f} GFLOP/s, "
+        f"{section.flops_per_second / peak * 100:.0f} % of the peak"
+    )
+    if section.phases:
+        rows = [("phase", "mean ms", "median", "quartiles", "% of a step")]
+        for each in section.phases:
+            ms = [f"{value * 1e3:.2f}" for value in (each.mean, each.median, each.low, each.high)]
+            quartiles = f"{ms[2]} to {ms[3]}"
+            rows.append((each.name, ms[0], ms[1], quartiles, f"{each.share * 100:.1f}"))
+        yield "\n" + align_columns(rows, right=(1, 2, 3, 4))
+    for title, operators in (
+        ("category of operators", section.categories),
+        ("operator", section.operators),
+    ):
+        rows = [(title, "ms", "calls", "%")]
+        for each in operators:
+            ms, share = f"{each.seconds * 1e3:.2f}", f"{each.share * 100:.1f}"
+            rows.append((each.name, ms, f"{each.calls:g}", share))
+        yield "\n" + align_columns(rows, right=(1, 2, 3))
