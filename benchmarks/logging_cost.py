@@ -12,10 +12,16 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from prepare import open_run, set_up
 from report import write_report
-from step import Setup, training_step
-from train import SAMPLE_TOKENS, open_log, sample, weights_and_gradients
+from trainer import (
+    SAMPLE_TOKENS,
+    Trainer,
+    collect_weights_and_gradients,
+    open_log,
+    open_run,
+    prepare_trainer,
+    sample_text,
+)
 from utils.output import Output
 
 LOGGED_STEPS, TIMED_STEPS, WARMUP = 1000, 40, 5
@@ -25,16 +31,16 @@ def run(data: str | None) -> None:
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         config = ModelConfig(data=data, runs_dir=f"{directory}/runs")
-        setup = set_up(config)
+        setup = prepare_trainer(config)
         steps += _time_steps(setup)[WARMUP:]
         costs = {}
         for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
-            logged = set_up(config.model_copy(update={"aim_logging": aim}))
+            logged = prepare_trainer(config.model_copy(update={"aim_logging": aim}))
             costs[name] = _measure_cost(setup, logged)
             steps += _time_steps(setup)
         step = statistics.median(steps)
         start = time.perf_counter()
-        sample(setup.model, setup.data, config, SAMPLE_TOKENS)
+        sample_text(setup.model, setup.data, config, SAMPLE_TOKENS)
         sampling = time.perf_counter() - start
         report = _time_report(Path(config.runs_dir))
     print(f"  a step takes {step * 1e3:.1f} ms without logging")
@@ -50,16 +56,16 @@ def run(data: str | None) -> None:
     print(f"  the report at the end: {report * 1e3:.0f} ms")
 
 
-def _time_steps(setup: Setup) -> list[float]:
+def _time_steps(setup: Trainer) -> list[float]:
     seconds = []
     for number in range(TIMED_STEPS):
         start = time.perf_counter()
-        training_step(setup, number)
+        Trainer.training_step(setup, number)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _measure_cost(setup: Setup, logged: Setup) -> tuple[float, float]:
+def _measure_cost(setup: Trainer, logged: Trainer) -> tuple[float, float]:
     """Return the seconds per step, and once per run. `setup`'s model has gradients."""
     config, output = logged.config, Output(quiet=True)
     start = time.perf_counter()
@@ -67,11 +73,11 @@ def _measure_cost(setup: Setup, logged: Setup) -> tuple[float, float]:
     log = open_log(logged, run, output)
     once = time.perf_counter() - start
     losses = {"train": 1.5, "val": 1.6}
-    loss, grad_norm = training_step(setup, 0)
+    loss, grad_norm = Trainer.training_step(setup, 0)
     wall, cpu = time.perf_counter(), time.process_time()
     for step in range(1, LOGGED_STEPS + 1):
         if step % config.histogram_interval == 0:
-            log.log_histograms(step, weights_and_gradients(setup.model))
+            log.log_histograms(step, collect_weights_and_gradients(setup.model))
         log.log_step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
             log.log_evaluation(step, losses, losses, is_best=True)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import TINY_FLAGS
 
-import step as step_module
+import trainer as trainer_module
 from checkpoint import load_model
+from config import ConfigLoader
 from data import load_dataset
 from model import compute_gated_width
 from profile_model import profile_inference, profile_training
-from start import plan_run
-from step import PHASES
-from train import train
+from resume import plan_run
+from trainer import PHASES, train
 from utils import profiling
 from utils.profiling import format_json, format_report, measure_phases
 from utils.tracking.run_logger import RunLogger
@@ -57,13 +57,13 @@ def test_the_logger_fetches_its_numbers_within_the_timed_steps_of_both_kinds(sma
 
 
 def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
-    calls, training_step = [], step_module.training_step
+    calls, training_step = [], trainer_module.Trainer.training_step
 
     def counted(setup, number, *phase):
         calls.append(number)
-        return training_step(setup, number, *phase)
+        return Trainer.training_step(setup, number, *phase)
 
-    monkeypatch.setattr(step_module, "training_step", counted)
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", counted)
     profile_training(small, steps=3)
     # First call, FLOP count, warmup, whole, phase by phase, traced.
     assert len(calls) == 1 + 1 + profiling.WARMUP + 3 + 3 + profiling.TRACED
@@ -147,7 +147,7 @@ def test_the_vocabulary_is_that_of_the_model_to_fine_tune(tiny, quiet, tmp_path)
     train(tiny(model_name="dante"), output=quiet)
     few = tmp_path / "few.txt"
     few.write_text("to be or not to be " * 100, encoding="utf-8")
-    loaded, plan = plan_run({"init_from": "dante", "data": str(few), "device": "cpu"})
+    loaded, plan = plan_run(ConfigLoader({"init_from": "dante", "data": str(few), "device": "cpu"}))
     report = profile_training(loaded.config, 2, plan=plan)
     assert report.parameters == load_model("dante")[0].count_parameters()
 
