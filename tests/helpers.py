@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import bundle as bundle_module
+import train
 import trainer as trainer_module
 import utils.output as output_module
 from bundle import (
@@ -43,11 +44,10 @@ from callbacks import TrainResult
 from checkpoint import load_model_from_bundle, save_checkpoint
 from config import ConfigLoader
 from model import LanguageModel
-from optim import apply_update, clip_gradients, create_optimizer
+from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
 from resume import plan_run
 from tokenizer import create_tokenizer
-from trainer import Trainer
 from utils import files
 from utils.output import Output, run_command
 from utils.ranks import Ranks
@@ -85,7 +85,9 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]]))[1].backward()
     clip_gradients(model, BUNDLE_CONFIG.grad_clip)
-    apply_update(optimizer, scaler, step, BUNDLE_CONFIG)
+    set_learning_rate(optimizer, learning_rate_at(step, BUNDLE_CONFIG))
+    scaler.step(optimizer)
+    scaler.update()
     settings = {name: getattr(BUNDLE_CONFIG, name) for name in TRAINING_SETTINGS}
     facts = {"start_step": 0, "best_step": step, "data_sha256": "0" * 64, "model_name": None}
     values = {
@@ -476,13 +478,15 @@ def trains(
 ) -> int:
     """Run train.py in this process; at a step, a rank may send itself a signal."""
 
-    def struck(setup, step, *rest):
+    training_step = trainer_module.Trainer.training_step
+
+    def struck(trainer, index, *rest):
         for where, when, number in strikes:
-            if (where, when) == (rank, step + 1):
+            if (where, when) == (rank, index + 1):
                 os.kill(os.getpid(), number)
-        return Trainer.training_step(setup, step, *rest)
+        return training_step(trainer, index, *rest)
 
     trainer_module.Trainer.training_step = struck
     trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
     output_module.SILENCE = 0.0  # there is no torchrun to end these
-    return run_command(train_command.main, [*flags, *(own[rank] if own else [])])
+    return run_command(train.main, [*flags, *(own[rank] if own else [])])

@@ -6,7 +6,7 @@ python -m pytest tests/test_benchmarks.py
 import re
 
 import pytest
-from conftest import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, TINY_FLAGS
 
 import benchmarks.logging_cost
 from benchmarks import corpus, generation, time_to_loss

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import LINES
+from helpers import LINES
 from torch import nn
 
 from fast_decode import choose_decoding, compile_decode

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 from model import LanguageModel
 from optim import (

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from helpers import TINY_FLAGS
 
 import trainer as trainer_module
 from checkpoint import load_model
@@ -61,7 +61,7 @@ def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
 
     def counted(setup, number, *phase):
         calls.append(number)
-        return Trainer.training_step(setup, number, *phase)
+        return training_step(setup, number, *phase)
 
     monkeypatch.setattr(trainer_module.Trainer, "training_step", counted)
     profile_training(small, steps=3)

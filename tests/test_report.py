@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-from conftest import CHECKOUT
+from helpers import CHECKOUT
 
 import trainer as trainer_module
 from callbacks import TrainResult
