@@ -262,14 +262,13 @@ def open_corpus(
     if data is None:
         plays = load_sample_corpus(cache=cache_sample, cache_dir=cache_dir)
         return MemoryCorpus("Shakespeare's plays", None, [plays], _digest(plays))
-    if on_progress is None:
-        on_progress = lambda line: None  # noqa: E731
     cache, path, name = get_cache_dir(cache_dir), data, data
     if problem := find_data_problem(data):
         raise UserError(f"{format_name(name)}: {problem}")
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
-        on_progress(f"Copied standard input to {path}")
+        if on_progress is not None:
+            on_progress(f"Copied standard input to {path}")
     paths = find_files(path)
     places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
     places += [(setting, Path(place)) for setting, place in (written or {}).items()]
@@ -385,9 +384,10 @@ class StoredCorpus:
         path: str,
         paths: Sequence[Path],
         stores: Path,
-        on_progress: Callable[[str], None],
+        on_progress: Callable[[str], None] | None,
     ):
-        self.name, self.path, self._paths, self._on_progress = name, path, paths, on_progress
+        self.name, self.path, self._paths = name, path, paths
+        self._on_progress = on_progress if on_progress is not None else lambda line: None
         whole_path = resolve_data_path(path)
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"

@@ -110,7 +110,7 @@ def test_what_a_large_text_costs_is_measured(monkeypatch, capsys):
     corpus.run(None)
     told = capsys.readouterr().out
     for words in (
-        r"0\.003 GB encoded in \d+\.\d s: \d+ MB/s .*, at most \d+ MB in memory",
+        r"0\.003 GB encoded in \d+\.\d s: \d+ MB/s.*; at most \d+ MB in memory",
         r"the first step: after \d+\.\d\d s on 1 MB, and after \d+\.\d\d s on it",
         r"anonymous memory of training: [+-]\d+\.\d MB over that on 1 MB",
     ):
