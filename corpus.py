@@ -55,7 +55,7 @@ from utils.data_files import (
 from utils.errors import RunError, UserError
 
 SPLITS = ("train", "val", "test")
-LARGE_BYTES = 64 << 20  # of text, from which `token_store` auto encodes it into the cache
+LARGE_BYTES = 64 << 20  # `token_store` auto encodes texts of this size or more into the cache
 BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
 _UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
@@ -571,7 +571,7 @@ class StoredCorpus:
                         blocks.append((tokens, size))
                 files.sync_file(file)
             if text_hash.identity != self._manifest.identity:
-                # Maybe the first reading, and not this one, saw the text amid a change.
+                # The first reading may have been the one during a change: discard its result.
                 files.remove_file(self._manifest_path)
                 raise _describe_change(self.name)
         except UserError:  # a change of a file explains any other error: report it first
