@@ -146,7 +146,10 @@ BAD = {
     ),
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",
-        ["the cache cannot be written: {0}/file: File exists: name another directory with --cache-dir"],
+        [
+            "the cache cannot be written: {0}/file: File exists: name another directory with "
+            "--cache-dir"
+        ],
     ),
     "short text": (
         "--data {0}/short.txt --block-size 8",
