@@ -55,7 +55,7 @@ from utils.data_files import (
 from utils.errors import RunError, UserError
 
 SPLITS = ("train", "val", "test")
-LARGE_BYTES = 64 << 20  # of text, from which `token_store` auto encodes it into the cache
+LARGE_BYTES = 64 << 20  # `token_store` auto encodes texts of this size or more into the cache
 BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
 _UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
@@ -262,14 +262,13 @@ def open_corpus(
     if data is None:
         plays = load_sample_corpus(cache=cache_sample, cache_dir=cache_dir)
         return MemoryCorpus("Shakespeare's plays", None, [plays], _digest(plays))
-    if on_progress is None:
-        on_progress = lambda line: None  # noqa: E731
     cache, path, name = get_cache_dir(cache_dir), data, data
     if problem := find_data_problem(data):
         raise UserError(f"{format_name(name)}: {problem}")
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
-        on_progress(f"Copied standard input to {path}")
+        if on_progress is not None:
+            on_progress(f"Copied standard input to {path}")
     paths = find_files(path)
     places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
     places += [(setting, Path(place)) for setting, place in (written or {}).items()]
@@ -385,9 +384,10 @@ class StoredCorpus:
         path: str,
         paths: Sequence[Path],
         stores: Path,
-        on_progress: Callable[[str], None],
+        on_progress: Callable[[str], None] | None,
     ):
-        self.name, self.path, self._paths, self._on_progress = name, path, paths, on_progress
+        self.name, self.path, self._paths = name, path, paths
+        self._on_progress = on_progress if on_progress is not None else lambda line: None
         whole_path = resolve_data_path(path)
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
@@ -571,7 +571,7 @@ class StoredCorpus:
                         blocks.append((tokens, size))
                 files.sync_file(file)
             if text_hash.identity != self._manifest.identity:
-                # Maybe the first reading, and not this one, saw the text amid a change.
+                # The first reading may have been the one during a change: discard its result.
                 files.remove_file(self._manifest_path)
                 raise _describe_change(self.name)
         except UserError:  # a change of a file explains any other error: report it first

@@ -27,10 +27,11 @@ text = open_corpus(sys.argv[1], cache_dir=sys.argv[2], token_store="on")
 encoded = text.encode(text.create_tokenizer("char"))
 seconds = time.perf_counter() - began
 usage = resource.getrusage(resource.RUSAGE_SELF)
-cpu = {"user": usage.ru_utime, "system": usage.ru_stime}
+cpu = usage.ru_utime + usage.ru_stime
 with open("/proc/self/status", encoding="utf-8") as status:
     lines = dict(line.split(":", 1) for line in status)
-print(json.dumps({**cpu, "seconds": seconds, "peak": int(lines["VmHWM"].split()[0]) * 1024}))
+peak = int(lines["VmHWM"].split()[0]) * 1024
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
 """
 TRAIN = """
 import json, sys, time
@@ -57,11 +58,11 @@ def run(data: str | None) -> None:
         write_text(large, BYTES)
         write_text(small, SMALL_BYTES)
         encoding = _measure(ENCODE, large, directory)
-        speed = large.stat().st_size / encoding["seconds"] / 1e6
+        size, cpu = large.stat().st_size, encoding["cpu"]
         print(
-            f"  {large.stat().st_size / 1e9:.3f} GB encoded in {encoding['seconds']:.1f} s: "
-            f"{speed:.0f} MB/s ({encoding['user']:.1f} s user and {encoding['system']:.1f} s system "
-            f"CPU time), at most {encoding['peak'] / 1e6:.0f} MB in memory"
+            f"  {size / 1e9:.3f} GB encoded in {encoding['seconds']:.1f} s: "
+            f"{size / encoding['seconds'] / 1e6:.0f} MB/s, or {size / cpu / 1e6:.0f} MB per CPU "
+            f"second; at most {encoding['peak'] / 1e6:.0f} MB in memory"
         )
         turns = [
             [_measure(TRAIN, text, directory) for text in (small, large)] for _ in range(REPEATS)

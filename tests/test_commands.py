@@ -147,7 +147,8 @@ BAD = {
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",
         [
-            "the cache cannot be written: {0}/file: File exists: name another directory with --cache-dir"
+            "the cache cannot be written: {0}/file: File exists: name another directory with "
+            "--cache-dir"
         ],
     ),
     "short text": (
@@ -249,7 +250,7 @@ def test_torch_compile_on_with_a_broken_compiler_is_one_line(folio, text_file, t
 def test_auto_with_a_broken_compiler_trains_all_the_same_and_says_why(text_file, tmp_path):
     env = {**os.environ, **BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     code = (
-        "import sys, utils.device, train; utils.device.MIN_FLOPS_TO_COMPILE['cpu'] = 0.0; "
+        "import sys, utils.device, train; utils.device.WORTH_COMPILING['cpu'] = 0.0; "
         "sys.exit(train.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "--data", str(text_file), *TINY_FLAGS]
