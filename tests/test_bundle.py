@@ -309,7 +309,7 @@ DAMAGE = {
     "empty": lambda content: b"",
     "truncated": lambda content: content[: len(content) // 2],
     "a flipped bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "not what it should be": lambda content: b"\xff{",
+    "not JSON": lambda content: b"\xff{",
     "a list": lambda content: b"[]",
     "an empty object": lambda content: b"{}",
 }

@@ -2,7 +2,7 @@
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from utils.errors import Aborted, format_reason
@@ -30,22 +30,19 @@ class Isolated(Generic[_Member]):
 
     def add(self, name: str, make: Callable[[], _Member]) -> None:
         """Add the result of `make()`, or warn that `name` failed."""
-        try:
+        with self._warn_on_failure(name):
             self._members[name] = make()
-        except Exception as error:
-            self._warn_of(name, error)
 
     def call_each(self, call: Callable[[_Member], _Result]) -> list[_Result]:
         """Call `call` with each member, in order, and return the results."""
         results = []
         for name, member in list(self._members.items()):
-            try:
+            with self._warn_on_failure(name):
                 results.append(call(member))
-            except (Exception, SystemExit) as error:
-                del self._members[name]
-                self._warn_of(name, error)
-                with contextlib.suppress(Exception):
-                    self._discard(member)
+                continue
+            del self._members[name]
+            with contextlib.suppress(Exception):
+                self._discard(member)
         return results
 
     def close_each(self, call: Callable[[_Member], object]) -> None:
@@ -53,15 +50,16 @@ class Isolated(Generic[_Member]):
         while self._members:
             name = next(iter(self._members))
             member = self._members.pop(name)
-            try:
+            with self._warn_on_failure(name):
                 call(member)
-            except (Exception, SystemExit) as error:
-                self._warn_of(name, error)
 
-    def _warn_of(self, name: str, error: BaseException) -> None:
-        if isinstance(error, Aborted):
-            raise error
-        self._warn(
-            f"{name} failed and is left out from here on: {format_reason(error)}",
-            "".join(traceback.format_exception(error)),
-        )
+    @contextlib.contextmanager
+    def _warn_on_failure(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Aborted:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = format_reason(error)
+            trace = "".join(traceback.format_exception(error))
+            self._warn(f"{name} failed and is left out from here on: {reason}", trace)
