@@ -1,7 +1,7 @@
-"""How fast models generate: plain, compiled, in 8 bits, and many texts side by side.
+"""Speed of generation: plain, compiled, int8, and many texts in one batch.
 
-The models are untrained: what a token costs does not depend on which it is. The time to load and
-to compile is printed, and not counted.
+The models are untrained, as the time of a token does not depend on its value. The time to load and
+to compile is printed, not counted.
 """
 
 import statistics
@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import torch
-from decoding import Int8Linear, choose_decoding, compile_decode, quantize
-from sampling import SamplingParams
 from torch import nn
 
-from model import FastDecoder, LanguageModel
+from fast_decode import choose_decoding, compile_decode
+from generate import FastDecoder, SamplingParams, stream_tokens
+from model import LanguageModel
 from parameters import ModelConfig
-from trainer import train
+from train import train
+from utils.kernels import Int8Linear, quantize
 from utils.output import Output
 
 V = 65  # the characters of Tiny Shakespeare
@@ -31,10 +32,10 @@ SHAPES = {
     },
     "the default model": {},
 }
-HOW = SamplingParams(temperature=0.8)
+SAMPLING = SamplingParams(temperature=0.8)
 REPEATS = 5
 SECONDS = 3  # of each repetition, about
-SIDE_BY_SIDE = 64
+BATCH = 64
 COMPILE = "on"
 LONG = 10_000
 INFERENCE = Path(__file__).resolve().parent.parent / "inference.py"
@@ -46,20 +47,20 @@ def run(data: str | None) -> None:
         plain = one_stream(shape, "none", "off")
         for quantized, compiled in (("none", COMPILE), ("int8", "off"), ("int8", COMPILE)):
             one_stream(shape, quantized, compiled)
-        side_by_side(shape, plain)
-    flatness()
+        batch(shape, plain)
+    long_text()
     first_character()
 
 
 def one_stream(shape: dict, quantized: str, compiled: str) -> float:
-    """Print the characters a second of one text, and what reading the weights alone would allow."""
+    """Print characters per second of one text, and the share of time to read its weights."""
     model = create_model(shape)
     if quantized == "int8":
         quantize(model)
-    fast, seconds = fast_decode(model, compiled, 1)
-    speed = characters_per_second(model, 1, fast)
-    size = weight_bytes(model)
-    allowed = 1 / seconds_to_read(size)
+    fast, seconds = create_fast_decoder(model, compiled, 1)
+    speed = measure_speed(model, 1, fast)
+    size = count_weight_bytes(model)
+    allowed = 1 / measure_read_time(size)
     print(
         f"    one text, {'int8' if quantized == 'int8' else 'fp32'}, "
         f"{'compiled' if fast else 'plain'}: {speed:,.0f} characters/s; "
@@ -70,13 +71,13 @@ def one_stream(shape: dict, quantized: str, compiled: str) -> float:
     return speed
 
 
-def side_by_side(shape: dict, plain: float) -> None:
-    """Print the characters a second of many texts at once, against one by the plain path."""
+def batch(shape: dict, plain: float) -> None:
+    """Print characters per second of a batch of texts, compared with one plain text."""
     model = create_model(shape)
-    fast, seconds = fast_decode(model, COMPILE, SIDE_BY_SIDE)
-    speed = characters_per_second(model, SIDE_BY_SIDE, fast)
+    fast, seconds = create_fast_decoder(model, COMPILE, BATCH)
+    speed = measure_speed(model, BATCH, fast)
     print(
-        f"    {SIDE_BY_SIDE} texts, fp32, {'compiled' if fast else 'plain'}: {speed:,.0f} "
+        f"    {BATCH} texts, fp32, {'compiled' if fast else 'plain'}: {speed:,.0f} "
         f"characters/s, {speed / plain:.1f} times one by the plain path"
         + (f"; compiled in {seconds:.0f} s" if fast else ""),
         flush=True,
@@ -84,24 +85,26 @@ def side_by_side(shape: dict, plain: float) -> None:
 
 
 def create_model(shape: dict) -> LanguageModel:
-    """A model of that shape, which gives every character some probability."""
+    """Create a model in which every character has some probability."""
     torch.manual_seed(0)
     return LanguageModel(ModelConfig(**shape), V).eval()
 
 
-def fast_decode(model: LanguageModel, compiled: str, rows: int) -> tuple[FastDecoder | None, float]:
-    """The compiled way to decode, and the seconds that took."""
+def create_fast_decoder(
+    model: LanguageModel, compiled: str, rows: int
+) -> tuple[FastDecoder | None, float]:
+    """Return compiled decoding, and the seconds to compile it."""
     wanted = choose_decoding(compiled, torch.device("cpu"), 0)
-    fast, _, seconds = compile_decode(model, wanted, compiled, HOW, rows=rows)
+    fast, _, seconds = compile_decode(model, wanted, compiled, SAMPLING, rows=rows)
     return fast, seconds
 
 
-def characters_per_second(model: LanguageModel, rows: int, fast: FastDecoder | None) -> float:
-    """The median of some repetitions, the prompt's reading and the window's included."""
+def measure_speed(model: LanguageModel, rows: int, fast: FastDecoder | None) -> float:
+    """Return the median of characters per second, with the prefill of prompt and windows."""
 
     def seconds(length: int) -> float:
         begun = time.perf_counter()
-        for _ in model.stream([0], length, HOW, seeds=range(rows), fast=fast):
+        for _ in stream_tokens(model, [0], length, SAMPLING, seeds=range(rows), fast=fast):
             pass
         return time.perf_counter() - begun
 
@@ -111,8 +114,8 @@ def characters_per_second(model: LanguageModel, rows: int, fast: FastDecoder | N
     return rows * length / statistics.median(seconds(length) for _ in range(REPEATS))
 
 
-def weight_bytes(model: LanguageModel) -> int:
-    """The bytes of all matrices that a token is multiplied with."""
+def count_weight_bytes(model: LanguageModel) -> int:
+    """Return the bytes of all matrices that a token is multiplied with."""
     size = model.token_embedding.weight.nbytes  # it is the head, or as large as it
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear | Int8Linear):
@@ -120,8 +123,8 @@ def weight_bytes(model: LanguageModel) -> int:
     return size
 
 
-def seconds_to_read(size: int) -> float:
-    """The time in which these cores can read that many bytes, again and again."""
+def measure_read_time(size: int) -> float:
+    """Return the seconds in which these cores read `size` bytes, repeatedly."""
     numbers = torch.ones(size // 4)
     numbers.sum()
     times = []
@@ -132,10 +135,10 @@ def seconds_to_read(size: int) -> float:
     return statistics.median(times)
 
 
-def flatness() -> None:
-    """Print the speed at the beginning and at the end of a long text."""
+def long_text() -> None:
+    """Print the speed of each tenth of a long text."""
     model, arrivals = create_model({}), [time.perf_counter()]
-    for _ in model.stream([0], LONG, HOW):
+    for _ in stream_tokens(model, [0], LONG, SAMPLING):
         arrivals.append(time.perf_counter())
     tenth = LONG // 10
     speeds = [

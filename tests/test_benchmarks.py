@@ -82,7 +82,7 @@ def test_a_failed_training_prints_the_message_of_train(timed):
 def test_generation_speed_is_measured(monkeypatch, capsys):
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
     monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "": shape})
-    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "SIDE_BY_SIDE": 3, "LONG": 50}
+    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "BATCH": 3, "LONG": 50}
     for name, value in small.items():
         monkeypatch.setattr(generation, name, value)
     generation.run(None)
@@ -103,8 +103,8 @@ def test_the_cost_of_a_large_corpus_is_measured(monkeypatch, capsys):
         monkeypatch.setattr(corpus, name, value)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     corpus.run(None)
-    told = capsys.readouterr().out
-    for words in (
+    printed = capsys.readouterr().out
+    for pattern in (
         r"0\.003 GB encoded in \d+\.\d s: \d+ MB/s.*; at most \d+ MB in memory",
         r"the first step: after \d+\.\d\d s on 1 MB, and after \d+\.\d\d s on it",
         r"anonymous memory of training: [+-]\d+\.\d MB over that on 1 MB",
