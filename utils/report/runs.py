@@ -150,8 +150,9 @@ def _validate(validate: Callable[[Any], _F], values: Any, path: Path) -> _F:
     try:
         return validate(values)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{path} is damaged: {key}: {error.errors()[0]['msg']}") from None
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "content"
+        raise UserError(f"{path} is damaged: {key}: {problem['msg']}") from None
 
 
 def _read_metrics(
