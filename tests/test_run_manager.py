@@ -123,7 +123,10 @@ def test_a_record_is_read_back(repo, tmp_path):
     assert record["diff"] == ""
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"config": {}, "sources": {}, "run": 5}'])
+DAMAGED = [None, "{", "[]", "[" * 100_000, '{"config": {}, "sources": {}, "run": 5}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_missing_or_damaged_record_is_a_users_mistake(tmp_path, content):
     run = RunDirectoryCreator(tmp_path / "runs").create("r")
     if content is not None:

@@ -165,7 +165,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         parts = {name: dict(record[name]) for name in ("config", "sources", "run")}
     except OSError as error:
         raise UserError(f"{run_dir} is not a run: {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     try:
         content = path.with_name("git.txt").read_bytes().decode("utf-8", "replace")

@@ -107,7 +107,7 @@ def read_run(path: Path) -> Run:
     directory, record = RunDirectory(path), read_record(path)
     config_path, result_path = (directory.meta / n for n in ("full_config.json", "result.json"))
     facts = _validate(RunFacts.model_validate, record["run"], config_path)
-    text = _read_text(result_path)
+    text = _read_if_file(result_path)
     result = _validate(_Result.model_validate_json, text, result_path) if text else None
     metrics, resumed_runs = _read_metrics(path, facts, {path.resolve()})
     samples = [(line.get("step"), line.get("text")) for line in _read_jsonl(directory.samples)]
@@ -123,8 +123,8 @@ def read_run(path: Path) -> Run:
         facts=facts,
         record={**record, "diff": record["diff"][:MAX_CHARS]},
         status=_format_status(last_step, record["config"].get("max_iters"), result),
-        environment=_read_text(directory.meta / "env.txt"),
-        console=_read_text(directory.console)[-MAX_CHARS:],
+        environment=_read_if_file(directory.meta / "env.txt"),
+        console=_read_if_file(directory.console)[-MAX_CHARS:],
         samples=[(s, t) for s, t in samples if isinstance(s, int) and isinstance(t, str)],
         steps=steps,
         evaluations=evaluations,
@@ -150,8 +150,9 @@ def _validate(validate: Callable[[Any], _F], values: Any, path: Path) -> _F:
     try:
         return validate(values)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{path} is damaged: {key}: {error.errors()[0]['msg']}") from None
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "content"
+        raise UserError(f"{path} is damaged: {key}: {problem['msg']}") from None
 
 
 def _read_metrics(
@@ -188,14 +189,14 @@ def _read_metrics(
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a JSON-lines file, without lines that are damaged or cut off."""
-    for text in _read_text(path).split("\n"):
+    for text in _read_if_file(path).split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict):
                 yield line
 
 
-def _read_text(path: Path) -> str:
+def _read_if_file(path: Path) -> str:
     with contextlib.suppress(OSError):
         if path.is_file():  # a device or a pipe might never end
             return path.read_text(encoding="utf-8", errors="replace")
