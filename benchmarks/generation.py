@@ -18,7 +18,7 @@ from fast_decode import choose_decoding, compile_decode
 from generate import FastDecoder, SamplingParams, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
-from train import train
+from trainer import train
 from utils.kernels import Int8Linear, quantize
 from utils.output import Output
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLE_CONFIG, CHECKOUT, save_bundle
+from helpers import BUNDLE_CONFIG, CHECKOUT, save_bundle
 from rich.console import Console
 
 import data
 import evaluate
 from bundle import TRAINING_SETTINGS, read_state
+from corpus import EncodedCorpus
 from data import load_dataset
 from evaluate import (
     HEAT,
@@ -33,10 +34,8 @@ from evaluate import (
     split_pieces,
 )
 from model import LanguageModel
-from step import estimate_loss
-from store import EncodedCorpus
 from tokenizer import CharTokenizer, create_tokenizer
-from train import train
+from trainer import estimate_loss, train
 from utils.errors import UserError
 from utils.evaluation import compute_loss, compute_token_losses, find_window_starts
 from utils.output import Output
