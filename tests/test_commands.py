@@ -161,7 +161,7 @@ BAD = {
     "runs_dir is a file": (
         "--data {1} --runs-dir {0}/file --block-size 16",
         [
-            "cannot make a run directory in {0}/file: File exists; name another place with "
+            "cannot create a run directory in {0}/file: File exists; choose another with "
             "--runs-dir"
         ],
     ),
