@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import CHECKOUT, LINES
+
 from utils.tracking.metrics import METRICS, get_tag
 
 # The pages whose commands run, in an order in which each finds the models that it needs.
