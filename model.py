@@ -35,14 +35,14 @@ from utils.kernels import apply_causal_attention, apply_rms_norm
 
 
 class LayerCache(Protocol):
-    """One layer's part of a KV cache: `generate.LayerCache`."""
+    """One layer's part of a KV cache (see generate.py)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Append keys and values at `positions`, then attend to all of the cache."""
 
 
 class KVCache(Protocol):
-    """The keys and values of earlier tokens: `generate.KVCache`."""
+    """The keys and values of earlier tokens (see generate.py)."""
 
     def get_layers(self, positions: Tensor) -> Sequence[LayerCache]:
         """Return each layer's part, for new tokens at `positions`, `(t,)`."""

@@ -35,7 +35,7 @@ SHAPES = {
 SAMPLING = SamplingParams(temperature=0.8)
 REPEATS = 5
 SECONDS = 3  # of each repetition, about
-BATCH = 64
+SIDE_BY_SIDE = 64
 COMPILE = "on"
 LONG = 10_000
 INFERENCE = Path(__file__).resolve().parent.parent / "inference.py"
@@ -47,7 +47,7 @@ def run(data: str | None) -> None:
         plain = one_stream(shape, "none", "off")
         for quantized, compiled in (("none", COMPILE), ("int8", "off"), ("int8", COMPILE)):
             one_stream(shape, quantized, compiled)
-        batch(shape, plain)
+        side_by_side(shape, plain)
     long_text()
     first_character()
 
@@ -71,13 +71,13 @@ def one_stream(shape: dict, quantized: str, compiled: str) -> float:
     return speed
 
 
-def batch(shape: dict, plain: float) -> None:
+def side_by_side(shape: dict, plain: float) -> None:
     """Print characters per second of a batch of texts, compared with one plain text."""
     model = create_model(shape)
-    fast, seconds = create_fast_decoder(model, COMPILE, BATCH)
-    speed = measure_speed(model, BATCH, fast)
+    fast, seconds = create_fast_decoder(model, COMPILE, SIDE_BY_SIDE)
+    speed = measure_speed(model, SIDE_BY_SIDE, fast)
     print(
-        f"    {BATCH} texts, fp32, {'compiled' if fast else 'plain'}: {speed:,.0f} "
+        f"    {SIDE_BY_SIDE} texts, fp32, {'compiled' if fast else 'plain'}: {speed:,.0f} "
         f"characters/s, {speed / plain:.1f} times one by the plain path"
         + (f"; compiled in {seconds:.0f} s" if fast else ""),
         flush=True,

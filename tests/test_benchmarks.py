@@ -82,7 +82,7 @@ def test_a_failed_training_prints_the_message_of_train(timed):
 def test_generation_speed_is_measured(monkeypatch, capsys):
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
     monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "": shape})
-    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "BATCH": 3, "LONG": 50}
+    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "SIDE_BY_SIDE": 3, "LONG": 50}
     for name, value in small.items():
         monkeypatch.setattr(generation, name, value)
     generation.run(None)
