@@ -14,6 +14,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ def profile_training(
     import train
     from callbacks import Best
     from optim import learning_rate_at
-    from prepare import create_setup, time_evaluation
+    from prepare import time_evaluation
     from step import PHASES, training_step
     from utils.profiling import compute_shares, count_flops, measure_seconds, profile_work
 
@@ -79,34 +80,28 @@ def profile_training(
                     learning_rate = learning_rate_at(number, config)
                     log.log_step(number + 1, loss, grad_norm, learning_rate)
 
-            not_compiled = config.model_copy(update={"torch_compile": "off"})
-            plain = create_setup(not_compiled, {}, data, device, ResumePlan())
+            not_compiled = replace(setup, learner=model)
             section = profile_work(
                 f"Training: {config.batch_size} x {config.block_size} tokens a step",
                 partial(make_step, setup),
                 device,
                 steps,
                 tokens=config.batch_size * config.block_size,
-                flops=count_flops(partial(make_step, plain)),
+                flops=count_flops(partial(make_step, not_compiled)),
                 phases=(*PHASES, "logging"),
                 trace=trace,
             )
             checkpoints = train.open_checkpoints(setup, run)
             state = train.training_state(setup, run, 1, None, Best())
-            works = (
-                ("checkpoint", lambda: checkpoints.save(state)),
-                ("histograms", lambda: log.log_histograms(1, train.weights_and_gradients(model))),
-                ("sample", lambda: train.sample(model, data, config, train.SAMPLE_TOKENS)),
-            )
+            works = {
+                "checkpoint": lambda: checkpoints.save(state),
+                "histograms": lambda: log.log_histograms(1, train.weights_and_gradients(model)),
+                "sample": lambda: train.sample(model, data, config, train.SAMPLE_TOKENS),
+            }
             seconds = {"evaluation": time_evaluation(setup)}
-            seconds |= {name: measure_seconds(device, work) for name, work in works}
-        intervals = (
-            config.eval_interval,
-            config.checkpoint_interval,
-            config.histogram_interval,
-            config.sample_interval,
-        )
-        periodic = compute_shares(section, seconds, intervals)
+            seconds |= {name: measure_seconds(device, work) for name, work in works.items()}
+        intervals = [config.eval_interval, config.checkpoint_interval, config.histogram_interval]
+        periodic = compute_shares(section, seconds, [*intervals, config.sample_interval])
         return _create_report(setup, first_call, [section], periodic)
 
 
