@@ -14,6 +14,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,40 +79,29 @@ def profile_training(
                     learning_rate = learning_rate_at(number, config)
                     log.log_step(number + 1, loss, grad_norm, learning_rate)
 
-            not_compiled = config.model_copy(update={"torch_compile": "off"})
-            plain = training.create_trainer(not_compiled, {}, data, device, ResumePlan())
+            not_compiled = replace(trainer, train_model=model)
             section = profile_work(
                 f"Training: {config.batch_size} x {config.block_size} tokens a step",
                 partial(make_step, trainer),
                 device,
                 steps,
                 tokens=config.batch_size * config.block_size,
-                flops=count_flops(partial(make_step, plain)),
+                flops=count_flops(partial(make_step, not_compiled)),
                 phases=(*training.PHASES, "logging"),
                 trace=trace,
             )
             checkpoints = trainer.open_checkpoints(run)
             state = trainer.get_state(run, 1, None, Best())
-            works = (
-                ("checkpoint", lambda: checkpoints.save(state)),
-                (
-                    "histograms",
-                    lambda: log.log_histograms(1, training.collect_weights_and_gradients(model)),
-                ),
-                (
-                    "sample",
-                    lambda: training.sample_text(model, data, config, training.SAMPLE_TOKENS),
-                ),
-            )
+            collect, sample = training.collect_weights_and_gradients, training.sample_text
+            works = {
+                "checkpoint": lambda: checkpoints.save(state),
+                "histograms": lambda: log.log_histograms(1, collect(model)),
+                "sample": lambda: sample(model, data, config, training.SAMPLE_TOKENS),
+            }
             seconds = {"evaluation": training.time_evaluation(trainer)}
-            seconds |= {name: measure_seconds(device, work) for name, work in works}
-        intervals = (
-            config.eval_interval,
-            config.checkpoint_interval,
-            config.histogram_interval,
-            config.sample_interval,
-        )
-        periodic = compute_shares(section, seconds, intervals)
+            seconds |= {name: measure_seconds(device, work) for name, work in works.items()}
+        intervals = [config.eval_interval, config.checkpoint_interval, config.histogram_interval]
+        periodic = compute_shares(section, seconds, [*intervals, config.sample_interval])
         return _create_report(trainer, first_call, [section], periodic)
 
 

@@ -203,7 +203,7 @@ def count_flops(work: Work) -> int:
 def compute_shares(
     section: Section, seconds: Mapping[str, float], intervals: Sequence[int]
 ) -> list[PeriodicWork]:
-    """Return the work that is done between calls of `section` every so many of them."""
+    """Return each periodic work's share of a run, given its seconds and its interval in steps."""
     per_call = [s / n if n else 0.0 for s, n in zip(seconds.values(), intervals, strict=True)]
     total = section.timing.median + sum(per_call)
     rows = zip(seconds.items(), intervals, per_call, strict=True)
