@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate import SamplingParams, generate_tokens
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -67,6 +66,7 @@ from distributed import (
     translate_peer_errors,
     wrap_ddp,
 )
+from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
