@@ -8,6 +8,7 @@ python -m pytest tests/test_resume_plan.py
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -21,16 +22,16 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits
+from conftest import CHECKOUT, LINES, TINY_FLAGS, assert_same_bits, save_bundle
 from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
 import trainer as trainer_module
-from bundle import BUNDLE_FILES, get_model_info
+from bundle import BUNDLE_FILES, Ancestor, get_model_info
 from callbacks import TrainResult
 from checkpoint import load_model
 from config import ConfigLoader
-from resume import lock_named_model, plan_run
+from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
 from utils.stop import StopRequest
@@ -80,6 +81,75 @@ def signal_at(monkeypatch, at: int, number: int = signal.SIGTERM) -> None:
         return REAL_STEP(trainer, index)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+# The truth table ------------------------------------------------------------------------------
+
+REFERENCE = Path("runs/20260101_000000/artifacts/checkpoints/step_00000007")
+PARENT = Path("checkpoints/parent")
+NAMED_MODELS = {"no name": None, "missing": Path("checkpoints/virgil"), "exists": DANTE}
+COMBINATIONS = list(
+    itertools.product(("none", "auto", "REF"), NAMED_MODELS, ("no", "yes"), ("no", "yes"))
+)
+
+
+def find_outcomes(*combination: str) -> list[str]:
+    """Return the outcomes of the rows of `resolve_start`'s table that match a combination."""
+    table = resolve_start.__doc__.split("starts from\n")[1].split("\n\n")[0]
+    rows = [re.split(r"  +", line.strip(), maxsplit=4) for line in table.splitlines()[1:]]
+    assert all(len(row) == 5 for row in rows)
+    return [
+        outcome
+        for *row, outcome in rows
+        if all(cell in ("any", value) for cell, value in zip(row, combination, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("resume", "name", "parent", "overwrite"), COMBINATIONS)
+def test_every_combination_starts_from_what_the_table_of_resolve_start_lists(
+    resume, name, parent, overwrite
+):
+    save_bundle(PARENT, step=3)
+    weights = read_training_state(PARENT)["files"]["model.safetensors"]
+    child = Ancestor(
+        name="parent", step=3, weights_sha256=weights, data_sha256="0" * 64, run_id="r"
+    )
+    save_bundle(REFERENCE, step=7, run_id="20260101_000000", lineage=[child])
+    save_bundle(DANTE, step=5, run_id="20260101_000000")
+    settings = {
+        "model_name": NAMED_MODELS[name] and NAMED_MODELS[name].name,
+        "init_from": "parent" if parent == "yes" else None,
+        "run_tag": None,
+        "runs_dir": "runs",
+        "checkpoints_dir": "checkpoints",
+    }
+
+    def plan() -> ResumePlan:
+        reference = {"none": None, "auto": "auto", "REF": str(REFERENCE)}[resume]
+        return resolve_start(
+            settings.get, lambda name: "--flag", resume=reference, overwrite=overwrite == "yes"
+        )
+
+    outcomes = find_outcomes(resume, name, parent, overwrite)
+    if resume == "REF" and parent == "yes":  # plan_run rejects --resume with --init-from
+        assert outcomes == []
+        return
+    (outcome,) = outcomes
+    if outcome.startswith("error"):
+        with pytest.raises(UserError):
+            plan()
+        return
+    checkpoints = {"resumes M": DANTE, "resumes REF": REFERENCE, "newest checkpoint": REFERENCE}
+    resumed = [path for start, path in checkpoints.items() if outcome.startswith(start)]
+    start = (resumed or [PARENT if parent == "yes" else None])[0]
+    found = plan()
+    assert found.is_resume == bool(resumed)
+    assert (found.bundle and found.bundle.path) == start
+    assert found.named_model == NAMED_MODELS[name]
+    assert (found.replaced is not None) == (name == "exists")
+    assert ("creates M" in outcome) == (name == "missing")
+    assert ("replaces M" in outcome) == (name == "exists" and overwrite == "yes")
+    assert "new" in outcome or resumed
 
 
 # Named models ---------------------------------------------------------------------------------
