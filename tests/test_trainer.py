@@ -134,7 +134,7 @@ def test_the_same_config_gives_bit_for_bit_the_same_model(tiny, quiet):
 
 def test_the_recorded_config_trains_the_same_model_again(tiny, quiet):
     first = train(tiny(dropout=0.1, seed=5, run_tag="first"), output=quiet)
-    loaded = ConfigLoader().load(config_file=str(first.run_dir / "meta" / "full_config.json"))
+    loaded = ConfigLoader(config_file=str(first.run_dir / "meta" / "full_config.json")).load()
     again = train(loaded.config, loaded=loaded, output=quiet)
     assert read_losses(again) == read_losses(first)
     assert again.run_dir != first.run_dir
@@ -146,7 +146,7 @@ def test_a_rerun_works_from_any_directory(tiny, quiet, tmp_path, monkeypatch):
     first = train(tiny(data="here.txt"), output=quiet)
     record = (first.run_dir / "meta" / "full_config.json").resolve()
     monkeypatch.chdir(tmp_path)
-    loaded = ConfigLoader().load(config_file=str(record))
+    loaded = ConfigLoader(config_file=str(record)).load()
     again = train(loaded.config, loaded=loaded, output=quiet)
     monkeypatch.chdir(tmp_path / "cwd")
     again_losses = (tmp_path / again.run_dir / "logs" / "metrics.jsonl").read_text("utf-8")
@@ -157,11 +157,11 @@ def test_a_rerun_on_a_different_text_needs_the_data_flag(tiny, quiet, text_file)
     first = train(tiny(), output=quiet)
     record = str(first.run_dir / "meta" / "full_config.json")
     text_file.write_text("something else entirely, " * 100, encoding="utf-8")
-    loaded = ConfigLoader().load(config_file=record)
+    loaded = ConfigLoader(config_file=record).load()
     with pytest.raises(UserError, match=f"{text_file}.*{first.run_dir.name}.*--data"):
         train(loaded.config, loaded=loaded, output=quiet)
     assert len(list(Path("runs").iterdir())) == 1
-    loaded = ConfigLoader().load({"data": str(text_file)}, record)
+    loaded = ConfigLoader({"data": str(text_file)}, record).load()
     assert train(loaded.config, loaded=loaded, output=quiet).step == 6
 
 
@@ -369,7 +369,7 @@ def test_max_minutes_with_max_iters_is_a_time_limit(tiny, quiet):
 def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tiny, quiet):
     result = train(tiny(), output=quiet)
     text = read_console(result.run_dir)
-    for words in ("Model ", "Text ", "Device CPU", "step 2/6", "eval 6/6", "--- sample at step 6"):
+    for words in ("Model ", "Text ", "CPU", "step 2/6", "eval 6/6", "--- sample at step 6"):
         assert words in text, words
     assert text.count("--- sample at") == 1
     assert f"inference.py --run {result.run_dir}" in text
