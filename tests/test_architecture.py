@@ -13,8 +13,8 @@ import pytest
 from conftest import CHECKOUT
 
 LIBRARY = (
-    "parameters config tokenizer corpus data model generate distributed optim bundle checkpoint "
-    "resume callbacks trainer"
+    "parameters config tokenizer corpus data model generate fast_decode distributed optim bundle "
+    "checkpoint resume callbacks trainer"
 ).split()
 COMMANDS = "train inference evaluate inspect_model profile_model report tune".split()
 ORDER = [*LIBRARY, *COMMANDS]  # the reading order of docs/: a module imports only earlier ones
