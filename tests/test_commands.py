@@ -1,4 +1,4 @@
-"""The commands as a user meets them: real processes, their output and their exit status.
+"""The commands as users run them: real processes, their output and their exit status.
 
 python -m pytest tests/test_commands.py
 """
@@ -30,21 +30,21 @@ sys.exit(f"imported {{heavy}}" if heavy else status)
     ("flags", "status"),
     [(["--help"], 0), (["--no-such-flag"], 2), (["--runs-dir"], 2)],
 )
-def test_help_and_mistakes_are_answered_without_torch(script, flags, status):
+def test_help_and_wrong_flags_do_not_import_torch(script, flags, status):
     argv = [str(CHECKOUT / script), *flags]
     code = RAN_WITHOUT_TORCH.format(checkout=str(CHECKOUT), argv=argv)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == status, done.stderr
 
 
-def test_show_config_and_a_missing_text_are_answered_without_torch():
+def test_show_config_and_a_missing_text_do_not_import_torch():
     for flags, status in ((["--show-config"], 0), (["--data", "none.txt"], 2)):
         argv = [str(CHECKOUT / "train.py"), *flags]
         code = RAN_WITHOUT_TORCH.format(checkout=str(CHECKOUT), argv=argv)
         assert subprocess.run([sys.executable, "-c", code]).returncode == status
 
 
-def test_a_run_in_a_pipe_prints_plain_lines_and_the_exact_next_commands(folio, text_file):
+def test_a_run_in_a_pipe_prints_plain_lines_and_commands_that_work(folio, text_file):
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--run_tag", "x")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
@@ -57,7 +57,7 @@ def test_a_run_in_a_pipe_prints_plain_lines_and_the_exact_next_commands(folio, t
         assert again.returncode == 0, again.stderr
 
 
-def test_a_full_config_rerun_from_the_command_line_gives_identical_losses(folio, text_file):
+def test_a_rerun_from_full_config_json_gives_identical_losses(folio, text_file):
     folio("train.py", "--data", text_file, *TINY_FLAGS, "--dropout=0.1", check=True)
     (first,) = Path("runs").iterdir()
     record = first / "meta" / "full_config.json"
@@ -75,7 +75,7 @@ def test_a_full_config_rerun_from_the_command_line_gives_identical_losses(folio,
 
 @pytest.fixture
 def bad_files(tmp_path):
-    """One of each kind of file that cannot be used."""
+    """Create one of each kind of file that cannot be used."""
     (tmp_path / "unknown.yaml").write_text("n_layers: 3\nlearning_rate: fast\n")
     (tmp_path / "unknown.json").write_text('{"max_itres": 3}')
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
@@ -88,145 +88,119 @@ def bad_files(tmp_path):
     return tmp_path
 
 
-BAD = {
-    "unknown flag": ("--max-itres 5", ["unknown flag --max-itres; did you mean --max-iters?"]),
+# The flags, and the facts that each line of the answer has. {0} is `bad_files`, {1} a good text.
+MISTAKES = {
+    "unknown flag": ("--max-itres 5", [["unknown flag --max-itres", "--max-iters"]]),
     "unknown key in YAML": (
         "--config {0}/unknown.yaml",
         [
-            "{0}/unknown.yaml: unknown key n_layers; did you mean n_layer?",
-            '{0}/unknown.yaml: learning_rate must be a number, got "fast"',
+            ["{0}/unknown.yaml", "unknown key n_layers", "n_layer?"],
+            ["{0}/unknown.yaml", "learning_rate", '"fast"'],
         ],
     ),
     "unknown key in JSON": (
         "--config {0}/unknown.json",
-        ["{0}/unknown.json: unknown key max_itres; did you mean max_iters?"],
+        [["{0}/unknown.json", "unknown key max_itres", "max_iters?"]],
     ),
-    "duplicate key": (
-        "--config {0}/twice.yaml",
-        ["{0}/twice.yaml: the key seed stands twice: remove one"],
-    ),
-    "true for a number": ("--seed true", ['--seed must be a whole number, got "true"']),
-    "NaN": ("--dropout nan", ['--dropout must be a finite number, got "nan"']),
-    "infinity": ("--learning-rate inf", ['--learning-rate must be a finite number, got "inf"']),
-    "wrong type": ("--n-layer two", ['--n-layer must be a whole number, got "two"']),
-    "wrong range": ("--dropout 1.5", ['--dropout must be below 1, got "1.5"']),
+    "duplicate key": ("--config {0}/twice.yaml", [["{0}/twice.yaml", "seed"]]),
+    "true for a number": ("--seed true", [["--seed", '"true"']]),
+    "NaN": ("--dropout nan", [["--dropout", "finite", '"nan"']]),
+    "infinity": ("--learning-rate inf", [["--learning-rate", "finite", '"inf"']]),
+    "wrong type": ("--n-layer two", [["--n-layer", '"two"']]),
+    "wrong range": ("--dropout 1.5", [["--dropout", "1", '"1.5"']]),
     "heads": (
         "--n-embd 10 --n-head 4",
-        ["n_embd 10 is not divisible by n_head 4 (n_embd: --n-embd, n_head: --n-head)"],
+        [["n_embd 10", "n_head 4", "n_embd: --n-embd", "n_head: --n-head"]],
     ),
-    "a pipe for a text": (
-        "--data {0}/pipe",
-        ["{0}/pipe (--data): a device or a pipe, where a file is wanted"],
-    ),
-    "a device for a config": (
-        "--config /dev/zero",
-        ["/dev/zero: a device or a pipe, where a file is wanted"],
-    ),
-    "missing config": ("--config none.yaml", ["none.yaml: no such file"]),
-    "a name that is no text": (
-        "--data caf\udce9.txt",
-        ['--data must be valid Unicode text, got "caf\\udce9.txt"'],
-    ),
-    "missing text": ("--data none.txt", ["none.txt (--data): no such file"]),
-    "empty text": ("--data {0}/empty.txt", ["{0}/empty.txt (--data): the file is empty"]),
-    "undecodable text": (
+    "a pipe for a text": ("--data {0}/pipe", [["{0}/pipe", "--data"]]),
+    "a device for a config": ("--config /dev/zero", [["/dev/zero"]]),
+    "missing config": ("--config none.yaml", [["none.yaml", "no such file"]]),
+    "a name that is not Unicode": ("--data caf\udce9.txt", [["--data", '"caf\\udce9.txt"']]),
+    "missing text": ("--data none.txt", [["none.txt", "--data", "no such file"]]),
+    "empty text": ("--data {0}/empty.txt", [["{0}/empty.txt", "--data", "empty"]]),
+    "text that is not UTF-8": (
         "--data {0}/latin.txt",
-        [
-            "{0}/latin.txt: not UTF-8 text (byte 0xe9 in line 1): convert it to UTF-8 first, "
-            "for example with iconv"
-        ],
+        [["{0}/latin.txt", "UTF-8", "byte 0xe9", "line 1"]],
     ),
-    "empty directory": (
-        "--data {0}/void",
-        ["{0}/void (--data): no file in this directory has text"],
-    ),
-    "pattern without a match": (
-        "--data {0}/*.md",
-        ["{0}/*.md (--data): no file that matches this pattern has text"],
-    ),
+    "empty directory": ("--data {0}/void", [["{0}/void", "--data"]]),
+    "pattern without a match": ("--data {0}/*.md", [["{0}/*.md", "--data"]]),
     "cache_dir is a file": (
         "--data {1} --cache-dir {0}/file --token-store on",
-        [
-            "the cache cannot be written: {0}/file: File exists: name another directory with "
-            "--cache-dir"
-        ],
+        [["{0}/file", "File exists", "--cache-dir"]],
     ),
     "short text": (
         "--data {0}/short.txt --block-size 8",
-        [
-            "the text is too short: its train split has 4 of 5 characters, and block_size 8 needs "
-            "9: lower block_size, change train_split, or take a longer text"
-        ],
+        [["train", "4 of 5", "block_size 8", "9", "train_split"]],
     ),
     "runs_dir is a file": (
         "--data {1} --runs-dir {0}/file --block-size 16",
-        [
-            "cannot create a run directory in {0}/file: File exists; choose another with "
-            "--runs-dir"
-        ],
+        [["{0}/file", "File exists", "--runs-dir"]],
     ),
-    "no CUDA": (
-        "--data {1} --device cuda",
-        ["--device cuda: PyTorch sees no CUDA device here; try --device auto"],
-    ),
-    "everything at once": (
+    "no CUDA": ("--data {1} --device cuda", [["--device cuda", "--device auto"]]),
+    "several at once": (
         "--seed x --nonsense --config {0}/unknown.json --data none.txt",
         [
-            "unknown flag --nonsense",
-            '--seed must be a whole number, got "x"',
-            "{0}/unknown.json: unknown key max_itres; did you mean max_iters?",
-            "none.txt (--data): no such file",
+            ["unknown flag --nonsense"],
+            ["--seed", '"x"'],
+            ["{0}/unknown.json", "max_itres"],
+            ["none.txt", "--data"],
         ],
     ),
 }
 
 
-@pytest.mark.parametrize(("flags", "problems"), BAD.values(), ids=BAD.keys())
-def test_a_users_mistake_is_a_line_each_and_exit_status_2(
+@pytest.mark.parametrize(("flags", "problems"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_every_mistake_is_one_line_on_stderr_and_exit_status_2(
     folio, bad_files, text_file, flags, problems
 ):
     words = [word.format(bad_files, text_file) for word in flags.split()]
     done = folio("train.py", *words)
-    expected = [f"error: {problem.format(bad_files, text_file)}" for problem in problems]
-    assert done.stderr.splitlines() == expected
     assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(problems), lines
+    for line, facts in zip(lines, problems, strict=True):
+        assert line.startswith("error: ")
+        for fact in facts:
+            assert fact.format(bad_files, text_file) in line
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_mistake_in_a_legacy_file_is_found(folio):
+def test_an_unknown_key_in_a_legacy_file_is_an_error(folio):
     Path("config.json").write_text('{"n_layers": 3}', encoding="utf-8")
     done = folio("train.py")
-    assert done.stderr == "error: config.json: unknown key n_layers; did you mean n_layer?\n"
+    assert done.stderr.startswith("error: config.json: unknown key n_layers")
+    assert len(done.stderr.splitlines()) == 1
     assert done.returncode == 2
 
 
-def test_shadowed_keys_of_a_legacy_file_are_said_and_the_file_can_be_preferred(folio):
+def test_a_note_names_shadowed_legacy_keys_and_the_flag_that_prefers_the_file(folio):
     Path("config.json").write_text('{"n_layer": 3}', encoding="utf-8")
     shown = folio("train.py", "--show-config").stdout
     note = shown.splitlines()[0]
-    assert note.startswith("config.json: n_layer also set in configs/")
+    assert all(word in note for word in ("n_layer", "configs/", "--config config.json"))
     assert "configs/model.json" in next(x for x in shown.splitlines() if x.startswith("  n_layer"))
     preferred = folio("train.py", "--show-config", "--config", "config.json").stdout
     line = next(x for x in preferred.splitlines() if x.startswith("  n_layer"))
     assert line.split() == ["n_layer", "3", "config.json"]
 
 
-def test_dry_run_of_the_command_leaves_nothing_behind(folio, text_file, tmp_path):
+def test_dry_run_writes_nothing(folio, text_file, tmp_path):
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "ms a step" in done.stdout
+    assert "Memory " in done.stdout
+    assert "Time " in done.stdout
     assert list(Path.cwd().iterdir()) == []
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_reader_that_leaves_early_is_no_error(text_file):
+def test_a_closed_pipe_is_not_an_error(text_file):
     command = f"{sys.executable} {CHECKOUT}/train.py --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith("usage: python train.py")
 
 
-def test_parameters_prints_the_schema(folio):
+def test_parameters_py_prints_the_json_schema(folio):
     assert json.loads(folio("parameters.py").stdout)["title"] == "Folio configuration"
 
 
@@ -235,19 +209,19 @@ def test_parameters_prints_the_schema(folio):
 BROKEN = {"CXX": "/nowhere/c++"}
 
 
-def test_torch_compile_on_with_a_broken_compiler_is_one_line(folio, text_file, tmp_path):
+def test_torch_compile_on_with_a_broken_compiler_is_an_error(folio, text_file, tmp_path):
     env = {**BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     flags = ["--data", text_file, *TINY_FLAGS, "--torch-compile"]
     done = folio("train.py", *flags, env=env)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: torch_compile is on, and inductor does not work here (")
-    assert line.endswith("which is a C++ compiler on a CPU, or set torch_compile to off")
+    assert line.startswith("error: ")
+    assert all(word in line for word in ("torch_compile", "inductor", "C++ compiler", "off"))
     assert not Path("runs").exists()
 
 
 @pytest.mark.slow
-def test_auto_with_a_broken_compiler_trains_all_the_same_and_says_why(text_file, tmp_path):
+def test_torch_compile_auto_with_a_broken_compiler_trains_without_it(text_file, tmp_path):
     env = {**os.environ, **BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     code = (
         "import sys, utils.device, train; utils.device.WORTH_COMPILING['cpu'] = 0.0; "
@@ -259,9 +233,8 @@ def test_auto_with_a_broken_compiler_trains_all_the_same_and_says_why(text_file,
     assert (done.returncode, done.stderr) == (0, "")
     notes = [line for line in done.stdout.splitlines() if line.startswith("Note:")]
     assert len(notes) == 1
-    why = "Note: trained without torch.compile: inductor does not work here ("
-    assert notes[0].startswith(why)
+    assert "inductor" in notes[0]
     (record,) = Path("runs").glob("*/meta/full_config.json")
     run = json.loads(record.read_text(encoding="utf-8"))["run"]
     assert run["torch_compile"] == "off"
-    assert run["torch_compile_reason"] == notes[0].partition("torch.compile: ")[2]
+    assert run["torch_compile_reason"] in notes[0]

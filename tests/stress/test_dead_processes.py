@@ -16,8 +16,8 @@ from helpers import (
     Processes,
     assert_same_bits,
     list_temporary_directories,
-    side_by_side,
-    trains,
+    run_ranks,
+    run_train,
     verify_newest_step,
 )
 
@@ -42,7 +42,7 @@ def test_killed_ranks_lose_no_checkpoint_and_end_bit_for_bit_identical(text_file
     longest = 0.0
     for kill in range(KILLS):
         more = [f"--max-iters={STEPS}", "--runs-dir=killed", "--resume=auto"]
-        processes = Processes(2, trains, [*flags, *more])
+        processes = Processes(2, run_train, [*flags, *more])
         processes.meet()
         if kill % 2:  # on a slow machine, too, half of them save before they are killed
             deadline = time.monotonic() + SECONDS
@@ -66,7 +66,7 @@ def test_killed_ranks_lose_no_checkpoint_and_end_bit_for_bit_identical(text_file
     end = step + 5
     for place in ("killed", "whole"):
         more = [f"--max-iters={end}", f"--runs-dir={place}", "--resume=auto"]
-        ended = side_by_side(2, trains, [*flags, *more], within=600)  # "whole" repeats all steps
+        ended = run_ranks(2, run_train, [*flags, *more], within=600)  # "whole" repeats all steps
         assert [process.status for process in ended] == [0, 0], ended
     last, whole = (list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("killed", "whole"))
     assert_same_bits(whole, last)
