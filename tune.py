@@ -23,15 +23,14 @@ import shlex
 import shutil
 import sys
 import time
-import types
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -76,14 +75,13 @@ SEARCHABLE = (set(Architecture.model_fields) | set(Training.model_fields) | {"to
     *("eval_interval", "eval_iters", "early_stopping_patience", "seed"),
     *("epochs", "max_minutes", "micro_batch_size"),
 }
-DRAWS = 300  # random combinations that are tried to find a legal one
-MAX_LISTED = 1000  # combinations up to which all legal ones are listed
+RANGE_KEYS = ("low", "high", "log", "step")
 MAX_STEPS = 10**6  # of a range: with more, Optuna cannot tell its values apart
+MAX_LISTED = 1000  # combinations up to which all legal ones are listed
+DRAWS = 300  # random combinations that are tried to find a legal one
 
-RANGE_KEYS = {"low", "high", "log", "step"}
-DONE = ("COMPLETE", "PRUNED")  # states of Optuna's trials
+DONE = ("COMPLETE", "PRUNED")  # Optuna's names of the states of trials
 ALIVE = (*DONE, "RUNNING", "WAITING")
-
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat, after which a worker counts as dead
 POLL_SECONDS = 2  # between two checks for trials that other workers left
@@ -96,7 +94,7 @@ OPEN_ATTEMPTS = 5  # as workers that create the tables at the same time collide
 TRIALS_BEFORE_PRUNING = 5
 RANDOM_TRIALS = 10  # before TPE has enough to model
 TPE_ATTEMPTS = 50  # proposals of TPE for one trial, until one is legal and new
-MIN_TRIALS_FOR_IMPORTANCE = 6
+TRIALS_FOR_IMPORTANCE = 6
 BEST_SHOWN = 5
 
 
@@ -137,8 +135,7 @@ ACTIONS = (
 # ----------------------------------------------------------------------------------------------
 # The search space
 
-# The choices of a setting, or its range: low and high (both included), maybe log or step.
-Values = list[Any] | dict[str, Any]
+Values = list[Any] | dict[str, Any]  # choices, or a range with RANGE_KEYS
 
 
 def read_space(
@@ -166,85 +163,68 @@ def read_space(
             hint = suggest_name(str(name), SEARCHABLE)
             problems.append(f"{file}: unknown key {format_name(name)}{hint}")
         elif name not in SEARCHABLE:
-            problems.append(
-                f"{label} cannot be searched, as trials that differ in it do not compare: "
-                f"set it for all with {format_flag(name)}"
-            )
+            flag = format_flag(name)
+            problems.append(f"{label} cannot be searched, only set for all trials: {flag}")
         elif name in flags:
             problems.append(f"{label} is searched, and {format_flag(name)} fixes it: remove one")
         else:
-            check = _check_range if isinstance(values, dict) else _check_choices
-            space[name], wrong = check(name, values, label)
-            problems += wrong
+            space[name] = _check_values(name, values, label, problems)
     return space
 
 
-def _check_choices(name: str, values: Any, label: str) -> tuple[list[Any], list[str]]:
-    """Return the choices as the setting's type, and a line for each problem."""
-    if not isinstance(values, list):
-        shown, flag = format_value(values), format_flag(name)
-        return [], [
-            f"{label} must be a list of choices or {{low: …, high: …}}, got {shown}; to set one "
-            f"value for all trials: {flag}"
-        ]
-    checked = [_check_value(name, value, label) for value in values]
-    problems = [problem for _, wrong in checked for problem in wrong]
-    choices = [value for value, _ in checked]
-    if not problems and len(choices) < 2:
-        problems.append(f"{label} has fewer than two choices: {format_value(values)}")
-    elif not problems and len(set(map(format_value, choices))) < len(choices):
-        problems.append(f"{label} has a choice twice: {format_value(values)}")
-    return choices, problems
+def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Values:
+    """Return the choices or the range as the setting's type; append to `problems` if illegal."""
+    is_range = isinstance(values, dict)
+    if not is_range and not (isinstance(values, list) and len(values) > 1):
+        problems.append(
+            f"{label} must be a list of two or more choices, or {{low: …, high: …}}, got "
+            f"{format_value(values)}; a value for all trials is a flag: {format_flag(name)}"
+        )
+        return []
+    given = {end: values.get(end) for end in RANGE_KEYS[:2]} if is_range else enumerate(values)
+    checked, found = {}, []
+    for key, value in dict(given).items():
+        where = f"{label}: {key}" if is_range else label
+        settings, wrong = validate_values(
+            ModelConfig, {name: value}, strings=False, label=lambda _, where=where: where
+        )
+        checked[key] = settings.get(name)
+        found += wrong
+    if is_range and not found:
+        checked |= {key: values[key] for key in values.keys() - checked.keys()}
+        problem = _find_range_problem(checked)
+        found = [f"{label}: {problem}"] if problem else []
+    elif not found and len(set(map(format_value, checked.values()))) < len(checked):
+        found = [f"{label} has a choice twice: {format_value(values)}"]
+    problems += found
+    return checked if is_range else list(checked.values())
 
 
-def _check_range(name: str, values: Any, label: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the range as the setting's type, and a line for each problem."""
-    kind = _get_number_type(ModelConfig.model_fields[name].annotation)
-    if kind is None:
-        return {}, [f"{label} is not a number and has no range: give a list of choices"]
-    unknown = ", ".join(sorted(format_name(key) for key in values.keys() - RANGE_KEYS))
-    problems = [f"{label}: unknown {unknown}; a range has low, high, log, step"] if unknown else []
-    log, step = values.get("log", False), values.get("step")
-    if not isinstance(log, bool):
-        problems.append(f"{label}: log must be true or false, got {format_value(log)}")
-    is_number = isinstance(step, (int, kind)) and not isinstance(step, bool)
-    if step is not None and not (is_number and 0 < step < math.inf):
-        noun = "whole number" if kind is int else "number"
-        problems.append(f"{label}: step must be a {noun} above 0, got {format_value(step)}")
-    ends = []
-    for end in ("low", "high"):
-        value, wrong = _check_value(name, values.get(end), f"{label}: {end}")
-        ends.append(value)
-        problems += [f"{label}: {end} must be a number"] if values.get(end) is None else wrong
-    if problems:
-        return {}, problems
-    low, high = ends
-    # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
-    exact = [Fraction(str(number)) for number in (low, high, step or 1)]
+def _find_range_problem(values: Mapping[str, Any]) -> str | None:
+    low, high, log, step = (values.get(key) for key in RANGE_KEYS)
+    if unknown := [format_name(key) for key in values if key not in RANGE_KEYS]:
+        return f"unknown {', '.join(unknown)}; a range has low, high, log and step"
+    if type(low) not in (int, float) or type(high) is not type(low):
+        return "low and high must be numbers; other settings have a list of choices"
     if low >= high:
-        problems.append(f"{label}: low {low:g} must be below high {high:g}")
-    elif log and (step is not None or low <= 0):
-        problems.append(f"{label}: log needs a low above 0 and no step, got low {low:g}")
-    elif step is not None and (high - low) / step > MAX_STEPS:
-        problems.append(f"{label}: step {step:g} is too small for {low:g} to {high:g}: remove it")
-    elif step is not None and (exact[1] - exact[0]) % exact[2]:
-        problems.append(f"{label}: high {high:g} must be low {low:g} plus a multiple of {step:g}")
-    optional = ({"log": True} if log else {}) | ({} if step is None else {"step": kind(step)})
-    return {"low": low, "high": high} | optional, problems
-
-
-def _check_value(name: str, value: Any, label: str) -> tuple[Any, list[str]]:
-    """Return the value as the setting's type, None if it is illegal, and what is wrong with it."""
-    right, wrong = validate_values(ModelConfig, {name: value}, strings=False, label=lambda _: label)
-    return right.get(name), wrong
-
-
-def _get_number_type(annotation: Any) -> type[int] | type[float] | None:
-    """Return the numeric type of a setting, None if its values are not numbers."""
-    if annotation in (int, float):
-        return annotation
-    inner = [each for each in get_args(annotation) if each is not types.NoneType]
-    return _get_number_type(inner[0]) if inner else None
+        return f"low {low:g} must be below high {high:g}"
+    if log is not None and not isinstance(log, bool):
+        return f"log must be true or false, got {format_value(log)}"
+    if step is None:
+        return f"log needs a low above 0, got {low:g}" if log and low <= 0 else None
+    is_number = isinstance(step, (int, type(low))) and not isinstance(step, bool)
+    if not is_number or not 0 < step < math.inf:
+        noun = "whole number" if isinstance(low, int) else "number"
+        return f"step must be a {noun} above 0, got {format_value(step)}"
+    if log:
+        return "log and step exclude each other: remove one"
+    if (high - low) / step > MAX_STEPS:
+        return f"step {step:g} is too small for {low:g} to {high:g}: remove it"
+    # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
+    exact_low, exact_high, exact_step = (Fraction(str(number)) for number in (low, high, step))
+    if (exact_high - exact_low) % exact_step:
+        return f"high {high:g} must be low {low:g} plus a multiple of step {step:g}"
+    return None
 
 
 def list_values(values: Values) -> Sequence[Any] | None:
@@ -267,7 +247,7 @@ def list_values(values: Values) -> Sequence[Any] | None:
 class Search:
     """What all trials of a study share, and the space in which they differ.
 
-    `base` holds the settings of one legal combination; `combinations` all, if they are few.
+    `base` is one legal configuration; `combinations` are all legal ones, if they are few.
     """
 
     study: str
@@ -286,16 +266,6 @@ class Search:
         return "val_bits_per_byte" if "tokenizer" in self.space else "val_loss"
 
     @property
-    def record(self) -> dict[str, Any]:
-        """The space and the fixed settings, which must not change in a study, as JSON has them."""
-        derived = DERIVED if "architecture" in self.space else frozenset()
-        names = {*SEARCHABLE, *Data.model_fields, *Training.model_fields, "init_from"}
-        names -= {"data", "micro_batch_size", *self.space, *derived}
-        fixed = {n: getattr(self.base, n) for n in ModelConfig.model_fields if n in names}
-        record = {"space": self.space, "fixed": fixed, "measure": self.measure}
-        return json.loads(json.dumps(record))
-
-    @property
     def shown_storage(self) -> str:
         """The storage without a password."""
         return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.storage)
@@ -303,10 +273,9 @@ class Search:
     def is_legal(self, params: Mapping[str, Any]) -> bool:
         """Return whether the schema accepts this combination."""
         try:
-            settle(self, params)
+            return bool(settle(self, params))
         except UserError:
             return False
-        return True
 
 
 def settle(
@@ -338,21 +307,19 @@ def create_search(order: StudySettings, space: Mapping[str, Values], layers: Lay
         if layers.setting(name) is not None:
             problems.append(f"{name} ({layers.origin(name)}): trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
-    problems += validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)[
-        1
-    ]
+    _, wrong = validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)
     studies = Path(layers.setting("runs_dir")) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
     is_old = order.storage is None and journal.is_file() and not Path(storage).exists()
     if is_old or Path(storage) == journal:
-        problems.append(
-            f"{journal}: studies are no longer journals: `optuna-dashboard {journal}` shows an old "
-            "one, optuna.copy_study() from its JournalStorage converts it, and --storage FILE.db "
+        wrong.append(
+            f"{journal}: studies are no longer journals. `optuna-dashboard {journal}` shows an old "
+            "one, and optuna.copy_study() from its JournalStorage converts it; --storage FILE.db "
             "or --study NAME starts a new one"
         )
-    if problems:
-        raise UserError(*problems)
+    if problems or wrong:
+        raise UserError(*problems, *wrong)
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
     plan = choose_start(layers.setting, layers.origin)
     search = Search(study, space, layers, plan, order.trials, storage, preset)
@@ -369,7 +336,7 @@ def create_search(order: StudySettings, space: Mapping[str, Values], layers: Lay
     listed = [list_values(values) for values in space.values()]
     if None in listed or math.prod(map(len, listed)) > MAX_LISTED:
         return search
-    every = [dict(zip(space, each, strict=True)) for each in itertools.product(*listed)]
+    every = (dict(zip(space, each, strict=True)) for each in itertools.product(*listed))
     legal = [each for each in every if search.is_legal(each)]
     return replace(search, combinations=legal, trials=min(search.trials, len(legal)))
 
@@ -377,8 +344,8 @@ def create_search(order: StudySettings, space: Mapping[str, Values], layers: Lay
 def _find_legal_config(search: Search, pinned: Mapping[str, Any]) -> ModelConfig:
     """Return a legal random combination that contains `pinned`. Raises the last `UserError`."""
     generator = random.Random(0)
-    failure = UserError()
     listed = {name: list_values(values) for name, values in search.space.items()}
+    failure = UserError()
     for _ in range(DRAWS):
         params = {n: generator.choice(v) for n, v in listed.items() if v is not None}
         for name in search.space.keys() - params.keys():
@@ -391,26 +358,42 @@ def _find_legal_config(search: Search, pinned: Mapping[str, Any]) -> ModelConfig
 
 
 def open_study(search: Search) -> "Study":
-    """Open or create the study; raise `UserError` if its storage or its space is another."""
+    """Open or create the study, whose heartbeats in the database show which workers are alive.
+
+    Raises `UserError` if the storage cannot be opened, or its study has another space.
+    """
     import optuna
 
+    class Storage(optuna.storages.RDBStorage):
+        def record_heartbeat(self, trial_id: int) -> None:
+            with contextlib.suppress(*get_storage_errors()):  # the next one may succeed
+                super().record_heartbeat(trial_id)
+
+    is_url, name = "://" in search.storage, search.study
+    url = search.storage if is_url else f"sqlite:///{Path(search.storage).resolve()}"
+    wait = {"connect_args": {"timeout": 60}}  # seconds, for the writes of other workers
     pruner = optuna.pruners.MedianPruner(n_startup_trials=TRIALS_BEFORE_PRUNING)
-    name, sampler = search.study, create_sampler(search)
     for attempt in range(OPEN_ATTEMPTS):
         try:
-            if "://" not in search.storage:
+            if not is_url:
                 make_directory(Path(search.storage).parent)
-            storage = open_storage(search)
+            storage = Storage(
+                url,
+                engine_kwargs=wait if url.startswith("sqlite") else None,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=lambda s, trial: queue_retry(search, s, trial, 1),
+            )
             study = optuna.create_study(
                 storage=storage,
-                sampler=sampler,
+                sampler=create_sampler(search),
                 pruner=pruner,
                 study_name=name,
                 load_if_exists=True,
             )
             break
         except (*get_storage_errors(), ImportError, ValueError, RuntimeError) as error:
-            if attempt == OPEN_ATTEMPTS - 1 or isinstance(error, ImportError):
+            if attempt == OPEN_ATTEMPTS - 1:
                 reason = getattr(error, "strerror", None) or format_reason(error)
                 if isinstance(error, ImportError):
                     reason += " PostgreSQL: pip install 'psycopg[binary]', postgresql+psycopg://…"
@@ -422,17 +405,26 @@ def open_study(search: Search) -> "Study":
     if "folio" not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise UserError(
-                f"{search.shown_storage} has a study {name} that tune.py did not create: choose "
-                "another name with --study NAME"
+                f"{search.shown_storage}: tune.py did not create study {name}: choose another "
+                "name with --study"
             )
-        study.set_user_attr("folio", search.record)
+        study.set_user_attr("folio", describe_search(search))
     check_study(search, study)
     return study
 
 
+def describe_search(search: Search) -> dict[str, Any]:
+    """Return the space and the fixed settings, which must not change, as JSON reads them back."""
+    derived = DERIVED if "architecture" in search.space else frozenset()
+    names = {*SEARCHABLE, *Data.model_fields, *Training.model_fields, "init_from"}
+    names -= {"data", "micro_batch_size", *search.space, *derived}
+    fixed = {n: getattr(search.base, n) for n in ModelConfig.model_fields if n in names}
+    return json.loads(json.dumps({"space": search.space, "fixed": fixed}))
+
+
 def check_study(search: Search, study: "Study") -> None:
-    """Raise `UserError`, with all changes in one line, if the study was created with others."""
-    records = (study.user_attrs["folio"], search.record)
+    """Raise `UserError`, with all changes in one line, if the study has another space."""
+    records = (study.user_attrs["folio"], describe_search(search))
     old, new = ({**record["fixed"], **record["space"]} for record in records)
     changes = [
         f"{name} was {format_value(old.get(name, 'absent'))} and is now "
@@ -447,29 +439,8 @@ def check_study(search: Search, study: "Study") -> None:
         )
 
 
-def open_storage(search: Search) -> Any:
-    """Open the database, in which heartbeats show which workers are alive."""
-    from optuna.storages import RDBStorage
-
-    class Storage(RDBStorage):
-        def record_heartbeat(self, trial_id: int) -> None:
-            with contextlib.suppress(*get_storage_errors()):  # the next one may succeed
-                super().record_heartbeat(trial_id)
-
-    is_url = "://" in search.storage
-    url = search.storage if is_url else f"sqlite:///{Path(search.storage).resolve()}"
-    wait = {"connect_args": {"timeout": 60}}  # seconds, for the writes of other workers
-    return Storage(
-        url,
-        engine_kwargs=wait if url.startswith("sqlite") else None,
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=lambda study, trial: queue_retry(search, study, trial, 1),
-    )
-
-
 def queue_retry(search: Search, study: "Study", trial: "FrozenTrial", deaths: int) -> None:
-    """Queue a trial that continues this failed one; `deaths` more workers died in it."""
+    """Queue a trial that continues this failed one, in which `deaths` more workers died."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     deaths += trial.user_attrs.get("deaths", 0)
@@ -510,12 +481,11 @@ def create_sampler(search: Search) -> Any:
             distributions[name] = kind(**values)
 
     class LegalSampler(BaseSampler):
-        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> dict:
             return distributions
 
-        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-            others = select_trials(study, *ALIVE)
-            tried = [other.params for other in others if other.number != trial.number]
+        def sample_relative(self, study: "Study", trial: "FrozenTrial", space: dict) -> dict:
+            tried = [t.params for t in select_trials(study, *ALIVE) if t.number != trial.number]
             for attempt in range(TPE_ATTEMPTS + DRAWS):
                 seed = zlib.crc32(f"{search.base.seed} {trial.number} {attempt}".encode())
                 # TPE's best of many candidates first. If that is illegal or not new, it would be so
@@ -527,17 +497,17 @@ def create_sampler(search: Search) -> Any:
                     multivariate=True,
                     constant_liar=True,
                 )
-                params = sampler.sample_relative(study, trial, search_space) or {
+                params = sampler.sample_relative(study, trial, space) or {
                     name: sampler.sample_independent(study, trial, name, distribution)
-                    for name, distribution in search_space.items()
+                    for name, distribution in space.items()
                 }
                 if params not in tried and search.is_legal(params):
                     return params
             untried = [each for each in search.combinations or () if each not in tried]
             return random.Random(seed).choice(untried) if untried else params
 
-        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
-            return RandomSampler().sample_independent(study, trial, name, distribution)
+        def sample_independent(self, *arguments: Any) -> Any:
+            return RandomSampler().sample_independent(*arguments)
 
     return LegalSampler()
 
@@ -577,9 +547,9 @@ class TrialFailedError(Exception):
 
 @dataclass
 class TrialRun:
-    """One trial: the objective of `study.optimize`, and the callback in its run.
+    """One trial: the objective of `study.optimize`, and a callback of its run.
 
-    `values` are the val losses by step, `ending` the exception that is to end the worker.
+    `values` are the val losses by step; `ending` is the exception that then ends the worker.
     """
 
     search: Search
@@ -600,35 +570,38 @@ class TrialRun:
     def run(self) -> None:
         """Ask for a trial and run it; record and print how it ended."""
         started = time.monotonic()
+        refusal = None
         try:
             self.study.optimize(self._run_objective, n_trials=1, catch=(TrialFailedError,))
-        except (ValueError, RuntimeError):
-            # Optuna refuses to end a trial that another worker failed while this machine slept.
-            if self.trial is None or self._read_trial().state.name != "FAIL":
+        except (ValueError, RuntimeError) as error:
+            refusal = error
+            if self.trial is None:
                 raise
+        trial = self.study.get_trials()[self.trial.number]
+        if refusal is not None:
+            # Optuna refuses to end a trial that another worker failed while this machine slept.
+            if trial.state.name != "FAIL":
+                raise refusal
             self.reason, self.is_handed_back = "another worker has it", False
-        trial = self._read_trial()
         if self.is_handed_back:
             queue_retry(self.search, self.study, trial, 0)
-        text = f"{self.search.measure} {trial.value:.4f}" if trial.state.name == "COMPLETE" else ""
-        text = text or ("handed back" if self.is_handed_back else trial.state.name.lower())
+        is_complete = trial.state.name == "COMPLETE"
+        text = (
+            f"{self.search.measure} {trial.value:.4f}" if is_complete else trial.state.name.lower()
+        )
+        text = "handed back" if self.is_handed_back else text
         text += f" ({self.reason})" if self.reason else ""
         seconds = format_duration(time.monotonic() - started)
         self.output.print(f"trial {trial.number}  {text}  {seconds}  {self.run_dir or ''}".rstrip())
 
-    def _read_trial(self) -> "FrozenTrial":
-        return self.study.get_trials()[self.trial.number]
-
     def _run_objective(self, trial: "Trial") -> float:
         """Train; return the lowest val loss, or raise TrialPruned or TrialFailedError."""
-        from optuna import TrialPruned
-
         self.trial = trial
         trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
         try:
             self._check_place()
             return self._train()
-        except (TrialFailedError, TrialPruned) as error:
+        except TrialFailedError as error:
             self.reason = str(error)
             raise
         except (KeyboardInterrupt, SystemExit) as aborted:
@@ -649,16 +622,15 @@ class TrialRun:
         for name, values in search.space.items():
             if isinstance(values, list):
                 trial.suggest_categorical(name, values)
-            elif isinstance(values["low"], int):
-                trial.suggest_int(name, **values)
             else:
-                trial.suggest_float(name, **values)
-        others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
+                is_int = isinstance(values["low"], int)
+                (trial.suggest_int if is_int else trial.suggest_float)(name, **values)
         try:
             check_study(search, self.study)
         except UserError as error:
             self.ending = error
-            raise TrialFailedError("another space") from None
+            raise TrialFailedError("the study has another space") from None
+        others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
         if sum(other.number < trial.number for other in others) >= search.trials:
             raise TrialFailedError("withdrawn: other workers have the last trials")
         same = [other.number for other in others if other.params == trial.params]
@@ -673,12 +645,12 @@ class TrialRun:
         from train import train
 
         search, number = self.search, self.trial.number
-        (loaded, plan), self.values, failed = find_start(search, self.study, number)
+        loaded, plan, self.values, failed = find_start(search, self.study, number)
         retries = "" if failed is None else f"retries trial {failed} from step {plan.step}: "
         shown = "  ".join(f"{n} {format_short(v)}" for n, v in self.trial.params.items())
         self.output.print(f"trial {number}  {retries}{shown}")
         for step, value in self.values.items():
-            self._call_storage(lambda step=step, value=value: self.trial.report(value, step))
+            self.trial.report(value, step)
         try:
             result = train(
                 loaded.config,
@@ -688,7 +660,7 @@ class TrialRun:
                 output=Output(quiet=True),
                 callbacks={f"study {search.study}": lambda _: self, **self.callbacks},
             )
-        except NothingToDo as error:  # its worker died before it recorded the value
+        except NothingToDo as error:  # the worker died before it recorded the value
             if not self.values:
                 raise TrialFailedError(str(error)) from None
             self.run_dir = self.trial.user_attrs.get("run_dir")
@@ -709,84 +681,74 @@ class TrialRun:
             self.failure = RunError(f"val loss {value}")
             raise TrialFailedError(str(self.failure))
         if self.is_pruned:
-            raise TrialPruned(self.reason)
+            raise TrialPruned
         return value
 
     def after_step(self, step: Step) -> str | None:
-        """Record which run is the trial's; return a reason to stop if it has another text."""
+        """Record the run; return a reason to stop if another trial has another text."""
         if self.run_dir is not None:
             return None
         self.run_dir, self.max_iters = step.run_dir, step.config.max_iters
-        return self._call_storage(self._record_run)
-
-    def after_evaluation(self, evaluation: Evaluation) -> str | None:
-        """Report the loss; return a reason to stop if it is worse than the other trials' median."""
-        self.values[evaluation.step] = value = getattr(evaluation, self.search.measure)
-        return self._call_storage(lambda: self._report(value, evaluation.step))
-
-    def _record_run(self) -> str | None:
-        """Compare the text with that of all other trials, once its own is recorded."""
         text = read_record(self.run_dir)["run"]["data"]
         inherited = self.trial.user_attrs.get("data")
-        self.trial.set_user_attr("data", inherited or text)
-        for trial in select_trials(self.study, *ALIVE):
-            data = trial.user_attrs.get("data")
-            if data and data["sha256"] != text["sha256"]:
-                self.trial.set_user_attr("data", inherited)
-                self.is_handed_back = True
-                self.ending = UserError(
-                    f"{text['name']} is not the text of study {self.search.study} ({data['name']}, "
-                    "another SHA-256): --data FILE names that, --study NAME another study"
-                )
-                return str(self.ending)
-        self.trial.set_user_attr("run_dir", str(self.run_dir))
-        return None
+        with contextlib.suppress(*get_storage_errors()):
+            # First record the text, then compare: of two workers at least one sees the other's.
+            self.trial.set_user_attr("data", inherited or text)
+            texts = [t.user_attrs.get("data") for t in select_trials(self.study, *ALIVE)]
+            other = next((t for t in texts if t and t["sha256"] != text["sha256"]), None)
+            if other is None:
+                self.trial.set_user_attr("run_dir", str(self.run_dir))
+                return None
+            self.trial.set_user_attr("data", inherited)
+            self.is_handed_back = True
+            self.ending = UserError(
+                f"{text['name']} is not the text of study {self.search.study} ({other['name']}, "
+                "another SHA-256): --data FILE names that, --study NAME another study"
+            )
+        return str(self.ending) if self.ending else None
 
-    def _report(self, value: float, step: int) -> str | None:
-        self.trial.report(value, step)
-        # Ranks in the first half say little: learning rates that end well start behind.
-        if not self.max_iters / 2 <= step < self.max_iters or not self.trial.should_prune():
-            return None
-        self.is_pruned = True
-        return f"behind the median of study {self.search.study} at step {step}"
-
-    def _call_storage(self, function: Callable[[], str | None]) -> str | None:
-        """Call a function that uses the storage; return its reason to stop the run, if any.
+    def after_evaluation(self, evaluation: Evaluation) -> str | None:
+        """Report the loss; return a reason to stop if it is behind the median of the trials.
 
         A storage that fails for a while stops no run: the end of the trial records the value.
         """
         from optuna.exceptions import UpdateFinishedTrialError
 
+        step, value = evaluation.step, getattr(evaluation, self.search.measure)
+        self.values[step] = value
         try:
-            return function()
+            self.trial.report(value, step)
+            # Ranks in the first half say little: learning rates that end well start behind.
+            is_second_half = self.max_iters / 2 <= step < self.max_iters
+            self.is_pruned = is_second_half and self.trial.should_prune()
         except UpdateFinishedTrialError:
             return "another worker has its trial"
         except get_storage_errors():
             return None
+        return f"behind the median of the study at step {step}" if self.is_pruned else None
 
 
 def find_start(
     search: Search, study: "Study", number: int
-) -> tuple[tuple[LoadedConfig, ResumePlan], dict[int, float], int | None]:
+) -> tuple[LoadedConfig, ResumePlan, dict[int, float], int | None]:
     """Return what a trial's run starts from, the losses up to there, and the trial it retries.
 
-    It starts from the newest usable checkpoint of the failed trials. Without one, as when their
-    runs are on another machine, it trains from scratch.
+    A retry resumes from the newest usable checkpoint of the failed trials. Without one, as when
+    their runs are on another machine, it trains from scratch.
     """
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     trials = study.get_trials(deepcopy=False)
-    params = trials[number].params
     history = RetryHeartbeatStaleTrialCallback.retry_history(trials[number])
+    failed, params = history[-1] if history else None, trials[number].params
     for earlier in (trials[each] for each in reversed(history)):
         run_dir = Path(search.base.runs_dir) / Path(earlier.user_attrs.get("run_dir") or "-").name
         for checkpoint in reversed(list_checkpoints(run_dir)):
             with contextlib.suppress(UserError):  # damaged or removed
                 loaded, plan = settle(search, params, number, checkpoint)
-                values = earlier.intermediate_values
-                losses = {step: loss for step, loss in values.items() if step <= plan.step}
-                return (loaded, plan), losses, history[-1]
-    return settle(search, params, number), {}, history[-1] if history else None
+                reported = earlier.intermediate_values.items()
+                return loaded, plan, {s: v for s, v in reported if s <= plan.step}, failed
+    return *settle(search, params, number), {}, failed
 
 
 # ----------------------------------------------------------------------------------------------
@@ -809,7 +771,7 @@ def work(
     """
     argv = [word.replace(search.storage, search.shown_storage) for word in argv]
     failures = 0
-    with quiet_optuna(), explain_storage_errors(search):
+    with quiet_optuna(search):
         study = open_study(search)
         done, running = len(select_trials(study, *DONE)), len(select_trials(study, "RUNNING"))
         trials = f"{done} of {pluralize(search.trials, 'trial')} done, {running} running"
@@ -837,31 +799,23 @@ def work(
 
 
 @contextlib.contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Silence Optuna's own log, and its warnings that heartbeats are experimental."""
+def quiet_optuna(search: Search) -> Iterator[None]:
+    """Silence Optuna, and turn an exception of the storage into a `RunError` of one line."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # heartbeats and retries are called experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
+    except get_storage_errors() as error:
+        raise RunError(
+            f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
+            "runs and recorded trials are kept: the same command continues the study"
+        ) from error
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def explain_storage_errors(search: Search) -> Iterator[None]:
-    """Turn an exception of the storage into a `RunError` of one line."""
-    try:
-        yield
-    except get_storage_errors() as error:
-        reason = format_reason(error.__cause__ or error)
-        raise RunError(
-            f"{search.shown_storage} cannot be used: {reason}; runs and recorded trials are kept: "
-            "the same command continues the study"
-        ) from error
 
 
 def format_short(value: Any) -> str:
@@ -905,8 +859,8 @@ def format_importances(search: Search, study: "Study", complete: int) -> str:
     """Format how much each setting separates the best trials from the others (PED-ANOVA)."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    if complete < MIN_TRIALS_FOR_IMPORTANCE:
-        return f"Importances need {MIN_TRIALS_FOR_IMPORTANCE} complete trials."
+    if complete < TRIALS_FOR_IMPORTANCE:
+        return f"Importances need {TRIALS_FOR_IMPORTANCE} complete trials."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = PedAnovaImportanceEvaluator()
