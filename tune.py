@@ -573,12 +573,12 @@ class TrialRun:
         refusal = None
         try:
             self.study.optimize(self._run_objective, n_trials=1, catch=(TrialFailedError,))
-        except (ValueError, RuntimeError) as error:
-            refusal = error
+        except Exception as error:
             if self.trial is None:
                 raise
+            refusal = error
         trial = self.study.get_trials()[self.trial.number]
-        if refusal is not None:
+        if refusal is not None and self.ending is None:
             # Optuna refuses to end a trial that another worker failed while this machine slept.
             if trial.state.name != "FAIL":
                 raise refusal
@@ -596,17 +596,22 @@ class TrialRun:
 
     def _run_objective(self, trial: "Trial") -> float:
         """Train; return the lowest val loss, or raise TrialPruned or TrialFailedError."""
+        from optuna import TrialPruned
+
         self.trial = trial
         trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
         try:
             self._check_place()
             return self._train()
-        except TrialFailedError as error:
+        except (TrialFailedError, TrialPruned) as error:
             self.reason = str(error)
             raise
         except (KeyboardInterrupt, SystemExit) as aborted:
             self.reason, self.ending, self.is_handed_back = "aborted", aborted, True
             raise TrialFailedError(self.reason) from None
+        except Exception as error:
+            self.ending = error
+            raise
         finally:
             with contextlib.suppress(*get_storage_errors()):
                 trial.set_user_attr("reason", self.reason)
@@ -681,7 +686,7 @@ class TrialRun:
             self.failure = RunError(f"val loss {value}")
             raise TrialFailedError(str(self.failure))
         if self.is_pruned:
-            raise TrialPruned
+            raise TrialPruned(self.reason)
         return value
 
     def after_step(self, step: Step) -> str | None:
