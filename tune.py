@@ -20,12 +20,11 @@ import platform
 import random
 import re
 import shlex
-import shutil
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
@@ -85,7 +84,7 @@ ALIVE = (*DONE, "RUNNING", "WAITING")
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat, after which a worker counts as dead
 POLL_SECONDS = 2  # between two checks for trials that other workers left
-MAX_DEATHS = 3  # of workers in one trial, after which it is not retried
+MAX_RETRIES = 5  # of a trial whose workers die
 MAX_FAILURES = 3  # in a row, after which a worker ends
 OPEN_ATTEMPTS = 5  # as workers that create the tables at the same time collide
 
@@ -253,7 +252,6 @@ class Search:
     study: str
     space: Mapping[str, Values]
     layers: Layers
-    plan: ResumePlan
     trials: int
     storage: str  # an SQLite file or a URL
     preset: Path
@@ -279,24 +277,20 @@ class Search:
 
 
 def settle(
-    search: Search,
-    params: Mapping[str, Any],
-    number: int | None = None,
-    checkpoint: Path | None = None,
+    search: Search, params: Mapping, number: int | None = None, checkpoint: Path | None = None
 ) -> tuple[LoadedConfig, ResumePlan]:
     """Return the settings and the plan of the run of trial `number`, which tries `params`.
 
     Raises `UserError` if the settings conflict, or the checkpoint to resume from is damaged.
     """
-    values, origin, plan = dict(params), f"study {search.study}", search.plan
+    values, origin = dict(params), f"study {search.study}"
     if number is not None:
         values["run_tag"] = f"{search.study}_{number}"
         origin = f"trial {number} of {origin}"
     layer = Layer(values, dict.fromkeys(values, origin))
     layers = replace(search.layers, asked=[layer, *search.layers.asked])
-    if number is not None:
-        resume = None if checkpoint is None else str(checkpoint)
-        plan = choose_start(layers.setting, layers.origin, resume=resume)
+    resume = None if checkpoint is None else str(checkpoint)
+    plan = choose_start(layers.setting, layers.origin, resume=resume)
     return layers.merged(plan.saved_settings), plan
 
 
@@ -311,26 +305,24 @@ def create_search(order: StudySettings, space: Mapping[str, Values], layers: Lay
     studies = Path(layers.setting("runs_dir")) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
-    is_old = order.storage is None and journal.is_file() and not Path(storage).exists()
-    if is_old or Path(storage) == journal:
+    is_default = order.storage is None and not Path(storage).exists()
+    if Path(storage) == journal or (is_default and journal.is_file()):
         wrong.append(
-            f"{journal}: studies are no longer journals. `optuna-dashboard {journal}` shows an old "
-            "one, and optuna.copy_study() from its JournalStorage converts it; --storage FILE.db "
-            "or --study NAME starts a new one"
+            f"{journal}: studies are no longer journals: `optuna-dashboard {journal}` shows it, "
+            "Optuna's JournalStorage and copy_study() convert it; --study NAME starts another one"
         )
     if problems or wrong:
         raise UserError(*problems, *wrong)
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
-    plan = choose_start(layers.setting, layers.origin)
-    search = Search(study, space, layers, plan, order.trials, storage, preset)
+    search = Search(study, space, layers, order.trials, storage, preset)
     search = replace(search, base=_find_legal_config(search, {}))
     for name, values in space.items():
         for value in values if isinstance(values, list) else ():
             try:
                 _find_legal_config(search, {name: value})
             except UserError as error:
-                shown = f"{order.space}: {name} {format_value(value)}"
-                problems.append(f"{shown} is legal in no combination: {error.problems[0]}")
+                problem = f"is legal in no combination: {error.problems[0]}"
+                problems.append(f"{order.space}: {name} {format_value(value)} {problem}")
     if problems:
         raise UserError(*problems)
     listed = [list_values(values) for values in space.values()]
@@ -363,6 +355,11 @@ def open_study(search: Search) -> "Study":
     Raises `UserError` if the storage cannot be opened, or its study has another space.
     """
     import optuna
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    # Heartbeats and retries are called experimental since 2021.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
     class Storage(optuna.storages.RDBStorage):
         def record_heartbeat(self, trial_id: int) -> None:
@@ -371,43 +368,33 @@ def open_study(search: Search) -> "Study":
 
     is_url, name = "://" in search.storage, search.study
     url = search.storage if is_url else f"sqlite:///{Path(search.storage).resolve()}"
-    wait = {"connect_args": {"timeout": 60}}  # seconds, for the writes of other workers
+    options: dict[str, Any] = {
+        # Seconds to wait for the writes of other workers.
+        "engine_kwargs": {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+        "heartbeat_interval": HEARTBEAT_SECONDS,
+        "grace_period": GRACE_SECONDS,
+        "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+    }
     pruner = optuna.pruners.MedianPruner(n_startup_trials=TRIALS_BEFORE_PRUNING)
+    own = {"sampler": create_sampler(search), "pruner": pruner, "study_name": name}
     for attempt in range(OPEN_ATTEMPTS):
         try:
             if not is_url:
                 make_directory(Path(search.storage).parent)
-            storage = Storage(
-                url,
-                engine_kwargs=wait if url.startswith("sqlite") else None,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=lambda s, trial: queue_retry(search, s, trial, 1),
-            )
-            study = optuna.create_study(
-                storage=storage,
-                sampler=create_sampler(search),
-                pruner=pruner,
-                study_name=name,
-                load_if_exists=True,
-            )
+            study = optuna.create_study(storage=Storage(url, **options), load_if_exists=True, **own)
             break
         except (*get_storage_errors(), ImportError, ValueError, RuntimeError) as error:
             if attempt == OPEN_ATTEMPTS - 1:
                 reason = getattr(error, "strerror", None) or format_reason(error)
-                if isinstance(error, ImportError):
-                    reason += " PostgreSQL: pip install 'psycopg[binary]', postgresql+psycopg://…"
-                raise UserError(
-                    f"{search.shown_storage} cannot be opened: {reason}; --storage names another "
-                    "SQLite file or database URL"
-                ) from None
+                driver = "; PostgreSQL: psycopg" if isinstance(error, ImportError) else ""
+                remedy = "--storage names another SQLite file or database URL"
+                where = search.shown_storage
+                raise UserError(f"{where} cannot be opened: {reason}{driver}; {remedy}") from None
             time.sleep(0.3 * random.random())
     if "folio" not in study.user_attrs:
         if study.get_trials(deepcopy=False):
-            raise UserError(
-                f"{search.shown_storage}: tune.py did not create study {name}: choose another "
-                "name with --study"
-            )
+            where = f"{search.shown_storage}: study {name}"
+            raise UserError(f"{where} is not one of tune.py: choose another name with --study")
         study.set_user_attr("folio", describe_search(search))
     check_study(search, study)
     return study
@@ -437,18 +424,6 @@ def check_study(search: Search, study: "Study") -> None:
             f"study {search.study} in {search.shown_storage} has other settings: "
             f"{'; '.join(changes)}: restore them, or start another study with --study NAME"
         )
-
-
-def queue_retry(search: Search, study: "Study", trial: "FrozenTrial", deaths: int) -> None:
-    """Queue a trial that continues this failed one, in which `deaths` more workers died."""
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
-
-    deaths += trial.user_attrs.get("deaths", 0)
-    # A worker that died while it recorded the settings leaves nothing to continue.
-    if deaths < MAX_DEATHS and trial.params.keys() == search.space.keys():
-        kept = {name: trial.user_attrs.get(name) for name in ("run_dir", "data")}
-        trial.user_attrs = {"deaths": deaths, **kept}
-        RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def get_storage_errors() -> tuple[type[Exception], ...]:
@@ -490,13 +465,12 @@ def create_sampler(search: Search) -> Any:
                 seed = zlib.crc32(f"{search.base.seed} {trial.number} {attempt}".encode())
                 # TPE's best of many candidates first. If that is illegal or not new, it would be so
                 # again: take any that TPE samples. `constant_liar` keeps workers apart.
-                sampler = TPESampler(
-                    n_startup_trials=RANDOM_TRIALS if attempt < TPE_ATTEMPTS else sys.maxsize,
-                    n_ei_candidates=1 if attempt else 24,
-                    seed=seed,
-                    multivariate=True,
-                    constant_liar=True,
-                )
+                random_trials = RANDOM_TRIALS if attempt < TPE_ATTEMPTS else sys.maxsize
+                candidates = {
+                    "n_startup_trials": random_trials,
+                    "n_ei_candidates": 1 if attempt else 24,
+                }
+                sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True, **candidates)
                 params = sampler.sample_relative(study, trial, space) or {
                     name: sampler.sample_independent(study, trial, name, distribution)
                     for name, distribution in space.items()
@@ -519,6 +493,7 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
     """
     import optuna
 
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(MAX_RETRIES)
     first_seen: dict[int, float] = {}
     while True:
         optuna.storages.fail_stale_trials(study)
@@ -530,10 +505,11 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
         for trial in running:
             seen = first_seen.setdefault(trial.number, time.monotonic())
             # For Optuna a worker that died before its first heartbeat is never stale.
-            if "worker" not in trial.user_attrs and time.monotonic() - seen > GRACE_SECONDS:
-                state = optuna.trial.TrialState.FAIL
-                study.tell(trial.number, state=state, skip_if_finished=True)
-                queue_retry(search, study, study.get_trials()[trial.number], 1)
+            is_old = time.monotonic() - seen > GRACE_SECONDS
+            if is_old and trial.user_attrs.get("started") != trial.number:
+                with contextlib.suppress(ValueError, RuntimeError):  # another worker was faster
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    retry(study, study.get_trials()[trial.number])
         time.sleep(POLL_SECONDS)
 
 
@@ -569,30 +545,28 @@ class TrialRun:
 
     def run(self) -> None:
         """Ask for a trial and run it; record and print how it ended."""
+        from optuna.storages import RetryHeartbeatStaleTrialCallback
+
         started = time.monotonic()
-        refusal = None
         try:
             self.study.optimize(self._run_objective, n_trials=1, catch=(TrialFailedError,))
-        except Exception as error:
-            if self.trial is None:
+        except Exception:
+            # Optuna cannot end a trial that another worker failed while this machine slept.
+            if self.trial is None or self.ending or self._read_trial().state.name != "FAIL":
                 raise
-            refusal = error
-        trial = self.study.get_trials()[self.trial.number]
-        if refusal is not None and self.ending is None:
-            # Optuna refuses to end a trial that another worker failed while this machine slept.
-            if trial.state.name != "FAIL":
-                raise refusal
             self.reason, self.is_handed_back = "another worker has it", False
+        trial = self._read_trial()
+        text = trial.state.name.lower()
         if self.is_handed_back:
-            queue_retry(self.search, self.study, trial, 0)
-        is_complete = trial.state.name == "COMPLETE"
-        text = (
-            f"{self.search.measure} {trial.value:.4f}" if is_complete else trial.state.name.lower()
-        )
-        text = "handed back" if self.is_handed_back else text
+            RetryHeartbeatStaleTrialCallback()(self.study, trial)
+            text = "handed back"
+        text = f"{self.search.measure} {trial.value:.4f}" if text == "complete" else text
         text += f" ({self.reason})" if self.reason else ""
         seconds = format_duration(time.monotonic() - started)
         self.output.print(f"trial {trial.number}  {text}  {seconds}  {self.run_dir or ''}".rstrip())
+
+    def _read_trial(self) -> "FrozenTrial":
+        return self.study.get_trials()[self.trial.number]
 
     def _run_objective(self, trial: "Trial") -> float:
         """Train; return the lowest val loss, or raise TrialPruned or TrialFailedError."""
@@ -600,6 +574,7 @@ class TrialRun:
 
         self.trial = trial
         trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
+        trial.set_user_attr("started", trial.number)  # a retry has the attributes of its trial
         try:
             self._check_place()
             return self._train()
@@ -630,11 +605,6 @@ class TrialRun:
             else:
                 is_int = isinstance(values["low"], int)
                 (trial.suggest_int if is_int else trial.suggest_float)(name, **values)
-        try:
-            check_study(search, self.study)
-        except UserError as error:
-            self.ending = error
-            raise TrialFailedError("the study has another space") from None
         others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
         if sum(other.number < trial.number for other in others) >= search.trials:
             raise TrialFailedError("withdrawn: other workers have the last trials")
@@ -656,15 +626,10 @@ class TrialRun:
         self.output.print(f"trial {number}  {retries}{shown}")
         for step, value in self.values.items():
             self.trial.report(value, step)
+        callbacks = {f"study {search.study}": lambda _: self, **self.callbacks}
+        options = {"output": Output(quiet=True), "callbacks": callbacks}
         try:
-            result = train(
-                loaded.config,
-                loaded=loaded,
-                start=plan,
-                argv=self.argv,
-                output=Output(quiet=True),
-                callbacks={f"study {search.study}": lambda _: self, **self.callbacks},
-            )
+            result = train(loaded.config, loaded=loaded, start=plan, argv=self.argv, **options)
         except NothingToDo as error:  # the worker died before it recorded the value
             if not self.values:
                 raise TrialFailedError(str(error)) from None
@@ -761,66 +726,40 @@ def find_start(
 
 
 def work(
-    search: Search,
-    output: Output,
-    argv: Sequence[str] = (),
-    callbacks: Mapping[str, CallbackFactory] | None = None,
+    search: Search, output: Output, argv: Sequence[str], callbacks: Mapping[str, CallbackFactory]
 ) -> int:
     """Run trials until the study has enough, print its results, and return the exit status.
 
     `argv` is the command line, for the runs' records; `callbacks` are added to each run.
-
-    Raises:
-        UserError: the storage cannot be opened, or has a study of that name with another space.
-        RunError: trials failed in a row, or the storage can no longer be used.
+    Raises `UserError` if the study cannot be used, `RunError` if trials or the storage fail.
     """
     argv = [word.replace(search.storage, search.shown_storage) for word in argv]
+    study = open_study(search)
+    done, running = len(select_trials(study, *DONE)), len(select_trials(study, "RUNNING"))
+    trials = f"{done} of {pluralize(search.trials, 'trial')} done, {running} running"
+    output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
+    output.print(f"Space  {', '.join(search.space)}\n")
+    if len(search.combinations or ()) == search.trials:
+        output.print(f"Note: the space has only {pluralize(search.trials, 'combination')}")
     failures = 0
-    with quiet_optuna(search):
-        study = open_study(search)
-        done, running = len(select_trials(study, *DONE)), len(select_trials(study, "RUNNING"))
-        trials = f"{done} of {pluralize(search.trials, 'trial')} done, {running} running"
-        output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
-        output.print(f"Space  {', '.join(search.space)}\n")
-        if len(search.combinations or ()) == search.trials:
-            output.print(f"Note: the space has only {pluralize(search.trials, 'combination')}")
-        while wait_for_place(search, study, output):
-            trial = TrialRun(search, study, output, argv, callbacks or {})
-            trial.run()
-            if isinstance(trial.ending, SystemExit):
-                output.print("Stopped: the same command continues the study.")
-                return trial.ending.code
-            if trial.ending is not None:
-                raise trial.ending
-            failures = failures + 1 if trial.failure else 0
-            if failures == MAX_FAILURES:
-                count = pluralize(MAX_FAILURES, "trial")
-                raise type(trial.failure)(f"{count} failed in a row, the last: {trial.failure}")
-            gc.collect()
-            if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
-                sys.modules["torch"].compiler.reset()
-        output.print(format_results(search, study))
+    while wait_for_place(search, study, output):
+        check_study(search, study)  # again: another worker may have created it as well
+        trial = TrialRun(search, study, output, argv, callbacks)
+        trial.run()
+        if isinstance(trial.ending, SystemExit):
+            output.print("Stopped: the same command continues the study.")
+            return trial.ending.code
+        if trial.ending is not None:
+            raise trial.ending
+        failures = failures + 1 if trial.failure else 0
+        if failures == MAX_FAILURES:
+            count = pluralize(MAX_FAILURES, "trial")
+            raise type(trial.failure)(f"{count} failed in a row, the last: {trial.failure}")
+        gc.collect()
+        if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
+            sys.modules["torch"].compiler.reset()
+    output.print(format_results(search, study))
     return 0
-
-
-@contextlib.contextmanager
-def quiet_optuna(search: Search) -> Iterator[None]:
-    """Silence Optuna, and turn an exception of the storage into a `RunError` of one line."""
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():  # heartbeats and retries are called experimental
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    except get_storage_errors() as error:
-        raise RunError(
-            f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
-            "runs and recorded trials are kept: the same command continues the study"
-        ) from error
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def format_short(value: Any) -> str:
@@ -833,16 +772,15 @@ def format_results(search: Search, study: "Study") -> str:
 
     Raises `UserError` if the settings cannot be written.
     """
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     complete = select_trials(study, "COMPLETE")
     pruned, failed = (len(select_trials(study, state)) for state in ("PRUNED", "FAIL"))
     lines = [f"\nStudy {search.study}: {len(complete)} complete, {pruned} pruned"]
     lines[0] += f"; {failed} failed, withdrawn or retried." if failed else "."
     is_url = "://" in search.storage
     url = search.shown_storage if is_url else f"sqlite:///{search.storage}"
-    command = format_command("optuna-dashboard")
-    is_there = command != "optuna-dashboard" or shutil.which(command)
-    dashboard = f"  {command} {shlex.quote(url)}"
-    dashboard += "" if is_there else "   # pip install optuna-dashboard"
+    dashboard = f"  {format_command('optuna-dashboard')} {shlex.quote(url)}"
     if not complete:
         return "\n".join([*lines, "No trial is complete, so there is no best one.", dashboard])
     best = sorted(complete, key=lambda trial: (trial.value, trial.number))[:BEST_SHOWN]
@@ -852,26 +790,17 @@ def format_results(search: Search, study: "Study") -> str:
         values = [format_short(trial.params[name]) for name in search.space]
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_dir])
     lines += ["", align_columns(rows, right=range(len(search.space) + 2)), ""]
-    lines += [format_importances(search, study, len(complete)), ""]
+    if len(complete) >= TRIALS_FOR_IMPORTANCE:
+        with warnings.catch_warnings(action="ignore"):
+            evaluator = PedAnovaImportanceEvaluator()
+            shares = get_param_importances(study, evaluator=evaluator, params=list(search.space))
+        rows = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
+        lines += ["Importances (PED-ANOVA, sum 1):", align_columns(rows, right=[1]), ""]
     write_preset(search, best[0])
     lines += [f"Best settings: {search.preset}", "", "Next:"]
     lines += [f"  {format_command('train.py')} --config {shlex.quote(str(search.preset))}"]
     lines += [f"  {format_command('report.py')} {shlex.join(run_dirs[:3])}", dashboard]
     return "\n".join(lines)
-
-
-def format_importances(search: Search, study: "Study", complete: int) -> str:
-    """Format how much each setting separates the best trials from the others (PED-ANOVA)."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    if complete < TRIALS_FOR_IMPORTANCE:
-        return f"Importances need {TRIALS_FOR_IMPORTANCE} complete trials."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        evaluator = PedAnovaImportanceEvaluator()
-        shares = get_param_importances(study, evaluator=evaluator, params=list(search.space))
-    table = align_columns([[f"  {name}", f"{share:.2f}"] for name, share in shares.items()], [1])
-    return f"Importances (sum 1) from {complete} complete trials:\n{table}"
 
 
 def write_preset(search: Search, best: "FrozenTrial") -> None:
@@ -918,7 +847,13 @@ def main(argv: Sequence[str]) -> int:
     callbacks = load_callback_factories(actions.get("callback", []))
     if importlib.util.find_spec("optuna") is None:
         raise UserError("tune.py needs Optuna: pip install --constraint constraints.txt '.[tune]'")
-    return work(search, Output(), argv, callbacks)
+    try:
+        return work(search, Output(), argv, callbacks)
+    except get_storage_errors() as error:
+        raise RunError(
+            f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
+            "runs and recorded trials are kept: the same command continues the study"
+        ) from error
 
 
 if __name__ == "__main__":

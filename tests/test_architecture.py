@@ -70,7 +70,7 @@ def test_utils_are_leaves(path):
     "name",
     [
         *("parameters", "corpus", "config", "store", "bundle", "start", "inspect_model", "report"),
-        *("study", "tune"),
+        "tune",
     ],
 )
 def test_what_runs_before_training_never_imports_torch(name):
