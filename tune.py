@@ -209,14 +209,14 @@ def _find_range_problem(values: Mapping[str, Any]) -> str | None:
         return f"low {low:g} must be below high {high:g}"
     if log is not None and not isinstance(log, bool):
         return f"log must be true or false, got {format_value(log)}"
+    if log and (low <= 0 or step is not None):
+        return f"log needs a low above 0, and no step: remove one, or change low {low:g}"
     if step is None:
-        return f"log needs a low above 0, got {low:g}" if log and low <= 0 else None
+        return None
     is_number = isinstance(step, (int, type(low))) and not isinstance(step, bool)
     if not is_number or not 0 < step < math.inf:
         noun = "whole number" if isinstance(low, int) else "number"
         return f"step must be a {noun} above 0, got {format_value(step)}"
-    if log:
-        return "log and step exclude each other: remove one"
     if (high - low) / step > MAX_STEPS:
         return f"step {step:g} is too small for {low:g} to {high:g}: remove it"
     # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
@@ -391,28 +391,27 @@ def open_study(search: Search) -> "Study":
                 where = search.shown_storage
                 raise UserError(f"{where} cannot be opened: {reason}{driver}; {remedy}") from None
             time.sleep(0.3 * random.random())
-    if "folio" not in study.user_attrs:
-        if study.get_trials(deepcopy=False):
-            where = f"{search.shown_storage}: study {name}"
-            raise UserError(f"{where} is not one of tune.py: choose another name with --study")
-        study.set_user_attr("folio", describe_search(search))
     check_study(search, study)
     return study
 
 
-def describe_search(search: Search) -> dict[str, Any]:
-    """Return the space and the fixed settings, which must not change, as JSON reads them back."""
+def check_study(search: Search, study: "Study") -> None:
+    """Record the space and the fixed settings in a new study.
+
+    Raises `UserError`, with all changes in one line, if the study has others.
+    """
     derived = DERIVED if "architecture" in search.space else frozenset()
     names = {*SEARCHABLE, *Data.model_fields, *Training.model_fields, "init_from"}
     names -= {"data", "micro_batch_size", *search.space, *derived}
     fixed = {n: getattr(search.base, n) for n in ModelConfig.model_fields if n in names}
-    return json.loads(json.dumps({"space": search.space, "fixed": fixed}))
-
-
-def check_study(search: Search, study: "Study") -> None:
-    """Raise `UserError`, with all changes in one line, if the study has another space."""
-    records = (study.user_attrs["folio"], describe_search(search))
-    old, new = ({**record["fixed"], **record["space"]} for record in records)
+    record = json.loads(json.dumps({"space": search.space, "fixed": fixed}))  # as it is read back
+    where = f"study {search.study} in {search.shown_storage}"
+    if "folio" not in study.user_attrs:
+        if study.get_trials(deepcopy=False):
+            raise UserError(f"{where} is not one of tune.py: choose another name with --study")
+        study.set_user_attr("folio", record)
+    records = (study.user_attrs["folio"], record)
+    old, new = ({**each["fixed"], **each["space"]} for each in records)
     changes = [
         f"{name} was {format_value(old.get(name, 'absent'))} and is now "
         f"{format_value(new.get(name, 'absent'))}"
@@ -420,9 +419,9 @@ def check_study(search: Search, study: "Study") -> None:
         if name not in old or name not in new or old[name] != new[name]
     ]
     if changes:
+        shown = "; ".join(changes)
         raise UserError(
-            f"study {search.study} in {search.shown_storage} has other settings: "
-            f"{'; '.join(changes)}: restore them, or start another study with --study NAME"
+            f"{where} has other settings: {shown}: restore them, or name another study with --study"
         )
 
 
@@ -550,9 +549,10 @@ class TrialRun:
         started = time.monotonic()
         try:
             self.study.optimize(self._run_objective, n_trials=1, catch=(TrialFailedError,))
-        except Exception:
+        except Exception as error:
             # Optuna cannot end a trial that another worker failed while this machine slept.
-            if self.trial is None or self.ending or self._read_trial().state.name != "FAIL":
+            is_bug = self.trial is None or error is self.ending
+            if is_bug or self._read_trial().state.name != "FAIL":
                 raise
             self.reason, self.is_handed_back = "another worker has it", False
         trial = self._read_trial()
