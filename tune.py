@@ -196,7 +196,11 @@ def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Va
     elif not found and len(set(map(format_value, checked.values()))) < len(checked):
         found = [f"{label} has a choice twice: {format_value(values)}"]
     problems += found
-    return checked if is_range else list(checked.values())
+    if not is_range:
+        return list(checked.values())
+    return {
+        key: value for key, value in checked.items() if value is not None and value is not False
+    }
 
 
 def _find_range_problem(values: Mapping[str, Any]) -> str | None:

@@ -225,6 +225,13 @@ def test_the_shipped_spaces_are_right():
         assert f"python tune.py --space configs/search/{path.name}" in path.read_text("utf-8")
 
 
+def test_a_range_may_spell_out_its_defaults():
+    Path("space.yaml").write_text("n_layer: {low: 1, high: 3, log: false, step: null}", "utf-8")
+    problems: list[str] = []
+    space = tune.read_space("space.yaml", {}, problems)
+    assert (space, problems) == ({"n_layer": {"low": 1, "high": 3}}, [])
+
+
 @pytest.mark.parametrize(
     "low, high, step", [(0.1, 0.7, 0.2), (0.0, 0.3, 0.1), (0.2, 0.9, 0.07), (0, 6, 3), (2, 5, 1)]
 )
