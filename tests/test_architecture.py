@@ -33,7 +33,7 @@ ORDER = [
         "prepare",
         "report",
     ),
-    *("train", "inference", "evaluate", "inspect_model", "profile_model", "study", "tune"),
+    *("train", "inference", "evaluate", "inspect_model", "profile_model", "tune"),
 ]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]
