@@ -24,7 +24,7 @@ PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            *("configuration", "resume", "generation", "data", "tracking", "distributed"),
+            *("resume", "configuration", "generation", "data", "tracking", "distributed"),
             *("search", "reproducibility", "benchmarks", "development"),
         )
     ),
