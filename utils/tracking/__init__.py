@@ -1,10 +1,12 @@
 """Trackers: one small interface to TensorBoard and Aim."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from utils.isolation import Isolated
-from utils.tracking.histograms import Histogram
+
+if TYPE_CHECKING:  # report.py imports this package for its metrics, without torch
+    from utils.tracking.histograms import Histogram
 
 
 class Tracker(Protocol):
@@ -16,7 +18,7 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
         """Record numbers of `subset`, train or val, after `step`. They may be NaN or infinite."""
 
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+    def log_histograms(self, histograms: Mapping[str, "Histogram"], step: int) -> None:
         """Record histograms of named tensors after `step`."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
