@@ -38,7 +38,8 @@ import os, signal, sys, time
 import aim  # outside the measured time
 import utils.tracking.aim as module
 repo, name, action = sys.argv[1:]
-module.TIMEOUT = 3
+if "://" in repo:
+    module.TIMEOUT = 3
 start = time.monotonic()
 try:
     tracker = module.AimTracker(repo, name)
