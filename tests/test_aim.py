@@ -35,9 +35,11 @@ from utils.tracking.metrics import METRICS, get_tag
 # A separate process: log ten losses, then close, be killed, or wait for a line and close.
 RUN = """
 import os, signal, sys, time
+import aim  # outside the measured time
 import utils.tracking.aim as module
 repo, name, action = sys.argv[1:]
-module.TIMEOUT = 3
+if "://" in repo:
+    module.TIMEOUT = 3
 start = time.monotonic()
 try:
     tracker = module.AimTracker(repo, name)
