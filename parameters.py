@@ -209,7 +209,7 @@ class Runtime(Settings):
 
 
 class Tracking(Settings):
-    """What is printed and logged during a run."""
+    """Output and logs of a run."""
 
     log_interval: Positive = 50
     """Steps between printed lines; every step is logged."""
@@ -247,7 +247,7 @@ class Run(Settings):
 
 
 class Initialization(Settings):
-    """Where a new model's weights come from. To resume, use --resume."""
+    """The source of a new model's weights. To resume, use --resume."""
 
     init_from: str | None = Field(default=None, min_length=1)
     """Fine-tune: start from the weights and tokenizer of this named model, run or bundle."""

@@ -1,4 +1,4 @@
-"""What a run starts from: scratch, a checkpoint to resume, or a parent model to fine-tune.
+"""The start of a run: scratch, a checkpoint to resume, or a parent model to fine-tune.
 
 `plan_run` turns a command's flags into settings and a `ResumePlan`. It reads small files only,
 writes nothing and does not import torch, so that a mistake is answered at once.
@@ -42,7 +42,7 @@ from utils.run_manager import RunDirectory, RunIDGenerator
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """What a run starts from, and which named model it trains.
+    """The start of a run, and the named model that it trains.
 
     Attributes:
         bundle: the checkpoint to resume (`is_resume`) or the parent to fine-tune; None: scratch.

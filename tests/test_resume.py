@@ -221,10 +221,10 @@ def test_a_resume_notes_a_change_of_precision_or_torch_compile_once(tiny, quiet,
     first = train(tiny(**SETTINGS, max_iters=N), output=quiet)
     changed = {"precision": "bf16", "torch_compile": "on", "compile_backend": "aot_eager"}
     second = resume(first.run_dir, max_iters=N + 1, **changed)
-    (note,) = read_notes(second)
-    assert all(word in note for word in ("fp32", "bf16", "torch.compile", "off", "aot_eager"))
+    (note,) = [note for note in read_notes(second) if "torch.compile" in note]
+    assert all(word in note for word in ("fp32", "bf16", "off", "aot_eager"))
     third = resume(second.run_dir, max_iters=N + 2)
-    assert not read_notes(third)
+    assert not [note for note in read_notes(third) if "torch.compile" in note]
 
 
 def test_a_named_model_resumes_bit_for_bit(tiny, quiet, train_whole, resume):
