@@ -185,7 +185,7 @@ def test_an_evaluation_is_the_same_however_many_windows_come_at_once(tiny, monke
     setup = set_up(config)
     found = []
     for numbers in (1, 1 << 30):
-        monkeypatch.setattr(step_module, "EVALUATED_AT_ONCE_ON_CPU", numbers)
+        monkeypatch.setattr("utils.evaluation.MAX_ELEMENTS_CPU", numbers)
         found.append(estimate_loss(setup.model, setup.data, config))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
