@@ -64,7 +64,7 @@ class ModelChoice(Settings):
 
 
 class InferenceConfig(ModelChoice):
-    """What to generate, and from which model."""
+    """The model to generate from, and the prompt, length and sampling."""
 
     prompt: str = ""
     """The text to continue; \\n is a new line, and - standard input. Empty: a new line."""
@@ -73,7 +73,7 @@ class InferenceConfig(ModelChoice):
     """A file with the text to continue, taken as it is."""
 
     on_unknown: Literal["error", "skip", "replace"] = "error"
-    """What the model has never seen in a prompt: error, skip, or replace (by a space if it can)."""
+    """For characters missing from the vocabulary: error, skip, or replace (by a space if known)."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""

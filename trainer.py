@@ -99,7 +99,7 @@ from utils.device import (
     synchronize,
 )
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
-from utils.evaluation import compute_loss, count_parallel_windows, evaluation_mode
+from utils.evaluation import compute_loss, count_parallel_windows, enter_evaluation_mode
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
@@ -456,7 +456,7 @@ def estimate_loss(
     rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
     losses = {}
-    with evaluation_mode(model):
+    with enter_evaluation_mode(model):
         for split in ("train", "val"):
             total, count = torch.zeros((), device=next(model.parameters()).device), 0
             tokens = data.splits[split]

@@ -248,7 +248,7 @@ def list_values(values: Values) -> Sequence[Any] | None:
 
 @dataclass(frozen=True)
 class Search:
-    """What all trials of a study share, and the space in which they differ.
+    """The settings that all trials of a study share, and the space in which they differ.
 
     `base` is one legal configuration; `combinations` are all legal ones, if they are few.
     """

@@ -487,5 +487,5 @@ def run_train(
 
     trainer_module.Trainer.training_step = training_step
     trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
-    output_module.SILENCE = 0.0  # no torchrun here that would end the others
+    output_module.TORCHRUN_GRACE = 0.0  # no torchrun here that would end the others
     return run_command(train.main, [*flags, *(own[rank] if own else [])])

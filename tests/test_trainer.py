@@ -185,8 +185,10 @@ def test_an_evaluation_does_not_depend_on_how_many_windows_are_in_memory(tiny, m
     config = tiny(eval_iters=7)
     trainer = prepare_trainer(config)
     losses = []
-    for elements in (1, 1 << 30):
-        monkeypatch.setattr(trainer_module, "EVALUATION_ELEMENTS_CPU", elements)
+    for windows in (1, 1000):
+        monkeypatch.setattr(
+            trainer_module, "count_parallel_windows", lambda model, windows=windows: windows
+        )
         losses.append(trainer.evaluate())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

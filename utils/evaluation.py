@@ -26,7 +26,7 @@ def count_parallel_windows(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def enter_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Disable gradients and dropout, and restore the model's mode at the end."""
     was_training = model.training
     model.eval()
@@ -83,7 +83,7 @@ def compute_token_losses(
     if full.size < starts.size:
         batches.append(starts[-1:])
     done = 0
-    with evaluation_mode(model):
+    with enter_evaluation_mode(model):
         for batch in batches:
             length = min(T, tokens.size - 1 - int(batch[-1]))
             windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
