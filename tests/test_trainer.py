@@ -373,7 +373,7 @@ def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tin
     text = read_console(result.run_dir)
     for words in ("Model ", "Text ", "CPU", "step 2/6", "eval 6/6", "--- Sample at step 6"):
         assert words in text, words
-    assert text.count("--- sample at") == 1
+    assert text.count("--- Sample at") == 1
     assert f"inference.py --run {result.run_dir}" in text
 
 
