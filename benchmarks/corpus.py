@@ -74,7 +74,7 @@ def run(data: str | None) -> None:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Write `size` bytes of synthetic text, or some less, as it ends with a line."""
+    """Write at most `size` bytes of synthetic text, cut at the end of a line."""
     rng = np.random.default_rng(0)
     block = rng.choice(np.frombuffer(b"eetaoinshrdlu    .,", np.uint8), size=min(_BLOCK, size))
     block[rng.integers(80, size=block.size) == 0] = ord("\n")

@@ -1,4 +1,4 @@
-"""Speed of generation: plain, compiled, int8, and many texts in one batch.
+"""Speed of generation: eager, compiled, int8, and many texts in one batch.
 
 The models are untrained, as the time of a token does not depend on its value. The time to load and
 to compile is printed, not counted.
@@ -44,10 +44,10 @@ INFERENCE = Path(__file__).resolve().parent.parent / "inference.py"
 def run(data: str | None) -> None:
     for name, shape in SHAPES.items():
         print(f"  {name}")
-        plain = one_stream(shape, "none", "off")
+        eager = one_stream(shape, "none", "off")
         for quantized, compiled in (("none", COMPILE), ("int8", "off"), ("int8", COMPILE)):
             one_stream(shape, quantized, compiled)
-        side_by_side(shape, plain)
+        side_by_side(shape, eager)
     long_text()
     first_character()
 
@@ -63,7 +63,7 @@ def one_stream(shape: dict, quantized: str, compiled: str) -> float:
     allowed = 1 / measure_read_time(size)
     print(
         f"    one text, {'int8' if quantized == 'int8' else 'fp32'}, "
-        f"{'compiled' if fast else 'plain'}: {speed:,.0f} characters/s; "
+        f"{'compiled' if fast else 'eager'}: {speed:,.0f} characters/s; "
         f"reading its {size / 1e6:.1f} MB of weights takes {speed / allowed:.0%} of that time"
         + (f"; compiled in {seconds:.0f} s" if fast else ""),
         flush=True,
@@ -71,14 +71,14 @@ def one_stream(shape: dict, quantized: str, compiled: str) -> float:
     return speed
 
 
-def side_by_side(shape: dict, plain: float) -> None:
-    """Print characters per second of a batch of texts, compared with one plain text."""
+def side_by_side(shape: dict, eager: float) -> None:
+    """Print characters per second of a batch of texts, compared with one text, eager."""
     model = create_model(shape)
     fast, seconds = create_fast_decoder(model, COMPILE, SIDE_BY_SIDE)
     speed = measure_speed(model, SIDE_BY_SIDE, fast)
     print(
-        f"    {SIDE_BY_SIDE} texts, fp32, {'compiled' if fast else 'plain'}: {speed:,.0f} "
-        f"characters/s, {speed / plain:.1f} times one by the plain path"
+        f"    {SIDE_BY_SIDE} texts, fp32, {'compiled' if fast else 'eager'}: {speed:,.0f} "
+        f"characters/s, {speed / eager:.1f} times one eager text"
         + (f"; compiled in {seconds:.0f} s" if fast else ""),
         flush=True,
     )
@@ -116,7 +116,7 @@ def measure_speed(model: LanguageModel, rows: int, fast: FastDecoder | None) -> 
 
 def count_weight_bytes(model: LanguageModel) -> int:
     """Return the bytes of all matrices that a token is multiplied with."""
-    size = model.token_embedding.weight.nbytes  # it is the head, or as large as it
+    size = model.token_embedding.weight.nbytes  # the LM head is tied to it, or of the same size
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear | Int8Linear):
             size += module.weight.nbytes
@@ -145,7 +145,7 @@ def long_text() -> None:
         tenth / (arrivals[end] - arrivals[end - tenth]) for end in range(tenth, LONG + 1, tenth)
     ]
     print(
-        f"  {LONG:,} characters of the default model, plain, each tenth: "
+        f"  {LONG:,} characters of the default model, eager, each tenth: "
         f"{', '.join(f'{speed:,.0f}' for speed in speeds)} characters/s"
     )
 

@@ -1,7 +1,7 @@
 """Weak scaling: the time of a step for twice the text on two processes, one thread each.
 
-In turns: one process with a batch; two independent ones, which measures the machine itself; and two
-that share a batch of twice the size, by DDP and by FSDP2.
+Alternate: one process with a batch; two independent ones, which measures the machine itself; and
+two that share a batch of twice the size, by DDP and by FSDP2.
 """
 
 import json

@@ -458,7 +458,7 @@ def _begin(ranks: Ranks, port: int, place: Path, environment, work: Callable, ar
 
 
 def _reject_long_names(library: torch.library.Library) -> None:
-    """Let operations fail whose names could crash gloo: see "Sharded tensors", distributed.py."""
+    """Make operations fail whose names could crash gloo: see "Sharded tensors", distributed.py."""
 
     def reject(*_):
         raise AssertionError("the name of this operation has more than 15 characters")

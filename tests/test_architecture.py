@@ -1,4 +1,4 @@
-"""The shape of the house: which module imports which, and what happens at import.
+"""The architecture: which module imports which, and what happens at import.
 
 python -m pytest tests/test_architecture.py
 """

@@ -98,11 +98,11 @@ def test_a_returned_reason_stops_the_run_after_an_evaluation_and_a_save(tiny, qu
 
 
 def test_a_run_that_a_callback_stopped_resumes_bit_for_bit(tiny, quiet):
-    whole = train(tiny(), output=quiet)
+    uninterrupted = train(tiny(), output=quiet)
     stopper = Recorder({("step", 4): "wait"})
     part = train(tiny(), output=quiet, callbacks={"stopper": lambda _: stopper})
     rest = resume_run(part.run_dir)
-    assert_same_bits(whole.checkpoint, rest.checkpoint)
+    assert_same_bits(uninterrupted.checkpoint, rest.checkpoint)
 
 
 @pytest.mark.parametrize("place", ["after_step", "after_evaluation", "at_end"])
@@ -216,8 +216,8 @@ def test_the_early_stopping_count_continues_on_resume(tiny, quiet, monkeypatch):
     losses = (2.0, 1.9, 1.95, 1.96, 1.97, 1.98)
     set_val_losses(monkeypatch, *losses)
     config = tiny(max_iters=9, eval_interval=1, early_stopping_patience=3)
-    whole = train(config, output=quiet)
-    assert whole.step == 5
+    uninterrupted = train(config, output=quiet)
+    assert uninterrupted.step == 5
 
     set_val_losses(monkeypatch, *losses)
     stopper = Recorder({("evaluation", 4): "wait"})  # two evaluations after the best
@@ -225,7 +225,7 @@ def test_the_early_stopping_count_continues_on_resume(tiny, quiet, monkeypatch):
     assert read_state(part.checkpoint).get_fact("evaluations_since_best") == 2
     rest = resume_run(part.run_dir)
     assert rest.step == 5
-    assert rest.stopped_by == whole.stopped_by
+    assert rest.stopped_by == uninterrupted.stopped_by
 
 
 def test_resuming_on_another_text_resets_the_best_loss(tiny, quiet, monkeypatch, tmp_path):

@@ -88,7 +88,7 @@ def bad_files(tmp_path):
     return tmp_path
 
 
-# The flags, and the facts that each line of the answer has. {0} is `bad_files`, {1} a good text.
+# The flags, and the facts that each error line has. {0} is `bad_files`, {1} a good text.
 MISTAKES = {
     "unknown flag": ("--max-itres 5", [["unknown flag --max-itres", "--max-iters"]]),
     "unknown key in YAML": (

@@ -601,7 +601,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "name"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_encoding_is_made_again_with_one_line(text, lines, cache, damage, name):
+def test_a_damaged_encoding_is_replaced_with_one_line(text, lines, cache, damage, name):
     encode(text)
     damage(cache)
     assert decode(encode(text, lines)) == TEXT
@@ -808,7 +808,7 @@ def test_the_second_of_two_processes_waits_and_maps(text, lines):
 
 
 def call_while_encoding(monkeypatch, *steps) -> None:
-    """Call a step before each chunk that is encoded, as many as there are."""
+    """Call one of the steps before each chunk that is encoded, until all were called."""
     real = CharTokenizer.encode
     left = [lambda: None, *steps]  # the first call is for the vocabulary's characters
 
@@ -820,7 +820,7 @@ def call_while_encoding(monkeypatch, *steps) -> None:
     monkeypatch.setattr(CharTokenizer, "encode", encode)
 
 
-def test_a_text_that_changes_and_is_put_back_is_never_published(
+def test_a_text_that_changes_and_is_restored_is_never_published(
     text, cache, monkeypatch, small_chunks
 ):
     change, restore = (lambda: rewrite(text, OTHER_TEXT)), (lambda: rewrite(text, TEXT))
@@ -833,7 +833,7 @@ def test_a_text_that_changes_and_is_put_back_is_never_published(
     assert decode(encode(text)) == TEXT
 
 
-def test_a_text_that_changed_during_the_first_reading_is_read_again(text, monkeypatch):
+def test_a_text_that_changed_during_the_first_pass_is_read_again(text, monkeypatch):
     real = corpus.collect_chars
 
     def collect(texts):
@@ -857,7 +857,7 @@ def test_a_file_that_grows_while_it_is_encoded_is_named(write, cache, monkeypatc
     assert not list(cache.rglob("*.bin"))
 
 
-def test_a_text_that_changes_between_or_during_the_readings_is_an_error(text, monkeypatch):
+def test_a_text_that_changes_between_or_during_the_passes_is_an_error(text, monkeypatch):
     real = corpus.collect_chars
 
     def collect(texts):
@@ -991,7 +991,7 @@ def test_the_corpus_is_cached_outside_the_checkout_and_follows_its_source(plays,
     assert load_sample_corpus() not in (text, "from the cache")
 
 
-def test_the_corpus_is_cached_where_the_setting_says(plays, tmp_path):
+def test_the_corpus_is_cached_in_the_cache_dir_of_the_settings(plays, tmp_path):
     load_sample_corpus(cache_dir=str(tmp_path / "mine"))
     assert len(list((tmp_path / "mine").iterdir())) == 1
     assert not (tmp_path / "cache").exists()
@@ -1002,12 +1002,12 @@ def test_a_dry_run_leaves_no_cache(plays, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(plays, tmp_path):
+def test_the_corpus_loads_if_its_cache_cannot_be_written(plays, tmp_path):
     (tmp_path / "cache").write_text("a file in the way")
     assert "BERNARDO" in load_sample_corpus()
 
 
-def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch):
+def test_without_the_wheel_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-corpus\.txt.*--data FILE"):
         open_corpus(None)

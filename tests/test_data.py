@@ -205,7 +205,7 @@ SHUFFLED = {**DRAW, "order": "shuffled"}
 
 @pytest.mark.parametrize("size", [11, 21, 200, 1024, 8193])
 @pytest.mark.parametrize("batch_size", [1, 8, 50])
-def test_shuffled_windows_come_once_in_a_pass_for_any_batch_size(size, batch_size):
+def test_shuffled_windows_come_once_in_an_epoch_for_any_batch_size(size, batch_size):
     tokens = np.arange(size, dtype=np.uint16)
     count, draw = (size - 1) // 10, {**SHUFFLED, "batch_size": batch_size}
     steps = -(-3 * count // batch_size)
@@ -233,7 +233,7 @@ def test_shuffled_batches_are_the_same_in_every_release_and_for_any_selection_of
 
 
 def test_shuffled_windows_are_in_a_uniformly_random_order():
-    """Each window is as likely as any other to be the first of a pass, or to follow another."""
+    """Each window is as likely as any other to be the first of an epoch, or to follow another."""
     tokens, draw = np.arange(101, dtype=np.uint8), {**DRAW, "batch_size": 10, "order": "shuffled"}
     passes = [get_batch(tokens, i, **draw)[0][:, 0].numpy() // 10 for i in range(1000)]
     firsts = np.bincount([one[0] for one in passes], minlength=10)

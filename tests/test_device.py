@@ -94,7 +94,7 @@ def test_out_of_memory_is_recognized_on_any_device():
         ("mps", None, True, "fp32"),
     ],
 )
-def test_auto_is_bf16_if_the_processor_multiplies_in_it(
+def test_auto_is_bf16_if_the_processor_supports_it_natively(
     monkeypatch, kind, capability, amx, expected
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

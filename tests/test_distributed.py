@@ -1,4 +1,4 @@
-"""Several processes that train one model: the same training, one record, one end.
+"""Training on several processes: the same losses, one record, and all ranks end together.
 
 The processes are real and communicate over gloo. They are forked from a server that has imported
 torch already; besides that, they start as torchrun starts them.
@@ -189,14 +189,14 @@ def test_each_rank_has_its_own_dropout_masks(flags):
 def test_the_same_world_size_resumes_bit_for_bit(flags, kind):
     flags = [*flags, *kind, "--dropout=0.2"]
     assert_succeeded(run_ranks(2, run_train, flags))
-    whole = find_newest_run()
+    uninterrupted = find_newest_run()
     assert_succeeded(run_ranks(2, run_train, [*flags, "--max-iters=3"]))
     half = find_newest_run()
     results = run_ranks(2, run_train, [f"--resume={half}", "--device=cpu", "--max-iters=6"])
     assert_succeeded(results)
     assert "Note:" not in results[0].out
-    assert_same_bits(list_checkpoints(whole)[-1], list_checkpoints(find_newest_run())[-1])
-    assert {**read_values(half), **read_values(find_newest_run())} == read_values(whole)
+    assert_same_bits(list_checkpoints(uninterrupted)[-1], list_checkpoints(find_newest_run())[-1])
+    assert {**read_values(half), **read_values(find_newest_run())} == read_values(uninterrupted)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
@@ -206,14 +206,14 @@ def test_another_world_size_resumes_the_same_training_and_prints_a_note(
 ):
     flags = [*flags, f"--parallel={parallel}"]
     assert_succeeded(run_ranks(1, run_train, flags))
-    whole = read_values(find_newest_run())
+    uninterrupted = read_values(find_newest_run())
     assert_succeeded(run_ranks(before, run_train, [*flags, "--max-iters=3"]))
     results = run_ranks(after, run_train, ["--resume=last", "--device=cpu", "--max-iters=6"])
     assert_succeeded(results)
     (note,) = [line for line in results[0].out.splitlines() if line.startswith("Note:")]
     assert f"processes {before} → {after}" in note
     for key, value in read_values(find_newest_run()).items():
-        assert value == pytest.approx(whole[key], abs=1e-5), key
+        assert value == pytest.approx(uninterrupted[key], abs=1e-5), key
 
 
 # The end of a run -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_another_world_size_resumes_the_same_training_and_prints_a_note(
 def test_a_signal_to_any_rank_stops_all_with_one_checkpoint(flags, rank, number, parallel):
     flags = [*flags, f"--parallel={parallel}", "--dropout=0.2"]
     assert_succeeded(run_ranks(2, run_train, flags))
-    whole = find_newest_run()
+    uninterrupted = find_newest_run()
     # A second signal, as when torchrun passes it on, changes nothing.
     signals = [(rank, 4, number), (rank, 4, number)]
     results = run_ranks(2, run_train, flags, signals)
@@ -239,7 +239,7 @@ def test_a_signal_to_any_rank_stops_all_with_one_checkpoint(flags, rank, number,
     stopped = find_newest_run()
     assert [path.name for path in list_checkpoints(stopped)] == ["step_00000003", "step_00000004"]
     assert_succeeded(run_ranks(2, run_train, [f"--resume={stopped}", "--device=cpu"]))
-    assert_same_bits(list_checkpoints(whole)[-1], list_checkpoints(find_newest_run())[-1])
+    assert_same_bits(list_checkpoints(uninterrupted)[-1], list_checkpoints(find_newest_run())[-1])
 
 
 def run_train_with_late_signal(rank: int, flags: list[str]) -> int:
@@ -485,11 +485,11 @@ def send_long_name(rank: int) -> None:
             layer.weight.full_tensor()
 
 
-def test_no_operation_has_a_name_that_breaks_gloos_memory():
+def test_collectives_whose_names_corrupt_gloos_heap_fail_in_tests():
     assert run_ranks(2, send_long_name) == [ProcessResult(0, "", "")] * 2
 
 
-def leave_early(rank: int) -> None:
+def exit_early(rank: int) -> None:
     began = time.monotonic()
     with open_world(ModelConfig()):
         if rank == 0:
@@ -497,9 +497,9 @@ def leave_early(rank: int) -> None:
     assert time.monotonic() - began >= 1
 
 
-def test_no_rank_leaves_before_all_are_finished():
-    """torchrun ends the others when one has left."""
-    assert run_ranks(2, leave_early) == [ProcessResult(0, "", "")] * 2
+def test_no_rank_exits_before_all_are_finished():
+    """torchrun terminates the other ranks when one has exited."""
+    assert run_ranks(2, exit_early) == [ProcessResult(0, "", "")] * 2
 
 
 @pytest.mark.parametrize(

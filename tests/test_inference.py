@@ -26,7 +26,7 @@ from utils.output import Output
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict:
-    """Where `run` keeps its result, so that these tests train once."""
+    """The directory of the result of `run`, so that these tests train only once."""
     return {"directory": tmp_path_factory.mktemp("trained") / "runs"}
 
 

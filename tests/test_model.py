@@ -24,7 +24,7 @@ def make(seed: int = 0, num_tokens: int | None = None, **changes) -> LanguageMod
 
 
 def randomize(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
-    """Draw all weights anew, so that none is 0 or 1."""
+    """Randomize all weights, so that none is 0 or 1."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model

@@ -1,4 +1,4 @@
-"""profile_model.py and utils/profiling.py: the time of a step, measured truthfully.
+"""profile_model.py and utils/profiling.py: the measured time of a step and of its phases.
 
 python -m pytest tests/test_profile_model.py
 """
@@ -65,7 +65,7 @@ def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
 
     monkeypatch.setattr(trainer_module.Trainer, "training_step", counted)
     profile_training(small, steps=3)
-    # First call, FLOP count, warmup, whole, phase by phase, traced.
+    # First call, FLOP count, warmup, complete steps, steps by phase, traced.
     assert len(calls) == 1 + 1 + profiling.WARMUP + 3 + 3 + profiling.TRACED
 
 

@@ -31,7 +31,7 @@ from trainer import Trainer, train
 
 REAL_STEP = Trainer.training_step
 N = 6
-# The schedule ends at 2N, so that both halves follow that of the whole run.
+# The schedule ends at 2N, so that both halves follow that of the uninterrupted run.
 SETTINGS = {"lr_decay_iters": 2 * N, "eval_interval": 3, "log_interval": 2}
 
 VARIANTS = [
@@ -55,12 +55,12 @@ VARIANTS = [
 
 
 @pytest.fixture
-def train_whole(tiny, quiet):
+def train_uninterrupted(tiny, quiet):
     """Return a function that trains for 2N steps."""
 
     def run(**changes) -> TrainResult:
         config = tiny(**{**SETTINGS, "max_iters": 2 * N, **changes})
-        return train(config.model_copy(update={"runs_dir": "whole"}), output=quiet)
+        return train(config.model_copy(update={"runs_dir": "uninterrupted"}), output=quiet)
 
     return run
 
@@ -119,35 +119,35 @@ def assert_same_facts(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_n_steps_and_n_resumed_steps_are_bit_for_bit_2n_steps(
-    tiny, quiet, train_whole, resume, changes
+    tiny, quiet, train_uninterrupted, resume, changes
 ):
-    whole = train_whole(**changes)
+    uninterrupted = train_uninterrupted(**changes)
     first = train(tiny(**{**SETTINGS, "max_iters": N, **changes}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
-    assert read_values(first.run_dir, second.run_dir) == read_values(whole.run_dir)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
+    assert read_values(first.run_dir, second.run_dir) == read_values(uninterrupted.run_dir)
 
 
 @pytest.mark.parametrize("changes", VARIANTS[:5])
-def test_a_run_resumed_after_ctrl_c_is_bit_for_bit_the_whole_run(
-    tiny, quiet, train_whole, resume, monkeypatch, changes
+def test_a_run_resumed_after_ctrl_c_is_bit_for_bit_the_uninterrupted_run(
+    tiny, quiet, train_uninterrupted, resume, monkeypatch, changes
 ):
     changes = {**changes, "lr_decay_iters": None}
-    whole = train_whole(**changes)
+    uninterrupted = train_uninterrupted(**changes)
     with monkeypatch.context() as patch:
         interrupt_after(N + 1, patch)  # no evaluation and no checkpoint is due there
         first = train(tiny(**{**SETTINGS, "max_iters": 2 * N, **changes}), output=quiet)
     assert (first.step, first.exit_status) == (N + 1, 130)
     second = resume("last")
-    assert_same_facts(whole.checkpoint, second.checkpoint)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
-    assert read_values(first.run_dir, second.run_dir) == read_values(whole.run_dir)
+    assert_same_facts(uninterrupted.checkpoint, second.checkpoint)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
+    assert read_values(first.run_dir, second.run_dir) == read_values(uninterrupted.run_dir)
 
 
-def test_a_run_stopped_after_every_step_is_bit_for_bit_the_whole_run(
-    tiny, quiet, train_whole, resume, monkeypatch
+def test_a_run_stopped_after_every_step_is_bit_for_bit_the_uninterrupted_run(
+    tiny, quiet, train_uninterrupted, resume, monkeypatch
 ):
-    whole = train_whole(dropout=0.2)
+    uninterrupted = train_uninterrupted(dropout=0.2)
     runs = []
     for step in range(1, 2 * N + 1):
         with monkeypatch.context() as patch:
@@ -159,60 +159,60 @@ def test_a_run_stopped_after_every_step_is_bit_for_bit_the_whole_run(
                 result = resume("last")
         runs.append(result.run_dir)
         assert result.step == step
-    assert_same_bits(whole.checkpoint, result.checkpoint)
-    assert_same_facts(whole.checkpoint, result.checkpoint)
-    assert read_values(*runs) == read_values(whole.run_dir)
+    assert_same_bits(uninterrupted.checkpoint, result.checkpoint)
+    assert_same_facts(uninterrupted.checkpoint, result.checkpoint)
+    assert read_values(*runs) == read_values(uninterrupted.run_dir)
 
 
 @pytest.mark.parametrize("eval_interval", [0, 1, 4])
 def test_another_eval_interval_after_a_resume_does_not_change_the_training(
-    tiny, quiet, train_whole, resume, eval_interval
+    tiny, quiet, train_uninterrupted, resume, eval_interval
 ):
-    whole = train_whole(dropout=0.2)
+    uninterrupted = train_uninterrupted(dropout=0.2)
     first = train(tiny(**{**SETTINGS, "max_iters": N, "dropout": 0.2}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N, eval_interval=eval_interval)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
-    both, one = read_values(first.run_dir, second.run_dir), read_values(whole.run_dir)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
+    both, one = read_values(first.run_dir, second.run_dir), read_values(uninterrupted.run_dir)
     trained = {key for key in one if key[1] in ("loss/train", "grad_norm", "learning_rate")}
     assert {key: both[key] for key in trained} == {key: one[key] for key in trained}
 
 
-def test_a_compiled_run_resumes_bit_for_bit(tiny, quiet, train_whole, resume):
+def test_a_compiled_run_resumes_bit_for_bit(tiny, quiet, train_uninterrupted, resume):
     compiled = {"torch_compile": "on", "compile_backend": "aot_eager", "dropout": 0.2}
-    whole = train_whole(**compiled)
+    uninterrupted = train_uninterrupted(**compiled)
     first = train(tiny(**{**SETTINGS, "max_iters": N, **compiled}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_compiled_by_inductor_resumes_bit_for_bit(
-    tiny, quiet, train_whole, resume, tmp_path, monkeypatch, precision
+    tiny, quiet, train_uninterrupted, resume, tmp_path, monkeypatch, precision
 ):
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     compiled = {"torch_compile": "on", "compile_backend": "inductor"}
     settings = {"precision": precision, "dropout": 0.2, **compiled}
-    whole = train_whole(**settings)
+    uninterrupted = train_uninterrupted(**settings)
     first = train(tiny(**{**SETTINGS, "max_iters": N, **settings}), output=quiet)
     torch._dynamo.reset()  # as in another process
     second = resume(first.run_dir, max_iters=2 * N)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
-    assert read_values(first.run_dir, second.run_dir) == read_values(whole.run_dir)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
+    assert read_values(first.run_dir, second.run_dir) == read_values(uninterrupted.run_dir)
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_a_run_resumes_with_and_without_torch_compile(
-    tiny, quiet, train_whole, resume, compiled_first
+    tiny, quiet, train_uninterrupted, resume, compiled_first
 ):
-    whole = train_whole()
+    uninterrupted = train_uninterrupted()
     modes = ("on", "off") if compiled_first else ("off", "on")
     own = {"torch_compile": modes[0], "compile_backend": "aot_eager"}
     first = train(tiny(**{**SETTINGS, "max_iters": N, **own}), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N, torch_compile=modes[1])
-    both, one = read_values(first.run_dir, second.run_dir), read_values(whole.run_dir)
+    both, one = read_values(first.run_dir, second.run_dir), read_values(uninterrupted.run_dir)
     assert both.keys() == one.keys()
     assert list(both.values()) == pytest.approx([one[key] for key in both], rel=1e-4)
 
@@ -227,18 +227,18 @@ def test_a_resume_notes_a_change_of_precision_or_torch_compile_once(tiny, quiet,
     assert not [note for note in read_notes(third) if "torch.compile" in note]
 
 
-def test_a_named_model_resumes_bit_for_bit(tiny, quiet, train_whole, resume):
-    whole = train_whole(dropout=0.2)
+def test_a_named_model_resumes_bit_for_bit(tiny, quiet, train_uninterrupted, resume):
+    uninterrupted = train_uninterrupted(dropout=0.2)
     config = tiny(**{**SETTINGS, "max_iters": N, "dropout": 0.2, "model_name": "dante"})
     train(config, output=quiet)
     resume(None, model_name="dante", max_iters=2 * N)
-    assert_same_bits(whole.checkpoint, Path("checkpoints/dante"))
+    assert_same_bits(uninterrupted.checkpoint, Path("checkpoints/dante"))
 
 
 def test_a_named_model_killed_before_its_first_checkpoint_restarts_at_step_0(
-    tiny, quiet, train_whole, resume, monkeypatch
+    tiny, quiet, train_uninterrupted, resume, monkeypatch
 ):
-    whole = train_whole(dropout=0.2)
+    uninterrupted = train_uninterrupted(dropout=0.2)
 
     def training_step(trainer, index):
         if index == 2:
@@ -250,19 +250,19 @@ def test_a_named_model_killed_before_its_first_checkpoint_restarts_at_step_0(
         changes = {"max_iters": 2 * N, "dropout": 0.2, "model_name": "dante"}
         train(tiny(**{**SETTINGS, **changes}), output=quiet)
     resume(None, model_name="dante")
-    assert_same_bits(whole.checkpoint, Path("checkpoints/dante"))
+    assert_same_bits(uninterrupted.checkpoint, Path("checkpoints/dante"))
 
 
 def test_a_moved_bundle_resumes_bit_for_bit(
-    tiny, quiet, train_whole, resume, tmp_path, monkeypatch
+    tiny, quiet, train_uninterrupted, resume, tmp_path, monkeypatch
 ):
-    whole = train_whole(dropout=0.2)
+    uninterrupted = train_uninterrupted(dropout=0.2)
     first = train(tiny(**{**SETTINGS, "max_iters": N, "dropout": 0.2}), output=quiet)
     (tmp_path / "elsewhere").mkdir()
     moved = first.checkpoint.rename(tmp_path / "elsewhere" / "gift")
     monkeypatch.chdir(tmp_path / "elsewhere")
     second = resume(moved, max_iters=2 * N)
-    assert_same_bits(tmp_path / "cwd" / whole.checkpoint, second.checkpoint)
+    assert_same_bits(tmp_path / "cwd" / uninterrupted.checkpoint, second.checkpoint)
 
 
 # SIGKILL --------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_process_killed_repeatedly_resumes_bit_for_bit(text_file):
         words = [*command, "--resume=auto", "--runs-dir", runs_dir]
         return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
-    with start("whole") as process:
+    with start("uninterrupted") as process:
         assert "1,000 steps" in process.stdout.read()
     generator = random.Random(1)
     kills = 0
@@ -298,9 +298,11 @@ def test_a_process_killed_repeatedly_resumes_bit_for_bit(text_file):
             break
         assert kills < 10
     assert kills == 3
-    assert_same_bits(*(list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("whole", "killed")))
-    whole, killed = (read_values(*list_runs(Path(d))) for d in ("whole", "killed"))
-    assert killed == whole
+    assert_same_bits(
+        *(list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("uninterrupted", "killed"))
+    )
+    uninterrupted, killed = (read_values(*list_runs(Path(d))) for d in ("uninterrupted", "killed"))
+    assert killed == uninterrupted
 
 
 # What a resume may change ---------------------------------------------------------------------

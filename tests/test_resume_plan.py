@@ -1,4 +1,4 @@
-"""What a run starts from: named models, resuming, fine-tuning, lineage. resume.py.
+"""The start of a run: named models, resuming, fine-tuning, lineage. resume.py.
 
 That a resumed run is bit-for-bit identical is tested in test_resume.py.
 
@@ -106,7 +106,7 @@ def find_outcomes(*combination: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("resume", "name", "parent", "overwrite"), COMBINATIONS)
-def test_every_combination_starts_from_what_the_table_of_resolve_start_lists(
+def test_every_combination_starts_as_listed_in_the_table_of_resolve_start(
     resume, name, parent, overwrite
 ):
     save_bundle(PARENT, step=3)
@@ -425,7 +425,7 @@ def test_a_text_of_any_kind_trains_like_one_file_and_is_found_on_resume(
     start_run, tmp_path, tiny, monkeypatch, kind
 ):
     text = Path(tiny().data).read_bytes()
-    whole = start_run(fresh=True, max_iters=4)
+    uninterrupted = start_run(fresh=True, max_iters=4)
     if kind == "stdin":
         data = "-"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
@@ -448,7 +448,7 @@ def test_a_text_of_any_kind_trains_like_one_file_and_is_found_on_resume(
     monkeypatch.setattr("corpus.iter_chunks", None)  # the text is not read again
     second = start_run(run, max_iters=4)
     assert "warning: " not in read_console(second)
-    assert second.val_loss == whole.val_loss
+    assert second.val_loss == uninterrupted.val_loss
 
 
 def test_cache_dir_is_not_part_of_a_checkpoint_or_a_record(start_run, tmp_path):
@@ -462,10 +462,10 @@ def test_cache_dir_is_not_part_of_a_checkpoint_or_a_record(start_run, tmp_path):
 
 
 def test_a_resume_keeps_the_window_order(start_run):
-    whole = start_run(fresh=True, max_iters=3, window_order="shuffled")
+    uninterrupted = start_run(fresh=True, max_iters=3, window_order="shuffled")
     first = start_run(fresh=True, max_iters=1, window_order="shuffled")
     second = start_run(str(first.run_dir), max_iters=3)
-    assert_same_bits(whole.checkpoint, second.checkpoint)
+    assert_same_bits(uninterrupted.checkpoint, second.checkpoint)
 
 
 def test_a_model_of_the_sample_corpus_resumes_on_it_even_if_input_txt_exists(

@@ -1,4 +1,4 @@
-"""Hyper-parameter search: the space, the trials, several workers, retries, and the storage.
+"""Hyperparameter search: the space, the trials, several workers, retries, and the storage.
 
 python -m pytest tests/test_tune.py
 """
@@ -407,12 +407,13 @@ def test_workers_share_the_trials_and_none_runs_twice(command, trained):
     assert len({trial.user_attrs["run_dir"] for trial in done}) == 9
 
 
-def test_of_two_workers_that_ask_for_the_last_trial_one_withdraws(command, trained, monkeypatch):
+def test_of_two_workers_that_request_the_last_trial_one_withdraws_it(command, trained, monkeypatch):
     real, answers = tune.wait_for_place, []
 
     def wait_for_place(*arguments):
         answers.append(real(*arguments))
-        return answers[-1] or answers.count(False) == 1  # once, as if there were a place
+        # The first False becomes True, as if a trial were still missing.
+        return answers[-1] or answers.count(False) == 1
 
     monkeypatch.setattr(tune, "wait_for_place", wait_for_place)
     assert command("--trials", "2") == 0
@@ -422,7 +423,7 @@ def test_of_two_workers_that_ask_for_the_last_trial_one_withdraws(command, train
     assert "withdrawn" in withdrawn.user_attrs["reason"]
 
 
-def test_a_trial_with_the_settings_of_another_withdraws(command, trained):
+def test_a_trial_with_the_settings_of_another_is_withdrawn(command, trained):
     assert command("--trials", "1") == 0
     load().enqueue_trial(read_trials()[0].params)
     assert command("--trials", "2") == 0
@@ -471,7 +472,7 @@ def test_a_worker_killed_before_its_first_heartbeat_costs_nothing(command, train
     assert [trial.state.name for trial in read_trials()] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
-def test_a_trial_that_kills_its_workers_is_not_retried_for_ever(command, trained, monkeypatch):
+def test_a_trial_that_kills_its_workers_is_not_retried_forever(command, trained, monkeypatch):
     monkeypatch.setattr(tune, "MAX_RETRIES", 2)
     trained.before = kill_in(1, 2, 3)
     for _ in range(3):
@@ -485,7 +486,7 @@ def test_a_trial_that_kills_its_workers_is_not_retried_for_ever(command, trained
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_workers_trial_is_handed_back(command, trained, capsys, number, status):
+def test_a_stopped_workers_trial_is_queued_again(command, trained, capsys, number, status):
     losses = trained.losses
 
     def after(call, result):
@@ -504,7 +505,7 @@ def test_a_stopped_workers_trial_is_handed_back(command, trained, capsys, number
     assert trials[2].system_attrs["failed_trial"] == 1
 
 
-def test_an_aborted_workers_trial_is_handed_back(command, trained):
+def test_an_aborted_workers_trial_is_queued_again(command, trained):
     def before(number, config):
         if number == 0:
             raise KeyboardInterrupt
@@ -515,8 +516,8 @@ def test_an_aborted_workers_trial_is_handed_back(command, trained):
     assert [trial.state.name for trial in read_trials()] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_a_worker_whose_trial_was_failed_by_another_goes_on(command, trained, capsys):
-    """As on a machine that was asleep, and counted as dead."""
+def test_a_worker_whose_trial_was_failed_by_another_continues(command, trained, capsys):
+    """As after a suspend, during which the worker was counted as dead."""
 
     def before(number, config):
         if number == 1:
@@ -615,7 +616,7 @@ def test_a_storage_that_cannot_be_opened_is_one_line(command, trained, capsys):
     assert not trained.calls
 
 
-def test_an_old_journal_is_one_line_that_says_how_to_read_it(command, trained, capsys):
+def test_an_old_journal_is_one_line_with_the_remedy(command, trained, capsys):
     journal = Path("runs/studies/space.log")
     journal.parent.mkdir(parents=True)
     journal.write_text('{"op_code": 0}\n', encoding="utf-8")
@@ -632,11 +633,11 @@ def test_an_old_journal_is_one_line_that_says_how_to_read_it(command, trained, c
 
 
 def test_a_retried_trial_resumes_from_its_checkpoint(command, monkeypatch):
-    """Real trainings: the same values as without the kill, and no step twice."""
+    """Train for real: the same values as without the kill, and no step twice."""
     flags = [*TINY_FLAGS, "--max-iters=8", "--checkpoint-interval=2", "--histogram-interval=0"]
     flags += ["--trials=1", "--num-threads=1"]
     space = "learning_rate: {low: 1e-3, high: 1e-2}"
-    assert command(*flags, "--study", "whole", space=space) == 0
+    assert command(*flags, "--study", "uninterrupted", space=space) == 0
     real = trainer_module.train
 
     def mortal(*arguments, callbacks, **others):
@@ -654,11 +655,11 @@ def test_a_retried_trial_resumes_from_its_checkpoint(command, monkeypatch):
             command(*flags, "--study", "killed", space=space)
     pass_grace_period(storage)
     assert command(*flags, "--study", "killed", space=space) == 0
-    whole = read_trials("runs/studies/whole.db", "whole")
+    uninterrupted = read_trials("runs/studies/uninterrupted.db", "uninterrupted")
     dead, retry = read_trials(storage, "killed")
-    assert retry.params == dead.params == whole[0].params
-    assert retry.intermediate_values == whole[0].intermediate_values
-    assert retry.value == whole[0].value
+    assert retry.params == dead.params == uninterrupted[0].params
+    assert retry.intermediate_values == uninterrupted[0].intermediate_values
+    assert retry.value == uninterrupted[0].value
     record = json.loads(Path(retry.user_attrs["run_dir"], "meta/full_config.json").read_bytes())
     assert record["run"]["resumed_from"]["run_id"] == Path(dead.user_attrs["run_dir"]).name
     assert record["run"]["resumed_from"]["step"] == 4

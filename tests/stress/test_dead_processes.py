@@ -64,12 +64,15 @@ def test_killed_ranks_lose_no_checkpoint_and_end_bit_for_bit_identical(text_file
         step = reached
 
     end = step + 5
-    for place in ("killed", "whole"):
+    for place in ("killed", "uninterrupted"):
         more = [f"--max-iters={end}", f"--runs-dir={place}", "--resume=auto"]
-        ended = run_ranks(2, run_train, [*flags, *more], within=600)  # "whole" repeats all steps
+        # "uninterrupted" runs all steps.
+        ended = run_ranks(2, run_train, [*flags, *more], within=600)
         assert [process.status for process in ended] == [0, 0], ended
-    last, whole = (list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("killed", "whole"))
-    assert_same_bits(whole, last)
+    last, uninterrupted = (
+        list_checkpoints(list_runs(Path(d))[0])[-1] for d in ("killed", "uninterrupted")
+    )
+    assert_same_bits(uninterrupted, last)
     assert list_temporary_directories(Path("killed")) == []
     with capsys.disabled():
         print(f"\n{KILLS} kills, {in_publication} within a publication, {end} steps; ", end="")

@@ -82,8 +82,10 @@ def test_hundreds_of_kills_lose_no_checkpoint_and_leave_no_temporary_files(tiny,
 
     end = step + 5
     last = resume_run("auto", {**flags, "max_iters": end})
-    whole = train(tiny(**{**flags, "max_iters": end, "runs_dir": "whole", "model_name": None}))
-    assert_same_bits(whole.checkpoint, last.checkpoint)
+    uninterrupted = train(
+        tiny(**{**flags, "max_iters": end, "runs_dir": "uninterrupted", "model_name": None})
+    )
+    assert_same_bits(uninterrupted.checkpoint, last.checkpoint)
     assert list_temporary_directories(Path("killed"), Path("checkpoints")) == []
     for directory in Path("killed").glob("*/artifacts/checkpoints/*"):
         assert list_names(directory) == sorted(BUNDLE_FILES)
