@@ -4,11 +4,11 @@ Sources, highest priority first:
 
     command line  >  --config FILE  >  checkpoint  >  configs/  >  config.json (legacy)  >  defaults
 
-The checkpoint takes part only when a run resumes or fine-tunes. Which checkpoint that is may be
-set in any of the other sources, so these are read first and merged once it is known.
+The checkpoint counts only when a run resumes or fine-tunes. The other sources decide which
+checkpoint that is, so they are read first and merged once it is known.
 
-Every value is checked against the schema in `parameters.py`, in whichever source it stands, and
-all problems are reported together. Nothing here imports torch: a typo is answered at once.
+Every value is checked against the schema in `parameters.py`, whatever its source, and all problems
+are reported together. Nothing here imports torch, so that a typo is reported at once.
 """
 
 import copy
@@ -33,7 +33,7 @@ from utils.run_manager import RECORD_VERSION
 CHECKOUT = Path(__file__).resolve().parent
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")
 LEGACY_FILE = "config.json"
-# The fixed behavior of versions that lacked these settings: their records continue with it.
+# Values that were hard-coded before these settings existed, for runs recorded at that time.
 VALUES_BEFORE_SETTING = {
     "optimizer": "adamw",
     "precision": "fp32",
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     source: str
 
 
-Layer = dict[str, Setting]  # the settings that one source gives
+Layer = dict[str, Setting]  # the settings from one source
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class LoadedConfig:
     """The merged settings and the source of each.
 
     `notes` are lines for the user. `changes` lists what differs from the checkpoint, as
-    `name old → new (source)`. `rerun_of` is the `run` record of the full_config.json that
-    `--config` named, if it named one.
+    `name old → new (source)`. `rerun_of` is the `run` part of a full_config.json that `--config`
+    named.
     """
 
     config: ModelConfig
@@ -80,7 +80,7 @@ class LoadedConfig:
 
 
 def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings with those that did not exist yet when they were recorded."""
+    """Fill in settings that older versions did not record."""
     upgraded = {**VALUES_BEFORE_SETTING, **settings}
     if isinstance(upgraded.get("torch_compile"), bool):
         upgraded["torch_compile"] = "on" if upgraded["torch_compile"] else "off"
@@ -88,12 +88,12 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ConfigLoader:
-    """Reads every source of settings but the checkpoint; `load` merges them.
+    """Reads every source of settings except the checkpoint; `load` merges them.
 
     Args:
-        flags: settings from the command line, already of their types.
+        flags: settings from the command line, parsed and validated.
         config_file: the argument of `--config`.
-        problems: problems known already, reported with the others.
+        problems: problems found earlier, reported with the others.
         configs_dir: the directory of `CONFIG_FILES`; the checkout's own by default.
         working_dir: the directory that may hold a legacy `config.json`.
     """
@@ -111,7 +111,7 @@ class ConfigLoader:
         self.rerun_of: dict[str, Any] | None = None
         flag_layer = {n: Setting(value, format_flag(n)) for n, value in (flags or {}).items()}
         file_layer = self._read_named_file(config_file) if config_file is not None else {}
-        self._requested = [flag_layer, file_layer]  # for this one run
+        self._requested = [flag_layer, file_layer]  # these override a checkpoint
         self._configs = self._read_configs(configs_dir)
         self._legacy = self._read_legacy(working_dir / LEGACY_FILE)
 
@@ -181,7 +181,7 @@ class ConfigLoader:
         return [
             f"{name} {format_value(value)} ({source}) conflicts with {name} "
             f"{format_value(checkpoint.values[name])} of {checkpoint.path}, which cannot change: "
-            "leave it out, or train another model"
+            "remove it, or train a new model"
             for name, (value, source) in _merge_layers(self._requested).items()
             if name in checkpoint.fixed and value != checkpoint.values[name]
         ]
@@ -191,8 +191,8 @@ class ConfigLoader:
         if not shadowed:
             return []
         return [
-            f"Note: {LEGACY_FILE}: {', '.join(shadowed)} also set in configs/, which takes "
-            f"precedence; to use {LEGACY_FILE} instead: --config {LEGACY_FILE}"
+            f"Note: {', '.join(shadowed)} in {LEGACY_FILE} ignored, as configs/ sets the same; "
+            f"--config {LEGACY_FILE} prefers it"
         ]
 
     def _read_named_file(self, name: str) -> Layer:
@@ -208,13 +208,15 @@ class ConfigLoader:
                 )
                 return {}
             if not all(isinstance(part, dict) for part in parts.values()):
-                self.problems.append(f"{name}: not a run's record: config, sources, run: objects")
+                self.problems.append(
+                    f"{name}: not a run's record: `config`, `sources` and `run` must be objects"
+                )
                 return {}
             self.rerun_of, values = values["run"], upgrade_settings(values["config"])
         return _check_layer(values, name, self.problems)
 
     def _read_configs(self, directory: Path) -> Layer:
-        """Read the files of configs/ as one source; a key may stand in one file only."""
+        """Read the files of configs/ as one source; a key may appear in only one file."""
         merged: Layer = {}
         for name in CONFIG_FILES:
             if not (directory / name).exists():
@@ -230,7 +232,7 @@ class ConfigLoader:
 
     def _read_legacy(self, path: Path) -> Layer:
         values = self._read(path, LEGACY_FILE) if path.exists() else {}
-        if "format_version" in values:  # a bundle's config.json: we are in its directory
+        if "format_version" in values:  # a bundle's: the working directory is a bundle
             return {}
         return _check_layer(values, LEGACY_FILE, self.problems)
 
@@ -254,7 +256,7 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
             problems.append(f"{source}: unknown key {format_name(key)}{hint}")
         elif name in known:
             alias = next(alias for alias, target in ALIASES.items() if target == name)
-            problems.append(f"{source}: {alias} is an alias of {name}: remove one")
+            problems.append(f"{source}: {alias} and {name} are the same setting: remove one")
         else:
             known[name] = value
     valid, wrong = validate_values(
@@ -267,9 +269,9 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
 def _merge_layers(layers: Sequence[Layer]) -> Layer:
     """Merge layers, the first of which has the highest priority.
 
-    The length of a run has three names: a layer that sets any of them replaces all three of the
-    lower layers, so that `--epochs 2` does not conflict with a default. A null that leaves a
-    value to the architecture is as good as absent.
+    max_iters, epochs and max_minutes all set the number of steps: a source that sets one of them
+    overrides all three of lower-priority sources, so that `--epochs 2` does not conflict with a
+    default. A null for a setting that depends on the architecture counts as unset.
     """
     merged: Layer = {}
     length: Setting | None = None  # of the layer that decides the run's length
@@ -331,7 +333,7 @@ _FLOAT = re.compile(
 
 
 class _DuplicateKeyError(ValueError):
-    """A key that stands twice in one file."""
+    """A key that appears twice in one file."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -358,16 +360,15 @@ def _check_duplicates(keys: Sequence[str]) -> None:
             raise _DuplicateKeyError(key)
 
 
-def _create_json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     _check_duplicates([key for key, _ in pairs])
     return dict(pairs)
 
 
 def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
-    """Read a YAML or JSON file of flat keys; keys and values are not checked.
+    """Read a flat YAML or JSON file without validation.
 
-    Raises `UserError`, which calls the file `shown`, if it is missing, unreadable, or not a
-    mapping.
+    Raises `UserError` if it is missing, unreadable, or not a mapping; `shown` is its name there.
     """
     shown = shown or str(path)
     if problem := find_text_file_problem(path):
@@ -375,7 +376,7 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            values = json.loads(text, object_pairs_hook=_create_json_object)
+            values = json.loads(text, object_pairs_hook=_reject_duplicates)
         elif path.suffix in (".yaml", ".yml"):
             values = yaml.load(text, _Loader)  # a SafeLoader
         else:
@@ -393,7 +394,7 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
         raise UserError(f"{shown}{line}: not YAML: {error.problem}") from None
     except RecursionError:
         raise UserError(f"{shown}: cannot be read: nested too deeply") from None
-    except Exception as error:  # PyYAML raises whatever its conversions raise
+    except Exception as error:  # PyYAML's constructors may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: cannot be read: {reason}") from None
     if values is None:

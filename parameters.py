@@ -1,8 +1,8 @@
 """Every setting of Folio: its meaning, its one default and its legal range.
 
-`ModelConfig` is the whole schema. The command-line flags and `--help`, the checks on configuration
-files and the editor's completion are generated from it. The sentence under a setting is its
-documentation everywhere.
+`ModelConfig` defines all settings. The command-line flags and `--help`, the checks on configuration
+files and editor autocompletion are generated from it. Each field's docstring is its `--help` text
+and its description in the schema.
 
     python parameters.py > configs/schema.json     # the JSON Schema that editors use
 """
@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-MAX_COUNT = 2**31 - 1  # a larger count is a typo
+MAX_COUNT = 2**31 - 1  # reject larger counts as typos
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$"
 Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
-# YAML reads the words on and off as true and false.
+# YAML 1.1 reads bare on and off as booleans: map them back.
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(
@@ -27,13 +27,13 @@ Switch = Annotated[
         json_schema_input_type=Literal["auto", "on", "off", True, False],
     ),
 ]
-# A valid directory name on every system, which cannot lead out of its parent.
+# A portable directory name without path separators.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: no unknown keys, no silent conversions, no NaN, no assignment."""
+    """Base of all settings: no unknown keys, no type coercion, no NaN, immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -57,16 +57,16 @@ class Architecture(Settings):
     """Embedding size C, the width of the network. Must be divisible by n_head."""
 
     n_head: Positive = 4
-    """Attention heads H in each layer."""
+    """Number of attention heads H in each layer."""
 
     n_layer: Positive = 3
-    """Transformer blocks L."""
+    """Number of transformer blocks L."""
 
     dropout: Fraction = 0.0
     """Dropout probability during training. Raise it if the model overfits."""
 
     bias: bool = False
-    """Whether linear layers and LayerNorms have a bias. modern has none."""
+    """Whether linear layers and LayerNorms have a bias. Must be false for modern."""
 
     tie_weights: bool | None = None
     """Whether the LM head shares the token embedding's weights. null: gpt2 yes, modern no."""
@@ -75,14 +75,14 @@ class Architecture(Settings):
     """The MLP's activation function. null: silu in modern, gelu in gpt2."""
 
     rope_theta: Annotated[float, Field(gt=1, le=1e9)] = 1000.0
-    """Base of the rotary embeddings' frequencies (modern)."""
+    """Base (theta) of the rotary embeddings; modern only."""
 
 
 class Data(Settings):
     """The text, and how it is split."""
 
     data: Annotated[str, Field(min_length=1)] | None = None
-    """UTF-8 text: file, directory, glob or - (stdin). null: input.txt if any, else Shakespeare."""
+    """UTF-8 text: file, directory, glob or - (stdin). null: input.txt, else Shakespeare."""
 
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Fraction of the text, from its start, to train on. The rest is for validation."""
@@ -91,47 +91,47 @@ class Data(Settings):
     """Fraction of the text, at its end, held out of training and validation."""
 
     split_by: Literal["position", "file"] = "position"
-    """Split the text exactly at the fractions, or at the nearest end of a file."""
+    """position: split exactly at the fractions. file: at the nearest file boundary."""
 
     window_order: Literal["random", "shuffled"] = "random"
-    """Windows at random offsets, or shuffled: adjacent windows, each once per epoch."""
+    """random: windows at random offsets. shuffled: non-overlapping windows, each once per epoch."""
 
     token_store: Switch = "auto"
-    """Store token ids in cache_dir and memory-map them. auto: from 64 MB of text."""
+    """Store token ids in cache_dir and memory-map them. auto: for 64 MB of text or more."""
 
     tokenizer: Literal["char", "gpt2"] = "char"
     """char: one token per character of the text. gpt2: GPT-2's BPE (extra gpt2)."""
 
     on_new_chars: Literal["error", "drop", "extend"] = "error"
-    """For characters missing from the loaded vocabulary: error, drop, or extend the vocabulary."""
+    """What to do with characters not in the loaded vocabulary: error, drop or extend it."""
 
 
 class Training(Settings):
-    """Optimization: the batch, the length, the optimizer, the schedule, evaluation."""
+    """Optimization: batch size, number of steps, optimizer, schedule, evaluation."""
 
     batch_size: Positive = 8
-    """Sequences in one step (one optimizer update), over all devices."""
+    """Sequences per optimizer step, over all devices."""
 
     micro_batch_size: Positive | None = None
-    """Sequences in memory at once, for gradient accumulation. null: all."""
+    """Sequences per forward and backward pass; gradients accumulate over them. null: all."""
 
     max_iters: Positive | None = 880
-    """Steps to train. null: set by epochs or max_minutes."""
+    """Optimizer steps. null: determined by epochs or max_minutes."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: epochs, passes over the training text."""
+    """Train for this many epochs instead of max_iters."""
 
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Instead of max_iters: train for about this long. With max_iters: a time limit."""
+    """Train for about this long instead of max_iters. With max_iters or epochs: a time limit."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """adamw, or muon for the blocks' matrices and adamw for the rest."""
+    """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     """Peak learning rate of AdamW; Muon's is twice as large."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
-    """Decay from learning_rate to min_lr after warmup. wsd: constant, then linear decay."""
+    """Decay to min_lr after warmup. wsd (warmup-stable-decay): constant, then linear decay."""
 
     warmup_iters: Count = 20
     """Steps of linear warmup to learning_rate."""
@@ -143,7 +143,7 @@ class Training(Settings):
     """Step at which the schedule reaches min_lr. null: max_iters."""
 
     lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """wsd: fraction of the schedule, at its end, in which the learning rate decays."""
+    """wsd: the final fraction of the schedule in which the learning rate decays."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
@@ -164,7 +164,7 @@ class Training(Settings):
     """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
     eval_iters: Count = 20
-    """Batches per evaluated split, always the same ones. 0: all of val, as much of train."""
+    """Fixed evaluation batches per split. 0: all of val, and as many windows of train."""
 
     early_stopping_patience: Count = 0
     """Stop after this many evaluations without a better val loss. 0: never."""
@@ -177,17 +177,17 @@ class Saving(Settings):
     """Which checkpoints are saved, and which of them are kept."""
 
     checkpoint_interval: Count = 220
-    """Steps between checkpoints. 0: only each new best, the last step, and on a signal."""
+    """Steps between checkpoints, beside each new best, the last step and signals. 0: only these."""
 
     keep_checkpoints: Positive | None = 2
-    """How many checkpoints to keep beside the best; older ones are removed. null: all."""
+    """How many checkpoints to keep in addition to the best; older ones are removed. null: all."""
 
     keep_every: Count = 0
-    """Also save at multiples of this many steps, and never remove these. 0: none."""
+    """Also save every this many steps, and never remove these checkpoints. 0: none."""
 
 
 class Runtime(Settings):
-    """The machine. Affects rounding and, between device types, the dropout masks; nothing else."""
+    """The machine: speed and rounding. Dropout masks may differ between device types."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
@@ -199,7 +199,7 @@ class Runtime(Settings):
     """CPU threads per process. null: PyTorch's choice."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products. auto: bf16 if the hardware supports it natively, else fp32."""
+    """Precision of matrix products. auto: bf16 if the hardware supports it natively, else fp32."""
 
     torch_compile: Switch = "auto"
     """Use torch.compile. auto: if it works and saves time within the run."""
@@ -212,10 +212,10 @@ class Tracking(Settings):
     """Output and logs of a run."""
 
     log_interval: Positive = 50
-    """Steps between printed lines; every step is logged."""
+    """Steps between printed lines; metrics.jsonl has every step."""
 
     sample_interval: Count = 500
-    """Print a sample at the first evaluation after this many steps. 0: at the end only."""
+    """Print a sample at the first evaluation this many steps after the last. 0: at the end only."""
 
     histogram_interval: Count = 250
     """Steps between histograms of weights and gradients. 0: none."""
@@ -228,7 +228,7 @@ class Run(Settings):
     """Names and directories. Not part of a run's record: a rerun has its own."""
 
     run_tag: str | None = None
-    """Suffix of the run directory's name, after the time."""
+    """Suffix of the run directory's name, after the timestamp."""
 
     runs_dir: str = Field(default="runs", min_length=1)
     """Directory of the runs."""
@@ -243,7 +243,7 @@ class Run(Settings):
     """Directory of the named models."""
 
     cache_dir: str | None = Field(default=None, min_length=1)
-    """Cache of token stores, standard input and the sample corpus. null: the user's cache."""
+    """Cache of token stores, stdin and the sample corpus. null: the user's cache directory."""
 
 
 class Initialization(Settings):
@@ -258,7 +258,7 @@ GROUPS: dict[str, type[Settings]] = {
     for group in (Architecture, Data, Training, Saving, Runtime, Tracking, Initialization, Run)
 }
 ALIASES = {"input_file": "data"}
-# The values that an architecture gives to settings that are null.
+# Architecture-specific defaults of settings that are null.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modern": {"tie_weights": False, "activation": "silu"},
     "gpt2": {"tie_weights": True, "activation": "gelu"},
@@ -267,12 +267,12 @@ DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 
 
 class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
-    """Every setting of a run, checked. Pydantic orders fields from the last base to the first."""
+    """Every setting of a run, checked. Bases are reversed, as pydantic starts with the last."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_default_length(cls, values: Any) -> Any:
-        """Drop the default `max_iters` if `epochs` or `max_minutes` is set alone."""
+        """Set `max_iters` to None if only `epochs` or `max_minutes` is given."""
         if isinstance(values, dict) and "max_iters" not in values:
             if values.get("epochs") is not None or values.get("max_minutes") is not None:
                 return {**values, "max_iters": None}
@@ -280,20 +280,20 @@ class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data
 
     @model_validator(mode="after")
     def _check_conflicts(self, info: ValidationInfo) -> "ModelConfig":
-        # A single layer is checked alone; conflicts with other layers are found after merging.
+        # A single source is checked alone; conflicts with other sources are found after merging.
         if not (info.context and info.context.get("one_layer")):
             if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
                 raise ValueError("; ".join(problems))
-            # Not through assignment, so that `model_fields_set` lists what the user has set.
+            # Bypass `frozen`, and keep resolved defaults out of `model_fields_set`.
             own = ARCHITECTURES[self.architecture].items()
             self.__dict__.update({n: value for n, value in own if getattr(self, n) is None})
         return self
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (settings, problem) for each conflict between legal values.
+    """Yield (settings, problem) for each invalid combination of valid values.
 
-    `values` may lack settings that are wrong by themselves; rules about them are skipped.
+    Settings that failed validation may be absent; rules about them are skipped.
     """
 
     def given(*names: str) -> bool:
@@ -313,7 +313,7 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
         if given("n_embd", "n_head") and values["n_embd"] / values["n_head"] % 2 == 1:
             yield (
                 ("architecture", "n_embd", "n_head"),
-                f"architecture modern needs an even head size, and n_embd {values['n_embd']} / "
+                f"architecture modern needs an even head size, but n_embd {values['n_embd']} / "
                 f"n_head {values['n_head']} is odd",
             )
     if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
@@ -345,7 +345,7 @@ def build_json_schema() -> dict[str, Any]:
     schema = ModelConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Folio configuration"
-    schema["description"] = "A configuration file of Folio: flat keys, each one optional."
+    schema["description"] = "A configuration file of Folio: flat, every key optional."
     schema["properties"]["$schema"] = {"type": "string"}
     for alias, name in ALIASES.items():
         schema["properties"][alias] = schema["properties"][name]

@@ -117,11 +117,11 @@ from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
 from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
-PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a step
-SAMPLE_TOKENS = 200  # at an evaluation
+PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a training step
+SAMPLE_TOKENS = 200  # during training
 LAST_SAMPLE_TOKENS = 400  # at the end of a run
 SAMPLE_TEMPERATURE = 0.8
-MIN_MINUTES_TO_COMPILE = 4.0  # a shorter time limit does not pay for compiling
+MIN_MINUTES_TO_COMPILE = 4.0  # below this time limit, compiling takes longer than it saves
 
 
 def train(
@@ -133,24 +133,24 @@ def train(
     output: Output | None = None,
     callbacks: Mapping[str, CallbackFactory] | None = None,
 ) -> TrainResult:
-    """Train a model in a run directory of its own. Under torchrun, all processes call this.
+    """Train a model in a new run directory. Under torchrun, all processes call this.
 
     Args:
         config: the settings.
-        loaded: their sources, for the record; None: they were made in Python.
-        plan: what the run starts from, as `plan_run` returns it together with `loaded`; None:
-            scratch, or the model that `config.init_from` names.
+        loaded: the settings with their sources, for the record; None if made in Python.
+        plan: what the run starts from, returned by `resume.plan_run` together with `loaded`; None
+            to train from scratch, or from the model that `config.init_from` names.
         argv: the command line, for the record.
         output: the console; `Output(quiet=True)` prints nothing.
-        callbacks: functions or classes that are called with the settings and return callbacks
-            (see callbacks.py), by the names to show for them.
+        callbacks: functions that are called with the settings and return a callback (see
+            callbacks.py), keyed by display name.
 
     Raises:
         UserError: the device, the text, `runs_dir` or the start model cannot be used, a callback
             cannot be created, Aim is requested but not installed, or another process trains the
-            named model. No run directory was created.
+            named model. Raised before a run directory is created.
         NothingToDo: the model to resume has been trained for `max_iters` steps. Nothing changed.
-        RunError: the run cannot continue: non-finite loss, full disk, out of memory, lost peer.
+        RunError: the run cannot continue: non-finite loss, full disk, no memory, a dead process.
         EndedOnAnotherRank: another rank raised one of these.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
@@ -179,17 +179,17 @@ def train(
 
 @dataclass
 class Trainer:
-    """A model and everything that trains it.
+    """A model and everything needed to train it.
 
     Attributes:
-        config: the settings; `max_iters` is known.
+        config: the settings; `max_iters` is not None.
         sources: the source of each setting.
         plan: what the training starts from.
-        model: the network itself: evaluated, sampled and saved, whatever the shapes.
-        train_model: the same weights as the training step calls them: compiled, or wrapped in DDP.
+        model: the network, not compiled: for evaluation, sampling and saving, whose shapes vary.
+        train_model: the same model as the training step calls it: compiled, or wrapped in DDP.
         scaler: the loss scaler of fp16; disabled otherwise.
         precision: of matrix products: fp32, bf16 or fp16.
-        compile_result: what became of torch.compile.
+        compile_result: the outcome of torch.compile.
         callbacks: factories of the user's callbacks, by name.
     """
 
@@ -218,7 +218,7 @@ class Trainer:
         output: Output,
         stop: StopRequest,
     ) -> TrainResult:
-        """Train from `plan.start_step` to `max_iters`; log, evaluate and save on the way."""
+        """Train from `plan.start_step` to `max_iters`; log, evaluate and save along the way."""
         config, world = self.config, self.world
         best = world.broadcast_from_main(restore_best, self, run, output)
         checkpoints = self.open_checkpoints(run)
@@ -239,14 +239,17 @@ class Trainer:
                 step = index + 1  # the number of steps done
                 learning_rate = learning_rate_at(index, config)
                 if is_due(step, config.histogram_interval):
-                    # Before the loss is logged, which may end the run: these may show why.
+                    # Before log_step, which ends the run on a non-finite loss.
                     log.log_histograms(step, collect_weights_and_gradients(self.model, world))
                 log.log_step(step, loss, grad_norm, learning_rate)
                 why_stop = callbacks.after_step(
                     Step(step, loss, grad_norm, learning_rate, run.path, config)
                 )
                 if time.monotonic() - began > time_limit:
-                    why_stop = why_stop or f"max_minutes {config.max_minutes:g} is over"
+                    why_stop = (
+                        why_stop
+                        or f"the time limit of max_minutes {config.max_minutes:g} is reached"
+                    )
                 stop_requested, why_stop = agree_to_stop(world, stop, why_stop)
 
                 is_last = step == config.max_iters or why_stop is not None
@@ -255,12 +258,12 @@ class Trainer:
                 is_saved = is_saved or is_due(step, config.keep_every)
                 if not (is_evaluated or is_saved or stop_requested):
                     continue
-                log.flush_steps()  # a non-finite loss ends the run here, before anything is saved
+                log.flush_steps()  # a non-finite loss among them ends the run before a save
                 if stop_requested:
                     how = " (Ctrl-C again aborts)" if world.size == 1 else ""
                     output.print(f"Stopping after step {step}: saving{how}")
                     if is_evaluated:
-                        save(step)  # now: an evaluation may take longer than the user waits
+                        save(step)  # first: the user may not wait for the evaluation
                 if is_evaluated:
                     last_evaluated = step
                     losses = self.evaluate()
@@ -299,11 +302,11 @@ class Trainer:
     def training_step(
         self, index: int, phase: Callable[[str], AbstractContextManager] = nullcontext
     ) -> tuple[Tensor, Tensor]:
-        """Train on batch `index`, counted from 0: each rank on its rows, by micro-batches.
+        """Run one optimizer step on batch `index`; each rank processes its rows in micro-batches.
 
         Returns the mean loss over the whole batch and the gradient norm before clipping, scalars
-        that stay on the device. The clipped gradients stay with the parameters until the next step.
-        `phase` surrounds each of `PHASES`, for profiling.
+        that stay on the device. The clipped gradients stay in `.grad` until the next step.
+        `phase(name)` returns a context manager around each of `PHASES`, for profiling.
         """
         config, world, tokens = self.config, self.world, self.data.splits["train"]
         batch_loss = torch.zeros((), device=self.device)
@@ -325,7 +328,7 @@ class Trainer:
             with defer_gradient_sync(self.train_model, is_last=rows.stop == own_rows.stop):
                 with phase("forward"), autocast(self.device, self.precision):
                     _, loss = self.train_model(inputs, targets)
-                    # Weighted by its rows: gradient accumulation changes memory use, nothing else.
+                    # By its share of rows: accumulated gradients equal the whole batch's.
                     loss = loss * (inputs.size(0) / (own_rows.stop - own_rows.start))
                 with phase("backward"):
                     self.scaler.scale(loss).backward()
@@ -397,7 +400,7 @@ class Trainer:
     def get_state(
         self, run: RunDirectory, step: int, val_loss: float | None, best: Best
     ) -> TrainingState:
-        """Return what a checkpoint after `step` records about the training."""
+        """Build the state that a checkpoint after `step` records."""
         config, plan = self.config, self.plan
         settings = {name: getattr(config, name) for name in TRAINING_SETTINGS}
         facts = {
@@ -424,14 +427,14 @@ class Trainer:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Return whether `step` is a multiple of `interval`; never if that is 0."""
+    """Return whether `step` is a multiple of `interval`; False if that is 0."""
     return interval > 0 and step % interval == 0
 
 
 def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tuple[bool, str | None]:
-    """Agree across ranks whether a signal requests a stop, and on rank 0's reason to stop, if any.
+    """Agree across ranks whether to stop: on a signal to any rank, or for rank 0's reason.
 
-    A later signal counts at the next call: a rank that acted on it alone would deadlock the others.
+    A later signal takes effect at the next call: a rank that acted alone would deadlock the others.
     """
     if world.size == 1:
         return stop.requested, why_stop
@@ -439,7 +442,7 @@ def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tupl
     signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
     if signal:
         stop.request(signal)
-    return bool(signal), world.broadcast(why_stop) if has_reason else None
+    return bool(signal), (world.broadcast(why_stop) if has_reason else None)
 
 
 def estimate_loss(
@@ -451,7 +454,7 @@ def estimate_loss(
 ) -> dict[str, float]:
     """Return the mean loss of the train and val splits on their fixed windows, in nats per token.
 
-    The ranks share the windows. If `eval_iters` is 0, train is evaluated on as many as val has.
+    The windows are divided among the ranks. If `eval_iters` is 0, train has as many as val.
     """
     rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
@@ -473,7 +476,8 @@ def estimate_loss(
 
 def compute_bits_per_byte(losses: Mapping[str, float], data: Dataset) -> dict[str, float]:
     """Convert nats per token to bits per byte of text, comparable between tokenizers."""
-    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
+    bits = {split: loss / math.log(2) for split, loss in losses.items()}
+    return {split: value / data.bytes_per_token[split] for split, value in bits.items()}
 
 
 def collect_weights_and_gradients(
@@ -558,7 +562,7 @@ def open_device(config: ModelConfig) -> torch.device:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device, Ranks.from_environment())
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # also the default of PyTorch's own allocations
+        torch.cuda.set_device(device)  # so that plain "cuda" means this device
     set_tf32(device, config.precision)
     return device
 
@@ -575,7 +579,7 @@ def create_trainer(
 ) -> Trainer:
     """Create a model and its optimizer, and load the plan's bundle into them. All ranks call this.
 
-    `bundle` is the plan's, with the bytes of its weights; it is not needed afterwards.
+    `bundle` is the plan's, with the bytes of its weights, which are freed afterwards.
     """
     torch.manual_seed(config.seed)
     tokenizer = data.tokenizer
@@ -585,7 +589,7 @@ def create_trainer(
     if world.size > 1 and config.parallel == "fsdp":
         shard_model(model, device)
     model.to(device)
-    if world.rank > 0:  # dropout masks differ between ranks
+    if world.rank > 0:  # so that dropout masks differ between ranks
         torch.manual_seed(derive_seed(config.seed, world.rank, plan.start_step))
     precision = choose_precision(config.precision, device)
     optimizer = create_optimizer(model, config, DTYPES[precision])
@@ -620,22 +624,22 @@ def create_train_model(
     on_progress: Callable[[str], None] | None = None,
     world: World = SINGLE_PROCESS,
 ) -> tuple[Callable, CompileResult]:
-    """Compile the model if the settings say so and it works, and wrap it in DDP if needed.
+    """Compile the model if enabled and supported, and wrap it in DDP if there are several ranks.
 
     Raises `UserError` if compiling was requested and does not work.
     """
     if world.size > 1 and config.parallel == "fsdp":
         return model, CompileResult("off", "parallel is fsdp")
     tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-    operations = 6.0 * model.count_parameters() * tokens  # forward and backward, approximately
+    flops = 6.0 * model.count_parameters() * tokens  # of the run (arxiv.org/abs/2001.08361)
     if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
-        operations = 0.0
-    backend = choose_backend(config.torch_compile, config.compile_backend, device, operations)
+        flops = 0.0
+    backend = choose_backend(config.torch_compile, config.compile_backend, device, flops)
     if backend.mode != "off" and on_progress:
-        on_progress(f"Compiling the model ({backend.mode}), up to a minute …")
+        on_progress(f"Compiling the model ({backend.mode}), which can take a minute …")
 
     def probe(train_model: Callable) -> None:
-        """Run forward and backward once with each shape of a step."""
+        """Run forward and backward once with each micro-batch size."""
         sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
         micro_batches = split_micro_batches(config, world.get_rows(config.batch_size))
         shapes = {rows.stop - rows.start: rows for rows in micro_batches}
@@ -654,7 +658,7 @@ def create_train_model(
 def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
     """Return the best evaluation of a resumed training, and copy its model to the run's export.
 
-    If that model is missing, or was evaluated differently, the best starts anew.
+    If that model is missing, or was evaluated differently, the best is reset.
     """
     plan, config = trainer.plan, trainer.config
     if not plan.is_resume or plan.bundle.state.best_val_loss is None:
@@ -671,7 +675,9 @@ def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
                     copy_bundle(place, run.export, with_optimizer=False)
                     return best
     why = "is missing" if comparable else "was evaluated differently"
-    output.print(f"Note: the best model so far (step {best.step}) {why}: best val loss reset\n")
+    output.print(
+        f"Note: the best model so far (step {best.step}) {why}, so the best val loss is reset\n"
+    )
     return Best()
 
 
@@ -697,9 +703,9 @@ def settle_length(
     plan: ResumePlan,
     world: World = SINGLE_PROCESS,
 ) -> tuple[ModelConfig, str]:
-    """Convert `epochs` or `max_minutes` to `max_iters`; return the setting that decided, too.
+    """Return the config with `max_iters` set, and the name of the setting that determined it.
 
-    A record with a number of steps alone trains the same model on any machine.
+    A recorded number of steps makes the run reproducible on any machine.
     """
     if config.max_iters is not None:
         return config, "max_iters"
@@ -719,7 +725,7 @@ def settle_length(
 def measure_speed(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
 ) -> tuple[float, float]:
-    """Return the seconds of a step and of a whole evaluation, timed on a model of its own."""
+    """Return the seconds of a step and of a whole evaluation, timed on a throwaway model."""
     trainer = create_trainer(config, {}, data, device, ResumePlan(), world=world)
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
@@ -750,7 +756,7 @@ def dry_run(
 ) -> str:
     """Return every setting, and the time and memory that a run would take.
 
-    Leaves nothing behind but what the run would reuse: an encoded text, or standard input.
+    Writes only caches that the run reuses: an encoded text, or standard input.
     """
     quiet = Output(quiet=True)
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
@@ -834,14 +840,14 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
 
 
 def get_recorded_path(data: Dataset) -> str | None:
-    """Return the text's absolute path: a record works from any directory."""
+    """Return the text's absolute path, so that records do not depend on the working directory."""
     return data.path and resolve_data_path(data.path)
 
 
 def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
     """Open metrics.jsonl, TensorBoard and, if requested, Aim, and log the settings.
 
-    Ranks above 0 process the same numbers, and write them nowhere.
+    Ranks above 0 log the same numbers to nowhere, as any rank must fail on a non-finite loss.
     """
     config, is_main = trainer.config, trainer.world.is_main
     trackers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
@@ -870,7 +876,7 @@ def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
 def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
     """Create early stopping, if requested, and the user's callbacks, on rank 0 only.
 
-    `at_end` is called even if the run fails. Raises `UserError` if one cannot be created.
+    `at_end` is called even if the run fails. Raises `UserError` if a callback cannot be created.
     """
     patience = trainer.config.early_stopping_patience
     own = {"early stopping": EarlyStopping(patience)} if patience else {}
@@ -879,11 +885,11 @@ def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
         trainer.world.broadcast_from_main(callbacks.add, trainer.callbacks, trainer.config)
         yield callbacks
     finally:
-        callbacks.at_end(None)  # does nothing for those already called with a result
+        callbacks.at_end(None)  # no-op for callbacks that already received a result
 
 
 # ----------------------------------------------------------------------------------------------
-# The end, good or bad
+# Finishing and failing
 
 
 def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: Output) -> None:
@@ -900,8 +906,8 @@ def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: O
 def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[None]:
     """Record a failure of the run, print how to resume it, and draw report.html.
 
-    A `UserError` becomes a `RunError`: from here on the run's own files are at fault. Ranks above 0
-    end without a message: rank 0 fails for the same reason.
+    A `UserError` becomes a `RunError`: after the start, a mistake is a failure of the run. Ranks
+    above 0 end without a message: rank 0 fails for the same reason.
     """
     if not trainer.world.is_main:
         try:
@@ -913,7 +919,7 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
         with translate_peer_errors():
             yield
     except BaseException as error:
-        if isinstance(error, Exception):  # not if interrupted a second time
+        if isinstance(error, Exception):  # not for KeyboardInterrupt and SystemExit
             with contextlib.suppress(OSError):  # a full disk must not hide the reason
                 write_result(run.meta / "result.json", {"error": format_reason(error)})
             draw_report(run, output)
@@ -930,7 +936,7 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
 
 
 def draw_report(run: RunDirectory, output: Output) -> None:
-    """Draw report.html; a failure is a warning, and does not fail the run."""
+    """Write report.html; a failure is a warning, and does not fail the run."""
     try:
         write_report(run.report, [run.path])
     except Exception as error:
@@ -941,7 +947,7 @@ def draw_report(run: RunDirectory, output: Output) -> None:
 
 @contextlib.contextmanager
 def translate_failures(config: ModelConfig, output: Output) -> Iterator[None]:
-    """Turn failures of the machine (memory, disk) into a `RunError`; record why a run ended."""
+    """Turn system failures (memory, disk) into a `RunError`; record why a run ended."""
     try:
         try:
             yield
@@ -950,7 +956,7 @@ def translate_failures(config: ModelConfig, output: Output) -> Iterator[None]:
                 raise
             raise RunError(
                 "out of memory: lower micro_batch_size (now "
-                f"{config.micro_batch_size or config.batch_size}; does not change the training), "
+                f"{config.micro_batch_size or config.batch_size}; does not change results), "
                 f"block_size ({config.block_size}), n_embd ({config.n_embd}) or "
                 f"n_layer ({config.n_layer})"
             ) from error
@@ -959,7 +965,7 @@ def translate_failures(config: ModelConfig, output: Output) -> Iterator[None]:
             reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
             where = getattr(error, "filename", None)
             raise RunError(
-                f"cannot write the run's files: {f'{where}: ' if where else ''}{reason}; "
+                f"a file cannot be read or written: {f'{where}: ' if where else ''}{reason}; "
                 "earlier checkpoints are intact"
             ) from error
     except (RunError, KeyboardInterrupt, SystemExit) as error:
