@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from callbacks import Best
 from config import ConfigLoader
 from parameters import ALIASES, GROUPS, ModelConfig
 from resume import ResumePlan, plan_run, read_start_bundle
@@ -53,7 +54,6 @@ def profile_training(
     Only the vocabulary of `plan` is used.
     """
     import trainer as training
-    from callbacks import Best
     from optim import learning_rate_at
     from utils.profiling import compute_shares, count_flops, measure_seconds, profile_work
 
@@ -79,29 +79,29 @@ def profile_training(
                     learning_rate = learning_rate_at(number, config)
                     log.log_step(number + 1, loss, grad_norm, learning_rate)
 
-            not_compiled = replace(trainer, train_model=model)
             section = profile_work(
                 f"Training: {config.batch_size} x {config.block_size} tokens a step",
                 partial(make_step, trainer),
                 device,
                 steps,
                 tokens=config.batch_size * config.block_size,
-                flops=count_flops(partial(make_step, not_compiled)),
+                flops=count_flops(partial(make_step, replace(trainer, train_model=model))),
                 phases=(*training.PHASES, "logging"),
                 trace=trace,
             )
             checkpoints = trainer.open_checkpoints(run)
             state = trainer.get_state(run, 1, None, Best())
             collect, sample = training.collect_weights_and_gradients, training.sample_text
-            works = {
+            calls = {
                 "checkpoint": lambda: checkpoints.save(state),
                 "histograms": lambda: log.log_histograms(1, collect(model)),
                 "sample": lambda: sample(model, data, config, training.SAMPLE_TOKENS),
             }
-            seconds = {"evaluation": training.time_evaluation(trainer)}
-            seconds |= {name: measure_seconds(device, work) for name, work in works.items()}
-        intervals = [config.eval_interval, config.checkpoint_interval, config.histogram_interval]
-        periodic = compute_shares(section, seconds, [*intervals, config.sample_interval])
+            works = {"evaluation": (training.time_evaluation(trainer), config.eval_interval)}
+            intervals = (config.checkpoint_interval, config.histogram_interval)
+            for name, interval in zip(calls, (*intervals, config.sample_interval), strict=True):
+                works[name] = (measure_seconds(device, calls[name]), interval)
+        periodic = compute_shares(section.timing.median, works)
         return _create_report(trainer, first_call, [section], periodic)
 
 
@@ -138,11 +138,8 @@ def profile_inference(
         ):
             work = partial(decode, tokens)
             path = trace and trace.with_stem(f"{trace.stem}_{name}")
-            flops = count_flops(work)
-            section = profile_work(
-                title, work, device, steps, tokens=tokens, flops=flops, trace=path
-            )
-            sections.append(section)
+            counts = {"tokens": tokens, "flops": count_flops(work)}
+            sections.append(profile_work(title, work, device, steps, **counts, trace=path))
         return _create_report(trainer, first_call, sections, [])
 
 
@@ -194,12 +191,9 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     loaded, plan = plan_run(ConfigLoader(flags, actions.get("config")))
-
-    from utils.profiling import format_json, format_report  # imports torch
-
     profile = profile_inference if "inference" in actions else profile_training
     report = profile(loaded.config, int(steps), trace, plan)
-    Output().print(format_json(report) if "json" in actions else format_report(report))
+    Output().print(report.format_json() if "json" in actions else report.format_tables())
     return 0
 
 

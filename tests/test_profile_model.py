@@ -19,7 +19,7 @@ from profile_model import profile_inference, profile_training
 from resume import plan_run
 from trainer import PHASES, train
 from utils import profiling
-from utils.profiling import format_json, format_report, measure_phases
+from utils.profiling import measure_phases
 from utils.tracking.run_logger import RunLogger
 
 
@@ -170,7 +170,7 @@ def test_a_repeated_phase_is_added_up(monkeypatch):
 
 def test_the_tables_and_the_json_have_the_same_numbers(small):
     report = profile_training(small, steps=3)
-    values, text = json.loads(format_json(report)), format_report(report)
+    values, text = json.loads(report.format_json()), report.format_tables()
     (section,) = values["sections"]
     assert values["parameters"] == report.parameters
     assert f"{report.parameters:,} parameters" in text

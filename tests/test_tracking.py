@@ -431,7 +431,7 @@ def test_with_fp16_a_gradient_may_overflow_but_not_the_loss(tmp_path):
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
     log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
     log.log_step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
-    with pytest.raises(RunError, match="loss is nan at step 2"):
+    with pytest.raises(RunError, match=r"loss is nan.* at step 2"):
         log.log_step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
     log.close()
 
