@@ -41,11 +41,6 @@ class Histogram:
         total, squares = wide.sum().item(), wide.square().sum().item()
         return cls(low, high, counts.tolist(), total, squares, nonfinite)
 
-    @property
-    def num(self) -> int:
-        """Number of values counted."""
-        return sum(self.counts)
-
 
 def _compute_range(values: Tensor) -> tuple[float, float]:
     """Return the minimum and the maximum, or NaN if any value is NaN."""

@@ -63,9 +63,10 @@ class RunLogger:
     may_overflow: bool = False  # the gradient, as with fp16, which skips that step
 
     def __post_init__(self) -> None:
-        self._metrics = open(self.metrics, "a", encoding="utf-8")
+        # Line by line (1), so that a kill loses no step that was fetched.
+        self._metrics = open(self.metrics, "a", 1, encoding="utf-8")
         # A lone surrogate is written as an escape, which is valid JSON.
-        self._samples = open(self.samples, "a", encoding="utf-8", errors="backslashreplace")
+        self._samples = open(self.samples, "a", 1, encoding="utf-8", errors="backslashreplace")
         self._queued: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
@@ -101,7 +102,6 @@ class RunLogger:
             metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             self._record(step, elapsed, {"train": {**metrics, "tokens_per_second": speed}})
             self._check_step(step, loss, grad_norm)
-        self._metrics.flush()
         self._queued, self._on_device = [], []
         seconds_per_step = self._elapsed() / (step - self.first_step)
         left = format_duration(seconds_per_step * (self.max_iters - step))
@@ -140,7 +140,6 @@ class RunLogger:
         """Log and print an evaluation: each split's mean loss, and its bits per byte."""
         both = {split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in bits}
         self._record(step, self._elapsed(), both)
-        self._metrics.flush()
         self.tracker.flush()
         if not all(map(math.isfinite, losses.values())):
             raise RunError(f"the evaluation's loss is not finite at step {step}: {dict(losses)}")
@@ -160,7 +159,6 @@ class RunLogger:
     def log_sample(self, step: int, text: str) -> None:
         """Log and print generated text."""
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
-        self._samples.flush()
         self.tracker.log_text("sample", text, step)
         self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
 

@@ -72,7 +72,7 @@ class TensorBoardTracker:
                 name,
                 min=histogram.low,
                 max=histogram.high,
-                num=histogram.num,
+                num=sum(histogram.counts),
                 sum=histogram.sum,
                 sum_squares=histogram.sum_squares,
                 bucket_limits=limits,
