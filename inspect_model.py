@@ -60,38 +60,27 @@ ACTIONS = (
 OPERANDS = Action("models", "Names, runs or paths of models; two or more are compared.", "MODEL")
 
 
-def load_model_info(reference: str, config: InspectConfig) -> dict[str, Any]:
-    """Return `get_model_info` of a model after checking all its files. Raises `UserError`."""
-    info = get_model_info(
-        reference, checkpoints_dir=config.checkpoints_dir, runs_dir=config.runs_dir
-    )
-    check_files(Path(info["path"]))
-    return info
-
-
-def load_all_models(config: InspectConfig) -> tuple[list[dict[str, Any]], list[Path], list[str]]:
-    """Return all models by validation loss, the runs without a model, and lines about damage."""
-    models, empty, problems = [], [], []
-    places = [*list_named_models(Path(config.checkpoints_dir)), *list_runs(Path(config.runs_dir))]
-    for place in places:
+def load_all_models(
+    config: InspectConfig, output: Output
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return all models by validation loss, and the runs without one; warn of damaged ones."""
+    models, empty = [], []
+    named_models = list_named_models(Path(config.checkpoints_dir))
+    for place in [*named_models, *list_runs(Path(config.runs_dir))]:
         try:
             models.append(get_model_info(find_usable_bundle(place)))
         except NoModelError:
             empty.append(place)
         except UserError as error:
-            problems += error.problems
-    models.sort(key=_get_loss)
-    return models, empty, problems
+            for problem in error.problems:
+                output.print_warning(problem)
+    return sorted(models, key=_get_loss), empty
 
 
 def _get_loss(info: Mapping[str, Any]) -> float:
     """Return the validation loss, or the best one if this step was not evaluated."""
     losses = [info["training_state"][name] for name in ("val_loss", "best_val_loss")]
     return next((loss for loss in losses if loss is not None), math.inf)
-
-
-# ----------------------------------------------------------------------------------------------
-# Format
 
 
 def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> str:
@@ -117,12 +106,11 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
 
 
 def _get_place(info: Mapping[str, Any]) -> str:
-    """Return the run or the named model of a bundle."""
     return str(find_run_of(Path(info["path"])) or info["path"])
 
 
 def _format_loss(state: Mapping[str, Any]) -> str:
-    """Return the validation loss; in brackets the best so far if this step was not evaluated."""
+    """Return the validation loss, or in brackets the best one if this step was not evaluated."""
     if state["val_loss"] is None and state["best_val_loss"] is not None:
         return f"({_format_nats(state['best_val_loss'])})"
     return _format_nats(state["val_loss"])
@@ -168,13 +156,12 @@ def format_model(info: Mapping[str, Any]) -> str:
         "LINEAGE": lineage or [("Parent", "none, trained from scratch")],
         "FILES": state["files"].items(),
     }
-    blocks = []
+    lines = []
     for title, rows in sections.items():
-        lines = [f"=== {title} ==="]
+        lines += ["", f"=== {title} ==="]
         for key, value in rows:
             lines.append(f"{format_name(key)}:" + ("" if value == "" else f" {format_name(value)}"))
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    return "\n".join(lines[1:])
 
 
 def format_comparison(models: Sequence[Mapping[str, Any]]) -> str:
@@ -201,19 +188,16 @@ def _format_cell(value: Any) -> str:
 
 
 def _flatten(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that a comparison shows."""
     state, chars = info["training_state"], info["tokenizer"].get("chars")
     lineage = [f"{ancestor['name']} at {ancestor['step']}" for ancestor in state["lineage"]]
-    training = dict(state["training_config"])
-    for name in ("state_sha256", "previous_runs"):
-        training.pop(name, None)
+    hidden = ("state_sha256", "previous_runs")
     return {
         **info["config"],
         "parameters": info["parameters"]["total"],
         "token_kind": info["tokenizer"]["token_kind"],
         "characters": "".join(chars) if chars else None,
         **{name: state[name] for name in ("step", "val_loss", "best_val_loss", "run_id")},
-        **training,
+        **{k: v for k, v in state["training_config"].items() if k not in hidden},
         "lineage": " < ".join(lineage) or None,
         "weights_sha256": state["files"]["model.safetensors"],
     }
@@ -225,19 +209,15 @@ def main(argv: Sequence[str]) -> int:
     flags, actions, problems = command_line.parse(argv)
     if problems:
         raise UserError(*problems)
-    config = InspectConfig(**flags)
-    output = Output()
+    config, output = InspectConfig(**flags), Output()
     checkpoints_dir = Path(config.checkpoints_dir)
-    references = [
-        *(str(find_named_model(name, checkpoints_dir)) for name in actions.get("model_name", [])),
-        *actions.get("run", []),
-        *actions.get("models", []),
-    ]
-    models = [load_model_info(reference, config) for reference in references]
+    references = [find_named_model(name, checkpoints_dir) for name in actions.get("model_name", [])]
+    references += [*actions.get("run", []), *actions.get("models", [])]
+    models = [get_model_info(reference, **config.model_dump()) for reference in references]
+    for info in models:
+        check_files(Path(info["path"]))
     if not references:
-        models, empty, damaged = load_all_models(config)
-        for problem in damaged:
-            output.print_warning(problem)
+        models, empty = load_all_models(config, output)
     if "json" in actions:
         output.print(json.dumps(models[0] if len(references) == 1 else models, indent=2))
     elif not references:

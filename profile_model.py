@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from callbacks import Best
 from config import ConfigLoader
 from parameters import ALIASES, GROUPS, ModelConfig
 from resume import ResumePlan, plan_run, read_start_bundle
@@ -45,28 +46,66 @@ ACTIONS = (
 )
 
 
-def profile_training(
-    config: ModelConfig, steps: int, trace: Path | None = None, plan: ResumePlan | None = None
+def profile(
+    config: ModelConfig,
+    steps: int,
+    trace: Path | None = None,
+    plan: ResumePlan | None = None,
+    *,
+    inference: bool = False,
 ) -> "Report":
-    """Profile `steps` training steps, and the work between them in a run.
+    """Profile `steps` training steps, and the work between them in a run; or generation.
 
-    Only the vocabulary of `plan` is used.
+    Only the vocabulary of `plan` is used. Generation is as in inference.py by default: nothing is
+    compiled and everything is in float32.
     """
+    from checkpoint import load_tokenizer
+    from data import load_dataset
+    from trainer import create_trainer, open_device, translate_failures
+    from utils.device import DTYPES, describe_device, get_peak_memory
+    from utils.profiling import Report, measure_peak
+
+    changes = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
+    if inference:
+        changes |= {"torch_compile": "off", "precision": "fp32"}
+    config = config.model_copy(update=changes)
+    with translate_failures(config, Output(quiet=True)):
+        device = open_device(config)
+        bundle = read_start_bundle(plan or ResumePlan())
+        tokenizer = load_tokenizer(bundle) if bundle else None
+        data = load_dataset(config, tokenizer=tokenizer, may_extend=True)
+        trainer = create_trainer(config, {}, data, device, ResumePlan())
+        profile_it = profile_generation if inference else profile_training
+        first_call, sections, periodic = profile_it(trainer, steps, trace)
+        return Report(
+            device=describe_device(device),
+            precision=trainer.precision,
+            torch_compile=trainer.compile_result.mode,
+            parameters=trainer.model.count_parameters(),
+            first_call=first_call,
+            peak_memory=get_peak_memory(device),
+            peak_flops_per_second=measure_peak(device, DTYPES[trainer.precision]),
+            sections=sections,
+            periodic=periodic,
+        )
+
+
+def profile_training(
+    trainer: "Trainer", steps: int, trace: Path | None
+) -> tuple[float, list["Section"], list["PeriodicWork"]]:
+    """Return the seconds of the first step, the profile of a step, and the work between steps."""
     import trainer as training
-    from callbacks import Best
     from optim import learning_rate_at
     from utils.profiling import compute_shares, count_flops, measure_seconds, profile_work
 
-    with (
-        training.translate_failures(config, Output(quiet=True)),
-        tempfile.TemporaryDirectory(prefix="folio-profile-") as directory,
-    ):
+    device, model, data = trainer.device, trainer.model, trainer.data
+    first_call = measure_seconds(device, lambda: trainer.training_step(0))
+    with tempfile.TemporaryDirectory(prefix="folio-profile-") as directory:
         # The logger fetches numbers within the measured steps, however few these are.
-        interval = min(config.log_interval, steps)
+        interval = min(trainer.config.log_interval, steps)
         changes = {"log_interval": interval, "aim_repo": directory}
-        trainer = _create_trainer(config.model_copy(update=changes), plan)
-        config, device, model, data = trainer.config, trainer.device, trainer.model, trainer.data
-        first_call = measure_seconds(device, lambda: trainer.training_step(0))
+        config = trainer.config.model_copy(update=changes)
+        trainer = replace(trainer, config=config)
         run = RunDirectoryCreator(Path(directory)).create("profile")
         write_full_config(run.meta / "full_config.json", config, {}, {})
         numbers = itertools.count(1)
@@ -79,105 +118,63 @@ def profile_training(
                     learning_rate = learning_rate_at(number, config)
                     log.log_step(number + 1, loss, grad_norm, learning_rate)
 
-            not_compiled = replace(trainer, train_model=model)
             section = profile_work(
                 f"Training: {config.batch_size} x {config.block_size} tokens a step",
                 partial(make_step, trainer),
                 device,
                 steps,
                 tokens=config.batch_size * config.block_size,
-                flops=count_flops(partial(make_step, not_compiled)),
+                flops=count_flops(partial(make_step, replace(trainer, train_model=model))),
                 phases=(*training.PHASES, "logging"),
                 trace=trace,
             )
             checkpoints = trainer.open_checkpoints(run)
             state = trainer.get_state(run, 1, None, Best())
             collect, sample = training.collect_weights_and_gradients, training.sample_text
-            works = {
+            calls = {
                 "checkpoint": lambda: checkpoints.save(state),
                 "histograms": lambda: log.log_histograms(1, collect(model)),
                 "sample": lambda: sample(model, data, config, training.SAMPLE_TOKENS),
             }
-            seconds = {"evaluation": training.time_evaluation(trainer)}
-            seconds |= {name: measure_seconds(device, work) for name, work in works.items()}
-        intervals = [config.eval_interval, config.checkpoint_interval, config.histogram_interval]
-        periodic = compute_shares(section, seconds, [*intervals, config.sample_interval])
-        return _create_report(trainer, first_call, [section], periodic)
+            works = {"evaluation": (training.time_evaluation(trainer), config.eval_interval)}
+            intervals = (config.checkpoint_interval, config.histogram_interval)
+            for name, interval in zip(calls, (*intervals, config.sample_interval), strict=True):
+                works[name] = (measure_seconds(device, calls[name]), interval)
+    return first_call, [section], compute_shares(section.timing.median, works)
 
 
-def profile_inference(
-    config: ModelConfig, steps: int, trace: Path | None = None, plan: ResumePlan | None = None
-) -> "Report":
+def profile_generation(
+    trainer: "Trainer", steps: int, trace: Path | None
+) -> tuple[float, list["Section"], list["PeriodicWork"]]:
     """Profile the prefill of a prompt of `block_size` tokens, and the decoding of a token after it.
 
-    As in inference.py, nothing is compiled and everything is in float32.
+    Returns the seconds of the first prefill, both profiles, and no periodic work.
     """
     import torch
 
     from generate import KVCache, SamplingParams, decode_tokens
-    from trainer import translate_failures
     from utils.profiling import count_flops, measure_seconds, profile_work
 
-    config = config.model_copy(update={"torch_compile": "off", "precision": "fp32"})
-    with translate_failures(config, Output(quiet=True)):
-        trainer = _create_trainer(config, plan)
-        device, model, length = trainer.device, trainer.model.eval(), config.block_size
-        prompt = torch.zeros(1, length, dtype=torch.long, device=device)
-        uniforms, cache = torch.zeros(1, 1, device=device), KVCache(model, 1)
+    device, model, length = trainer.device, trainer.model.eval(), trainer.config.block_size
+    prompt = torch.zeros(1, length, dtype=torch.long, device=device)
+    uniforms, cache = torch.zeros(1, 1, device=device), KVCache(model, 1)
 
-        @torch.inference_mode()
-        def decode(tokens, phase=None):
-            positions = cache.positions[-tokens:]
-            decode_tokens(model, prompt[:, -tokens:], positions, cache, uniforms, SamplingParams())
+    @torch.inference_mode()
+    def decode(tokens, phase=None):
+        positions = cache.positions[-tokens:]
+        decode_tokens(model, prompt[:, -tokens:], positions, cache, uniforms, SamplingParams())
 
-        first_call = measure_seconds(device, lambda: decode(length))
-        sections = []
-        for name, title, tokens in (
-            ("prefill", f"Prefill: a prompt of {length} tokens at once", length),
-            ("decode", f"Decode: one more token, with {length - 1} in the cache", 1),
-        ):
-            work = partial(decode, tokens)
-            path = trace and trace.with_stem(f"{trace.stem}_{name}")
-            flops = count_flops(work)
-            section = profile_work(
-                title, work, device, steps, tokens=tokens, flops=flops, trace=path
-            )
-            sections.append(section)
-        return _create_report(trainer, first_call, sections, [])
-
-
-def _create_trainer(config: ModelConfig, plan: ResumePlan | None) -> "Trainer":
-    """Create a new model with the vocabulary of `plan`, its data, and its optimizer."""
-    from checkpoint import load_tokenizer
-    from data import load_dataset
-    from trainer import create_trainer, open_device
-
-    length = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
-    config = config.model_copy(update=length)
-    device = open_device(config)
-    bundle = read_start_bundle(plan or ResumePlan())
-    tokenizer = load_tokenizer(bundle) if bundle else None
-    data = load_dataset(config, tokenizer=tokenizer, may_extend=True)
-    return create_trainer(config, {}, data, device, ResumePlan())
-
-
-def _create_report(
-    trainer: "Trainer", first_call: float, sections: list["Section"], periodic: list["PeriodicWork"]
-) -> "Report":
-    from utils.device import DTYPES, describe_device, get_peak_memory
-    from utils.profiling import Report, measure_peak
-
-    return Report(
-        device=describe_device(trainer.device),
-        precision=trainer.precision,
-        torch_compile=trainer.compile_result.mode,
-        parameters=trainer.model.count_parameters(),
-        first_call=first_call,
-        peak_memory=get_peak_memory(trainer.device),
-        peak_flops_per_second=measure_peak(trainer.device, DTYPES[trainer.precision]),
-        sections=sections,
-        periodic=periodic,
-    )
+    first_call = measure_seconds(device, lambda: decode(length))
+    sections = []
+    for name, title, tokens in (
+        ("prefill", f"Prefill: a prompt of {length} tokens at once", length),
+        ("decode", f"Decode: one more token, with {length - 1} in the cache", 1),
+    ):
+        work = partial(decode, tokens)
+        path = trace and trace.with_stem(f"{trace.stem}_{name}")
+        counts = {"tokens": tokens, "flops": count_flops(work)}
+        sections.append(profile_work(title, work, device, steps, **counts, trace=path))
+    return first_call, sections, []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -194,12 +191,8 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     loaded, plan = plan_run(ConfigLoader(flags, actions.get("config")))
-
-    from utils.profiling import format_json, format_report  # imports torch
-
-    profile = profile_inference if "inference" in actions else profile_training
-    report = profile(loaded.config, int(steps), trace, plan)
-    Output().print(format_json(report) if "json" in actions else format_report(report))
+    report = profile(loaded.config, int(steps), trace, plan, inference="inference" in actions)
+    Output().print(report.format_json() if "json" in actions else report.format_tables())
     return 0
 
 

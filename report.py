@@ -10,16 +10,24 @@ run's files.
 """
 
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bundle import find_directory, is_run, list_runs
 from parameters import Settings
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
+from utils.files import write_atomic
 from utils.output import Output, run_command
-from utils.report import write_report
+from utils.report import compute_losses, render, write_report
+from utils.report.charts import Line, compute_chart
+from utils.report.runs import STEP_LOSS, VAL, Run
 from utils.run_manager import RunDirectory
+
+COLORS = 6  # colors of lines in the templates
 
 
 class ReportConfig(Settings):
@@ -45,6 +53,59 @@ def find_run(reference: str, runs_dir: Path) -> Path:
     return run
 
 
+def write_picture(target: Path, run: Run) -> None:
+    """Write an SVG of a run's loss curves and its last sample."""
+    sample = run.samples[-1][1].strip().splitlines() if run.samples else []
+    wrapped = [part for line in sample for part in textwrap.wrap(line, 46) or [""]]
+    values = compute_losses(run, width=640, height=380)
+    write_atomic(target, render("picture.svg.jinja", sample=wrapped[:20], **values))
+
+
+def write_comparison(target: Path, runs: Sequence[Run]) -> None:
+    """Write a page of several runs. Each has its own color or dashes."""
+    names = [run.name for run in runs]
+    rows = []
+    for index, run in enumerate(runs):
+        label = run.name if names.count(run.name) == 1 else str(run.path)
+        color, dashed = index % COLORS + 1, index // COLORS % 2 == 1
+        rows.append((Line(label, [], color, dashed=dashed), run))
+    is_long = max(run.seconds or 0 for run in runs) > 300
+    unit, scale = ("minutes", 1 / 60) if is_long else ("seconds", 1)
+    charts = []
+    for title, tag, x_label, x, x_scale in (
+        ("Validation loss", VAL, "step", "step", 1),
+        ("Validation loss by time", VAL, unit, "seconds", scale),
+        ("Training loss, each step", STEP_LOSS, "step", "step", 1),
+    ):
+        noisy = tag == STEP_LOSS
+        lines = [
+            replace(key, points=run.get_points(tag, x, x_scale), noisy=noisy) for key, run in rows
+        ]
+        charts.append(compute_chart(lines, title=title, x_label=x_label, logarithmic=True))
+    differences = find_differences(runs)
+    page = render("comparison.html.jinja", rows=rows, charts=charts, differences=differences)
+    write_atomic(target, page)
+
+
+def find_differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Return the settings and facts that are not the same in all runs."""
+    facts = {"parameters", "device", "processes", "threads", "precision", "torch_compile"}
+    columns = [
+        {
+            **run.record["config"],
+            **run.facts.model_dump(include=facts),
+            "data SHA-256": run.facts.data.sha256[:12],
+            "callbacks": ", ".join(str(each.get("name")) for each in run.facts.callbacks),
+            "commit": run.record["git"].get("commit", "unknown")[:12],
+            "uncommitted changes": run.record["git"].get("dirty", "unknown"),
+        }
+        for run in runs
+    ]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name) for column in columns]) for name in names]
+    return [(name, values) for name, values in rows if any(v != values[0] for v in values)]
+
+
 def main(argv: Sequence[str]) -> int:
     """Find the runs, write the report and print its path."""
     command_line = CommandLine(__doc__, ReportConfig, ACTIONS, operands=OPERANDS)
@@ -54,10 +115,17 @@ def main(argv: Sequence[str]) -> int:
     runs_dir = Path(ReportConfig(**flags).runs_dir)
     references = actions.get("runs") or ["last"]
     runs = list(dict.fromkeys(find_run(reference, runs_dir) for reference in references))
-    default = RunDirectory(runs[0]).report if len(runs) == 1 else Path("comparison.html")
+    default = RunDirectory(runs[0]).report if len(runs) == 1 else "comparison.html"
     target = Path(actions.get("output", default))
+    if target.suffix == ".svg" and len(runs) > 1:
+        raise UserError(f"{target}: a picture shows one run; name an .html file for several")
     try:
-        write_report(target, runs)
+        if target.suffix == ".svg":
+            write_picture(target, Run(runs[0]))
+        elif len(runs) == 1:
+            write_report(target, runs[0])
+        else:
+            write_comparison(target, [Run(run) for run in runs])
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     Output().print(str(target))

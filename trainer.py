@@ -938,7 +938,7 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
 def draw_report(run: RunDirectory, output: Output) -> None:
     """Write report.html; a failure is a warning, and does not fail the run."""
     try:
-        write_report(run.report, [run.path])
+        write_report(run.report, run.path)
     except Exception as error:
         output.print_warning(
             f"{run.report} cannot be drawn: {format_reason(error)}", traceback.format_exc()

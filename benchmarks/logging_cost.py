@@ -12,7 +12,6 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
-from report import write_report
 from trainer import (
     SAMPLE_TOKENS,
     Trainer,
@@ -23,6 +22,7 @@ from trainer import (
     sample_text,
 )
 from utils.output import Output
+from utils.report import write_report
 
 LOGGED_STEPS, TIMED_STEPS, WARMUP = 1000, 40, 5
 
@@ -92,5 +92,5 @@ def _measure_cost(setup: Trainer, logged: Trainer) -> tuple[float, float]:
 def _time_report(runs: Path) -> float:
     path = min(runs.iterdir())
     start = time.perf_counter()
-    write_report(path / "report.html", [path])
+    write_report(path / "report.html", path)
     return time.perf_counter() - start

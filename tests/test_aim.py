@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import CHECKOUT, TINY_FLAGS, assert_equal, train_until
@@ -257,17 +256,27 @@ def test_a_locked_index_is_skipped_by_flush_and_awaited_by_close(tracker, repo):
     assert find_runs(repo).keys() == {"20260131_235959_baseline"}
 
 
-def test_an_index_that_stays_locked_raises_after_the_run_is_closed(tracker, repo, monkeypatch):
+def test_an_index_that_stays_locked_does_not_keep_a_run_from_closing(tracker, repo, monkeypatch):
+    import aim
+    from aim.sdk.index_manager import RepoIndexManager
     from aimrocks.errors import RocksIOError
 
     def locked(*_):
         raise RocksIOError(b"lock hold by another process")
 
-    monkeypatch.setattr(module, "TIMEOUT", 0.6)
-    monkeypatch.setattr(type(tracker._run.repo), "_get_index_tree", locked)
-    with pytest.raises(RuntimeError, match="the run is stored"):
+    tracker.log_metrics({"loss": 1.0}, 1, "train")
+    with monkeypatch.context() as patched:
+        patched.setattr(module.time, "sleep", lambda seconds: None)
+        patched.setattr(type(tracker._run.repo), "_get_index_tree", locked)
         tracker.close()
     assert find_locks(repo) == []
+    opened = aim.Repo.from_path(repo)
+    (run_hash,) = opened.list_all_runs()
+    RepoIndexManager(opened).index(run_hash)  # as `aim up` does
+    opened.close()
+    (run,) = find_runs(repo).values()
+    assert run.end_time is not None
+    assert read_metrics(run) == {("loss", "train"): [(1, 1.0)]}
 
 
 def test_a_server_that_blocks_close_raises_after_a_timeout(tracker, repo, monkeypatch):
@@ -358,21 +367,12 @@ def test_a_run_is_stored_on_a_server_and_a_killed_server_does_not_block_close(se
     assert read_metrics(find_runs(repo)["remote"]) == LOSSES
 
 
-@pytest.mark.parametrize(
-    ("platform", "version", "remedy"),
-    [
-        ("linux", (3, 12), "pip install '.[aim]'"),
-        ("linux", (3, 13), "Python 3.13"),
-        ("win32", (3, 11), "Windows"),
-    ],
-)
-def test_a_missing_aim_is_one_line_with_the_remedy(monkeypatch, platform, version, remedy):
+def test_a_missing_aim_is_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "sys", SimpleNamespace(platform=platform, version_info=version))
     with pytest.raises(UserError) as raised:
         require_aim(ModelConfig())
     (line,) = str(raised.value).splitlines()
-    for fact in ("aim_logging", remedy, "--no-aim-logging"):
+    for fact in ("aim_logging", "pip install '.[aim]'", "Python below 3.13", "--no-aim-logging"):
         assert fact in line
 
 

@@ -1,4 +1,4 @@
-"""profile_model.py and utils/profiling.py: the measured time of a step and of its phases.
+"""profile_model.py and utils/profiling.py: the time of a step, measured truthfully.
 
 python -m pytest tests/test_profile_model.py
 """
@@ -15,11 +15,11 @@ from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
 from model import compute_gated_width
-from profile_model import profile_inference, profile_training
+from profile_model import profile
 from resume import plan_run
 from trainer import PHASES, train
 from utils import profiling
-from utils.profiling import format_json, format_report, measure_phases
+from utils.profiling import measure_phases
 from utils.tracking.run_logger import RunLogger
 
 
@@ -36,7 +36,7 @@ def small(tiny):
 
 
 def test_the_phases_of_a_step_sum_to_the_step(small):
-    (section,) = profile_training(small, steps=20).sections
+    (section,) = profile(small, steps=20).sections
     assert [phase.name for phase in section.phases] == [*PHASES, "logging"]
     assert sum(phase.share for phase in section.phases) == pytest.approx(1, abs=0.05)
     for phase in section.phases:
@@ -51,7 +51,7 @@ def test_the_logger_fetches_its_numbers_within_the_timed_steps_of_both_kinds(sma
         flush_steps(log)
 
     monkeypatch.setattr(RunLogger, "flush_steps", flush)
-    profile_training(small.model_copy(update={"log_interval": 10}), steps=20)
+    profile(small.model_copy(update={"log_interval": 10}), steps=20)
     for function in ("measure_seconds", "measure_phases"):
         assert sum(function in names for names in callers) >= 2
 
@@ -64,8 +64,8 @@ def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
         return training_step(setup, number, *phase)
 
     monkeypatch.setattr(trainer_module.Trainer, "training_step", counted)
-    profile_training(small, steps=3)
-    # First call, FLOP count, warmup, complete steps, steps by phase, traced.
+    profile(small, steps=3)
+    # First call, FLOP count, warmup, whole, phase by phase, traced.
     assert len(calls) == 1 + 1 + profiling.WARMUP + 3 + 3 + profiling.TRACED
 
 
@@ -75,7 +75,7 @@ def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
     """2 forward and 4 backward for each weight and token, and the two products of attention."""
     changes = {"architecture": architecture, "optimizer": "adamw"}
     config = tiny(batch_size=4, micro_batch_size=4 // batches, **changes)
-    (section,) = profile_training(config, steps=2).sections
+    (section,) = profile(config, steps=2).sections
     B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
     V = load_dataset(config).tokenizer.vocab_size
     mlp = 8 * C * C if architecture == "gpt2" else 3 * C * compute_gated_width(C)
@@ -86,7 +86,7 @@ def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
 def test_the_flops_of_muon_are_counted_too(tiny):
     """Five iterations of X X', A A and B X, for matrices with at most as many rows as columns."""
     plain, muon = (
-        profile_training(tiny(optimizer=optimizer), steps=2).sections[0].flops
+        profile(tiny(optimizer=optimizer), steps=2).sections[0].flops
         for optimizer in ("adamw", "muon")
     )
     C, L = tiny().n_embd, tiny().n_layer
@@ -95,7 +95,7 @@ def test_the_flops_of_muon_are_counted_too(tiny):
 
 
 def test_every_category_of_operators_has_a_share(small):
-    (section,) = profile_training(small, steps=2).sections
+    (section,) = profile(small, steps=2).sections
     shares = {category.name: category.share for category in section.categories}
     expected = {"optimizer", "gradient clipping", "data"} | {
         f"{layer} {direction}"
@@ -112,7 +112,7 @@ def test_every_category_of_operators_has_a_share(small):
 
 def test_periodic_work_is_shown_with_its_share_of_a_run(small):
     config = small.model_copy(update={"sample_interval": 0})
-    report = profile_training(config, steps=2)
+    report = profile(config, steps=2)
     periodic = {work.name: work for work in report.periodic}
     assert periodic.keys() == {"evaluation", "checkpoint", "histograms", "sample"}
     assert periodic["evaluation"].interval == config.eval_interval
@@ -125,7 +125,7 @@ def test_periodic_work_is_shown_with_its_share_of_a_run(small):
 
 
 def test_prefill_and_decode_are_separate_sections(small):
-    prefill, decode = profile_inference(small, steps=3).sections
+    prefill, decode = profile(small, steps=3, inference=True).sections
     assert (prefill.tokens, decode.tokens) == (small.block_size, 1)
     assert prefill.tokens_per_second > decode.tokens_per_second
     assert prefill.flops > 0
@@ -139,7 +139,7 @@ def test_prefill_and_decode_are_separate_sections(small):
 def test_a_profile_leaves_no_files(small, tmp_path, aim_logging):
     if aim_logging:
         pytest.importorskip("aim")
-    profile_training(small.model_copy(update={"aim_logging": aim_logging}), steps=2)
+    profile(small.model_copy(update={"aim_logging": aim_logging}), steps=2)
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def test_the_vocabulary_is_that_of_the_model_to_fine_tune(tiny, quiet, tmp_path)
     few = tmp_path / "few.txt"
     few.write_text("to be or not to be " * 100, encoding="utf-8")
     loaded, plan = plan_run(ConfigLoader({"init_from": "dante", "data": str(few), "device": "cpu"}))
-    report = profile_training(loaded.config, 2, plan=plan)
+    report = profile(loaded.config, 2, plan=plan)
     assert report.parameters == load_model("dante")[0].count_parameters()
 
 
@@ -169,8 +169,8 @@ def test_a_repeated_phase_is_added_up(monkeypatch):
 
 
 def test_the_tables_and_the_json_have_the_same_numbers(small):
-    report = profile_training(small, steps=3)
-    values, text = json.loads(format_json(report)), format_report(report)
+    report = profile(small, steps=3)
+    values, text = json.loads(report.format_json()), report.format_tables()
     (section,) = values["sections"]
     assert values["parameters"] == report.parameters
     assert f"{report.parameters:,} parameters" in text

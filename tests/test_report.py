@@ -18,12 +18,13 @@ import trainer as trainer_module
 from callbacks import TrainResult
 from config import ConfigLoader
 from parameters import ModelConfig
+from report import write_comparison
 from resume import plan_run
 from trainer import train
 from utils.errors import RunError, UserError
-from utils.report import write_report
-from utils.report.charts import Line, draw_line_chart
-from utils.report.runs import read_run
+from utils.report import render, write_report
+from utils.report.charts import Line, compute_chart
+from utils.report.runs import STEP_LOSS, VAL, Run
 from utils.run_manager import RunDirectory
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -58,6 +59,10 @@ class Page(HTMLParser):
 
 def page_of(result: TrainResult) -> Page:
     return Page(RunDirectory(result.run_dir).report)
+
+
+def list_steps(run: Run) -> list[int]:
+    return [step for step, _ in run.get_points(STEP_LOSS)]
 
 
 # The page of a run -----------------------------------------------------------------------------
@@ -117,9 +122,9 @@ def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet
     part = train(tiny(max_iters=3), output=quiet)
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
-    run = read_run(rest.run_dir)
-    assert [line["step"] for line in run.steps] == [1, 2, 3, 4, 5, 6]
-    seconds = [line["seconds"] for line in run.steps]
+    run = Run(rest.run_dir)
+    assert list_steps(run) == [1, 2, 3, 4, 5, 6]
+    seconds = [second for second, _ in run.get_points(STEP_LOSS, "seconds")]
     assert seconds == sorted(seconds)
     assert run.resumed_runs == [part.run_dir.name]
     assert f"resumed runs: {part.run_dir.name}" in page_of(rest).text
@@ -160,7 +165,7 @@ def test_the_report_and_result_json_have_the_reason_why_a_run_ended(tiny, quiet)
     assert record["stopped_by"] == "far <enough>"
     assert record["best_val_loss"] == result.best_val_loss
     (result.run_dir / "meta" / "result.json").unlink()  # as a kill would have left it
-    write_report(Path("page.html"), [result.run_dir])
+    write_report(Path("page.html"), result.run_dir)
     assert "4 steps of 6: still running, or killed" in Page(Path("page.html")).text
 
 
@@ -169,7 +174,7 @@ def test_steps_after_the_resumed_checkpoint_are_left_out(tiny, quiet):
     checkpoint = RunDirectory(whole.run_dir).get_checkpoint(2)
     loaded, plan = plan_run(ConfigLoader({"max_iters": 5}), resume=str(checkpoint))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
-    assert [line["step"] for line in read_run(rest.run_dir).steps] == [1, 2, 3, 4, 5]
+    assert list_steps(Run(rest.run_dir)) == [1, 2, 3, 4, 5]
 
 
 def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
@@ -177,7 +182,7 @@ def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     moved = rest.run_dir.rename(Path("elsewhere").resolve())
-    assert [line["step"] for line in read_run(moved).steps] == [1, 2, 3, 4, 5, 6]
+    assert list_steps(Run(moved)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_a_report_shows_any_sample_without_control_characters(tiny, quiet, text)
     result = train(tiny(), output=quiet)
     line = json.dumps({"step": 3, "text": text}, ensure_ascii=False)
     RunDirectory(result.run_dir).samples.write_text(line + "\n", encoding="utf-8")
-    write_report(Path("page.html"), [result.run_dir])
+    write_report(Path("page.html"), result.run_dir)
     assert "Samples" in Page(Path("page.html")).text
     content = Path("page.html").read_bytes()
     assert not any(byte in content for byte in b"\x00\x1b")
@@ -206,15 +211,15 @@ def test_garbage_in_metrics_or_samples_is_left_out(tiny, quiet, line):
     for path in (RunDirectory(result.run_dir).metrics, RunDirectory(result.run_dir).samples):
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-    write_report(Path("page.html"), [result.run_dir, result.run_dir])
-    write_report(Path("page.html"), [result.run_dir])
+    write_comparison(Path("page.html"), [Run(result.run_dir)] * 2)
+    write_report(Path("page.html"), result.run_dir)
     assert "best val loss" in Page(Path("page.html")).text
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"resumed_from": {"step": "3"}},
+        {"resumed_from": {"step": "x"}},
         {"lineage": 5},
         {"lineage": [{"name": "x"}]},
         {"data": "x"},
@@ -239,7 +244,7 @@ def test_a_damaged_result_is_an_error_that_names_the_file_and_the_key(tiny, quie
     for content, fact in (('{"seconds": "x"}', "seconds"), ("{", "JSON")):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=rf"result\.json.*{fact}"):
-            write_report(Path("page.html"), [path.parent.parent])
+            write_report(Path("page.html"), path.parent.parent)
 
 
 def test_records_that_refer_to_each_other_in_a_circle_are_read_once(tiny, quiet):
@@ -249,7 +254,7 @@ def test_records_that_refer_to_each_other_in_a_circle_are_read_once(tiny, quiet)
         record = json.loads(path.read_bytes())
         record["run"]["resumed_from"] = {"run_id": other.name, "step": 3, "path": ""}
         path.write_text(json.dumps(record), encoding="utf-8")
-    assert read_run(runs[0]).resumed_runs == [runs[1].name]
+    assert Run(runs[0]).resumed_runs == [runs[1].name]
 
 
 def test_a_report_that_cannot_be_written_costs_a_warning_and_not_the_run(tiny, quiet, monkeypatch):
@@ -268,15 +273,15 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tiny, quiet):
     result = train(tiny(), output=quiet)
     metrics = RunDirectory(result.run_dir).metrics
     metrics.write_bytes(metrics.read_bytes()[:-9])
-    write_report(Path("page.html"), [result.run_dir])
-    assert len(read_run(result.run_dir).evaluations) == 1
+    write_report(Path("page.html"), result.run_dir)
+    assert len(Run(result.run_dir).get_points(VAL)) == 1
 
 
 def test_a_run_without_a_step_has_a_report(tiny, quiet):
     result = train(tiny(), output=quiet)
     for name in ("metrics", "samples", "console"):
         getattr(RunDirectory(result.run_dir), name).unlink()
-    write_report(Path("page.html"), [result.run_dir])
+    write_report(Path("page.html"), result.run_dir)
     assert "No loss yet." in Page(Path("page.html")).text
 
 
@@ -291,7 +296,7 @@ def test_an_old_run_without_seconds_and_with_few_facts_has_a_report(tiny, quiet)
     record = json.loads(path.read_text(encoding="utf-8"))
     record["run"] = {"run_id": "r"}
     path.write_text(json.dumps(record), encoding="utf-8")
-    write_report(Path("page.html"), [result.run_dir])
+    write_report(Path("page.html"), result.run_dir)
     assert f"{result.best_val_loss:.4f}" in Page(Path("page.html")).text
 
 
@@ -301,7 +306,7 @@ def test_an_old_run_without_seconds_and_with_few_facts_has_a_report(tiny, quiet)
 def test_each_of_many_runs_has_its_own_color_or_dashes(tiny, quiet):
     result = train(tiny(), output=quiet)
     paths = [Path(shutil.copytree(result.run_dir, f"place{n}/same_name")) for n in range(8)]
-    write_report(Path("many.html"), paths)
+    write_comparison(Path("many.html"), list(map(Run, paths)))
     source = Path("many.html").read_text(encoding="utf-8")
     looks = re.findall(r'<polyline class="([^"]*)" style="--color: var\(--line-(\d)\)"', source)
     assert len(set(looks[:8])) == 8
@@ -312,7 +317,7 @@ def test_each_of_many_runs_has_its_own_color_or_dashes(tiny, quiet):
 def test_a_comparison_shows_each_run_and_only_the_differences(tiny, quiet):
     one = train(tiny(run_tag="narrow"), output=quiet)
     other = train(tiny(run_tag="wide", n_embd=32), output=quiet)
-    write_report(Path("both.html"), [one.run_dir, other.run_dir])
+    write_comparison(Path("both.html"), [Run(one.run_dir), Run(other.run_dir)])
     page = Page(Path("both.html"))
     for result in (one, other):
         assert result.run_dir.name in page.text
@@ -394,10 +399,14 @@ def test_an_output_that_cannot_be_written_is_an_error_of_one_line(tiny, quiet, f
 # Charts ----------------------------------------------------------------------------------------
 
 
+def draw(lines, **options) -> str:
+    chart = compute_chart(lines, title="Loss", x_label="step", **options)
+    return render("chart.svg.jinja", chart=chart).decode()
+
+
 def chart(points, **options) -> ElementTree.Element:
     noisy = options.pop("noisy", False)
-    options = {"title": "Loss", "x_label": "step", **options}
-    return ElementTree.fromstring(draw_line_chart([Line("a", points, 1, noisy)], **options))
+    return ElementTree.fromstring(draw([Line("a", points, 1, noisy)], **options))
 
 
 def drawn(svg: ElementTree.Element) -> list[tuple[float, float]]:
@@ -440,8 +449,8 @@ def test_a_long_noisy_line_is_drawn_as_means_in_a_band():
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_any_numbers_give_coordinates_within_the_chart(points, logarithmic):
     line = Line("a", points, 1)
-    options = {"title": "Loss", "x_label": "step", "logarithmic": logarithmic}
-    svg = draw_line_chart([line], mark=points[0] if points[0][1] < 1 else None, **options)
+    mark = points[0] if points[0][1] < 1 else None
+    svg = draw([line], mark=mark, logarithmic=logarithmic)
     assert "nan" not in svg.lower()
     assert "inf" not in svg.lower()
     if "<svg" in svg:

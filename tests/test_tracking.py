@@ -185,7 +185,7 @@ def test_a_histogram_has_the_counts_of_numpy():
     counts, edges = np.histogram(values.numpy(), bins=20)
     assert (histogram.low, histogram.high) == pytest.approx((edges[0], edges[-1]))
     assert np.abs(np.array(histogram.counts) - counts).sum() <= 4  # those on a bin's edge
-    assert histogram.num == 5000
+    assert sum(histogram.counts) == 5000
     assert histogram.sum == pytest.approx(values.double().sum().item())
     assert histogram.sum_squares == pytest.approx(values.double().square().sum().item())
 
@@ -205,8 +205,8 @@ def test_a_histogram_of_anything_has_a_width_and_every_finite_value(values):
     tensor = torch.tensor(values)
     histogram = Histogram.from_tensor(tensor)
     assert histogram.low < histogram.high
-    assert histogram.num == tensor.isfinite().sum()
-    assert histogram.nonfinite == tensor.numel() - histogram.num
+    assert sum(histogram.counts) == tensor.isfinite().sum()
+    assert histogram.nonfinite == tensor.numel() - sum(histogram.counts)
 
 
 def test_a_bin_counts_beyond_the_integers_of_float32():
@@ -221,7 +221,8 @@ def test_the_range_is_at_most_the_widest_that_torch_can_divide():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_histogram_takes_every_floating_type(dtype):
-    assert Histogram.from_tensor(torch.linspace(0, 1, 9, dtype=dtype).view(3, 3), bins=3).num == 9
+    values = torch.linspace(0, 1, 9, dtype=dtype).view(3, 3)
+    assert sum(Histogram.from_tensor(values, bins=3).counts) == 9
 
 
 # Metrics ---------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def test_with_fp16_a_gradient_may_overflow_but_not_the_loss(tmp_path):
     files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
     log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
     log.log_step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
-    with pytest.raises(RunError, match="loss is nan at step 2"):
+    with pytest.raises(RunError, match=r"loss is nan.* at step 2"):
         log.log_step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
     log.close()
 

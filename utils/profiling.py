@@ -26,15 +26,15 @@ TOP = 12  # operators that are listed
 PEAK_SIZES = (512, 1024, 2048)  # of the square matrices whose product is timed
 
 # Categories of operators, by parts of an operator's name.
-CATEGORIES = (
-    ("attention", ("attention", "sdpa")),
-    ("linear", ("::mm", "::addmm", "::bmm", "::linear", "::matmul")),
-    ("norm", ("_norm", "RMSNorm")),
-    ("activation", ("gelu", "silu", "relu")),
-    ("loss", ("nll_loss", "cross_entropy", "LogSoftmaxBackward", "log_softmax_backward")),
-    ("sampling", ("softmax", "cumsum", "argmax")),
-    ("embedding", ("embedding", "index_select")),
-)
+CATEGORIES = {
+    "attention": ("attention", "sdpa"),
+    "linear": ("::mm", "::addmm", "::bmm", "::linear", "::matmul"),
+    "norm": ("_norm", "RMSNorm"),
+    "activation": ("gelu", "silu", "relu"),
+    "loss": ("nll_loss", "cross_entropy", "LogSoftmaxBackward", "log_softmax_backward"),
+    "sampling": ("softmax", "cumsum", "argmax"),
+    "embedding": ("embedding", "index_select"),
+}
 
 # One call of the work to profile. It enters `phase(name)` for each of its phases.
 Work = Callable[[Callable[[str], AbstractContextManager]], object]
@@ -92,6 +92,33 @@ class Section:
     tokens_per_second: float
     flops_per_second: float
 
+    def format_tables(self, peak: float) -> Iterator[str]:
+        """Yield the lines and tables; `peak` is the FLOP/s that this machine reaches."""
+        whole = self.timing
+        yield self.title
+        yield (
+            f"{_ms(whole.median)} ms is the median (quartiles: {_ms(whole.low)} to "
+            f"{_ms(whole.high)}), {self.tokens_per_second:,.0f} tokens/s"
+        )
+        yield (
+            f"{self.flops / 1e9:,.3g} GFLOP in matrix products: "
+            f"{self.flops_per_second / 1e9:,.1f} GFLOP/s, "
+            f"{self.flops_per_second / peak * 100:.0f} % of the peak"
+        )
+        if self.phases:
+            rows = [("phase", "mean ms", "median", "quartiles", "% of a step")]
+            for each in self.phases:
+                quartiles = f"{_ms(each.low)} to {_ms(each.high)}"
+                row = (each.name, _ms(each.mean), _ms(each.median), quartiles, _percent(each.share))
+                rows.append(row)
+            yield "\n" + align_columns(rows, right=(1, 2, 3, 4))
+        tables = {"category of operators": self.categories, "operator": self.operators}
+        for title, operators in tables.items():
+            rows = [(title, "ms", "calls", "%")]
+            for each in operators:
+                rows.append((each.name, _ms(each.seconds), f"{each.calls:g}", _percent(each.share)))
+            yield "\n" + align_columns(rows, right=(1, 2, 3))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -107,6 +134,43 @@ class Report:
     sections: list[Section]
     periodic: list[PeriodicWork]
 
+    def format_json(self) -> str:
+        """Return the report as JSON."""
+        content = asdict(self)
+        for section in content["sections"]:
+            section["share_of_peak"] = section["flops_per_second"] / self.peak_flops_per_second
+        return json.dumps(content, indent=2)
+
+    def format_tables(self) -> str:
+        """Return the report as tables."""
+        memory = format_bytes(self.peak_memory) if self.peak_memory else "unknown"
+        owner = "the process's" if self.device.startswith("CPU") else "the device's"
+        peak = self.peak_flops_per_second
+        lines = [
+            f"Device  {self.device}, {self.precision}, torch.compile {self.torch_compile}; "
+            f"the first call took {self.first_call * 1e3:,.0f} ms",
+            f"Model   {self.parameters:,} parameters; {memory} is {owner} peak memory",
+            f"Peak    {peak / 1e9:,.1f} GFLOP/s in a product of {self.precision} matrices, "
+            "measured just now",
+        ]
+        for section in self.sections:
+            lines += ["", *section.format_tables(peak)]
+        if self.periodic:
+            rows = [("between steps", "ms", "every", "% of a run")]
+            for work in self.periodic:
+                interval = f"{work.interval:,} steps" if work.interval else "end"
+                rows.append((work.name, _ms(work.seconds), interval, _percent(work.share)))
+            lines += ["", align_columns(rows, right=(1, 2, 3))]
+        return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f}"
+
 
 def profile_work(
     title: str,
@@ -121,14 +185,14 @@ def profile_work(
 ) -> Section:
     """Time calls of `work`, as a whole and phase by phase, then trace it with PyTorch's profiler.
 
-    Both kinds of call alternate, so that other load on the machine slows both, and each is first
-    in every second turn, so that work at a regular interval falls on both. `tokens` and `flops`
-    are those of one call; `trace` is a file to write.
+    `tokens` and `flops` are those of one call; `trace` is a file to write.
     """
     for _ in range(WARMUP):
         work(nullcontext)
     seconds: list[float] = []
     phased: list[Counter[str]] = []
+    # Both kinds alternate, so that other load on the machine slows both, and each is first in every
+    # second turn, so that work at a regular interval falls on both.
     for turn in range(calls):
         for is_phased in (turn % 2 == 1, turn % 2 == 0):
             if is_phased:
@@ -200,14 +264,11 @@ def count_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def compute_shares(
-    section: Section, seconds: Mapping[str, float], intervals: Sequence[int]
-) -> list[PeriodicWork]:
-    """Return each periodic work's share of a run, given its seconds and its interval in steps."""
-    per_call = [s / n if n else 0.0 for s, n in zip(seconds.values(), intervals, strict=True)]
-    total = section.timing.median + sum(per_call)
-    rows = zip(seconds.items(), intervals, per_call, strict=True)
-    return [PeriodicWork(*item, interval, each / total) for item, interval, each in rows]
+def compute_shares(step: float, works: Mapping[str, tuple[float, int]]) -> list[PeriodicWork]:
+    """Return each work's share of a run; `works` has its seconds and its interval in steps."""
+    per_step = {name: seconds / every if every else 0.0 for name, (seconds, every) in works.items()}
+    total = step + sum(per_step.values())
+    return [PeriodicWork(name, *works[name], each / total) for name, each in per_step.items()]
 
 
 def trace_operators(
@@ -223,102 +284,37 @@ def trace_operators(
         synchronize(device)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    times = [
-        (event, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-        for event in profiler.events()
-    ]
-    categories = _sum_times((get_category(event), microseconds) for event, microseconds in times)
-    return categories, _sum_times((event.name, microseconds) for event, microseconds in times)
+    events = profiler.events()
+    times = [e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events]
+    return _sum_times(map(get_category, events), times), _sum_times((e.name for e in events), times)
 
 
-def _sum_times(events: Iterable[tuple[str, float]]) -> list[Operator]:
-    """Sum microseconds by name; return seconds and number per call, the longest first."""
+def _sum_times(names: Iterable[str], microseconds: Sequence[float]) -> list[Operator]:
+    """Sum the times by name; return seconds and number per call, the longest first."""
     times: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for name, microseconds in events:
-        times[name] += microseconds
+    for name, time_taken in zip(names, microseconds, strict=True):
+        times[name] += time_taken
         numbers[name] += 1
-    total = sum(times.values()) or 1
+    total = sum(microseconds) or 1
     return [
-        Operator(name, time / 1e6 / TRACED, numbers[name] / TRACED, time / total)
-        for name, time in times.most_common()
+        Operator(name, each / 1e6 / TRACED, numbers[name] / TRACED, each / total)
+        for name, each in times.most_common()
     ]
 
 
 def get_category(event: FunctionEvent) -> str:
     """Return the category of an operator, from its name and the phase that called it."""
-    callers = [event.name]
-    parent = event.cpu_parent
-    while parent is not None:
-        callers.append(parent.name)
-        parent = parent.cpu_parent
+    callers, caller = [], event
+    while caller is not None:
+        callers.append(caller.name)
+        caller = caller.cpu_parent
     for phase in ("data", "gradient clipping", "optimizer", "logging"):
         if phase in callers:
             return phase
     # On CUDA autograd has its own thread, which is in no phase.
     is_backward = "backward" in callers or any("autograd::engine" in name for name in callers)
-    for name, words in CATEGORIES:
+    for name, words in CATEGORIES.items():
         if any(word in caller for word in words for caller in callers):
             return f"{name} {'backward' if is_backward else 'forward'}"
     return "other"  # copies, sums, and the calls themselves
-
-
-def format_json(report: Report) -> str:
-    """Return the report as JSON."""
-    content = asdict(report)
-    for section in content["sections"]:
-        section["share_of_peak"] = section["flops_per_second"] / report.peak_flops_per_second
-    return json.dumps(content, indent=2)
-
-
-def format_report(report: Report) -> str:
-    """Return the report as tables."""
-    memory = format_bytes(report.peak_memory) if report.peak_memory else "unknown"
-    owner = "the process's" if report.device.startswith("CPU") else "the device's"
-    lines = [
-        f"Device  {report.device}, {report.precision}, torch.compile {report.torch_compile}; "
-        f"the first call took {report.first_call * 1e3:,.0f} ms",
-        f"Model   {report.parameters:,} parameters; {memory} is {owner} peak memory",
-        f"Peak    {report.peak_flops_per_second / 1e9:,.1f} GFLOP/s in a product of "
-        f"{report.precision} matrices, measured just now",
-    ]
-    for section in report.sections:
-        lines += ["", *_format_section(section, report.peak_flops_per_second)]
-    if report.periodic:
-        rows = [("between steps", "ms", "every", "% of a run")]
-        for work in report.periodic:
-            interval = f"{work.interval:,} steps" if work.interval else "end"
-            seconds, share = f"{work.seconds * 1e3:,.1f}", f"{work.share * 100:.1f}"
-            rows.append((work.name, seconds, interval, share))
-        lines += ["", align_columns(rows, right=(1, 2, 3))]
-    return "\n".join(lines)
-
-
-def _format_section(section: Section, peak: float) -> Iterator[str]:
-    timing = section.timing
-    yield section.title
-    yield (
-        f"{timing.median * 1e3:,.2f} ms is the median (quartiles: {timing.low * 1e3:,.2f} to "
-        f"{timing.high * 1e3:,.2f}), {section.tokens_per_second:,.0f} tokens/s"
-    )
-    yield (
-        f"{section.flops / 1e9:,.3g} GFLOP in matrix products: "
-        f"{section.flops_per_second / 1e9:,.1f} GFLOP/s, "
-        f"{section.flops_per_second / peak * 100:.0f} % of the peak"
-    )
-    if section.phases:
-        rows = [("phase", "mean ms", "median", "quartiles", "% of a step")]
-        for each in section.phases:
-            ms = [f"{value * 1e3:.2f}" for value in (each.mean, each.median, each.low, each.high)]
-            quartiles = f"{ms[2]} to {ms[3]}"
-            rows.append((each.name, ms[0], ms[1], quartiles, f"{each.share * 100:.1f}"))
-        yield "\n" + align_columns(rows, right=(1, 2, 3, 4))
-    for title, operators in (
-        ("category of operators", section.categories),
-        ("operator", section.operators),
-    ):
-        rows = [(title, "ms", "calls", "%")]
-        for each in operators:
-            ms, share = f"{each.seconds * 1e3:.2f}", f"{each.share * 100:.1f}"
-            rows.append((each.name, ms, f"{each.calls:g}", share))
-        yield "\n" + align_columns(rows, right=(1, 2, 3))

@@ -21,9 +21,10 @@ import pytest
 
 from callbacks import TrainResult
 from parameters import ModelConfig
+from report import write_comparison, write_picture
 from trainer import train
 from utils.output import Output
-from utils.report import write_report
+from utils.report.runs import Run
 from utils.run_manager import RunDirectory
 
 pytestmark = pytest.mark.browser
@@ -173,7 +174,7 @@ def test_the_report_fits_a_phone(run, open_page, picture):
 
 def test_the_picture_has_curves_and_text_inside_it_in_light_and_dark(run, open_page):
     target = Path("run.svg")
-    write_report(target, [run.run_dir])
+    write_picture(target, Run(run.run_dir))
     fills = []
     for scheme in ("light", "dark"):
         page = open_page(target.resolve().as_uri(), color_scheme=scheme)
@@ -198,7 +199,7 @@ def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, pict
     other = ModelConfig(**{**read_config(run), "n_embd": 16, "run_tag": "narrow"})
     other = train(other, output=Output(quiet=True))
     target = Path("comparison.html")
-    write_report(target, [run.run_dir, other.run_dir])
+    write_comparison(target, [Run(run.run_dir), Run(other.run_dir)])
     page = open_page(target.resolve().as_uri())
     first = page.locator("svg.chart").first
     assert first.locator("polyline").count() == 2

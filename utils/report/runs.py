@@ -7,12 +7,12 @@ runs, or cut off by a kill: what cannot be read is left out.
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
 from utils.output import pluralize
@@ -24,34 +24,29 @@ STEP_LOSS, SPEED = get_tag("loss", "train"), get_tag("tokens_per_second", "train
 MAX_CHARS = 200_000  # of a diff and of the console output in a report
 MAX_VALUE = 1e30  # larger numbers in metrics.jsonl are garbage
 
-_F = TypeVar("_F", bound=BaseModel)
 Metrics = Mapping[str, float]  # a line of metrics.jsonl
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-class _Data(_Facts):
+class _Data(BaseModel):
     name: str = "unknown"
     sha256: str = ""
     tokens: int | None = None
     vocab_size: int | None = None
 
 
-class _ResumedFrom(_Facts):
+class _ResumedFrom(BaseModel):
     run_id: str | None = None
     step: int = 0
     path: str = ""
 
 
-class _Ancestor(_Facts):
+class _Ancestor(BaseModel):
     name: str
     step: int
     weights_sha256: str
 
 
-class RunFacts(_Facts):
+class RunFacts(BaseModel):
     """`run` in full_config.json, as far as a report shows it."""
 
     argv: list[str] = []
@@ -70,73 +65,49 @@ class RunFacts(_Facts):
     torch_compile_reason: str | None = None
 
 
-class _Result(_Facts):
+class _Result(BaseModel):
     seconds: float | None = None
     stopped_by: str | None = None
     exit_status: int | None = None
     error: str | None = None
 
 
-@dataclass(frozen=True)
 class Run:
-    """The contents of a run's files. The metrics include those of the runs that it resumed."""
+    """The contents of a run's files.
 
-    path: Path
-    facts: RunFacts
-    record: Mapping[str, Any]  # config, sources, git, diff
-    status: str  # the last step, and why the run ended there
-    environment: str
-    console: str
-    samples: Sequence[tuple[int, str]]  # step, text
-    steps: Sequence[Metrics]
-    evaluations: Sequence[Metrics]
-    best: Metrics  # the evaluation with the lowest validation loss, or {}
-    last_step: int
-    seconds: float | None  # of training
-    speed: int | None  # median tokens per second
-    resumed_runs: Sequence[str]  # their ids, the oldest first
+    Raises `UserError` if its record is missing or damaged.
+    """
 
-    @property
-    def name(self) -> str:
-        """Its id."""
-        return self.path.resolve().name
+    def __init__(self, path: Path):
+        files = RunDirectory(path)
+        self.path, self.name = path, path.resolve().name
+        self.record, self.facts = _read_record(path)  # config, sources, git, diff
+        self.diff = self.record["diff"][:MAX_CHARS]
+        self.environment = _read_if_file(files.meta / "env.txt")
+        self.console = _read_if_file(files.console)[-MAX_CHARS:]
+        samples = [(line.get("step"), line.get("text")) for line in _read_jsonl(files.samples)]
+        self.samples = [(s, t) for s, t in samples if isinstance(s, int) and isinstance(t, str)]
+        # After those of the runs that it resumed, whose ids are listed, the oldest first.
+        self.metrics, self.resumed_runs = _read_metrics(path.resolve(), self.facts)
+        evaluations = [line for line in self.metrics if VAL in line]
+        self.best: Metrics = min(evaluations, key=itemgetter(VAL), default={})
+        steps, times = (self.get_points(STEP_LOSS, x) for x in ("step", "seconds"))
+        self.last_step = int(steps[-1][0]) if steps else 0
+        speeds = [speed for _, speed in self.get_points(SPEED)]
+        self.speed = int(statistics.median(speeds)) if speeds else None  # tokens per second
+        result = _read_result(files.meta / "result.json")
+        self.seconds = times[-1][0] if times else None  # of training
+        if result is not None and result.seconds is not None and not self.resumed_runs:
+            self.seconds = result.seconds
+        self.status = _format_status(self.last_step, self.record["config"].get("max_iters"), result)
 
-
-def read_run(path: Path) -> Run:
-    """Read a run's files. Raises `UserError` if its record is missing or damaged."""
-    directory, record = RunDirectory(path), read_record(path)
-    config_path, result_path = (directory.meta / n for n in ("full_config.json", "result.json"))
-    facts = _validate(RunFacts.model_validate, record["run"], config_path)
-    text = _read_if_file(result_path)
-    result = _validate(_Result.model_validate_json, text, result_path) if text else None
-    metrics, resumed_runs = _read_metrics(path, facts, {path.resolve()})
-    samples = [(line.get("step"), line.get("text")) for line in _read_jsonl(directory.samples)]
-    steps = [line for line in metrics if STEP_LOSS in line]
-    evaluations = [line for line in metrics if VAL in line]
-    last_step = int(steps[-1]["step"]) if steps else 0
-    speeds = [line[SPEED] for line in steps if SPEED in line]
-    seconds = [line["seconds"] for line in steps if "seconds" in line]
-    if result is not None and result.seconds is not None and not resumed_runs:
-        seconds.append(result.seconds)
-    return Run(
-        path=path,
-        facts=facts,
-        record={**record, "diff": record["diff"][:MAX_CHARS]},
-        status=_format_status(last_step, record["config"].get("max_iters"), result),
-        environment=_read_if_file(directory.meta / "env.txt"),
-        console=_read_if_file(directory.console)[-MAX_CHARS:],
-        samples=[(s, t) for s, t in samples if isinstance(s, int) and isinstance(t, str)],
-        steps=steps,
-        evaluations=evaluations,
-        best=min(evaluations, key=lambda line: line[VAL], default={}),
-        last_step=last_step,
-        seconds=seconds[-1] if seconds else None,
-        speed=int(statistics.median(speeds)) if speeds else None,
-        resumed_runs=resumed_runs,
-    )
+    def get_points(self, tag: str, x: str = "step", scale: float = 1) -> list[tuple[float, float]]:
+        """Return a metric's values as points; `x`, step or seconds, is multiplied by `scale`."""
+        return [(line[x] * scale, line[tag]) for line in self.metrics if {x, tag} <= line.keys()]
 
 
 def _format_status(step: int, max_iters: Any, result: _Result | None) -> str:
+    """Return the last step, and why the run ended there."""
     is_early = isinstance(max_iters, int) and step < max_iters
     done = pluralize(step, "step") + (f" of {max_iters:,}" if is_early else "")
     if result is None:
@@ -146,45 +117,58 @@ def _format_status(step: int, max_iters: Any, result: _Result | None) -> str:
     return f"{done}: {reason}" if reason else done
 
 
-def _validate(validate: Callable[[Any], _F], values: Any, path: Path) -> _F:
+def _read_result(path: Path) -> _Result | None:
+    text = _read_if_file(path)
+    with _translate_damage(path):
+        return _Result.model_validate_json(text) if text else None
+
+
+def _read_record(run_dir: Path) -> tuple[dict[str, Any], RunFacts]:
+    record = read_record(run_dir)
+    with _translate_damage(RunDirectory(run_dir).meta / "full_config.json"):
+        return record, RunFacts.model_validate(record["run"])
+
+
+@contextlib.contextmanager
+def _translate_damage(path: Path) -> Iterator[None]:
     try:
-        return validate(values)
+        yield
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "content"
         raise UserError(f"{path} is damaged: {key}: {problem['msg']}") from None
 
 
-def _read_metrics(
-    path: Path, facts: RunFacts, seen: set[Path]
-) -> tuple[list[dict[str, float]], list[str]]:
-    """Return a run's metrics after those of the runs that it resumed, and the ids of these.
+def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], list[str]]:
+    """Return a run's metrics after those of the runs that it resumed, and the ids of these."""
+    lines, runs = _read_numbers(run), [run]
+    while facts.resumed_from is not None:
+        resumed = facts.resumed_from
+        # The resumed run is beside this one, or, if this one was moved, above its checkpoint.
+        for place in (runs[0].parent / str(resumed.run_id), *Path(resumed.path).parents):
+            with contextlib.suppress(UserError):
+                facts, earlier = _read_record(place)[1], place.resolve()
+                break
+        else:
+            break
+        if earlier in runs:  # damaged records may refer to each other in a circle
+            break
+        past = [line for line in _read_numbers(earlier) if line["step"] <= resumed.step]
+        spent = max((line.get("seconds", 0) for line in past), default=0)
+        for line in lines:
+            if "seconds" in line:
+                line["seconds"] += spent
+        lines, runs = past + lines, [earlier, *runs]
+    return lines, [run.name for run in runs[:-1]]
 
-    `seen` are runs that were read already: damaged records may refer to each other in a circle.
-    """
+
+def _read_numbers(run: Path) -> list[dict[str, float]]:
+    """Return the numbers in each line of metrics.jsonl that has a step."""
     numbers = [
         {k: v for k, v in line.items() if isinstance(v, (int, float)) and abs(v) <= MAX_VALUE}
-        for line in _read_jsonl(RunDirectory(path).metrics)
+        for line in _read_jsonl(RunDirectory(run).metrics)
     ]
-    lines = [line for line in numbers if "step" in line]
-    resumed = facts.resumed_from
-    if resumed is None:
-        return lines, []
-    # The resumed run is beside this one, or, if this one was moved, above its checkpoint.
-    for place in (path.resolve().parent / str(resumed.run_id), *Path(resumed.path).parents):
-        with contextlib.suppress(UserError):
-            earlier_facts = _validate(RunFacts.model_validate, read_record(place)["run"], place)
-            earlier = place.resolve()
-            if earlier in seen:
-                break
-            past, resumed_runs = _read_metrics(earlier, earlier_facts, seen | {earlier})
-            past = [line for line in past if line["step"] <= resumed.step]
-            spent = max((line.get("seconds", 0) for line in past), default=0)
-            for line in lines:
-                if "seconds" in line:
-                    line["seconds"] += spent
-            return past + lines, [*resumed_runs, earlier.name]
-    return lines, []
+    return [line for line in numbers if "step" in line]
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -198,6 +182,5 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_if_file(path: Path) -> str:
     with contextlib.suppress(OSError):
-        if path.is_file():  # a device or a pipe might never end
-            return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""

@@ -41,9 +41,7 @@ def _forward(method: str) -> Callable[..., None]:
 class CompositeTracker:
     """Pass every call on to several trackers; one that raises is dropped with one warning.
 
-    Args:
-        factories: functions that create the trackers, by the names used in warnings.
-        warn: called with a warning and its traceback.
+    `factories` create the trackers; `warn` is called with a warning and its traceback.
     """
 
     def __init__(

@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import logging
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
@@ -26,15 +25,11 @@ def require_aim(config: ModelConfig) -> None:
     scheme, separator, _ = (config.aim_repo or "").partition("://")
     if separator and scheme != "aim":
         raise UserError(f"aim_repo must be a directory or aim://host:port, got {config.aim_repo}")
-    if importlib.util.find_spec("aim"):
-        return
-    remedy = "pip install '.[aim]'; or"
-    if sys.platform == "win32" or sys.version_info >= (3, 13):
-        remedy = "it has no wheels for Windows or for Python 3.13 and newer;"
-    raise UserError(
-        f"aim_logging needs Aim, which is not installed: {remedy} switch it off with "
-        "--no-aim-logging"
-    )
+    if not importlib.util.find_spec("aim"):
+        raise UserError(
+            "aim_logging needs Aim, which is not installed: pip install '.[aim]' (Linux or macOS, "
+            "Python below 3.13); or switch it off with --no-aim-logging"
+        )
 
 
 def get_aim_repo(config: ModelConfig) -> str:
@@ -43,14 +38,10 @@ def get_aim_repo(config: ModelConfig) -> str:
 
 
 class AimTracker:
-    """Record one run of Folio as one run of Aim.
+    """Record one run of Folio as the Aim run `name`.
 
-    Args:
-        repo: the directory that contains `.aim`, or will, or a server: `aim://host:port`.
-        name: the run's name in Aim.
-
-    Raises:
-        Exception: the repository cannot be opened, or the server does not answer in `TIMEOUT`.
+    `repo` is the directory that contains `.aim`, or will, or a server: `aim://host:port`. Raises
+    an exception of Aim's, or `TimeoutError`, if it cannot be opened.
     """
 
     def __init__(self, repo: str, name: str):
@@ -105,27 +96,19 @@ class AimTracker:
         """List the run in the repository's index, from which readers list runs.
 
         The numbers need no flush: each is in its file when `track` returns, even if the process is
-        killed then. A killed run stays listed as of its last flush. On a server only `close`
-        updates the index, as that takes a round trip.
+        killed then. On a server only `close` updates the index, as that takes a round trip.
         """
         if self._is_local:
-            # The index may be locked by another process, such as `aim up`, until the next flush.
-            with contextlib.suppress(Exception):
-                _index_run(self._run)
+            _update_index(self._run, attempts=1)
 
     def close(self) -> None:
         """End the run and list its final state."""
         run, self._run = self._run, None
 
         def close_run() -> None:
-            try:
-                run.meta_run_tree["end_time"] = (
-                    time.time()
-                )  # for the index; run.close() sets it too
-                _index_run(run, TIMEOUT / 3)
-            finally:
-                run.close()
-                run.repo.close()  # disconnects from a server
+            with contextlib.closing(run.repo), contextlib.closing(run):
+                run.meta_run_tree["end_time"] = time.time()  # for the index; closing sets it too
+                _update_index(run, attempts=100)
 
         if self._is_local:
             close_run()  # in the thread that locked the run, as no other can unlock it
@@ -160,25 +143,20 @@ def _open_run(repo: str, name: str) -> Any:
     return run
 
 
-def _index_run(run: Any, timeout: float = 0.0) -> None:
+def _update_index(run: Any, attempts: int) -> None:
     """Copy a run's settings and names, but not its numbers, to the repository's index.
 
     Aim's own RepoIndexManager does the same, and leaves a thread running. `_get_index_tree` is a
-    private name of Aim 3.29. Other processes lock the index for 0.05 s at a time; after `timeout`
-    seconds this raises RuntimeError.
+    private name of Aim 3.29. Other processes lock the index for 0.05 s at a time. If it stays
+    locked, the run is stored all the same, and `aim up` adds it to the index.
     """
     from aimrocks.errors import RocksIOError
 
-    until = time.monotonic() + timeout
-    while True:
+    for _ in range(attempts):
         try:
             index = run.repo._get_index_tree("meta", 0).view(())
             return run.meta_run_tree.finalize(index=index)
         except RocksIOError:
-            if time.monotonic() >= until:
-                raise RuntimeError(
-                    f"the run is stored, but {run.repo.path} was busy: `aim up` lists it"
-                ) from None
             time.sleep(0.05)
 
 

@@ -11,18 +11,14 @@ MAX_ABS = 1e38  # torch cannot divide a range beyond float32's into bins
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in equal bins between `low` and `high`.
-
-    NaN and infinity are in no bin; `nonfinite` counts them. `sum` and `sum_squares` are those of
-    the finite values.
-    """
+    """Counts of a tensor's finite values in equal bins between `low` and `high`."""
 
     low: float
     high: float
     counts: list[int]
     sum: float
     sum_squares: float
-    nonfinite: int
+    nonfinite: int  # NaN and infinite values
 
     @classmethod
     def from_tensor(cls, tensor: Tensor, bins: int = BINS) -> "Histogram":
@@ -44,11 +40,6 @@ class Histogram:
         wide = values if values.device.type == "mps" else values.double()
         total, squares = wide.sum().item(), wide.square().sum().item()
         return cls(low, high, counts.tolist(), total, squares, nonfinite)
-
-    @property
-    def num(self) -> int:
-        """Number of values counted."""
-        return sum(self.counts)
 
 
 def _compute_range(values: Tensor) -> tuple[float, float]:

@@ -63,9 +63,10 @@ class RunLogger:
     may_overflow: bool = False  # the gradient, as with fp16, which skips that step
 
     def __post_init__(self) -> None:
-        self._metrics = open(self.metrics, "a", encoding="utf-8")
+        # Line by line (1), so that a kill loses no step that was fetched.
+        self._metrics = open(self.metrics, "a", 1, encoding="utf-8")
         # A lone surrogate is written as an escape, which is valid JSON.
-        self._samples = open(self.samples, "a", encoding="utf-8", errors="backslashreplace")
+        self._samples = open(self.samples, "a", 1, encoding="utf-8", errors="backslashreplace")
         self._queued: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
@@ -89,26 +90,18 @@ class RunLogger:
     def flush_steps(self) -> None:
         """Fetch and log all queued steps, and print a line for the last of them.
 
-        Raises:
-            RunError: a loss or a gradient norm is not finite; the message gives the step.
+        Raises `RunError` if a loss or a gradient norm is not finite.
         """
         if not self._queued:
             return
         values = torch.stack(self._on_device).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._timer) / len(self._queued)
         speed = self.tokens_per_step / seconds
-        for (step, elapsed, learning_rate), loss, grad_norm in zip(
-            self._queued, values[::2], values[1::2], strict=True
-        ):
-            metrics = {
-                "loss": loss,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "tokens_per_second": speed,
-            }
-            self._record(step, elapsed, {"train": metrics})
+        fetched = zip(self._queued, values[::2], values[1::2], strict=True)
+        for (step, elapsed, learning_rate), loss, grad_norm in fetched:
+            metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+            self._record(step, elapsed, {"train": {**metrics, "tokens_per_second": speed}})
             self._check_step(step, loss, grad_norm)
-        self._metrics.flush()
         self._queued, self._on_device = [], []
         seconds_per_step = self._elapsed() / (step - self.first_step)
         left = format_duration(seconds_per_step * (self.max_iters - step))
@@ -129,29 +122,24 @@ class RunLogger:
                 f"(gradient norm {grad_norm:.3g}); if it persists, lower learning_rate"
             )
         self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
-        problem, remedy = None, "the run cannot go on; lower learning_rate"
         if self.may_overflow and self._overflows == MAX_OVERFLOWS:
-            problem = (
+            raise RunError(
                 f"the gradients overflow fp16 at step {step} and the {MAX_OVERFLOWS - 1} before "
                 "it, so all of these were skipped: use --precision bf16 or fp32"
             )
-        elif not math.isfinite(loss):
-            problem = f"the loss is {loss} at step {step}: {remedy}"
-        elif not (math.isfinite(grad_norm) or self.may_overflow):  # the weights are NaN by now
-            problem = f"the gradient norm is {grad_norm} at step {step}: {remedy}"
-        if problem:
-            self._metrics.flush()
-            raise RunError(problem)
+        # The weights are NaN after a gradient that is not finite, unless fp16 skips the step.
+        if not math.isfinite(loss) or (self._overflows and not self.may_overflow):
+            raise RunError(
+                f"the loss is {loss} and the gradient norm {grad_norm} at step {step}: the run "
+                "cannot go on; lower learning_rate"
+            )
 
     def log_evaluation(
         self, step: int, losses: Mapping[str, float], bits: Mapping[str, float], *, is_best: bool
     ) -> None:
         """Log and print an evaluation: each split's mean loss, and its bits per byte."""
-        metrics = {
-            split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in losses
-        }
-        self._record(step, self._elapsed(), metrics)
-        self._metrics.flush()
+        both = {split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in bits}
+        self._record(step, self._elapsed(), both)
         self.tracker.flush()
         if not all(map(math.isfinite, losses.values())):
             raise RunError(f"the evaluation's loss is not finite at step {step}: {dict(losses)}")
@@ -171,7 +159,6 @@ class RunLogger:
     def log_sample(self, step: int, text: str) -> None:
         """Log and print generated text."""
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
-        self._samples.flush()
         self.tracker.log_text("sample", text, step)
         self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
 

@@ -45,14 +45,14 @@ class TensorBoardTracker:
         known = {name: value for name, value in config.items() if value is not None}
         _, summary, _ = hparams(known, {})
         self._writer.file_writer.add_summary(summary)
-        sources = metadata.get("sources", {})
+        others = dict(metadata)
+        sources = others.pop("sources", {})
         rows = ["| setting | value | from |", "|---|---|---|"]
         rows += [
             f"| {name} | {_format_cell(value)} | {_format_cell(sources.get(name, ''))} |"
             for name, value in config.items()
         ]
         self._writer.add_text("config", "\n".join(rows), 0)
-        others = {name: value for name, value in metadata.items() if name != "sources"}
         self.log_text("run", json.dumps(others, indent=2, ensure_ascii=False), 0)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, subset: str) -> None:
@@ -66,16 +66,16 @@ class TensorBoardTracker:
         `add_histogram` would count again, in NumPy, and fail on NaN.
         """
         for name, histogram in histograms.items():
-            bins = len(histogram.counts)
-            width = (histogram.high - histogram.low) / bins
+            width = (histogram.high - histogram.low) / len(histogram.counts)
+            limits = [histogram.low + width * (i + 1) for i in range(len(histogram.counts))]
             self._writer.add_histogram_raw(
                 name,
                 min=histogram.low,
                 max=histogram.high,
-                num=histogram.num,
+                num=sum(histogram.counts),
                 sum=histogram.sum,
                 sum_squares=histogram.sum_squares,
-                bucket_limits=[histogram.low + width * (i + 1) for i in range(bins)],
+                bucket_limits=limits,
                 bucket_counts=histogram.counts,
                 global_step=step,
             )
@@ -94,6 +94,5 @@ class TensorBoardTracker:
 
 
 def _format_cell(value: Any) -> str:
-    """Return a value for a Markdown table."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text.replace("\\", "\\\\").replace("|", "\\|")
