@@ -62,7 +62,6 @@ def load_dataset(
     tokenizer: Tokenizer | None = None,
     may_extend: bool = False,
     sample: bool = False,
-    cache: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read and encode the text that `config` names, and split it.
@@ -75,7 +74,6 @@ def load_dataset(
             `config.on_new_chars` decides on characters that it lacks.
         may_extend: whether the vocabulary may be extended.
         sample: read the sample corpus even if there is an `input.txt`.
-        cache: keep the converted sample corpus in the cache.
         on_progress: is called with a line before slow work.
 
     Raises:
@@ -92,7 +90,6 @@ def load_dataset(
         token_store=config.token_store,
         on_progress=on_progress,
         written={"runs_dir": config.runs_dir, "checkpoints_dir": config.checkpoints_dir},
-        cache_sample=cache,
     )
     left_out: dict[str, int] = {}
     if tokenizer is None:
