@@ -219,16 +219,13 @@ def open_corpus(
 ) -> "MemoryCorpus | StoredCorpus":
     """Open the text that `data` names; None is the sample corpus.
 
-    Args:
-        data: a file, a directory, a glob, or `-` for standard input, which is copied to the cache.
-        cache_dir: the setting of that name.
-        token_store: encode the text into the cache: on, off, or auto (if it is large).
-        on_progress: is called with a line before slow work, and when an encoding is made again.
-        written: directories besides the cache in which Folio writes, by their settings.
+    `cache_dir` and `token_store` are the settings of these names. `on_progress` is called with a
+    line before slow work. `written` has the directories besides the cache in which Folio writes,
+    by their settings.
 
     Raises:
-        UserError: there is no such text, it is empty or not UTF-8, a directory in which Folio
-            writes is inside it, or the cache cannot be written.
+        UserError: there is no such text, it is empty or not UTF-8, one of `written` is inside it,
+            or the cache cannot be written.
         RunError: the disk of the cache is full.
     """
     if data is None:
@@ -332,8 +329,8 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
 class StoredCorpus:
     """A text that is encoded into a directory of the cache, and read again only if it changes.
 
-    Raises `UserError` if the text is empty or not UTF-8 or the cache cannot be written, and
-    `RunError` if the disk is full.
+    Raises `UserError` if the text is empty, not UTF-8 or being changed or the cache cannot be
+    written, and `RunError` if the disk is full.
     """
 
     def __init__(
@@ -349,11 +346,11 @@ class StoredCorpus:
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
         self._manifest_path = self.directory / "manifest.json"
-        known = self._load_manifest()
-        if known is None or known.sources != self._list_sources():
+        self._manifest = self._load_manifest()
+        if self._manifest is None or self._manifest.sources != self._list_sources():
             with self._lock():
-                known = self._update_manifest()
-        self._manifest, self.sha256 = known, known.sha256
+                self._update_manifest()
+        self.sha256 = self._manifest.sha256
 
     def create_tokenizer(self, kind: str) -> Tokenizer:
         """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
@@ -371,25 +368,19 @@ class StoredCorpus:
     def encode(
         self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
     ) -> EncodedCorpus:
-        """Encode as `MemoryCorpus` does, or memory-map ids that have been written before.
-
-        Raises `UserError` also if the text is being changed or the cache cannot be written, and
-        `RunError` if the disk is full.
-        """
+        """Encode as `MemoryCorpus` does, or memory-map ids that have been written before."""
         if not left_out:
             tokenizer.encode(self._manifest.characters)  # raises if one is unknown
         name = self._name_encoding(tokenizer, drop=bool(left_out))
         if (encoded := self._map(name, tokenizer)) is not None:
             return encoded
         with self._lock():
-            identity, self._manifest = self._manifest.identity, self._update_manifest()
+            identity = self._manifest.identity
+            self._update_manifest()
             if self._manifest.identity != identity:
                 raise _describe_change(self.name)
             if (encoded := self._map(name, tokenizer)) is None:
-                path = self.directory / name
-                if name in self._manifest.encodings:
-                    self._on_progress(f"{path} is damaged: encoding {self.name} again")
-                self._write_encoding(path, tokenizer, dict(left_out or {}))
+                self._write_encoding(self.directory / name, tokenizer, dict(left_out or {}))
                 encoded = self._map(name, tokenizer)
             return encoded
 
@@ -398,18 +389,18 @@ class StoredCorpus:
             return Manifest.model_validate_json(self._manifest_path.read_bytes())
         return None
 
-    def _update_manifest(self) -> Manifest:
-        """Return the manifest of the text as it is now, written to disk. Needs the lock."""
-        known, sources = self._load_manifest(), self._list_sources()
+    def _update_manifest(self) -> None:
+        """Load the manifest, or read the text and write it. Needs the lock."""
+        self._manifest = known = self._load_manifest()
+        sources = self._list_sources()
         if known is not None and known.sources == sources:
-            return known
+            return
         if known is None and self._manifest_path.exists():
             self._on_progress(f"{self._manifest_path} is damaged: reading {self.name} again …")
         elif known is None:
             self._on_progress(f"Reading {self.name}, which takes a while the first time …")
         text_hash = TextHash()
-        chunks = iter_chunks(self._paths, text_hash)
-        characters = "".join(collect_chars(chunk.text for chunk in chunks))
+        characters = collect_chars(chunk.text for chunk in iter_chunks(self._paths, text_hash))
         if not characters:
             raise UserError(f"{format_name(self.name)}: the text is empty")
         self._check_unchanged(sources)
@@ -417,13 +408,12 @@ class StoredCorpus:
             sources=sources,
             identity=text_hash.compute_identity(),
             sha256=text_hash.sha256.hexdigest(),
-            characters=characters,
+            characters="".join(characters),
             encodings=known.encodings if known else {},
         )
         if known is not None and known.identity != manifest.identity:
             self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
         self._write_manifest(manifest)
-        return manifest
 
     def _list_sources(self) -> list[tuple[str, int, int]]:
         stats = [(os.path.relpath(path, self.path), get_stat(path)) for path in self._paths]
@@ -438,6 +428,7 @@ class StoredCorpus:
         files.make_directory(self.directory)
         files.write_atomic(self._manifest_path, manifest.model_dump_json() + "\n")
         files.sync(self.directory)
+        self._manifest = manifest
 
     def _name_encoding(self, tokenizer: Tokenizer, drop: bool) -> str:
         made_by = _digest(json.dumps([tokenizer.get_state(), drop], sort_keys=True))
@@ -460,7 +451,8 @@ class StoredCorpus:
 
     def _write_encoding(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
         """Write the ids to a temporary file, rename it and list it in the manifest."""
-        self._on_progress(f"Encoding {self.name} into {path} …")
+        again = " again, as it is damaged" if path.name in self._manifest.encodings else ""
+        self._on_progress(f"Encoding {self.name} into {path}{again} …")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             encoding = self._write_ids(temporary, tokenizer, left_out)
@@ -471,8 +463,7 @@ class StoredCorpus:
         start, known = self._manifest.identity[:16], self._manifest.encodings.items()
         encodings = {name: other for name, other in known if name.startswith(start)}
         encodings[path.name] = encoding
-        self._manifest = self._manifest.model_copy(update={"encodings": encodings})
-        self._write_manifest(self._manifest)
+        self._write_manifest(self._manifest.model_copy(update={"encodings": encodings}))
         # Remove encodings of the text before it changed and files that killed processes left.
         # Processes that have mapped one of them keep it.
         for other in self.directory.iterdir():
