@@ -100,14 +100,10 @@ def load_dataset(
         elif config.on_new_chars == "extend" and may_extend:
             tokenizer = tokenizer.extend(list(unknown))
         else:
-            remedy = "--on-new-chars extend adds them, --on-new-chars drop leaves them out"
-            if not may_extend:
-                remedy = (
-                    "--on-new-chars drop leaves them out; to add them, fine-tune a new model with "
-                    "--init-from and --on-new-chars extend"
-                )
             raise UserError(
-                f"{text.name}: the model's vocabulary lacks {format_char_counts(unknown)}: {remedy}"
+                f"{text.name}: the model's vocabulary lacks {format_char_counts(unknown)}: "
+                "--on-new-chars drop leaves them out; --on-new-chars extend adds them, if a new "
+                "model is fine-tuned with --init-from"
             )
     encoded = text.encode(tokenizer, left_out)
     ranges = _split(encoded, config)

@@ -176,7 +176,7 @@ def _decompress_zstandard(path: Path) -> Iterator[bytes]:
                     frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         is_wide = "too much memory" in str(error)
-        hint = "; more than 128 MB: compress it again without --long=28 or more" if is_wide else ""
+        hint = ", more than 128 MB of it: compress it again without --long" if is_wide else ""
         raise EOFError(f"{error}{hint}") from None
     if frame is not None:
         raise EOFError("it ends within a frame")
