@@ -488,13 +488,12 @@ class StoredCorpus:
                     if tokens - blocks[-1][0] >= BLOCK_TOKENS:
                         blocks.append((tokens, size))
                 files.sync_file(file)
-            if text_hash.compute_identity() != self._manifest.identity:
-                # The first reading may have been the one during a change: discard its result.
-                files.remove_file(self._manifest_path)
-                raise _describe_change(self.name)
-        except UserError:  # a change of a file explains any other error: report it first
+        finally:  # a change of a file explains any error: report it first
             self._check_unchanged(self._manifest.sources)
-            raise
+        if text_hash.compute_identity() != self._manifest.identity:
+            # The first reading may have been the one during a change: discard its result.
+            files.remove_file(self._manifest_path)
+            raise _describe_change(self.name)
         ends = np.maximum.accumulate(ends).tolist()  # a file without text ends with the one before
         return Encoding(tokens=tokens, ends=ends, blocks=blocks, left_out=left_out)
 

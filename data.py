@@ -231,12 +231,9 @@ def iter_evaluation_batches(
     T = config.block_size
     windows = count_windows(tokens, config)
     if config.eval_iters:
-        count, stream = tokens.size - T, _EVALUATION_STREAM
-        drawn = [
-            _draw_starts(count, index, _EVALUATION_SEED, config.batch_size, stream)
-            for index in range(config.eval_iters)
-        ]
-        chosen = np.concatenate(drawn)
+        draw = (_EVALUATION_SEED, config.batch_size, _EVALUATION_STREAM)
+        steps = range(config.eval_iters)
+        chosen = np.concatenate([_draw_starts(tokens.size - T, step, *draw) for step in steps])
         total = chosen.size
     else:
         total = windows if most is None else min(windows, most)

@@ -303,16 +303,12 @@ class LanguageModel(nn.Module):
         Raises RuntimeError if a name or a shape differs from this model's.
         """
         tensors = load(content)
-        for name, tensor in self.get_vocab_tensors().items():
+        for name, tensor in self.state_dict().items():
             rows = tensors.get(name)
-            if rows is not None and rows.size(0) < self.vocab_size:
+            has_vocab = name in ("token_embedding.weight", "head.weight")  # (V, C)
+            if has_vocab and rows is not None and rows.size(0) < self.vocab_size:
                 tensors[name] = torch.cat((rows, tensor[rows.size(0) :].to(rows)))
         self.load_state_dict(tensors)
-
-    def get_vocab_tensors(self) -> dict[str, Tensor]:
-        """Return the weights that have a row for each token, `(V, C)`."""
-        names = ("token_embedding.weight", "head.weight")
-        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
 
 def get_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:

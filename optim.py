@@ -14,9 +14,6 @@ from parameters import ModelConfig
 
 # Muon's learning rate in units of AdamW's, which is what `learning_rate` means.
 MUON_LR_SCALE = 2.0
-# Coefficients of Muon's quintic Newton-Schulz iteration, and the number of iterations.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
 def create_optimizer(
@@ -151,9 +148,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     Five iterations bring them to between 0.7 and 1.2, which trains as well as exactly 1. Wide
     matrices are cheaper than tall ones.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's
     X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X

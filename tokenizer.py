@@ -14,9 +14,6 @@ import numpy as np
 
 from utils.errors import UserError
 
-GPT2_TOKENS = 50_257
-GPT2_VOCAB_SIZE = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
-
 _CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay in the CPU cache
 
 
@@ -116,8 +113,8 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
-    vocab_size = GPT2_VOCAB_SIZE
-    num_tokens = GPT2_TOKENS
+    vocab_size = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
+    num_tokens = 50_257
     dtype = np.dtype(np.uint16)
     default_prompt = "\n"
 

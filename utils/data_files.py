@@ -100,7 +100,7 @@ def resolve_data_path(data: str) -> str:
     if data == STANDARD_INPUT:
         return data
     if is_pattern(data):
-        return data if Path(data).is_absolute() else str(Path(glob.escape(str(Path.cwd())), data))
+        return str(Path(glob.escape(str(Path.cwd())), data))
     return str(Path(data).resolve())
 
 
