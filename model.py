@@ -164,7 +164,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden = compute_gated_width(config.n_embd)
+        hidden = math.ceil(config.n_embd * 8 / 3 / 32) * 32  # 8/3 C, in multiples of 32
         self.gate = nn.Linear(config.n_embd, hidden, bias=False)
         self.expand = nn.Linear(config.n_embd, hidden, bias=False)
         self.activation = create_activation(config)
@@ -175,11 +175,6 @@ class GatedMLP(nn.Module):
         """`(B, T, C)` to `(B, T, C)`, each position by itself."""
         x = self.activation(self.gate(x)) * self.expand(x)
         return self.residual_dropout(self.projection(x))
-
-
-def compute_gated_width(n_embd: int) -> int:
-    """Return the hidden width of a gated MLP: 8/3 C, rounded up to a multiple of 32."""
-    return math.ceil(n_embd * 8 / 3 / 32) * 32
 
 
 def create_activation(config: ModelConfig) -> nn.Module:
@@ -233,7 +228,6 @@ class LanguageModel(nn.Module):
         # A tied head (arxiv.org/abs/1608.05859) has no tensor of its own, so that none has to be
         # kept in step when the weights are loaded, moved or saved.
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, vocab_size, bias=False)
-        get_init_std = get_modern_init_std if is_modern else get_gpt2_init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)
@@ -296,10 +290,7 @@ class LanguageModel(nn.Module):
         metadata: dict[str, str] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the weights in the safetensors format, under their names in `state_dict`.
-
-        Give `weights`, gathered, if this process holds shards only.
-        """
+        """Write the state dict, or gathered `weights`, in the safetensors format."""
         weights = self.state_dict() if weights is None else weights
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
@@ -312,32 +303,23 @@ class LanguageModel(nn.Module):
         Raises RuntimeError if a name or a shape differs from this model's.
         """
         tensors = load(content)
-        for name, tensor in self.get_vocab_tensors().items():
+        for name, tensor in self.state_dict().items():
             rows = tensors.get(name)
-            if rows is not None and rows.size(0) < self.vocab_size:
+            has_vocab = name in ("token_embedding.weight", "head.weight")  # (V, C)
+            if has_vocab and rows is not None and rows.size(0) < self.vocab_size:
                 tensors[name] = torch.cat((rows, tensor[rows.size(0) :].to(rows)))
         self.load_state_dict(tensors)
 
-    def get_vocab_tensors(self) -> dict[str, Tensor]:
-        """Return the weights that have a row for each token, `(V, C)`."""
-        names = ("token_embedding.weight", "head.weight")
-        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
+def get_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
+    """Return the standard deviation with which a matrix is initialized.
 
-def get_gpt2_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
-    """Return GPT-2's standard deviation: 0.02, and 0.02 / sqrt(2 L) for residual projections.
-
-    The 2 L residual branches then add up to the variance of one.
+    GPT-2 scales residual projections, so that the 2 L branches add up to the variance of one.
+    `modern` starts with these and an untied head at 0, so that the first steps train the embeddings
+    alone (reasons in arxiv.org/abs/2203.03466), and scales the others by their number of inputs.
     """
-    return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02
-
-
-def get_modern_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
-    """Return `modern`'s standard deviation: 0 for residual projections and an untied head.
-
-    The first steps then train the embeddings alone (reasons in arxiv.org/abs/2203.03466); the
-    other matrices are scaled by their number of inputs.
-    """
+    if config.architecture == "gpt2":
+        return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02
     if name.endswith(("projection.weight", "head.weight")):
         return 0.0
     if name.endswith("embedding.weight"):

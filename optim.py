@@ -14,9 +14,6 @@ from parameters import ModelConfig
 
 # Muon's learning rate in units of AdamW's, which is what `learning_rate` means.
 MUON_LR_SCALE = 2.0
-# Coefficients of Muon's quintic Newton-Schulz iteration, and the number of iterations.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
 def create_optimizer(
@@ -48,11 +45,7 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (arxiv.org/abs/1711.05101), by PyTorch's fused kernel if the device has one.
 
     The arithmetic is `torch.optim.AdamW`'s; that class imports torch._dynamo at its first step.
-
-    Args:
-        groups: parameters and their `weight_decay`.
-        lr: the learning rate.
-        betas: decay rates of the running means of the gradient and of its square.
+    Each of `groups` has a `weight_decay`.
     """
 
     # PyTorch (read from 2.13) excludes these methods from torch.compile by a decorator that imports
@@ -74,7 +67,6 @@ class AdamW(torch.optim.Optimizer):
             self._update_group(group)
 
     def _update_group(self, group: dict[str, Any]) -> None:
-        """Update a group's parameters by AdamW."""
         parameters = [p for p in group["params"] if p.grad is not None]
         adamw(
             [to_local(p) for p in parameters],
@@ -106,13 +98,8 @@ class Muon(AdamW):
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces each matrix's Nesterov
     momentum by the nearest semi-orthogonal matrix. PyTorch's takes one matrix at a time; here those
-    of one shape are batched, which makes it cheap on a CPU.
-
-    Args:
-        groups: as for `AdamW`; those for Muon have `momentum`, and `stacked`, the number of
-            matrices that are stacked in each parameter.
-        dtype: the dtype of the matrix products.
-        settings: `lr` and `betas`, as for `AdamW`.
+    of one shape are batched, which makes it cheap on a CPU, with matrix products in `dtype`. Its
+    groups also have `stacked`, the number of matrices that are stacked in each parameter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, dtype: torch.dtype, **settings: Any):
@@ -120,7 +107,6 @@ class Muon(AdamW):
         self._dtype = dtype
 
     def _update_group(self, group: dict[str, Any]) -> None:
-        """Update a group's parameters by Muon, or by AdamW if it has no `momentum`."""
         if "momentum" not in group:
             super()._update_group(group)
             return
@@ -162,9 +148,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     Five iterations bring them to between 0.7 and 1.2, which trains as well as exactly 1. Wide
     matrices are cheaper than tall ones.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's
     X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X

@@ -243,7 +243,7 @@ class Run(Settings):
     """Directory of the named models."""
 
     cache_dir: str | None = Field(default=None, min_length=1)
-    """Cache of token stores, stdin and the sample corpus. null: the user's cache directory."""
+    """Cache of token stores and standard input. null: the user's cache."""
 
 
 class Initialization(Settings):

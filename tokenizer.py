@@ -5,6 +5,7 @@ normalization. A tokenizer's state is saved as `tokenizer.json` in each bundle.
 """
 
 import codecs
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,21 +14,16 @@ import numpy as np
 
 from utils.errors import UserError
 
-GPT2_TOKENS = 50_257
-GPT2_VOCAB_SIZE = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
-
-_LAST_CODE_POINT = 0x10FFFF
 _CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay in the CPU cache
 
 
 class CharTokenizer:
-    """One token a character (a Unicode code point).
+    """One token a character (a Unicode code point); `chars` are in the order of the ids.
 
-    Args:
-        chars: the vocabulary, in the order of the ids.
+    `vocab_size` is V, of which `num_tokens` ids stand for text: the others are padding. `dtype` is
+    the smallest unsigned integer type that holds every id, and V for unknown characters.
 
-    Raises:
-        UserError: `chars` is empty, or an entry is not exactly one character or is repeated.
+    Raises `UserError` if `chars` is empty, or an entry is not one character or is repeated.
     """
 
     token_kind = "char"
@@ -36,10 +32,13 @@ class CharTokenizer:
     def __init__(self, chars: Sequence[str]):
         is_list = isinstance(chars, (list, tuple))
         if not is_list or not chars or any(not isinstance(c, str) or len(c) != 1 for c in chars):
-            raise UserError("a tokenizer's chars must be a list of single characters")
+            raise UserError("a tokenizer needs a list of single characters")
         if len(set(chars)) != len(chars):
-            raise UserError("a tokenizer's chars must not repeat")
+            raise UserError("a tokenizer's characters must not repeat")
         self.chars = list(chars)
+        self.vocab_size = self.num_tokens = len(chars)
+        self.dtype = np.min_scalar_type(self.vocab_size)
+        self.default_prompt = "\n" if "\n" in self.chars else self.chars[0]
         self._code_points = _code_points("".join(self.chars))
         # A table from code point to id, so that one gather encodes a chunk. Unknown code points
         # have the id V; so has the last slot, to which larger ones are clipped.
@@ -50,29 +49,9 @@ class CharTokenizer:
         self._ascii_ids = ascii_ids if self.dtype == np.uint8 else None
 
     @property
-    def vocab_size(self) -> int:
-        """V, the size of the vocabulary."""
-        return len(self.chars)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of ids that stand for text; those from here to `vocab_size` are padding."""
-        return self.vocab_size
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The smallest unsigned integer type that holds every id, and V for unknown characters."""
-        return np.min_scalar_type(self.vocab_size)
-
-    @property
     def token_bytes(self) -> np.ndarray:
         """The length of each token in UTF-8 bytes, `(V,)` int64, for bits per byte."""
         return np.array([len(char.encode("utf-8")) for char in self.chars], dtype=np.int64)
-
-    @property
-    def default_prompt(self) -> str:
-        """The prompt of a sample: a line end, if the vocabulary has it."""
-        return "\n" if "\n" in self.chars else self.chars[0]
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
         """Return the ids of `text`, `(len(text),)` of `dtype`.
@@ -80,26 +59,28 @@ class CharTokenizer:
         Raises `UserError` with a list of the characters that the vocabulary lacks, or, if `drop` is
         set, leaves them out.
         """
+        ids = self._look_up(text)
+        if not ids.size or ids.max() != self.vocab_size:
+            return ids
+        if drop:
+            return ids[ids != self.vocab_size]
+        unknown = list(self.count_unknown(text))
+        more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+        raise UserError(
+            f"the model's vocabulary lacks {' '.join(map(repr, unknown[:20]))}{more}: "
+            f"it has the {self.vocab_size} characters of the text it was trained on"
+        )
+
+    def _look_up(self, text: str) -> np.ndarray:
+        """Return the ids of `text`; V for unknown characters."""
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), _CHUNK):
-            self._look_up(text[start : start + _CHUNK], ids[start : start + _CHUNK])
-        if ids.size and ids.max() == self.vocab_size:
-            if not drop:
-                unknown = list(self.count_unknown(text))
-                more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-                raise UserError(
-                    f"the model's vocabulary lacks {' '.join(map(repr, unknown[:20]))}{more}: "
-                    f"it has the {self.vocab_size} characters of the text it was trained on"
-                )
-            return ids[ids != self.vocab_size]
+            chunk, out = text[start : start + _CHUNK], ids[start : start + _CHUNK]
+            if self._ascii_ids is not None and chunk.isascii():
+                out[:] = np.frombuffer(chunk.encode("ascii").translate(self._ascii_ids), np.uint8)
+            else:
+                self._ids.take(_code_points(chunk), mode="clip", out=out)
         return ids
-
-    def _look_up(self, text: str, ids: np.ndarray) -> None:
-        """Write the ids of `text` into `ids`, `(len(text),)`; V for unknown characters."""
-        if self._ascii_ids is not None and text.isascii():
-            ids[:] = np.frombuffer(text.encode("ascii").translate(self._ascii_ids), dtype=np.uint8)
-        else:
-            self._ids.take(_code_points(text), mode="clip", out=ids)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of a sequence of ids."""
@@ -116,14 +97,8 @@ class CharTokenizer:
 
     def count_unknown(self, text: str) -> dict[str, int]:
         """Count the characters of `text` that the vocabulary lacks, sorted by character."""
-        counts: Counter[int] = Counter()
-        for start in range(0, len(text), _CHUNK):
-            chunk = text[start : start + _CHUNK]
-            ids = np.empty(len(chunk), dtype=self.dtype)
-            self._look_up(chunk, ids)
-            if ids.max() == self.vocab_size:
-                counts.update(_code_points(chunk)[ids == self.vocab_size].tolist())
-        return {chr(code_point): counts[code_point] for code_point in sorted(counts)}
+        unknown = np.flatnonzero(self._look_up(text) == self.vocab_size)
+        return dict(sorted(Counter(text[index] for index in unknown).items()))
 
     def extend(self, chars: Sequence[str]) -> "CharTokenizer":
         """Return a tokenizer with `chars` added; the ids of the others stay the same."""
@@ -138,8 +113,8 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
-    vocab_size = GPT2_VOCAB_SIZE
-    num_tokens = GPT2_TOKENS
+    vocab_size = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
+    num_tokens = 50_257
     dtype = np.dtype(np.uint16)
     default_prompt = "\n"
 
@@ -183,7 +158,7 @@ class GPT2Tokenizer:
         return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
 
     def count_unknown(self, text: str) -> dict[str, int]:
-        """Return no characters: bytes encode any text."""
+        """Return none: bytes encode any text."""
         return {}
 
     def get_state(self) -> dict[str, Any]:
@@ -212,15 +187,12 @@ def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer
     """
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
-    chars = collect_chars([text] if isinstance(text, str) else text)
-    if not chars:
-        raise UserError("the text is empty: a tokenizer needs characters")
-    return CharTokenizer(chars)
+    return CharTokenizer(collect_chars([text] if isinstance(text, str) else text))
 
 
 def collect_chars(texts: Iterable[str]) -> list[str]:
     """Return the set of the characters of some texts, sorted."""
-    seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     known = b""  # ASCII characters seen; deleting them from a chunk soon leaves nothing to mark
     for text in texts:
         for start in range(0, len(text), _CHUNK):

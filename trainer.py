@@ -511,7 +511,6 @@ def prepare_trainer(
     callbacks: Mapping[str, CallbackFactory] | None = None,
     *,
     world: World = SINGLE_PROCESS,
-    cache: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Create everything that a run needs before its first step. All ranks call this.
@@ -538,7 +537,6 @@ def prepare_trainer(
             may_extend=not plan.is_resume,
             # A model trained on the sample corpus resumes on it, whatever input.txt is there now.
             sample=plan.is_resume and sources["data"] == str(plan.bundle.path),
-            cache=cache,
             on_progress=on_progress,
         )
 
@@ -760,9 +758,7 @@ def dry_run(
     """
     quiet = Output(quiet=True)
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
-        trainer = prepare_trainer(
-            loaded.config, loaded, plan, world=world, cache=False, on_progress=on_progress
-        )
+        trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
     settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
     banner = summary.format_banner(trainer, loaded.changes)

@@ -14,7 +14,7 @@ import trainer as trainer_module
 from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
-from model import compute_gated_width
+from model import GatedMLP
 from profile_model import profile
 from resume import plan_run
 from trainer import PHASES, train
@@ -78,7 +78,7 @@ def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
     (section,) = profile(config, steps=2).sections
     B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
     V = load_dataset(config).tokenizer.vocab_size
-    mlp = 8 * C * C if architecture == "gpt2" else 3 * C * compute_gated_width(C)
+    mlp = 8 * C * C if architecture == "gpt2" else 3 * C * GatedMLP(config).gate.out_features
     weights = L * (4 * C * C + mlp) + V * C
     assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
 
@@ -90,7 +90,7 @@ def test_the_flops_of_muon_are_counted_too(tiny):
         for optimizer in ("adamw", "muon")
     )
     C, L = tiny().n_embd, tiny().n_layer
-    shapes = [(C, C)] * 4 + [(C, compute_gated_width(C))] * 3
+    shapes = [(C, C)] * 4 + [(C, GatedMLP(tiny()).gate.out_features)] * 3
     assert muon - plain == L * sum(5 * 2 * (2 * r * r * c + r**3) for r, c in shapes)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -18,6 +19,7 @@ from utils.files import find_text_file_problem, is_directory, list_files, spool
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 20  # read at once
+_COMPRESSED = (".gz", ".zst")
 # Zstandard makes at most 128 KB of each four bytes: this bounds the memory for a hostile file.
 _COMPRESSED_BYTES = 1 << 12
 
@@ -42,10 +44,7 @@ def find_data_problem(data: str) -> str | None:
         has_text = any(path.stat().st_size for path in _iter_files(data))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if has_text:
-        return None
-    kind = "in this directory" if is_directory(Path(data)) else "that matches this pattern"
-    return f"no file {kind} has text"
+    return None if has_text else "no file of this directory or pattern has text"
 
 
 def find_files(data: str) -> list[Path]:
@@ -78,19 +77,16 @@ def find_overlap_problem(
 ) -> str | None:
     """Return why files that Folio writes would be read as part of the text, or None.
 
-    Args:
-        data: the directory or glob that names the text.
-        files: the files that it names now.
-        written: pairs of a setting and the directory that it names, in which Folio writes.
+    `files` are those that `data` names now; `written` has settings and the directories they name.
     """
     root = Path(data).resolve() if is_directory(Path(data)) else None
-    matches = [str(path.resolve()) for path in files] if is_pattern(data) else []
+    matches = [path.resolve() for path in files] if is_pattern(data) else []
     for setting, directory in written:
         place = directory.resolve()
         if root is not None and place.is_relative_to(root):
             is_read = not any(name.startswith(".") for name in place.relative_to(root).parts)
         else:
-            is_read = any(name.startswith(f"{place}{os.sep}") for name in matches)
+            is_read = any(place in path.parents for path in matches)
         if is_read:
             return (
                 f"{setting} {directory} is inside it, so files that Folio writes would be read as "
@@ -104,7 +100,7 @@ def resolve_data_path(data: str) -> str:
     if data == STANDARD_INPUT:
         return data
     if is_pattern(data):
-        return data if Path(data).is_absolute() else str(Path(glob.escape(str(Path.cwd())), data))
+        return str(Path(glob.escape(str(Path.cwd())), data))
     return str(Path(data).resolve())
 
 
@@ -129,14 +125,13 @@ def has_bytes(files: Sequence[Path], limit: int) -> bool:
 
     Raises `UserError` if a file cannot be read.
     """
-    total = 0
-    for path in files:
-        is_compressed = path.suffix.lower() in (".gz", ".zst")
-        for size in map(len, iter_blocks(path)) if is_compressed else [get_stat(path).st_size]:
-            total += size
-            if total >= limit:
-                return True
-    return False
+    sizes = chain.from_iterable(
+        map(len, iter_blocks(path))
+        if path.suffix.lower() in _COMPRESSED
+        else [get_stat(path).st_size]
+        for path in files
+    )
+    return any(total >= limit for total in accumulate(sizes))
 
 
 def get_stat(path: Path) -> os.stat_result:
@@ -167,27 +162,21 @@ def iter_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
 
 
 def _decompress_zstandard(path: Path) -> Iterator[bytes]:
-    """Yield the content of all frames of a .zst file, in pieces of any size.
-
-    The library's own `stream_reader` does not report a file that ends within a frame.
-    """
+    # The library's own `stream_reader` does not report a file that ends within a frame.
     import zstandard  # here, as few texts need it
 
-    decompressor, frame = zstandard.ZstdDecompressor(), None
+    frame = None
     try:
         with open(path, "rb") as file:
             while data := file.read(_COMPRESSED_BYTES):
                 while data:
-                    frame = frame or decompressor.decompressobj()
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
                     yield frame.decompress(data)
-                    data = frame.unused_data if frame.eof else b""
+                    data = frame.unused_data  # empty within a frame
                     frame = None if frame.eof else frame
-        if frame is not None:
-            raise EOFError("it ends within a frame")
     except zstandard.ZstdError as error:
-        if "too much memory" in str(error):
-            raise UserError(
-                f"{path}: decompressing it takes more than 128 MB of memory: compress it again "
-                "without --long=28 or more"
-            ) from None
-        raise UserError(f"{path}: incomplete or damaged .zst file: {error}") from None
+        is_wide = "too much memory" in str(error)
+        hint = ", more than 128 MB of it: compress it again without --long" if is_wide else ""
+        raise EOFError(f"{error}{hint}") from None
+    if frame is not None:
+        raise EOFError("it ends within a frame")

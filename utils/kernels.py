@@ -52,12 +52,10 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     dtype of v; on the CPU it computes in float32, as PyTorch's kernel there is five times slower
     in bfloat16.
     """
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    dtype = torch.float32 if q.device.type == "cpu" else v.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
 
 
 def apply_cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
