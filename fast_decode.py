@@ -15,30 +15,14 @@ from utils.device import CompileResult, try_compile
 
 # Tokens per call of the compiled code: a call costs as much as half a token.
 TOKENS_PER_CALL = 16
-# Tokens in sequence from which on compiling pays off: it takes two minutes and saves half a
-# millisecond per token.
-WORTH_COMPILING = 200_000
+# Tokens in sequence from which on compiling pays off, as it takes two minutes and saves half a
+# millisecond per token. An unknown number is 0.
+MIN_TOKENS_TO_COMPILE = {"cpu": 200_000, "cuda": 200_000}
 INDUCTOR_OPTIONS = {
     # One C++ function for everything, and no second thread for loops shorter than its start.
     "cpu": {"cpp_wrapper": True, "cpp.min_chunk_size": 4096},
     "cuda": {"triton.cudagraphs": True},  # never run where Folio is developed
 }
-
-
-def choose_decoding(requested: str, device: torch.device, tokens: int) -> CompileResult:
-    """Choose whether to compile, by `--torch-compile` and the tokens to generate in sequence.
-
-    `tokens` is 0 if their number is unknown.
-    """
-    if requested == "off":
-        return CompileResult("off", "torch_compile is off")
-    if requested == "on":
-        return CompileResult("inductor", "torch_compile is on")
-    if device.type not in INDUCTOR_OPTIONS:
-        return CompileResult("off", f"compiling does not speed up {device.type.upper()}")
-    if tokens < WORTH_COMPILING:
-        return CompileResult("off", "too few tokens for compiling to pay off")
-    return CompileResult("inductor", "it pays off")
 
 
 def compile_decode(
@@ -61,7 +45,7 @@ def compile_decode(
     device = model.token_embedding.weight.device
     number = max(1, min(TOKENS_PER_CALL, model.block_size // 2))  # fits after half a window
 
-    def compile_decoder() -> FastDecoder:
+    def compile_and_probe() -> FastDecoder:
         options = INDUCTOR_OPTIONS.get(device.type)
         compiled = torch.compile(decode_tokens, fullgraph=True, dynamic=False, options=options)
 
@@ -70,13 +54,12 @@ def compile_decode(
             # The next replay of a CUDA graph overwrites its results.
             return tuple(r.clone() for r in results) if device.type == "cuda" else results
 
-        return FastDecoder(decode, number)
-
-    def probe(fast: FastDecoder) -> None:
-        """Run both kinds of call: several tokens, and the prefill of half a window."""
+        fast = FastDecoder(decode, number)
+        # Make both kinds of call: several tokens, and the prefill of half a window.
         length = model.block_size + 2 * number
         for _ in stream_tokens(model, [0], length, sampling, seeds=range(rows), fast=fast):
             pass
+        return fast
 
-    fast, effective = try_compile(compile_decoder, wanted, requested, probe)
+    fast, effective = try_compile(compile_and_probe, wanted, requested)
     return fast, effective, time.perf_counter() - start

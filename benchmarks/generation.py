@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fast_decode import choose_decoding, compile_decode
+from fast_decode import compile_decode
 from generate import FastDecoder, SamplingParams, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from trainer import train
+from utils.device import choose_backend
 from utils.kernels import Int8Linear, quantize
 from utils.output import Output
 
@@ -94,7 +95,7 @@ def create_fast_decoder(
     model: LanguageModel, compiled: str, rows: int
 ) -> tuple[FastDecoder | None, float]:
     """Return compiled decoding, and the seconds to compile it."""
-    wanted = choose_decoding(compiled, torch.device("cpu"), 0)
+    wanted = choose_backend(compiled, "inductor", torch.device("cpu"), 0)
     fast, _, seconds = compile_decode(model, wanted, compiled, SAMPLING, rows=rows)
     return fast, seconds
 

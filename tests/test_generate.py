@@ -12,7 +12,7 @@ import torch
 from helpers import LINES
 from torch import nn
 
-from fast_decode import choose_decoding, compile_decode
+from fast_decode import MIN_TOKENS_TO_COMPILE, compile_decode
 from generate import (
     UNIFORMS_PER_BATCH,
     KVCache,
@@ -31,7 +31,7 @@ from generate import (
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import create_tokenizer
-from utils.device import CompileResult
+from utils.device import CompileResult, choose_backend
 from utils.errors import UserError
 from utils.kernels import quantize
 
@@ -361,7 +361,9 @@ def make_wide(architecture: str = "modern", **changes) -> LanguageModel:
     ],
 )
 def test_auto_compiles_if_it_pays_off(requested, tokens, device, mode):
-    assert choose_decoding(requested, torch.device(device), tokens).mode == mode
+    device = torch.device(device)
+    chosen = choose_backend(requested, "inductor", device, tokens, MIN_TOKENS_TO_COMPILE)
+    assert chosen.mode == mode
 
 
 def test_a_compile_error_falls_back_with_a_reason_or_is_an_error_if_on(monkeypatch):
