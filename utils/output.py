@@ -5,6 +5,7 @@ wrapped or truncated: a sample may contain any character.
 """
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -37,8 +38,9 @@ class Output:
         self.quiet = quiet
         self.exit_status = 1 if stream is None and sys.stdout is None else 0
         self.console = Console(file=stream, markup=False, emoji=False, highlight=False)
-        self._file: IO[str] | None = None
-        self._pending: list[str] = []  # recorded before there is a file
+        if isinstance(self.console.file, io.TextIOWrapper):  # perhaps a terminal that is not UTF-8
+            self.console.file.reconfigure(errors="replace")
+        self._record = io.StringIO()  # until there is a file
         self._progress: Progress | None = None
 
     def print(self, text: str = "") -> None:
@@ -78,24 +80,19 @@ class Output:
 
     def record(self, text: str) -> None:
         """Record `text` without printing it."""
-        if self._file is None:
-            self._pending.append(text)
-        else:
-            self._file.write(text + "\n")
-            self._file.flush()
+        self._record.write(text + "\n")
+        self._record.flush()
 
     def record_to(self, path: Path) -> None:
         """Write everything recorded so far, and from now on, to `path`."""
-        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
-        for text in self._pending:
-            self.record(text)
-        self._pending.clear()
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        file.write(self._record.getvalue())
+        self._record = file
 
     def close(self) -> None:
         """Close the record."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+        record, self._record = self._record, io.StringIO()
+        record.close()
 
     @contextlib.contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
@@ -103,21 +100,18 @@ class Output:
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        progress = Progress(
+        columns = (
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            console=self.console,
-            transient=True,
-            refresh_per_second=4,
         )
-        progress.add_task("train", total=total, status="")
-        self._progress = progress
-        try:
-            with progress:
+        with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
+            bar.add_task("train", total=total, status="")
+            self._progress = bar
+            try:
                 yield
-        finally:
-            self._progress = None
+            finally:
+                self._progress = None
 
     def advance(self, step: int, status: str) -> None:
         """Move the progress bar to `step`, with `status` (loss, speed, time left) beside it."""
@@ -128,22 +122,16 @@ class Output:
         if self.quiet:
             return
         try:
-            self._write(text, end)
-        except UnicodeEncodeError:  # a terminal that is not UTF-8
-            encoding = self.console.file.encoding or "ascii"
-            self._write(text.encode(encoding, "replace").decode(encoding), end)
+            if self._progress is not None:  # rich then redraws the bar below the text
+                self.console.out(text, highlight=False)
+            else:
+                self.console.file.write(text + end)
+                self.console.file.flush()
         except BrokenPipeError:  # as in `python train.py | head`: the run continues
             self.quiet = True
         except OSError as error:  # standard output is a file on a full disk
             self.quiet, self.exit_status = True, 1
             self.print_warning(f"standard output cannot be written: {error.strerror}")
-
-    def _write(self, text: str, end: str) -> None:
-        if self._progress is not None:  # rich then redraws the bar below the text
-            self.console.out(text, highlight=False)
-            return
-        self.console.file.write(text + end)
-        self.console.file.flush()
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -178,9 +166,6 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except KeyboardInterrupt:
         output.print_error("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of standard output is gone: Python's last flush must work
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def format_command(program: str) -> str:
@@ -188,15 +173,14 @@ def format_command(program: str) -> str:
 
     `python train.py`, or `.venv/bin/python train.py` if that environment is not active.
     """
+    python = Path(sys.executable)
     is_script = program.endswith(".py")
+    path = python if is_script else python.parent / program
     name = "python" if is_script else program
-    path = Path(sys.executable) if is_script else Path(sys.executable).parent / program
-    found = shutil.which(name)
-    is_active = found is not None and Path(found).parent == path.parent
-    command = name if is_active or not (is_script or path.exists()) else _format_path(path)
-    if not is_script:
-        return command
-    return f"{command} {_format_path(Path(__file__).resolve().parent.parent / program)}"
+    is_active = Path(shutil.which(name) or "").parent == path.parent
+    command = name if is_active or not path.exists() else _format_path(path)
+    script = Path(__file__).resolve().parent.parent / program
+    return f"{command} {_format_path(script)}" if is_script else command
 
 
 def _format_path(path: Path) -> str:
