@@ -108,7 +108,7 @@ class InferenceConfig(ModelChoice):
 
 
 ACTIONS = (
-    Action("stop", "End a sample before this text (\\n: a new line); repeatable.", "TEXT", True),
+    Action("stop", "End a sample before this text, \\n a new line; may be repeated.", "TEXT", True),
     Action("interactive", "Ask for one prompt after another, and continue each."),
     Action("json", "Print one JSON object: text, log_probs, tokens_per_second."),
 )

@@ -27,10 +27,7 @@ TORCHRUN_GRACE = 10.0  # seconds that the other ranks leave torchrun to end them
 class Output:
     """Print a command's output, and record it for `console.txt`.
 
-    Args:
-        quiet: print nothing on standard output; warnings, errors and the record are unaffected.
-        stream: standard output by default.
-
+    `quiet` prints nothing on standard output; warnings, errors and the record are unaffected.
     `exit_status` is 1 if standard output could not be written, for a command whose result that is.
     """
 
@@ -59,7 +56,7 @@ class Output:
         self.record(text)
 
     def print_note(self, text: str) -> None:
-        """Print to standard error, and record, what is not part of a command's result."""
+        """Print to standard error, and record, a line that is not part of a command's result."""
         if self._progress is not None:  # above the bar, not through it
             self._print(text)
         elif sys.stderr is not None:  # else print() would take standard output
@@ -146,23 +143,21 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     prefix = f"rank {ranks.rank}: " if ranks.rank > 0 else ""
     try:
         return command(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        if ranks.local_rank > 0:
-            time.sleep(TORCHRUN_GRACE)
-        for problem in error.problems:
-            output.print_error(f"{prefix}{problem}")
-        return error.exit_status
-    except RunError as error:
-        output.print_error(f"{prefix}{error}")
-        if ranks.size > 1:  # a regular exit would wait for connections that are broken
-            os._exit(error.exit_status)
-        return error.exit_status
     except NothingToDo as reason:
         output.print(str(reason))
         return reason.exit_status
     except EndedOnAnotherRank as reason:
         time.sleep(TORCHRUN_GRACE)
         return reason.exit_status
+    except (UserError, RunError) as error:
+        has_failed = isinstance(error, RunError)
+        if ranks.local_rank > 0 and not has_failed:
+            time.sleep(TORCHRUN_GRACE)
+        for problem in str(error).split("\n"):
+            output.print_error(f"{prefix}{problem}")
+        if ranks.size > 1 and has_failed:  # an exit would wait for connections that are broken
+            os._exit(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         output.print_error("interrupted")
         return 130
@@ -188,9 +183,9 @@ def _format_path(path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def pluralize(count: int, noun: str, plural: str | None = None) -> str:
-    """Return `1 layer` or `4 layers`; `plural` is for irregular nouns."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+def pluralize(count: int, noun: str) -> str:
+    """Return `1 layer` or `4 layers`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def format_duration(seconds: float) -> str:
