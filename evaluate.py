@@ -141,25 +141,13 @@ def open_text(
     Raises `UserError` if it is not there.
     """
     data = config.data or recorded
-    if data is None:
-        return open_corpus(None, cache_dir=config.cache_dir)
-    if config.data is None and (problem := find_data_problem(data)):
+    if data != config.data and (problem := find_data_problem(data)):
         raise UserError(
             f"{format_name(data)}, the text that the model was trained on: {problem}: "
             "give its new path, or another text, with --data FILE"
         )
-    where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
-    return open_corpus(data, **where, on_progress=output.print_note)
-
-
-def check_stride(stride: int | None, T: int) -> int:
-    """Return the stride, T by default. Raises `UserError` if it is larger, and skips tokens."""
-    if stride is not None and stride > T:
-        raise UserError(
-            f"--stride {stride} is more than the model's block_size {T}, and would leave tokens "
-            f"out: choose 1 to {T}"
-        )
-    return stride or T
+    places = {"cache_dir": config.cache_dir, "token_store": config.token_store}
+    return open_corpus(data, **places, on_progress=output.print_note)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -334,11 +322,8 @@ def format_cell(text: str) -> str:
 
 def escape_control(text: str) -> str:
     """Escape characters that could drive a terminal; keep line ends, tabs and all spaces."""
-
-    def is_safe(char: str) -> bool:
-        return char in "\n\t" or char.isprintable() or unicodedata.category(char) == "Zs"
-
-    return "".join(char if is_safe(char) else ascii(char)[1:-1] for char in text)
+    safe = {char for char in text if char in "\n\t" or unicodedata.category(char) == "Zs"}
+    return "".join(c if c in safe or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -353,7 +338,10 @@ def main(argv: Sequence[str]) -> int:
     output = Output()
     bundle = read_bundle(find_model(config, actions["model"]), WEIGHTS_FILE)
     tokenizer = restore_tokenizer(bundle.tokenizer)
-    stride = check_stride(config.stride, bundle.config.block_size)
+    T = bundle.config.block_size
+    stride = config.stride or T
+    if stride > T:
+        raise UserError(f"--stride {stride} would leave tokens out: choose 1 to block_size {T}")
     passage = load_passage(config, bundle, tokenizer, output)
 
     # These bring torch: imported once the settings are known to be good.
@@ -365,7 +353,7 @@ def main(argv: Sequence[str]) -> int:
     model, _ = load_model_from_bundle(bundle, choose_device(config.device))
     if config.quantize == "int8":
         quantize(model)
-    windows = find_window_starts(passage.ids.size, model.block_size, stride).size
+    windows = find_window_starts(passage.ids.size, T, stride).size
     start = time.perf_counter()
     with nullcontext() if is_json else output.show_progress(windows):
         losses = compute_token_losses(
@@ -379,7 +367,7 @@ def main(argv: Sequence[str]) -> int:
         "split": passage.split,
         **asdict(compute_score(losses, passage.ids, tokenizer)),
         "stride": stride,
-        "block_size": model.block_size,
+        "block_size": T,
         "quantize": config.quantize,
         "seconds": round(seconds, 3),
     }

@@ -190,20 +190,22 @@ class Sample:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self.is_finished = False
-        self._decode, self._stops = tokenizer.create_stream_decoder(), stops
-        self._pieces: list[str] = []
-        self._length, self._held = 0, ""  # characters of the pieces, and the text held back
+        self._decode = tokenizer.create_stream_decoder()
+        self._stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")  # (?!) is never found
+        beginnings = (re.escape(stop[:n]) for stop in stops for n in range(1, len(stop)))
+        self._undecided = re.compile(f"({'|'.join(beginnings)})?\\Z")
+        self._text, self._held = io.StringIO(), ""
         self._log_probs: list[tuple[int, float]] = []  # with the position of the token's text
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._pieces)
+        return self._text.getvalue()
 
     @property
     def log_probs(self) -> list[float]:
         """The log-probability of each token that contributes to `text`."""
-        return [log_prob for start, log_prob in self._log_probs if start < self._length]
+        return [log_prob for start, log_prob in self._log_probs if start < self._text.tell()]
 
     def add(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str:
         """Append tokens, and return the new text; drop all that follows a stop sequence."""
@@ -211,11 +213,11 @@ class Sample:
         for token, log_prob in zip(tokens, log_probs, strict=True):
             if self.is_finished:
                 break
-            self._log_probs.append((self._length + len(self._held), log_prob))
+            self._log_probs.append((self._text.tell() + len(self._held), log_prob))
             self._held += self._decode([token])
-            found = [self._held.find(stop) for stop in self._stops if stop in self._held]
-            new += self._release(min(found) if found else len(self._held) - self._count_undecided())
-            self.is_finished = bool(found)
+            stop = self._stop.search(self._held)
+            new += self._release((stop or self._undecided.search(self._held)).start())
+            self.is_finished = stop is not None
         return new
 
     def finish(self) -> str:
@@ -225,16 +227,8 @@ class Sample:
     def _release(self, length: int) -> str:
         """Move `length` characters from the text held back to `text`."""
         piece, self._held = self._held[:length], self._held[length:]
-        self._pieces.append(piece)
-        self._length += length
+        self._text.write(piece)
         return piece
-
-    def _count_undecided(self) -> int:
-        """Return how many of the last characters may begin a stop sequence."""
-        longest = max(map(len, self._stops), default=1)
-        lengths = range(min(longest - 1, len(self._held)), 0, -1)
-        endings = ((length, self._held[-length:]) for length in lengths)
-        return next((n for n, end in endings if any(s.startswith(end) for s in self._stops)), 0)
 
 
 @dataclass
@@ -251,8 +245,7 @@ class TextGenerator:
 
     def print_samples(self, prompt: str) -> None:
         """Print the first sample token by token, then the others."""
-        prompt, ids = self._encode(prompt)
-        samples = self._create_samples()
+        prompt, ids, samples = self._prepare(prompt)
         pieces = (text for _, text in self._generate(ids, samples))
         try:
             for piece in strip_new_lines(itertools.chain([prompt], pieces)):
@@ -267,8 +260,7 @@ class TextGenerator:
 
     def generate_json(self, prompt: str) -> dict[str, Any]:
         """Generate the samples; return the first one's fields, and a list if there are several."""
-        prompt, ids = self._encode(prompt)
-        samples = self._create_samples()
+        prompt, ids, samples = self._prepare(prompt)
         arrivals = [(time.perf_counter(), number) for number, _ in self._generate(ids, samples)]
         results = [
             {"text": prompt + sample.text, "log_probs": sample.log_probs, "seed": self.seed + k}
@@ -281,8 +273,8 @@ class TextGenerator:
         several = {"samples": results} if len(results) > 1 else {}
         return {"prompt": prompt, **results[0], **speed, **several}
 
-    def _encode(self, prompt: str) -> tuple[str, np.ndarray]:
-        """Return the prompt without unknown characters, and its ids; note all changes to it."""
+    def _prepare(self, prompt: str) -> tuple[str, np.ndarray, list[Sample]]:
+        """Return the prompt without unknown characters, its ids, and samples; note all changes."""
         tokenizer, note = self.tokenizer, self.output.print_note
         if self.config.on_unknown != "error":
             is_replaced = self.config.on_unknown == "replace"
@@ -299,10 +291,7 @@ class TextGenerator:
         if len(ids) > self.block_size:
             length = pluralize(len(ids), tokenizer.unit)
             note(f"the prompt has {length}: the model sees the last {self.block_size}")
-        return prompt, ids
-
-    def _create_samples(self) -> list[Sample]:
-        return [Sample(self.tokenizer, self.stops) for _ in range(self.config.num_samples)]
+        return prompt, ids, [Sample(tokenizer, self.stops) for _ in range(self.config.num_samples)]
 
     def _generate(self, ids: np.ndarray, samples: Sequence[Sample]) -> Iterator[tuple[int, str]]:
         """Extend the samples until all are finished.
@@ -348,21 +337,16 @@ def prompt_repeatedly(generator: TextGenerator) -> None:
         output.print_note("type a text to continue; Ctrl-C ends a sample, Ctrl-D ends the program")
     while True:
         try:
-            prompt = input("> " if is_terminal else "")
+            generator.print_samples(unescape(input("> " if is_terminal else "")))
         except EOFError:
             if is_terminal:
                 output.print()
             return
-        except KeyboardInterrupt:
-            output.print()
-            continue
-        try:
-            generator.print_samples(unescape(prompt))
         except UserError as error:
             for problem in error.problems:
                 output.print_error(problem)
         except KeyboardInterrupt:
-            output.print_note("stopped")
+            output.print_note("\nstopped")
         generator.seed += generator.config.num_samples
 
 

@@ -31,9 +31,8 @@ def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
     if ranks is not None and ranks.size > 1:
         return _choose_device_of_rank(requested, ranks)
     if requested == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        has_mps = torch.backends.mps.is_available()
+        requested = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(requested)
     if device.type == "cpu":
         return device
@@ -86,10 +85,8 @@ def _read_cpuinfo(key: str) -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work, before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def get_peak_memory(device: torch.device) -> int | None:
@@ -155,14 +152,11 @@ MIN_FLOPS_TO_COMPILE = {"cpu": 3e13, "cuda": 3e15}
 
 @dataclass(frozen=True)
 class CompileResult:
-    """The backend of torch.compile in effect, or `off`, and the reason.
-
-    `fell_back` if compiling was chosen and failed.
-    """
+    """The backend of torch.compile in effect, or `off`, and the reason."""
 
     mode: str = "off"
     reason: str = ""
-    fell_back: bool = False
+    fell_back: bool = False  # compiling was chosen and failed
 
 
 def choose_backend(
@@ -174,9 +168,8 @@ def choose_backend(
 ) -> CompileResult:
     """Return the backend for `--torch-compile` and `--compile-backend` on a device.
 
-    `amount` is the work to do, and `worthwhile` the amount from which on compiling pays off, by
-    type of device. Training counts the whole run from step 0, so that a resumed run chooses the
-    same.
+    `worthwhile` is the amount of work from which on compiling pays off, by type of device.
+    Training counts the whole run from step 0, so that a resumed run chooses the same.
     """
     if requested == "off":
         return CompileResult("off", "torch_compile is off")

@@ -6,6 +6,7 @@ wrapped or truncated: a sample may contain any character.
 
 import contextlib
 import io
+import itertools
 import os
 import shlex
 import shutil
@@ -216,18 +217,16 @@ def format_age(seconds: float) -> str:
 
 def format_bytes(count: float) -> str:
     """Return `512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, at most GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = 1 + (count >= 1e6) + (count >= 1e9)
+    return f"{count / 1000**power:.1f} {' KMG'[power]}B"
 
 
 def format_char_counts(counts: Mapping[str, int]) -> str:
     """Format characters and their counts, the first twenty: `'é' (12 times), 'ß' (once)`."""
     shown = [
         f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
-        for char, count in list(counts.items())[:20]
+        for char, count in itertools.islice(counts.items(), 20)
     ]
-    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
-    return ", ".join(shown) + more
+    return ", ".join(shown) + (f" and {len(counts) - 20} more" if len(counts) > 20 else "")
