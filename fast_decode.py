@@ -4,6 +4,7 @@ It generates the same tokens as the plain function, which defines what is right.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from generate import FastDecoder, SamplingParams, decode_tokens, stream_tokens
 from model import LanguageModel
-from utils.device import CompileResult, try_compile
+from utils.device import CompileResult, choose_backend, try_compile
 
 # Tokens per call of the compiled code: a call costs as much as half a token.
 TOKENS_PER_CALL = 16
 # Tokens in sequence from which on compiling pays off, as it takes two minutes and saves half a
-# millisecond per token. An unknown number is 0.
+# millisecond per token.
 MIN_TOKENS_TO_COMPILE = {"cpu": 200_000, "cuda": 200_000}
 INDUCTOR_OPTIONS = {
     # One C++ function for everything, and no second thread for loops shorter than its start.
@@ -27,22 +28,24 @@ INDUCTOR_OPTIONS = {
 
 def compile_decode(
     model: LanguageModel,
-    wanted: CompileResult,
     requested: str,
     sampling: SamplingParams,
+    tokens: int = 0,
     *,
     rows: int = 1,
-) -> tuple[FastDecoder | None, CompileResult, float]:
-    """Compile `decode_tokens` for `rows` texts and one way of sampling.
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> tuple[FastDecoder | None, CompileResult]:
+    """Compile `decode_tokens` for `rows` texts, if `requested`, or if auto and it pays off.
 
-    Returns the decoder, or None if it does not compile; the mode in effect; the seconds taken.
-
-    Raises `UserError` if it does not compile and `requested` is "on".
+    `tokens` is the number to generate in sequence, 0 if unknown. Returns the decoder, or None, and
+    the mode in effect. Raises `UserError` if it does not compile and `requested` is "on".
     """
-    if wanted.mode == "off":
-        return None, wanted, 0.0
-    start = time.perf_counter()
     device = model.token_embedding.weight.device
+    wanted = choose_backend(requested, "inductor", device, tokens, MIN_TOKENS_TO_COMPILE)
+    if wanted.mode == "off":
+        return None, wanted
+    on_progress("compiling, which may take a minute or two")
+    start = time.perf_counter()
     number = max(1, min(TOKENS_PER_CALL, model.block_size // 2))  # fits after half a window
 
     def compile_and_probe() -> FastDecoder:
@@ -62,4 +65,6 @@ def compile_decode(
         return fast
 
     fast, effective = try_compile(compile_and_probe, wanted, requested)
-    return fast, effective, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    on_progress(f"compiled in {seconds:.0f} s" if fast else f"not compiled: {effective.reason}")
+    return fast, effective

@@ -365,9 +365,9 @@ def main(argv: Sequence[str]) -> int:
 
     # These bring torch: imported once the settings are known to be good.
     from checkpoint import load_model_from_bundle
-    from fast_decode import MIN_TOKENS_TO_COMPILE, compile_decode
+    from fast_decode import compile_decode
     from generate import SamplingParams, stream_tokens
-    from utils.device import choose_backend, choose_device, is_out_of_memory
+    from utils.device import choose_device, is_out_of_memory
     from utils.kernels import quantize
 
     try:
@@ -380,17 +380,14 @@ def main(argv: Sequence[str]) -> int:
         names = {field.name for field in fields(SamplingParams)}
         sampling = SamplingParams(**config.model_dump(include=names))
         expected = 0 if stops or is_interactive else config.max_new_tokens  # 0: unknown
-        requested = config.torch_compile
-        wanted = choose_backend(requested, "inductor", device, expected, MIN_TOKENS_TO_COMPILE)
-        if wanted.mode != "off":
-            output.print_note("compiling, which may take a minute or two")
-        fast, compiled, seconds = compile_decode(
-            model, wanted, requested, sampling, rows=config.num_samples
+        fast, compiled = compile_decode(
+            model,
+            config.torch_compile,
+            sampling,
+            expected,
+            rows=config.num_samples,
+            on_progress=output.print_note,
         )
-        if compiled.fell_back:
-            output.print_note(f"not compiled: {compiled.reason}")
-        elif fast is not None:
-            output.print_note(f"compiled in {seconds:.0f} s")
         settings = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "fast": fast}
         stream = functools.partial(stream_tokens, model, **settings)
         generator = TextGenerator(

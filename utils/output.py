@@ -6,7 +6,6 @@ wrapped or truncated: a sample may contain any character.
 
 import contextlib
 import io
-import itertools
 import os
 import shlex
 import shutil
@@ -227,6 +226,6 @@ def format_char_counts(counts: Mapping[str, int]) -> str:
     """Format characters and their counts, the first twenty: `'é' (12 times), 'ß' (once)`."""
     shown = [
         f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
-        for char, count in itertools.islice(counts.items(), 20)
+        for char, count in list(counts.items())[:20]
     ]
     return ", ".join(shown) + (f" and {len(counts) - 20} more" if len(counts) > 20 else "")
