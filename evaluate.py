@@ -10,8 +10,8 @@ Windows of T tokens, the model's context, start every `--stride` tokens. Each to
 predicted exactly once: in the first window that reaches it, with at least T - stride tokens before
 it unless it is in the first window of all. The last window may be shorter.
 
-A stride of T, the default, is training's evaluation with eval_iters 0. A shorter one takes
-T / stride times as long and gives a lower loss, as each token is predicted from more context.
+A stride of T, the default, is training's evaluation with eval_iters 0. A shorter one takes longer
+and gives a lower loss, as each token is predicted from more context.
 """
 
 import json
@@ -19,13 +19,14 @@ import math
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from rich.color import blend_rgb
 from rich.text import Text
 
 from bundle import WEIGHTS_FILE, Bundle, read_bundle
@@ -140,25 +141,13 @@ def open_text(
     Raises `UserError` if it is not there.
     """
     data = config.data or recorded
-    if data is None:
-        return open_corpus(None, cache_dir=config.cache_dir)
-    if config.data is None and (problem := find_data_problem(data)):
+    if data != config.data and (problem := find_data_problem(data)):
         raise UserError(
             f"{format_name(data)}, the text that the model was trained on: {problem}: "
             "give its new path, or another text, with --data FILE"
         )
-    where = {"cache_dir": config.cache_dir, "token_store": config.token_store}
-    return open_corpus(data, **where, on_progress=output.print_note)
-
-
-def check_stride(stride: int | None, T: int) -> int:
-    """Return the stride, T by default. Raises `UserError` if it is larger, and skips tokens."""
-    if stride is not None and stride > T:
-        raise UserError(
-            f"--stride {stride} is more than the model's block_size {T}, and would leave tokens "
-            f"out: choose 1 to {T}"
-        )
-    return stride or T
+    places = {"cache_dir": config.cache_dir, "token_store": config.token_store}
+    return open_corpus(data, **places, on_progress=output.print_note)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -206,57 +195,34 @@ def compute_score(losses: np.ndarray, ids: Tokens, tokenizer: Tokenizer) -> Scor
     )
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A score and its circumstances."""
+def format_json(facts: Mapping[str, Any]) -> str:
+    """Format as one JSON object; numbers that are not finite are null."""
+    is_infinite = {k for k, v in facts.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**facts, **dict.fromkeys(is_infinite)}, indent=2)
 
-    bundle: Bundle
-    passage: Passage
-    score: Score
-    stride: int
-    windows: int
-    quantize: str
-    seconds: float
 
-    def format_rows(self, unit: str) -> str:
-        """Format as aligned lines of key and value; `unit` is the tokenizer's."""
-        score, passage = self.score, self.passage
-        sizes = [pluralize(score.tokens, unit)]
-        if unit != "character":
-            sizes.append(pluralize(score.characters, "character"))
-        if score.bytes != score.characters:
-            sizes.append(pluralize(score.bytes, "byte"))
-        windows = f"{pluralize(self.windows, 'window')} of {self.bundle.config.block_size}"
-        predicted = f"{', '.join(sizes)}; {windows}, stride {self.stride}, {self.seconds:.1f} s"
-        split = f", its {passage.split} split" if passage.split else ""
-        rows = [
-            ("model", f"{self.bundle.path}, step {self.bundle.state.step:,}"),
-            ("text", f"{format_name(passage.name)}{split}"),
-            ("predicted", predicted),
-            ("loss", f"{score.loss:.4f} nats per {unit}"),
-            ("perplexity", f"{score.perplexity:.4f}"),
-            ("bits per character", f"{score.bits_per_character:.4f}"),
-            ("bits per byte", f"{score.bits_per_byte:.4f}"),
-        ]
-        return align_columns(rows)
-
-    def format_json(self) -> str:
-        """Format as one JSON object; numbers that are not finite are null."""
-        values: dict[str, Any] = {
-            "model": str(self.bundle.path),
-            "step": self.bundle.state.step,
-            "data": self.passage.name,
-            "split": self.passage.split,
-            **asdict(self.score),
-            "stride": self.stride,
-            "block_size": self.bundle.config.block_size,
-            "quantize": self.quantize,
-            "seconds": round(self.seconds, 3),
-        }
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[name] = None
-        return json.dumps(values, indent=2)
+def format_rows(facts: Mapping[str, Any], windows: int, unit: str) -> str:
+    """Format as aligned lines of key and value; `unit` is the tokenizer's."""
+    sizes = [pluralize(facts["tokens"], unit)]
+    if unit != "character":
+        sizes.append(pluralize(facts["characters"], "character"))
+    if facts["bytes"] != facts["characters"]:
+        sizes.append(pluralize(facts["bytes"], "byte"))
+    split = f", its {facts['split']} split" if facts["split"] else ""
+    rows = [
+        ("model", f"{facts['model']}, step {facts['step']:,}"),
+        ("text", f"{format_name(facts['data'])}{split}"),
+        (
+            "predicted",
+            f"{', '.join(sizes)}; {pluralize(windows, 'window')} of {facts['block_size']}, "
+            f"stride {facts['stride']}, {facts['seconds']:.1f} s",
+        ),
+        ("loss", f"{facts['loss']:.4f} nats per {unit}"),
+        ("perplexity", f"{facts['perplexity']:.4f}"),
+        ("bits per character", f"{facts['bits_per_character']:.4f}"),
+        ("bits per byte", f"{facts['bits_per_byte']:.4f}"),
+    ]
+    return align_columns(rows)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -328,9 +294,7 @@ def get_heat_style(bits: float) -> str:
         return ""
     place = min(max(bits / MAX_BITS, 0.0), 1.0) * (len(HEAT) - 1)
     below = min(int(place), len(HEAT) - 2)
-    part = place - below
-    mixed = (round(a + (b - a) * part) for a, b in zip(HEAT[below], HEAT[below + 1], strict=True))
-    return "#000000 on #{:02x}{:02x}{:02x}".format(*mixed)
+    return f"#000000 on {blend_rgb(HEAT[below], HEAT[below + 1], place - below).hex}"
 
 
 def format_surprise_table(pieces: Sequence[Piece], unit: str) -> str:
@@ -358,11 +322,8 @@ def format_cell(text: str) -> str:
 
 def escape_control(text: str) -> str:
     """Escape characters that could drive a terminal; keep line ends, tabs and all spaces."""
-
-    def is_safe(char: str) -> bool:
-        return char in "\n\t" or char.isprintable() or unicodedata.category(char) == "Zs"
-
-    return "".join(char if is_safe(char) else ascii(char)[1:-1] for char in text)
+    safe = {char for char in text if char in "\n\t" or unicodedata.category(char) == "Zs"}
+    return "".join(c if c in safe or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -375,9 +336,12 @@ def main(argv: Sequence[str]) -> int:
     if config.show and is_json:
         raise UserError("--show draws, and --json prints one object only: choose one")
     output = Output()
-    bundle = read_bundle(find_model(config, actions.get("model")), WEIGHTS_FILE)
+    bundle = read_bundle(find_model(config, actions["model"]), WEIGHTS_FILE)
     tokenizer = restore_tokenizer(bundle.tokenizer)
-    stride = check_stride(config.stride, bundle.config.block_size)
+    T = bundle.config.block_size
+    stride = config.stride or T
+    if stride > T:
+        raise UserError(f"--stride {stride} would leave tokens out: choose 1 to block_size {T}")
     passage = load_passage(config, bundle, tokenizer, output)
 
     # These bring torch: imported once the settings are known to be good.
@@ -389,16 +353,25 @@ def main(argv: Sequence[str]) -> int:
     model, _ = load_model_from_bundle(bundle, choose_device(config.device))
     if config.quantize == "int8":
         quantize(model)
-    windows = find_window_starts(passage.ids.size, model.block_size, stride).size
+    windows = find_window_starts(passage.ids.size, T, stride).size
     start = time.perf_counter()
     with nullcontext() if is_json else output.show_progress(windows):
         losses = compute_token_losses(
             model, passage.ids, stride, lambda done: output.advance(done, "windows")
         )
     seconds = time.perf_counter() - start
-    score = compute_score(losses, passage.ids, tokenizer)
-    result = Evaluation(bundle, passage, score, stride, windows, config.quantize, seconds)
-    output.print(result.format_json() if is_json else result.format_rows(tokenizer.unit))
+    facts = {
+        "model": str(bundle.path),
+        "step": bundle.state.step,
+        "data": passage.name,
+        "split": passage.split,
+        **asdict(compute_score(losses, passage.ids, tokenizer)),
+        "stride": stride,
+        "block_size": T,
+        "quantize": config.quantize,
+        "seconds": round(seconds, 3),
+    }
+    output.print(format_json(facts) if is_json else format_rows(facts, windows, tokenizer.unit))
     if config.show:
         pieces = split_pieces(passage.ids, losses, tokenizer, config.show)
         print_surprise(output, pieces, tokenizer.unit)

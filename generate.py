@@ -47,22 +47,18 @@ class SamplingParams:
 
 
 DEFAULT_SAMPLING = SamplingParams()
+Prompt = Sequence[int] | np.ndarray | Tensor
 UNIFORMS_PER_BATCH = 1024
 
 
 def sample_token(
     logits: Tensor, draw: Tensor, sampling: SamplingParams, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sample a token for each row.
+    """Sample a token for each row of the logits, `(B, V)`.
 
-    Args:
-        logits: the model's, `(B, V)`.
-        draw: a uniform number in [0, 1) for each row, `(B,)`.
-        sampling: how to choose.
-        seen: which tokens the text contains, `(B, V)` bool; for the repetition penalty only.
-
-    Returns:
-        the tokens, `(B, 1)` int64, and their log-probabilities before `sampling`, `(B, 1)`.
+    `draw`, `(B,)`, is uniform in [0, 1). `seen`, `(B, V)` bool, marks the tokens of the text, for
+    the repetition penalty only. Returns the tokens, `(B, 1)` int64, and their log-probabilities
+    before `sampling`, `(B, 1)`.
     """
     log_probs = logits.log_softmax(dim=-1)
     if seen is not None:
@@ -87,11 +83,7 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Divide the logits by the temperature.
-
-    With the largest logit at 0 and the divisor above 0, a tiny temperature gives the softmax 0 or
-    -inf, never NaN.
-    """
+    """Divide the logits by the temperature, however small, so that their softmax is never NaN."""
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
@@ -132,7 +124,7 @@ def invert_cdf(probabilities: Tensor, draw: Tensor) -> Tensor:
 def iter_uniforms(seeds: Sequence[int]) -> Iterator[Tensor]:
     """Yield uniform numbers in [0, 1) without end, `(UNIFORMS_PER_BATCH, B)`: a column per seed.
 
-    A column depends on its seed only, not on the other seeds or the device.
+    A column depends neither on the other seeds nor on the device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
@@ -178,8 +170,7 @@ class KVCache:
         is_future = self.positions > positions[:, None]  # (t, T), later or not filled yet
         mask = torch.zeros_like(is_future, dtype=self.keys[0].dtype)
         mask = mask.masked_fill(is_future, -math.inf)
-        pairs = zip(self.keys, self.values, strict=True)
-        return [LayerCache(keys, values, mask) for keys, values in pairs]
+        return [LayerCache(*pair, mask) for pair in zip(self.keys, self.values, strict=True)]
 
 
 def decode_tokens(
@@ -193,17 +184,11 @@ def decode_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Generate n tokens: run `idx`, then each generated token but the last, through the model.
 
-    Args:
-        model: in eval mode.
-        idx: ids that are not in the cache yet, `(B, t)` int64: a prompt (prefill) or one token.
-        positions: their positions, `(t,)` int64.
-        cache: of earlier positions; extended in place.
-        draws: uniform numbers in [0, 1), `(n, B)`.
-        sampling: how to choose each token.
-        seen: which tokens the text contains, `(B, num_tokens)` bool, updated in place; or None.
+    `idx`, `(B, t)` int64, are ids that are not in the cache yet, a prompt (prefill) or one token,
+    at `positions`, `(t,)` int64. `draws`, `(n, B)`, are uniform in [0, 1). The cache, and `seen`,
+    `(B, num_tokens)` bool, which marks the tokens of the text, are updated in place.
 
-    Returns:
-        the tokens, `(B, n)` int64, and their log-probabilities before `sampling`, `(B, n)`.
+    Returns the tokens, `(B, n)` int64, and their log-probabilities before `sampling`, `(B, n)`.
     """
     tokens, log_probs = [], []
     for draw in draws:
@@ -227,7 +212,7 @@ class FastDecoder(NamedTuple):
 @torch.inference_mode()
 def stream_tokens(
     model: LanguageModel,
-    prompt: Sequence[int] | np.ndarray | Tensor,
+    prompt: Prompt,
     max_new_tokens: int,
     sampling: SamplingParams = DEFAULT_SAMPLING,
     *,
@@ -244,7 +229,7 @@ def stream_tokens(
     Args:
         model: its mode is restored at the end.
         prompt: one or more ids: `(T,)`, or `(B, T)` with a row for each seed.
-        max_new_tokens: how many tokens to generate for each text.
+        max_new_tokens: for each text.
         sampling: how to choose each token.
         seeds: one for each of the B texts. A seed's text does not depend on the other seeds.
         fast: compiled decoding, used for all calls that have its shapes.
@@ -299,7 +284,7 @@ def stream_tokens(
 
 def generate_tokens(
     model: LanguageModel,
-    prompt: Sequence[int] | np.ndarray | Tensor,
+    prompt: Prompt,
     max_new_tokens: int,
     sampling: SamplingParams = DEFAULT_SAMPLING,
     *,
@@ -311,9 +296,7 @@ def generate_tokens(
     return torch.cat([ids, *(tokens for tokens, _ in parts)], dim=1)
 
 
-def expand_prompt(
-    model: LanguageModel, prompt: Sequence[int] | np.ndarray | Tensor, rows: int
-) -> Tensor:
+def expand_prompt(model: LanguageModel, prompt: Prompt, rows: int) -> Tensor:
     """Return the prompt on the model's device as `(rows, T)` int64."""
     device = model.token_embedding.weight.device
     return torch.as_tensor(prompt).to(device, torch.int64).expand(rows, -1)

@@ -11,12 +11,13 @@ All it needs is a bundle, wherever that was moved to.
 import contextlib
 import functools
 import io
+import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,16 +36,13 @@ from bundle import (
 )
 from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
 from tokenizer import Tokenizer, remove_unknown
-from utils.command_line import Action, CommandLine
+from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
 from utils.files import decode_text, read_file
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-STANDARD_INPUT = "-"
-SAMPLING_SETTINGS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
 
 class ModelChoice(Settings):
@@ -110,9 +108,7 @@ class InferenceConfig(ModelChoice):
 
 
 ACTIONS = (
-    Action(
-        "stop", "End a sample before this text; \\n is a new line; may be repeated.", "TEXT", True
-    ),
+    Action("stop", "End a sample before this text, \\n a new line; may be repeated.", "TEXT", True),
     Action("interactive", "Ask for one prompt after another, and continue each."),
     Action("json", "Print one JSON object: text, log_probs, tokens_per_second."),
 )
@@ -123,28 +119,26 @@ OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL"
 # The model and the prompt
 
 
-def find_model(config: ModelChoice, operands: Sequence[str] | None = None) -> Path:
+def find_model(config: ModelChoice, operands: Sequence[str]) -> Path:
     """Return the bundle that the settings, or a word without a flag, name.
 
     Raises `UserError` if there is none, or if more than one is named.
     """
     runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
     flags = {"--run": config.run, "--model-name": config.model_name}
-    named = [flag for flag, name in flags.items() if name is not None] + list(operands or ())
+    named = [*(flag for flag, name in flags.items() if name is not None), *operands]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} name more than one model: choose one")
+    if not named:
+        return find_newest_usable_bundle(runs_dir)
     if config.model_name is not None:
         return find_usable_bundle(find_named_model(config.model_name, checkpoints_dir))
-    reference = operands[0] if operands else config.run
-    if reference is not None:
-        return find_usable_bundle(find_directory(reference, runs_dir, checkpoints_dir))
-    return find_newest_usable_bundle(runs_dir)
+    return find_usable_bundle(find_directory(config.run or operands[0], runs_dir, checkpoints_dir))
 
 
 def format_source(directory: Path, step: int) -> str:
     """Describe the bundle, and whether it is a checkpoint in the place of an export."""
-    run = find_run_of(directory)
-    note = f"{directory}, step {step}"
+    run, note = find_run_of(directory), f"{directory}, step {step}"
     if run is None or (run / "artifacts" / "export").exists():
         return note
     if directory != list_checkpoints(run)[-1]:  # an older one, named by the user
@@ -155,14 +149,13 @@ def format_source(directory: Path, step: int) -> str:
 def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:
     """Return one message for each pair of flags that exclude each other."""
     problems = []
-    if sys.stdin is None and ("interactive" in actions or flags.get("prompt") == STANDARD_INPUT):
+    given = {name for name, value in {**flags, **actions}.items() if value is not None}
+    if sys.stdin is None and ("interactive" in given or flags.get("prompt") == "-"):
         problems.append("standard input is closed")
-    has_file = flags.get("prompt_file") is not None
-    if "interactive" in actions:
-        others = {"json": "json" in actions, "prompt": "prompt" in flags, "prompt-file": has_file}
-        names = [f"--{name}" for name, is_given in others.items() if is_given]
-        problems += [f"--interactive asks for prompts: leave {name} out" for name in names]
-    if "prompt" in flags and has_file:
+    if "interactive" in given:
+        others = map(format_flag, sorted(given & {"json", "prompt", "prompt_file"}))
+        problems += [f"--interactive asks for prompts: leave {flag} out" for flag in others]
+    if {"prompt", "prompt_file"} <= given:
         problems.append("--prompt and --prompt-file both give a prompt: choose one")
     if "" in actions.get("stop", []):
         problems.append("--stop must not be empty")
@@ -173,7 +166,7 @@ def read_prompt(config: InferenceConfig) -> str:
     """Return the prompt. Raises `UserError` if its file or standard input is not text."""
     if config.prompt_file is not None:
         return decode_text(read_file(Path(config.prompt_file)), config.prompt_file)
-    if config.prompt == STANDARD_INPUT:
+    if config.prompt == "-":
         content = sys.stdin.buffer.read()
         return decode_text(content, "standard input") if content else ""
     return unescape(config.prompt)
@@ -198,108 +191,80 @@ class Sample:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self.is_finished = False
         self._decode = tokenizer.create_stream_decoder()
-        self._stops, self._held = stops, ""
-        self._pieces: list[str] = []
-        self._length = self._num_taken = 0  # characters, and pieces taken by `take_new_text`
+        self._stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")  # (?!) is never found
+        beginnings = (re.escape(stop[:n]) for stop in stops for n in range(1, len(stop)))
+        self._undecided = re.compile(f"({'|'.join(beginnings)})?\\Z")
+        self._text, self._held = io.StringIO(), ""
         self._log_probs: list[tuple[int, float]] = []  # with the position of the token's text
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._pieces)
+        return self._text.getvalue()
 
     @property
     def log_probs(self) -> list[float]:
         """The log-probability of each token that contributes to `text`."""
-        return [log_prob for start, log_prob in self._log_probs if start < self._length]
+        return [log_prob for start, log_prob in self._log_probs if start < self._text.tell()]
 
-    def take_new_text(self) -> str:
-        """Return the text that was added since the last call."""
-        new, self._num_taken = self._pieces[self._num_taken :], len(self._pieces)
-        return "".join(new)
-
-    def add(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
-        """Append tokens; drop all that follows a stop sequence."""
+    def add(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str:
+        """Append tokens, and return the new text; drop all that follows a stop sequence."""
+        new = ""
         for token, log_prob in zip(tokens, log_probs, strict=True):
             if self.is_finished:
-                return
-            self._log_probs.append((self._length + len(self._held), log_prob))
+                break
+            self._log_probs.append((self._text.tell() + len(self._held), log_prob))
             self._held += self._decode([token])
-            found = [self._held.find(stop) for stop in self._stops if stop in self._held]
-            self._release(min(found) if found else len(self._held) - self._count_undecided())
-            self.is_finished = bool(found)
+            stop = self._stop.search(self._held)
+            new += self._release((stop or self._undecided.search(self._held)).start())
+            self.is_finished = stop is not None
+        return new
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         """Release the text held back, as no further token can complete a stop sequence."""
-        if not self.is_finished:
-            self._release(len(self._held))
-            self.is_finished = True
+        return "" if self.is_finished else self._release(len(self._held))
 
-    def _release(self, length: int) -> None:
+    def _release(self, length: int) -> str:
         """Move `length` characters from the text held back to `text`."""
-        if length > 0:
-            self._pieces.append(self._held[:length])
-            self._held = self._held[length:]
-            self._length += length
-
-    def _count_undecided(self) -> int:
-        """Return how many of the last characters may begin a stop sequence."""
-        longest = max((len(stop) for stop in self._stops), default=0)
-        for length in range(min(longest - 1, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
+        piece, self._held = self._held[:length], self._held[length:]
+        self._text.write(piece)
+        return piece
 
 
+@dataclass
 class TextGenerator:
-    """Continues prompts by one model and one way of sampling.
+    """Continues prompts by one model and one way of sampling, up to a stop sequence."""
 
-    Args:
-        stream: `generate.stream_tokens` of the model, which takes ids and `seeds`.
-        tokenizer: the model's.
-        block_size: the model's context T.
-        config: the number of samples, the first seed, and how to treat unknown characters.
-    """
+    stream: Callable[..., Iterator[tuple["Tensor", "Tensor"]]]  # `stream_tokens` of the model
+    tokenizer: Tokenizer
+    block_size: int  # the model's context T
+    config: InferenceConfig
+    stops: Sequence[str]
+    output: Output
+    seed: int  # of the first sample
 
-    def __init__(
-        self,
-        stream: Callable[..., Iterator[tuple["Tensor", "Tensor"]]],
-        tokenizer: Tokenizer,
-        block_size: int,
-        config: InferenceConfig,
-    ):
-        self._stream, self._tokenizer, self._block_size = stream, tokenizer, block_size
-        self._config = config
-        self._seed = config.seed  # of the first sample
-
-    def print_samples(self, prompt: str, stops: Sequence[str], output: Output) -> None:
+    def print_samples(self, prompt: str) -> None:
         """Print the first sample token by token, then the others."""
-        prompt, ids = self._encode(prompt, output)
-        samples = [Sample(self._tokenizer, stops) for _ in range(self._config.num_samples)]
-        printer = SamplePrinter(output)
-        printer.print(prompt)
+        prompt, ids, samples = self._prepare(prompt)
+        pieces = (text for _, text in self._generate(ids, samples))
         try:
-            for _ in self._generate(ids, samples):
-                printer.print(samples[0].take_new_text())
-                if output.quiet:  # standard output was closed
+            for piece in strip_new_lines(itertools.chain([prompt], pieces)):
+                self.output.print_piece(piece)
+                if self.output.quiet:  # standard output was closed
                     return
-        except KeyboardInterrupt:
-            output.print()
-            raise
-        printer.print(samples[0].take_new_text())
-        output.print()
+        finally:
+            self.output.print()
         for sample in samples[1:]:
-            output.print("---")
-            output.print((prompt + sample.text).strip("\n"))
+            self.output.print("---")
+            self.output.print((prompt + sample.text).strip("\n"))
 
-    def generate_json(self, prompt: str, stops: Sequence[str], output: Output) -> dict[str, Any]:
+    def generate_json(self, prompt: str) -> dict[str, Any]:
         """Generate the samples; return the first one's fields, and a list if there are several."""
-        prompt, ids = self._encode(prompt, output)
-        samples = [Sample(self._tokenizer, stops) for _ in range(self._config.num_samples)]
-        arrivals = [(time.perf_counter(), number) for number in self._generate(ids, samples)]
+        prompt, ids, samples = self._prepare(prompt)
+        arrivals = [(time.perf_counter(), number) for number, _ in self._generate(ids, samples)]
         results = [
-            {"text": prompt + s.text, "log_probs": s.log_probs, "seed": self._seed + k}
-            for k, s in enumerate(samples)
+            {"text": prompt + sample.text, "log_probs": sample.log_probs, "seed": self.seed + k}
+            for k, sample in enumerate(samples)
         ]
         # The first tokens include the prefill: count those after them.
         decoded = sum(number for _, number in arrivals[1:])
@@ -308,72 +273,62 @@ class TextGenerator:
         several = {"samples": results} if len(results) > 1 else {}
         return {"prompt": prompt, **results[0], **speed, **several}
 
-    def advance_seed(self) -> None:
-        """Use other seeds from here on, so that the same prompt is continued otherwise."""
-        self._seed += self._config.num_samples
-
-    def _encode(self, prompt: str, output: Output) -> tuple[str, np.ndarray]:
-        """Return the prompt without unknown characters, and its ids; note all changes to it."""
-        tokenizer, config = self._tokenizer, self._config
-        if config.on_unknown != "error":
-            is_replaced = config.on_unknown == "replace"
+    def _prepare(self, prompt: str) -> tuple[str, np.ndarray, list[Sample]]:
+        """Return the prompt without unknown characters, its ids, and samples; note all changes."""
+        tokenizer, note = self.tokenizer, self.output.print_note
+        if self.config.on_unknown != "error":
+            is_replaced = self.config.on_unknown == "replace"
             prompt, number = remove_unknown(tokenizer, prompt, is_replaced)
             if number:
                 done = "replaced" if is_replaced else "skipped"
                 characters = pluralize(number, "character")
-                output.print_note(
-                    f"{done} {characters} of the prompt that are not in the vocabulary"
-                )
+                note(f"{done} {characters} of the prompt that are not in the vocabulary")
         if not prompt:
             prompt = tokenizer.default_prompt
             start = "a new line" if prompt == "\n" else repr(prompt)
-            output.print_note(f"no prompt: starting with {start}")
+            note(f"no prompt: starting with {start}")
         ids = tokenizer.encode(prompt)
-        if len(ids) > self._block_size:
+        if len(ids) > self.block_size:
             length = pluralize(len(ids), tokenizer.unit)
-            output.print_note(
-                f"the prompt has {length}: the model sees the last {self._block_size}"
-            )
-        return prompt, ids
+            note(f"the prompt has {length}: the model sees the last {self.block_size}")
+        return prompt, ids, [Sample(tokenizer, self.stops) for _ in range(self.config.num_samples)]
 
-    def _generate(self, ids: np.ndarray, samples: Sequence[Sample]) -> Iterator[int]:
-        """Extend the samples until all are finished; yield the number of tokens of each call."""
-        seeds = [self._seed + k for k in range(len(samples))]
-        with contextlib.closing(self._stream(ids, seeds=seeds)) as stream:
+    def _generate(self, ids: np.ndarray, samples: Sequence[Sample]) -> Iterator[tuple[int, str]]:
+        """Extend the samples until all are finished.
+
+        Yields the number of tokens of each call, and the first sample's new text.
+        """
+        seeds = [self.seed + k for k in range(len(samples))]
+        with contextlib.closing(self.stream(ids, seeds=seeds)) as stream:
             for tokens, log_probs in stream:
                 rows = zip(samples, tokens.tolist(), log_probs.tolist(), strict=True)
-                for sample, row_tokens, row_log_probs in rows:
-                    sample.add(row_tokens, row_log_probs)
-                yield tokens.numel()
+                new = [sample.add(*row) for sample, *row in rows]
+                yield tokens.numel(), new[0]
                 if all(sample.is_finished for sample in samples):
                     break
-        for sample in samples:
-            sample.finish()
+        rest = [sample.finish() for sample in samples]
+        if rest[0]:
+            yield 0, rest[0]
 
 
-class SamplePrinter:
-    """Prints a text piece by piece, without its leading and trailing new lines."""
-
-    def __init__(self, output: Output):
-        self._output = output
-        self._has_begun, self._new_lines = False, ""
-
-    def print(self, piece: str) -> None:
-        """Print the next piece, but keep its last new lines until text follows."""
-        text = self._new_lines + piece if self._has_begun else piece.lstrip("\n")
+def strip_new_lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text without its leading and trailing new lines."""
+    has_begun, held = False, ""  # new lines are held back until text follows
+    for piece in pieces:
+        text = held + piece if has_begun else piece.lstrip("\n")
         shown = text.rstrip("\n")
-        self._new_lines = text[len(shown) :]
+        held = text[len(shown) :]
         if shown:
-            self._has_begun = True
-            self._output.print_piece(shown)
+            has_begun = True
+            yield shown
 
 
-def prompt_repeatedly(generator: TextGenerator, stops: Sequence[str], output: Output) -> None:
+def prompt_repeatedly(generator: TextGenerator) -> None:
     """Ask for one prompt after another and continue each, with new seeds each time.
 
     Ctrl-C ends a sample or discards a line; Ctrl-D ends the loop.
     """
-    is_terminal = sys.stdin.isatty()
+    output, is_terminal = generator.output, sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not text: unknown characters
         sys.stdin.reconfigure(errors="surrogateescape")
     if is_terminal:
@@ -382,22 +337,17 @@ def prompt_repeatedly(generator: TextGenerator, stops: Sequence[str], output: Ou
         output.print_note("type a text to continue; Ctrl-C ends a sample, Ctrl-D ends the program")
     while True:
         try:
-            prompt = input("> " if is_terminal else "")
+            generator.print_samples(unescape(input("> " if is_terminal else "")))
         except EOFError:
             if is_terminal:
                 output.print()
             return
-        except KeyboardInterrupt:
-            output.print()
-            continue
-        try:
-            generator.print_samples(unescape(prompt), stops, output)
         except UserError as error:
             for problem in error.problems:
                 output.print_error(problem)
         except KeyboardInterrupt:
-            output.print_note("stopped")
-        generator.advance_seed()
+            output.print_note("\nstopped")
+        generator.seed += generator.config.num_samples
 
 
 def main(argv: Sequence[str]) -> int:
@@ -407,7 +357,7 @@ def main(argv: Sequence[str]) -> int:
     if problems := problems + find_conflicts(flags, actions):
         raise UserError(*problems)
     config = InferenceConfig(**flags)
-    directory = find_model(config, actions.get("model"))
+    directory = find_model(config, actions["model"])
     is_interactive = "interactive" in actions
     prompt = "" if is_interactive else read_prompt(config)
     stops = [unescape(text) for text in actions.get("stop", [])]
@@ -415,7 +365,7 @@ def main(argv: Sequence[str]) -> int:
 
     # These bring torch: imported once the settings are known to be good.
     from checkpoint import load_model_from_bundle
-    from fast_decode import choose_decoding, compile_decode
+    from fast_decode import compile_decode
     from generate import SamplingParams, stream_tokens
     from utils.device import choose_device, is_out_of_memory
     from utils.kernels import quantize
@@ -427,30 +377,30 @@ def main(argv: Sequence[str]) -> int:
         output.print_note(format_source(directory, bundle.state.step))
         if config.quantize == "int8":
             quantize(model)
-        sampling = SamplingParams(**{name: getattr(config, name) for name in SAMPLING_SETTINGS})
+        names = {field.name for field in fields(SamplingParams)}
+        sampling = SamplingParams(**config.model_dump(include=names))
         expected = 0 if stops or is_interactive else config.max_new_tokens  # 0: unknown
-        wanted = choose_decoding(config.torch_compile, device, expected)
-        if wanted.mode != "off":
-            output.print_note("compiling, which may take a minute or two")
-        fast, compiled, seconds = compile_decode(
-            model, wanted, config.torch_compile, sampling, rows=config.num_samples
+        fast, compiled = compile_decode(
+            model,
+            config.torch_compile,
+            sampling,
+            expected,
+            rows=config.num_samples,
+            on_progress=output.print_note,
         )
-        if compiled.fell_back:
-            output.print_note(f"not compiled: {compiled.reason}")
-        elif fast is not None:
-            output.print_note(f"compiled in {seconds:.0f} s")
         settings = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "fast": fast}
         stream = functools.partial(stream_tokens, model, **settings)
-        generator = TextGenerator(stream, tokenizer, model.block_size, config)
+        generator = TextGenerator(
+            stream, tokenizer, model.block_size, config, stops, output, config.seed
+        )
         if "json" in actions:
             facts = {"model": str(directory), "step": bundle.state.step, **asdict(sampling)}
             facts |= {"quantize": config.quantize, "compiled_by": compiled.mode}
-            result = generator.generate_json(prompt, stops, Output())
-            output.print(json.dumps({**facts, **result}))
+            output.print(json.dumps({**facts, **generator.generate_json(prompt)}))
         elif is_interactive:
-            prompt_repeatedly(generator, stops, output)
+            prompt_repeatedly(generator)
         else:
-            generator.print_samples(prompt, stops, output)
+            generator.print_samples(prompt)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -105,7 +105,7 @@ def test_actions_are_returned_apart_from_the_settings(command_line):
         (["--config="], ["--config needs a value"]),
         (["--run-tag"], ["--run-tag needs a value", "--run-tag=VALUE"]),
         (["--data="], ["--data", "empty"]),
-        (["--dry-run", "-5"], ["unknown flag -5"]),
+        (["--dry-run", "-5"], ["--dry-run", "'-5'"]),
         (["--dry-run=x"], ["--dry-run", "'x'"]),
         (["--no-bias=x"], ["--no-bias", "'x'"]),
         (["--max-iters", "many"], ["--max-iters", "whole number", '"many"']),

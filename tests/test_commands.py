@@ -224,7 +224,7 @@ def test_torch_compile_on_with_a_broken_compiler_is_an_error(folio, text_file, t
 def test_torch_compile_auto_with_a_broken_compiler_trains_without_it(text_file, tmp_path):
     env = {**os.environ, **BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     code = (
-        "import sys, utils.device, train; utils.device.WORTH_COMPILING['cpu'] = 0.0; "
+        "import sys, utils.device, train; utils.device.MIN_FLOPS_TO_COMPILE['cpu'] = 0.0; "
         "sys.exit(train.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "--data", str(text_file), *TINY_FLAGS]

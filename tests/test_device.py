@@ -49,9 +49,9 @@ def test_an_available_device_is_used(machine, requested):
 @pytest.mark.parametrize(
     ("requested", "facts"),
     [
-        ("cuda", "--device cuda: .*no CUDA"),
-        ("cuda:3", "--device cuda:3: .*no CUDA"),
-        ("mps", "--device mps: .*no Apple GPU"),
+        ("cuda", "--device cuda: .* 0 CUDA.* --device auto"),
+        ("cuda:3", "--device cuda:3: .* 0 CUDA.* --device auto"),
+        ("mps", "--device mps: .* 0 MPS.* --device auto"),
     ],
 )
 def test_a_missing_device_is_a_users_mistake(machine, requested, facts):

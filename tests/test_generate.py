@@ -12,7 +12,7 @@ import torch
 from helpers import LINES
 from torch import nn
 
-from fast_decode import choose_decoding, compile_decode
+from fast_decode import MIN_TOKENS_TO_COMPILE, compile_decode
 from generate import (
     UNIFORMS_PER_BATCH,
     KVCache,
@@ -31,7 +31,7 @@ from generate import (
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import create_tokenizer
-from utils.device import CompileResult
+from utils.device import choose_backend
 from utils.errors import UserError
 from utils.kernels import quantize
 
@@ -336,8 +336,6 @@ def test_a_stream_yields_the_tokens_of_generation_one_by_one_with_their_log_prob
 
 # Compiled and int8 decoding --------------------------------------------------------------------
 
-INDUCTOR = CompileResult("inductor", "torch_compile is on")
-
 
 def make_wide(architecture: str = "modern", **changes) -> LanguageModel:
     """Create a model whose greedy text does not repeat itself."""
@@ -361,7 +359,9 @@ def make_wide(architecture: str = "modern", **changes) -> LanguageModel:
     ],
 )
 def test_auto_compiles_if_it_pays_off(requested, tokens, device, mode):
-    assert choose_decoding(requested, torch.device(device), tokens).mode == mode
+    device = torch.device(device)
+    chosen = choose_backend(requested, "inductor", device, tokens, MIN_TOKENS_TO_COMPILE)
+    assert chosen.mode == mode
 
 
 def test_a_compile_error_falls_back_with_a_reason_or_is_an_error_if_on(monkeypatch):
@@ -369,17 +369,20 @@ def test_a_compile_error_falls_back_with_a_reason_or_is_an_error_if_on(monkeypat
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", fail_to_compile)
-    fast, compiled, _ = compile_decode(make_wide(), INDUCTOR, "auto", SamplingParams())
-    assert fast is None
+    notes = []
+    fast, compiled = compile_decode(
+        make_wide(), "auto", SamplingParams(), 10**6, on_progress=notes.append
+    )
+    assert fast is None and compiled.reason in notes[-1]
     assert compiled.fell_back
     assert "no compiler here" in compiled.reason
     with pytest.raises(UserError, match=r"torch_compile.*inductor"):
-        compile_decode(make_wide(), INDUCTOR, "on", SamplingParams())
+        compile_decode(make_wide(), "on", SamplingParams())
 
 
 def test_off_compiles_nothing():
-    off = CompileResult("off", "")
-    assert compile_decode(make_wide(), off, "off", SamplingParams()) == (None, off, 0.0)
+    fast, compiled = compile_decode(make_wide(), "off", SamplingParams())
+    assert (fast, compiled.mode) == (None, "off")
 
 
 @pytest.mark.slow
@@ -400,8 +403,8 @@ def test_compiled_decoding_generates_the_same_tokens(architecture, sampling, row
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
     model = make_wide(architecture)
-    fast, compiled, seconds = compile_decode(model, INDUCTOR, "on", sampling, rows=rows)
-    assert (compiled.mode, seconds > 0) == ("inductor", True)
+    fast, compiled = compile_decode(model, "on", sampling, rows=rows)
+    assert compiled.mode == "inductor"
     for prompt, length in (([1, 2, 3], 100), (list(range(30)), 61)):
         plain, quick = (
             list(stream_tokens(model, prompt, length, sampling, seeds=range(rows), fast=f))

@@ -281,11 +281,11 @@ def test_ctrl_c_ends_a_sample_and_not_interactive_mode(run, capsys, monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("To be\nThe\n"))
     print_samples, interrupted = inference.TextGenerator.print_samples, []
 
-    def interrupt_first(self, prompt, stops, output):
+    def interrupt_first(self, prompt):
         if not interrupted:
             interrupted.append(prompt)
             raise KeyboardInterrupt
-        print_samples(self, prompt, stops, output)
+        print_samples(self, prompt)
 
     monkeypatch.setattr(inference.TextGenerator, "print_samples", interrupt_first)
     assert inference.main(["--device=cpu", "--interactive", "--max-new-tokens=5"]) == 0

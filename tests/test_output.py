@@ -150,11 +150,12 @@ def test_sizes_are_powers_of_1000(count, shown):
 
 def test_printed_commands_use_this_python_relative_to_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
     assert format_command("train.py").startswith(".venv/bin/python ")
     assert format_command("tensorboard") == "tensorboard"
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "tensorboard").touch()
     assert format_command("tensorboard") == ".venv/bin/tensorboard"
 

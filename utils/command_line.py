@@ -68,15 +68,9 @@ class CommandLine:
     """A command's flags, generated from a schema: `--help`, parsing and error messages.
 
     `--kebab-case` and `--snake_case` are the same flag, abbreviations are not accepted, and a
-    boolean is `--flag`, `--no-flag` or `--flag false`.
-
-    Args:
-        description: a command's docstring; its first paragraph heads `--help`.
-        schema: the settings.
-        actions: the command's other flags.
-        groups: the groups of settings in `--help`; one group by default.
-        aliases: other names of settings.
-        operands: arguments without a flag, any number of them; the value is a list.
+    boolean is `--flag`, `--no-flag` or `--flag false`. The first paragraph of `description`, a
+    command's docstring, heads `--help`. `operands` are any number of arguments without a flag; the
+    value is a list.
     """
 
     def __init__(
@@ -88,13 +82,9 @@ class CommandLine:
         aliases: Mapping[str, str] | None = None,
         operands: Action | None = None,
     ):
-        self.schema = schema
-        self._aliases = dict(aliases or {})
-        self._actions = {action.name for action in actions}
+        self.schema, self._aliases = schema, aliases or {}
         self._metavars: dict[str, str | None] = {}
         self._flags = ["--help"]
-        self._flags_with_value: set[str] = set()
-        self._operand_name: str | None = None
         usage = "python %(prog)s [--setting VALUE ...]"
         self._parser = _Parser(
             description=description.strip().partition("\n\n")[0],
@@ -107,40 +97,35 @@ class CommandLine:
         command.add_argument("-h", "--help", action="help", help="Show this page and exit.")
         if operands is not None:
             name, metavar = operands.name, operands.metavar
-            self._operand_name, self._metavars[name] = name, metavar
-            self._actions.add(name)
+            self._metavars[name] = metavar
             command.add_argument(name, nargs="*", metavar=metavar, help=operands.meaning)
         for action in actions:
             self._add_flag(command, action)
-        titles = {f"{name} settings": group for name, group in (groups or {}).items()}
-        for title, group in (titles or {"settings": schema}).items():
-            section = self._parser.add_argument_group(title, group.__doc__)
+        for title, group in (groups or {"": schema}).items():
+            section = self._parser.add_argument_group(f"{title} settings".lstrip(), group.__doc__)
             for name, info in group.model_fields.items():
                 default = format_value(info.default).replace('"', "")
                 meaning = f"{info.description} [{default}]"
                 self._add_flag(section, Action(name, meaning, _get_metavar(info.annotation)))
 
     def _add_flag(self, group: Any, action: Action) -> None:
-        name, metavar = action.name, action.metavar
+        name, metavar, meaning = action.name, action.metavar, action.meaning.replace("%", "%%")
         names = [name, *(alias for alias, target in self._aliases.items() if target == name)]
-        flags = [format_flag(each) for each in names]
-        options = {"dest": name, "default": argparse.SUPPRESS}
-        meaning = action.meaning.replace("%", "%%")
         self._metavars[name] = metavar
-        self._flags += flags
+
+        def add(prefix: str, **options: Any) -> None:
+            flags = [format_flag(prefix + each) for each in names]
+            self._flags += flags
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, **options)
+
         if metavar is None:
-            group.add_argument(*flags, action="store_true", help=meaning, **options)
+            add("", action="store_true", help=meaning)
             return
         # A missing value is reported after parsing, together with all other problems.
-        self._flags_with_value.update(flags)
-        options |= {"action": "append" if action.repeats else "store", "metavar": metavar}
-        group.add_argument(*flags, nargs="?", const=_NO_VALUE, help=meaning, **options)
+        how = "append" if action.repeats else "store"
+        add("", action=how, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning)
         if metavar in _SWITCHES:
-            negated = [format_flag("no_" + each) for each in names]
-            off = _SWITCHES[metavar][1]
-            self._flags += negated
-            options = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            group.add_argument(*negated, action="store_const", const=off, **options)
+            add("no_", action="store_const", const=_SWITCHES[metavar][1], help=argparse.SUPPRESS)
 
     def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """Split `argv` into (settings, actions, problems). `--help` prints and exits with 0."""
@@ -153,14 +138,15 @@ class CommandLine:
         nulls: dict[str, None] = {}  # pydantic's validation of strings has no null
         actions: dict[str, Any] = {}
         for name, value in vars(known).items():
-            metavar = self._metavars[name]
+            metavar, parts = self._metavars[name], value if isinstance(value, list) else [value]
             if value is _NO_VALUE and metavar in _SWITCHES:
                 texts[name] = _SWITCHES[metavar][0]
-            elif _is_missing(value, metavar):
-                dash = f"; one that begins with a dash is written {format_flag(name)}=VALUE"
-                shown = metavar if name == self._operand_name else format_flag(name)
+            elif any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in parts):
+                flag = format_flag(name)
+                dash = f"; one that begins with a dash is written {flag}=VALUE"
+                shown = flag if flag in self._flags else metavar  # an operand has no flag
                 problems.append(f"{shown} needs a value{dash if metavar == _TEXT else ''}")
-            elif name in self._actions:
+            elif name not in fields:
                 actions[name] = value
             elif value == "null" and NoneType in get_args(fields[name].annotation):
                 nulls[name] = None
@@ -176,8 +162,8 @@ class CommandLine:
         """
         words: list[str] = []
         for word in argv:
-            is_negative = re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
-            if is_negative and words and words[-1] in self._flags_with_value:
+            is_negative = re.match(r"-(\d|\.\d|inf|nan)", word)
+            if is_negative and words and words[-1] in self._flags:
                 words[-1] += "=" + word
             elif word.startswith("--"):
                 name, equals, value = word.partition("=")
@@ -198,8 +184,3 @@ class CommandLine:
                 problems.append(f"unexpected argument {format_value(word)}: settings are --flags")
             after_unknown_flag = is_flag and not equals
         return problems
-
-
-def _is_missing(value: Any, metavar: str | None) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in values)

@@ -6,7 +6,7 @@ device is tested, its arithmetic is not.
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,27 +25,22 @@ _T = TypeVar("_T")
 def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
     """Return the device for `--device`: auto is CUDA, else MPS, else the CPU.
 
-    Under torchrun every rank has its own CUDA device, or all ranks share the CPU.
-
-    Raises:
-        UserError: the device is not available.
+    Under torchrun every rank has its own CUDA device, or all ranks share the CPU. Raises
+    `UserError` if the device is not available.
     """
     if ranks is not None and ranks.size > 1:
         return _choose_device_of_rank(requested, ranks)
     if requested == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        has_mps = torch.backends.mps.is_available()
+        requested = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(requested)
-    problem = None
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        problem = "no Apple GPU here; try --device auto"
-    elif device.type == "cuda" and not torch.cuda.is_available():
-        problem = "no CUDA device here; try --device auto"
-    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        problem = f"{torch.cuda.device_count()} CUDA devices here, counted from cuda:0"
-    if problem:
-        raise UserError(f"--device {requested}: PyTorch sees {problem}")
+    if device.type == "cpu":
+        return device
+    is_cuda = device.type == "cuda"
+    number = torch.cuda.device_count() if is_cuda else int(torch.backends.mps.is_available())
+    if (device.index or 0) >= number:
+        found = pluralize(number, f"{device.type.upper()} device")
+        raise UserError(f"--device {requested}: PyTorch sees {found} here; try --device auto")
     return device
 
 
@@ -90,10 +85,8 @@ def _read_cpuinfo(key: str) -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work, before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def get_peak_memory(device: torch.device) -> int | None:
@@ -159,22 +152,24 @@ MIN_FLOPS_TO_COMPILE = {"cpu": 3e13, "cuda": 3e15}
 
 @dataclass(frozen=True)
 class CompileResult:
-    """The backend of torch.compile in effect, or `off`, and the reason.
-
-    `fell_back` if compiling was chosen and failed.
-    """
+    """The backend of torch.compile in effect, or `off`, and the reason."""
 
     mode: str = "off"
     reason: str = ""
-    fell_back: bool = False
+    fell_back: bool = False  # compiling was chosen and failed
 
 
 def choose_backend(
-    requested: str, backend: str, device: torch.device, operations: float
+    requested: str,
+    backend: str,
+    device: torch.device,
+    amount: float,
+    worthwhile: Mapping[str, float] = MIN_FLOPS_TO_COMPILE,
 ) -> CompileResult:
     """Return the backend for `--torch-compile` and `--compile-backend` on a device.
 
-    `operations` counts the whole run from step 0, so that a resumed run chooses the same.
+    `worthwhile` is the amount of work from which on compiling pays off, by type of device.
+    Training counts the whole run from step 0, so that a resumed run chooses the same.
     """
     if requested == "off":
         return CompileResult("off", "torch_compile is off")
@@ -182,13 +177,13 @@ def choose_backend(
         backend = "aot_eager" if device.type == "mps" else "inductor"
     if requested == "on":
         return CompileResult(backend, "torch_compile is on")
-    if device.type not in MIN_FLOPS_TO_COMPILE:
+    if device.type not in worthwhile:
         return CompileResult("off", f"compiling saves no time on {device.type.upper()}")
     if device.type == "cpu" and sys.platform == "win32":
         return CompileResult("off", "on Windows it needs torch_compile on")
-    if operations < MIN_FLOPS_TO_COMPILE[device.type]:
-        return CompileResult("off", "the run is too short for compiling to pay back")
-    return CompileResult(backend, "it pays back within the run")
+    if amount < worthwhile[device.type]:
+        return CompileResult("off", "the run is too short for compiling to pay off")
+    return CompileResult(backend, "it pays off within the run")
 
 
 def compile_model(
@@ -198,52 +193,43 @@ def compile_model(
 
     torch compiles at the first forward and the first backward pass, so `probe(train_model)` makes
     a step of both. Its draws from the random number generators of CPU and CUDA are undone.
-
-    Raises:
-        UserError: compiling fails, and `requested` is "on".
+    Raises `UserError` if it fails and `requested` is "on".
     """
     if wanted.mode == "off":
         return model, wanted
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
-    def probe_and_restore(train_model: Callable) -> None:
+    def compile_and_probe() -> Callable:
+        train_model = torch.compile(model, backend=wanted.mode, dynamic=False)
         with torch.random.fork_rng(devices=devices):
             probe(train_model)
+        return train_model
 
-    def compile_it() -> Callable:
-        return torch.compile(model, backend=wanted.mode, dynamic=False)
-
-    train_model, effective = try_compile(compile_it, wanted, requested, probe_and_restore)
+    train_model, effective = try_compile(compile_and_probe, wanted, requested)
     return (model if train_model is None else train_model), effective
 
 
 def try_compile(
-    compile_it: Callable[[], _T],
-    wanted: CompileResult,
-    requested: str,
-    probe: Callable[[_T], None],
+    compile_and_probe: Callable[[], _T], wanted: CompileResult, requested: str
 ) -> tuple[_T | None, CompileResult]:
-    """Return `compile_it()`, or None if it or its `probe` fails, and the result in effect.
+    """Return `compile_and_probe()`, or None if it fails, and the result in effect.
 
-    Raises:
-        UserError: compiling fails, and `requested` is "on".
+    Raises `UserError` if it fails and `requested` is "on".
     """
     torch.compiler.reset()  # earlier models of this process count against the recompile limit
     try:
-        compiled = compile_it()
-        probe(compiled)
+        return compile_and_probe(), wanted
     except Exception as error:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {format_reason(error)[:200]}"
+        reason = f"{wanted.mode} does not work here ({reason})"
         if requested == "on":
             raise UserError(
-                f"torch_compile is on, and {wanted.mode} does not work here ({reason}): install "
-                "what it needs, which is a C++ compiler on a CPU, or set torch_compile to off"
+                f"torch_compile is on, and {reason}: install what it needs, which is a C++ "
+                "compiler on a CPU, or set torch_compile to off"
             ) from error
-        reason = f"{wanted.mode} does not work here ({reason})"
         return None, CompileResult("off", reason, fell_back=True)
-    return compiled, wanted
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,10 +16,7 @@ MAX_ELEMENTS, MAX_ELEMENTS_CPU = 1 << 22, 1 << 18
 
 
 def count_parallel_windows(model: nn.Module) -> int:
-    """Return how many windows of `block_size` tokens to evaluate in one batch; 0 if not even one.
-
-    The number affects rounding only.
-    """
+    """Return how many windows to evaluate in one batch, or 0; the number affects rounding only."""
     weight = model.token_embedding.weight  # (V, C)
     elements = MAX_ELEMENTS_CPU if weight.device.type == "cpu" else MAX_ELEMENTS
     return elements // (model.block_size * max(weight.shape))
@@ -67,13 +64,10 @@ def compute_token_losses(
     stride: int,
     on_progress: Callable[[int], None] = lambda num_windows: None,
 ) -> np.ndarray:
-    """Compute the loss of each token but the first, `(N - 1,)` float32, in nats, in float32.
+    """Compute the loss of each of `tokens`, `(N,)`, but the first: `(N - 1,)` float32, in nats.
 
-    Args:
-        model: a `LanguageModel`; its mode is restored.
-        tokens: ids, `(N,)`, with N at least 2.
-        stride: tokens from one window to the next, from 1 to the model's `block_size`.
-        on_progress: called with the number of windows done.
+    N is at least 2, and `stride` from 1 to the model's `block_size`. `on_progress` is called with
+    the number of windows done.
     """
     T, rows = model.block_size, max(1, count_parallel_windows(model))
     losses = np.empty(tokens.size - 1, dtype=np.float32)

@@ -5,6 +5,7 @@ wrapped or truncated: a sample may contain any character.
 """
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -26,10 +27,7 @@ TORCHRUN_GRACE = 10.0  # seconds that the other ranks leave torchrun to end them
 class Output:
     """Print a command's output, and record it for `console.txt`.
 
-    Args:
-        quiet: print nothing on standard output; warnings, errors and the record are unaffected.
-        stream: standard output by default.
-
+    `quiet` prints nothing on standard output; warnings, errors and the record are unaffected.
     `exit_status` is 1 if standard output could not be written, for a command whose result that is.
     """
 
@@ -37,8 +35,9 @@ class Output:
         self.quiet = quiet
         self.exit_status = 1 if stream is None and sys.stdout is None else 0
         self.console = Console(file=stream, markup=False, emoji=False, highlight=False)
-        self._file: IO[str] | None = None
-        self._pending: list[str] = []  # recorded before there is a file
+        if isinstance(self.console.file, io.TextIOWrapper):  # perhaps a terminal that is not UTF-8
+            self.console.file.reconfigure(errors="replace")
+        self._record = io.StringIO()  # until there is a file
         self._progress: Progress | None = None
 
     def print(self, text: str = "") -> None:
@@ -57,7 +56,7 @@ class Output:
         self.record(text)
 
     def print_note(self, text: str) -> None:
-        """Print to standard error, and record, what is not part of a command's result."""
+        """Print to standard error, and record, a line that is not part of a command's result."""
         if self._progress is not None:  # above the bar, not through it
             self._print(text)
         elif sys.stderr is not None:  # else print() would take standard output
@@ -78,24 +77,19 @@ class Output:
 
     def record(self, text: str) -> None:
         """Record `text` without printing it."""
-        if self._file is None:
-            self._pending.append(text)
-        else:
-            self._file.write(text + "\n")
-            self._file.flush()
+        self._record.write(text + "\n")
+        self._record.flush()
 
     def record_to(self, path: Path) -> None:
         """Write everything recorded so far, and from now on, to `path`."""
-        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
-        for text in self._pending:
-            self.record(text)
-        self._pending.clear()
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        file.write(self._record.getvalue())
+        self._record = file
 
     def close(self) -> None:
         """Close the record."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+        record, self._record = self._record, io.StringIO()
+        record.close()
 
     @contextlib.contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
@@ -103,21 +97,18 @@ class Output:
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        progress = Progress(
+        columns = (
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            console=self.console,
-            transient=True,
-            refresh_per_second=4,
         )
-        progress.add_task("train", total=total, status="")
-        self._progress = progress
-        try:
-            with progress:
+        with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
+            bar.add_task("train", total=total, status="")
+            self._progress = bar
+            try:
                 yield
-        finally:
-            self._progress = None
+            finally:
+                self._progress = None
 
     def advance(self, step: int, status: str) -> None:
         """Move the progress bar to `step`, with `status` (loss, speed, time left) beside it."""
@@ -128,22 +119,16 @@ class Output:
         if self.quiet:
             return
         try:
-            self._write(text, end)
-        except UnicodeEncodeError:  # a terminal that is not UTF-8
-            encoding = self.console.file.encoding or "ascii"
-            self._write(text.encode(encoding, "replace").decode(encoding), end)
+            if self._progress is not None:  # rich then redraws the bar below the text
+                self.console.out(text, highlight=False)
+            else:
+                self.console.file.write(text + end)
+                self.console.file.flush()
         except BrokenPipeError:  # as in `python train.py | head`: the run continues
             self.quiet = True
         except OSError as error:  # standard output is a file on a full disk
             self.quiet, self.exit_status = True, 1
             self.print_warning(f"standard output cannot be written: {error.strerror}")
-
-    def _write(self, text: str, end: str) -> None:
-        if self._progress is not None:  # rich then redraws the bar below the text
-            self.console.out(text, highlight=False)
-            return
-        self.console.file.write(text + end)
-        self.console.file.flush()
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -158,29 +143,24 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     prefix = f"rank {ranks.rank}: " if ranks.rank > 0 else ""
     try:
         return command(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        if ranks.local_rank > 0:
-            time.sleep(TORCHRUN_GRACE)
-        for problem in error.problems:
-            output.print_error(f"{prefix}{problem}")
-        return error.exit_status
-    except RunError as error:
-        output.print_error(f"{prefix}{error}")
-        if ranks.size > 1:  # a regular exit would wait for connections that are broken
-            os._exit(error.exit_status)
-        return error.exit_status
     except NothingToDo as reason:
         output.print(str(reason))
         return reason.exit_status
     except EndedOnAnotherRank as reason:
         time.sleep(TORCHRUN_GRACE)
         return reason.exit_status
+    except (UserError, RunError) as error:
+        has_failed = isinstance(error, RunError)
+        if ranks.local_rank > 0 and not has_failed:
+            time.sleep(TORCHRUN_GRACE)
+        for problem in str(error).split("\n"):
+            output.print_error(f"{prefix}{problem}")
+        if ranks.size > 1 and has_failed:  # an exit would wait for connections that are broken
+            os._exit(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         output.print_error("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of standard output is gone: Python's last flush must work
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def format_command(program: str) -> str:
@@ -188,15 +168,14 @@ def format_command(program: str) -> str:
 
     `python train.py`, or `.venv/bin/python train.py` if that environment is not active.
     """
+    python = Path(sys.executable)
     is_script = program.endswith(".py")
+    path = python if is_script else python.parent / program
     name = "python" if is_script else program
-    path = Path(sys.executable) if is_script else Path(sys.executable).parent / program
-    found = shutil.which(name)
-    is_active = found is not None and Path(found).parent == path.parent
-    command = name if is_active or not (is_script or path.exists()) else _format_path(path)
-    if not is_script:
-        return command
-    return f"{command} {_format_path(Path(__file__).resolve().parent.parent / program)}"
+    is_active = Path(shutil.which(name) or "").parent == path.parent
+    command = name if is_active or not path.exists() else _format_path(path)
+    script = Path(__file__).resolve().parent.parent / program
+    return f"{command} {_format_path(script)}" if is_script else command
 
 
 def _format_path(path: Path) -> str:
@@ -204,9 +183,9 @@ def _format_path(path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def pluralize(count: int, noun: str, plural: str | None = None) -> str:
-    """Return `1 layer` or `4 layers`; `plural` is for irregular nouns."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+def pluralize(count: int, noun: str) -> str:
+    """Return `1 layer` or `4 layers`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def format_duration(seconds: float) -> str:
@@ -237,11 +216,10 @@ def format_age(seconds: float) -> str:
 
 def format_bytes(count: float) -> str:
     """Return `512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, at most GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = 1 + (count >= 1e6) + (count >= 1e9)
+    return f"{count / 1000**power:.1f} {' KMG'[power]}B"
 
 
 def format_char_counts(counts: Mapping[str, int]) -> str:
@@ -250,5 +228,4 @@ def format_char_counts(counts: Mapping[str, int]) -> str:
         f"{char!r} ({'once' if count == 1 else f'{count:,} times'})"
         for char, count in list(counts.items())[:20]
     ]
-    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
-    return ", ".join(shown) + more
+    return ", ".join(shown) + (f" and {len(counts) - 20} more" if len(counts) > 20 else "")
