@@ -208,7 +208,7 @@ def describe_callbacks(factories: Mapping[str, CallbackFactory]) -> list[dict[st
     described = []
     for name, make in factories.items():
         file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
-        digest = hash_file(Path(file)) if file and is_file(Path(file)) else None
+        digest = hash_file(Path(file)) if file and is_file(file) else None
         described.append({"name": name, "file": file, "sha256": digest})
     return described
 

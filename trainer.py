@@ -104,11 +104,11 @@ from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
 from utils.run_manager import (
-    MetadataCapture,
     RunDirectory,
-    RunDirectoryCreator,
-    RunIDGenerator,
+    create_run_directory,
+    create_run_id,
     read_record,
+    write_metadata,
     write_result,
 )
 from utils.stop import StopRequest
@@ -770,8 +770,7 @@ def open_run(
 ) -> RunDirectory:
     """Create the run directory with its `console.txt` and `meta/`, and print the banner."""
     config, data, plan = trainer.config, trainer.data, trainer.plan
-    run_id = RunIDGenerator.generate(plan.run_tag)
-    run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+    run = create_run_directory(Path(config.runs_dir), create_run_id(plan.run_tag))
     output.record_to(run.console)
     output.print(summary.format_banner(trainer, loaded.changes if loaded else []))
     output.print(f"Run     {run.path}\n")
@@ -790,8 +789,8 @@ def open_run(
         "torch": torch.__version__,
         "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
     }
-    capture = MetadataCapture(run.meta, CHECKOUT)
-    capture.capture(recorded, trainer.sources, describe_run(trainer, run.run_id, argv), machine)
+    about = describe_run(trainer, run.run_id, argv)
+    write_metadata(run.meta, CHECKOUT, recorded, trainer.sources, about, machine)
     return run
 
 

@@ -361,7 +361,7 @@ def rehash(directory: Path, name: str) -> None:
         ("config.json", lambda c: {**c, "n_embd": 16}, "model.safetensors"),
         ("tokenizer.json", lambda c: {**c, "chars": ["a"]}, "tokenizer.json .*config.json"),
         ("tokenizer.json", lambda c: {**c, "chars": 3}, "chars"),
-        ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind 'bpe'"),
+        ("tokenizer.json", lambda c: {**c, "token_kind": "bpe"}, "token_kind.*bpe"),
         (STATE_FILE, lambda c: {**c, "step": -1}, f"{STATE_FILE}.*: step"),
         (STATE_FILE, lambda c: {**c, "step": True}, f"{STATE_FILE}.*: step"),
         (STATE_FILE, lambda c: {**c, "val_loss": "low"}, f"{STATE_FILE}.*: val_loss"),
@@ -508,7 +508,7 @@ def test_an_invalid_safetensors_header_is_an_error_in_one_line(bundle, content):
 
 def test_bundles_are_read_without_torch(bundle):
     code = (
-        "import sys, bundle, start, inspect_model; bundle.get_model_info(sys.argv[1]); "
+        "import sys, bundle, resume, inspect_model; bundle.get_model_info(sys.argv[1]); "
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(bundle[0])], check=True, cwd=CHECKOUT)
