@@ -86,7 +86,6 @@ TRAINING_FACTS = (
     "state_sha256",
 )
 
-_CHECKPOINT = re.compile(r"step_[0-9]{8,}")
 _OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
 _T = TypeVar("_T")
 
@@ -334,13 +333,12 @@ def _is_abandoned(temporary: Path) -> bool:
 
     Processes of other hosts cannot be checked: a day without a change is enough.
     """
-    ours = _OURS.fullmatch(temporary.name)
-    if ours is None:
-        return False
-    if ours["host"] == _host():
-        return int(ours["process"]) == os.getpid() or not is_process_running(int(ours["process"]))
-    with contextlib.suppress(OSError):
-        return time.time() - temporary.stat().st_mtime > 86_400
+    if ours := _OURS.fullmatch(temporary.name):
+        process = int(ours["process"])
+        if ours["host"] == _host():
+            return process == os.getpid() or not is_process_running(process)
+        with contextlib.suppress(OSError):
+            return time.time() - temporary.stat().st_mtime > 86_400
     return False
 
 
@@ -455,11 +453,9 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     """Return the object in a JSON file, its `format_version` checked and removed."""
     try:
         values = json.loads(content)
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged: not JSON: {error}") from None
-    version = values.pop("format_version", None)
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}: "
@@ -561,7 +557,7 @@ def is_run(directory: Path) -> bool:
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the run directories in `runs_dir`, newest first."""
     started = {}
-    for run in filter(is_run, _list_directories(runs_dir)):
+    for run in filter(is_run, glob_files(runs_dir, "*")):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             made = run.stat().st_mtime_ns
             # A run's name begins with its start time, unless a user has renamed it.
@@ -583,8 +579,9 @@ def find_run_of(bundle: Path) -> Path | None:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run in the order of their steps."""
-    found = [path for path in _list_directories(run / "artifacts/checkpoints") if is_bundle(path)]
-    return sorted(filter(lambda path: _CHECKPOINT.fullmatch(path.name), found), key=parse_step)
+    found = glob_files(run / "artifacts" / "checkpoints", "step_*")
+    named = [path for path in found if re.fullmatch(r"step_[0-9]{8,}", path.name)]
+    return sorted(filter(is_bundle, named), key=parse_step)
 
 
 def parse_step(checkpoint: Path) -> int:
@@ -594,14 +591,7 @@ def parse_step(checkpoint: Path) -> int:
 
 def list_named_models(checkpoints_dir: Path) -> list[Path]:
     """Return the named models in `checkpoints_dir` in the order of their names."""
-    return sorted(filter(is_bundle, _list_directories(checkpoints_dir)))
-
-
-def _list_directories(directory: Path) -> list[Path]:
-    try:
-        return [path for path in directory.iterdir() if is_directory(path)]
-    except OSError:
-        return []
+    return sorted(filter(is_bundle, glob_files(checkpoints_dir, "*")))
 
 
 def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:

@@ -103,14 +103,14 @@ class Callback:
         """Observe the end of the run, once; `result` is None if the run failed."""
 
 
+@dataclass(frozen=True)
 class EarlyStopping(Callback):
     """Stops a run if the val loss has not improved for `patience` evaluations.
 
     The count is saved with the training state: it continues on resume.
     """
 
-    def __init__(self, patience: int):
-        self.patience = patience
+    patience: int
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Return the reason to stop, if the best evaluation is too long ago."""
@@ -126,12 +126,7 @@ METHODS = ("after_step", "after_evaluation", "at_end")
 
 
 class Callbacks:
-    """Calls each callback; one that raises is removed with a warning, and the run continues.
-
-    Args:
-        callbacks: objects by the names that warnings use.
-        warn: receives a warning and its traceback.
-    """
+    """Calls each callback; one that raises is removed with a warning, and the run continues."""
 
     def __init__(self, callbacks: Mapping[str, object], warn: Callable[[str, str], None]):
         self._callbacks: Isolated[object] = Isolated(warn)

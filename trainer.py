@@ -437,8 +437,7 @@ def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tupl
         return stop.requested, why_stop
     has_reason = int(why_stop is not None and world.is_main)
     signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
-    if signal:
-        stop.request(signal)
+    stop.signal = stop.signal or signal
     return bool(signal), world.broadcast(why_stop) if has_reason else None
 
 
