@@ -128,10 +128,8 @@ METHODS = ("after_step", "after_evaluation", "at_end")
 class Callbacks:
     """Calls each callback; one that raises is removed with a warning, and the run continues."""
 
-    def __init__(self, callbacks: Mapping[str, object], warn: Callable[[str, str], None]):
+    def __init__(self, warn: Callable[[str, str], None]):
         self._callbacks: Isolated[object] = Isolated(warn)
-        for name, callback in callbacks.items():
-            self._callbacks.add(name, lambda callback=callback: callback)
 
     def add(self, factories: Mapping[str, CallbackFactory], config: ModelConfig) -> None:
         """Create callbacks and add them. Raises `UserError` if one cannot be created."""

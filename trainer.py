@@ -868,10 +868,11 @@ def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
     `at_end` is called even if the run fails. Raises `UserError` if one cannot be created.
     """
     patience = trainer.config.early_stopping_patience
-    own = {"early stopping": EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks(own if trainer.world.is_main else {}, output.print_warning)
+    own = {"early stopping": lambda _: EarlyStopping(patience)} if patience else {}
+    callbacks = Callbacks(output.print_warning)
     try:
-        trainer.world.broadcast_from_main(callbacks.add, trainer.callbacks, trainer.config)
+        factories = {**own, **trainer.callbacks}
+        trainer.world.broadcast_from_main(callbacks.add, factories, trainer.config)
         yield callbacks
     finally:
         callbacks.at_end(None)  # does nothing for those already called with a result

@@ -53,21 +53,16 @@ def sanitize_tag(tag: str | None) -> str:
 
 
 class RunDirectory:
-    """Paths in a run directory.
-
-    `checkpoints` holds the bundles `step_00001000/` and so on, `export` the bundle of the best
-    model, `metrics` a JSON line per step and per evaluation, `samples` a JSON line per generated
-    sample, and `meta` the record of how the run was made.
-    """
+    """Paths in a run directory."""
 
     def __init__(self, path: Path):
         self.path = path
         self.run_id = path.name
         self.checkpoints = path / "artifacts" / "checkpoints"
-        self.export = path / "artifacts" / "export"
+        self.export = path / "artifacts" / "export"  # the bundle of the best model
         self.tensorboard = path / "logs" / "tensorboard"
-        self.metrics = path / "logs" / "metrics.jsonl"
-        self.samples = path / "logs" / "samples.jsonl"
+        self.metrics = path / "logs" / "metrics.jsonl"  # a line per step and per evaluation
+        self.samples = path / "logs" / "samples.jsonl"  # a line per generated sample
         self.console = path / "logs" / "console.txt"
         self.meta = path / "meta"
         self.report = path / "report.html"
@@ -85,8 +80,8 @@ def create_run_directory(runs_dir: Path, run_id: str) -> RunDirectory:
     """
     try:
         make_directory(runs_dir)
-        for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
-            run = RunDirectory(runs_dir / f"{run_id}{suffix}")
+        for number in itertools.count(1):
+            run = RunDirectory(runs_dir / (f"{run_id}_{number}" if number > 1 else run_id))
             with contextlib.suppress(FileExistsError):
                 run.path.mkdir()  # atomic: fails if another process has just created it
                 break
