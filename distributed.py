@@ -92,17 +92,17 @@ class World:
         distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
         return message[0]
 
-    def broadcast_from_main(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    def broadcast_from_main(self, function: Callable[..., _T], *args: Any) -> _T:
         """Call `function` on rank 0 only, and broadcast its result to all ranks.
 
         If it raises, rank 0 raises that exception and the other ranks `EndedOnAnotherRank`.
         """
         if self.size == 1:
-            return function(*args, **kwargs)
+            return function(*args)
         result = exit_status = None
         try:
             if self.is_main:
-                result = function(*args, **kwargs)
+                result = function(*args)
         except BaseException as error:
             exit_status = getattr(error, "exit_status", 1)
             raise
@@ -112,13 +112,13 @@ class World:
             raise EndedOnAnotherRank(exit_status)
         return result
 
-    def run_on_all_ranks(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    def run_on_all_ranks(self, function: Callable[[], _T]) -> _T:
         """Call `function` on every rank; if it fails on any, all raise, and rank 0 says why."""
         if self.size == 1:
-            return function(*args, **kwargs)
+            return function()
         failure: BaseException | None = None
         try:
-            result = function(*args, **kwargs)
+            result = function()
         except (UserError, RunError, NothingToDo) as error:
             failure = error
         own = failure and (type(failure), getattr(failure, "problems", (str(failure),)))

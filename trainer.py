@@ -525,16 +525,19 @@ def prepare_trainer(
         given = config.model_fields_set
         sources = {n: "train()" if n in given else "default" for n in ModelConfig.model_fields}
     bundle = read_start_bundle(plan)
-    data = world.run_on_all_ranks(
-        load_dataset,
-        config,
-        tokenizer=load_tokenizer(bundle) if bundle else None,
-        may_extend=not plan.is_resume,
-        # A model trained on the sample corpus resumes on it, even if there is an input.txt now.
-        sample=plan.is_resume and sources["data"] == str(plan.bundle.path),
-        cache=cache,
-        on_progress=on_progress,
-    )
+
+    def load() -> Dataset:
+        return load_dataset(
+            config,
+            tokenizer=load_tokenizer(bundle) if bundle else None,
+            may_extend=not plan.is_resume,
+            # A model trained on the sample corpus resumes on it, whatever input.txt is there now.
+            sample=plan.is_resume and sources["data"] == str(plan.bundle.path),
+            cache=cache,
+            on_progress=on_progress,
+        )
+
+    data = world.run_on_all_ranks(load)
     if loaded is not None:
         check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)

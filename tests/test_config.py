@@ -327,7 +327,7 @@ def test_a_text_that_cannot_be_read_is_a_config_error(sources, tmp_path):
     assert sources.problems({"data": "none.txt"}) == ["none.txt (--data): no such file"]
     (tmp_path / "empty.txt").touch()
     assert "the file is empty" in sources.problems({"data": str(tmp_path / "empty.txt")})[0]
-    assert "a directory" in sources.problems({"data": str(tmp_path)})[0]
+    assert "directory" in sources.problems({"data": str(tmp_path)})[0]
 
 
 def test_a_yaml_dump_of_the_defaults_loads_as_the_defaults(sources):

@@ -17,7 +17,7 @@ import torch
 from helpers import BUNDLE_CONFIG, CHECKOUT, save_bundle
 from rich.console import Console
 
-import data
+import corpus
 import evaluate
 from bundle import TRAINING_SETTINGS, read_state
 from corpus import EncodedCorpus
@@ -258,7 +258,7 @@ def test_a_model_trained_on_the_sample_corpus_is_evaluated_on_it(
     tiny, quiet, capsys, text_file, monkeypatch
 ):
     text = text_file.read_text(encoding="utf-8")
-    monkeypatch.setattr(data, "load_sample_corpus", lambda **options: text)
+    monkeypatch.setattr(corpus, "load_sample_corpus", lambda **options: text)
     run = train(tiny(data=None, eval_iters=0), output=quiet)
     Path("input.txt").write_text("another", encoding="utf-8")
     assert evaluate.main(["--json", "--device=cpu"]) == 0

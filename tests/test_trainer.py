@@ -371,16 +371,16 @@ def test_max_minutes_with_max_iters_is_a_time_limit(tiny, quiet):
 def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tiny, quiet):
     result = train(tiny(), output=quiet)
     text = read_console(result.run_dir)
-    for words in ("Model ", "Text ", "CPU", "step 2/6", "eval 6/6", "--- sample at step 6"):
+    for words in ("Model ", "Text ", "CPU", "step 2/6", "eval 6/6", "--- Sample at step 6"):
         assert words in text, words
-    assert text.count("--- sample at") == 1
+    assert text.count("--- Sample at") == 1
     assert f"inference.py --run {result.run_dir}" in text
 
 
 def test_samples_are_printed_at_the_sample_interval(tiny, quiet):
     result = train(tiny(max_iters=9, eval_interval=2, sample_interval=4), output=quiet)
     text = read_console(result.run_dir)
-    assert [n for n in range(1, 10) if f"--- sample at step {n} ---" in text] == [4, 8, 9]
+    assert [n for n in range(1, 10) if f"--- Sample at step {n} ---" in text] == [4, 8, 9]
 
 
 def test_a_run_that_ends_during_warmup_prints_a_note(tiny, quiet):
