@@ -397,10 +397,7 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
     device = values.pop("device", None)  # recorded, never binding: a model loads on any
     if not isinstance(vocab_size, int) or values.keys() | _ADDED_LATER != _CONFIG_SETTINGS:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
-    try:
-        config = ModelConfig(**values)
-    except ValidationError as error:
-        raise UserError(f"{directory / CONFIG_FILE}: {_format_problem(error)}") from None
+    config = _validate(directory / CONFIG_FILE, ModelConfig, values)
     return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
@@ -412,10 +409,7 @@ def read_state(directory: Path) -> TrainingState:
 
 def _parse_state(path: Path, content: bytes) -> TrainingState:
     values = _parse_json(path, content)
-    try:
-        state = TrainingState(format_version=FORMAT_VERSION, **values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_format_problem(error)}") from None
+    state = _validate(path, TrainingState, values)
     if state.get_fact("state_sha256") != compute_state_digest(values):
         raise UserError(f"{path}: damaged, or changed by hand: it does not match its SHA-256")
     if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
@@ -464,10 +458,14 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     return values
 
 
-def _format_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(map(str, problem["loc"]))
-    return f"{key}: {problem['msg']}" if key else problem["msg"]
+def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) -> _T:
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        parts = filter(None, (str(path), key, problem["msg"]))
+        raise UserError(": ".join(parts)) from None
 
 
 @_retry_if_published
