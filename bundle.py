@@ -86,7 +86,6 @@ TRAINING_FACTS = (
     "state_sha256",
 )
 
-_CHECKPOINT = re.compile(r"step_[0-9]{8,}")
 _OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
 _T = TypeVar("_T")
 
@@ -135,13 +134,20 @@ class NoModelError(UserError):
     """A run has saved no model yet."""
 
 
+class _DamageError(UserError):
+    def __init__(self, path: Path):
+        super().__init__(
+            f"{path}: not the file that was saved with this model: it is missing, damaged, "
+            f"or comes from another one{get_remedy(path.name)}"
+        )
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle that was read and verified.
 
     `config` has the model's architecture and `batch_size`; its other settings are defaults.
-    `contents` has the bytes of the larger files that were asked for, so that the verified bytes
-    are the ones that are used, even if another process publishes meanwhile.
+    `contents` has the verified bytes of its files, weights and optimizer only if asked for.
     """
 
     path: Path
@@ -172,10 +178,9 @@ def write_bundle(
     `save_weights(path)` and `save_optimizer(path)` write those files; `state.files` and
     `state.optimizer_file` are filled in here. If anything raises, `directory` is unchanged.
     """
-    recorded = {"vocab_size": vocab_size, "device": device}
+    values = config.model_dump(include=_CONFIG_SETTINGS)
     with _publish(directory) as building:
-        values = {**config.model_dump(include=_CONFIG_SETTINGS), **recorded}
-        _write_json(building / CONFIG_FILE, values)
+        _write_json(building / CONFIG_FILE, {**values, "vocab_size": vocab_size, "device": device})
         _write_json(building / TOKENIZER_FILE, tokenizer)
         for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
             write_with(building / name, save, like=building / CONFIG_FILE)
@@ -189,21 +194,19 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
     Raises `UserError` if a file of `source` is missing, damaged, or replaced meanwhile.
     """
     state = read_state(source)
-    dropped = () if with_optimizer else (OPTIMIZER_FILE,)
-    files = {name: digest for name, digest in state.files.items() if name not in dropped}
+    files = {k: v for k, v in state.files.items() if with_optimizer or k != OPTIMIZER_FILE}
     with _publish(target) as building:
         for name, digest in files.items():
-            copied = None
             with contextlib.suppress(FileNotFoundError):
-                copied = copy_durable(_locate(source, name), building / name)
-            _check_digest(source / name, copied, digest)
+                if copy_durable(_locate(source, name), building / name) == digest:
+                    continue
+            raise _DamageError(source / name)
         _write_state(building, state, files)
 
 
 def _write_state(building: Path, state: TrainingState, files: dict[str, str]) -> None:
     optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in files else None
-    update = {"files": files, "optimizer_file": optimizer_file}
-    content = state.model_copy(update=update).model_dump()
+    content = {**state.model_dump(), "files": files, "optimizer_file": optimizer_file}
     content["training_config"]["state_sha256"] = compute_state_digest(content)
     _write_json(building / STATE_FILE, content)
 
@@ -259,9 +262,8 @@ def _finish(directory: Path, committed: Path) -> None:
     Raises `UserError` if the committed state is damaged.
     """
     content = None
-    if is_file(committed / STATE_FILE):  # the last to be moved: else all have been
-        with contextlib.suppress(FileNotFoundError):
-            content = (committed / STATE_FILE).read_bytes()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # moved last: else all were
+        content = (committed / STATE_FILE).read_bytes()
     if content is not None:
         files = _parse_state(committed / STATE_FILE, content).files
         sync(directory)  # the commit must be on the disk before the old bundle changes
@@ -331,13 +333,12 @@ def _is_abandoned(temporary: Path) -> bool:
 
     Processes of other hosts cannot be checked: a day without a change is enough.
     """
-    ours = _OURS.fullmatch(temporary.name)
-    if ours is None:
-        return False
-    if ours["host"] == _host():
-        return int(ours["process"]) == os.getpid() or not is_process_running(int(ours["process"]))
-    with contextlib.suppress(OSError):
-        return time.time() - temporary.stat().st_mtime > 86_400
+    if ours := _OURS.fullmatch(temporary.name):
+        process = int(ours["process"])
+        if ours["host"] == _host():
+            return process == os.getpid() or not is_process_running(process)
+        with contextlib.suppress(OSError):
+            return time.time() - temporary.stat().st_mtime > 86_400
     return False
 
 
@@ -383,50 +384,32 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
     Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
     state = read_state(directory)
-    for name in dict.fromkeys((*MODEL_FILES, *names)):
-        if not is_file(_locate(directory, name)):
-            raise UserError(
-                f"{directory / name}: not there: the model is incomplete{get_remedy(name)}"
-            )
-    contents = {name: _read_verified(directory, name, state) for name in names}
-    values, tokenizer = (
-        _parse_json(directory / name, _read_verified(directory, name, state))
-        for name in (CONFIG_FILE, TOKENIZER_FILE)
-    )
+    if not is_file(_locate(directory, WEIGHTS_FILE)):
+        raise _DamageError(directory / WEIGHTS_FILE)
+    contents = {}
+    for name in (CONFIG_FILE, TOKENIZER_FILE, *names):
+        contents[name] = _read(directory, name)
+        if hashlib.sha256(contents[name]).hexdigest() != state.files.get(name):
+            raise _DamageError(directory / name)
+    values = _parse_json(directory / CONFIG_FILE, contents[CONFIG_FILE])
+    tokenizer = _parse_json(directory / TOKENIZER_FILE, contents[TOKENIZER_FILE])
     vocab_size = values.pop("vocab_size", None)
-    known = {*_CONFIG_SETTINGS, "device"}
-    missing = known - values.keys() - _ADDED_LATER
-    if not isinstance(vocab_size, int) or values.keys() - known or missing:
+    device = values.pop("device", None)  # recorded, never binding: a model loads on any
+    if not isinstance(vocab_size, int) or values.keys() | _ADDED_LATER != _CONFIG_SETTINGS:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
-    device = values.pop("device")  # recorded, never binding: a model loads on any
-    try:
-        config = ModelConfig(**values)
-    except ValidationError as error:
-        raise UserError(f"{directory / CONFIG_FILE}: {_format_problem(error)}") from None
+    config = _validate(directory / CONFIG_FILE, ModelConfig, values)
     return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
 @_retry_if_published
 def read_state(directory: Path) -> TrainingState:
     """Read `training_state.json` alone. Raises `UserError` if it is missing or not valid."""
-    if not is_directory(directory):
-        raise UserError(f"{directory}: no such model directory")
-    try:
-        content = _locate(directory, STATE_FILE).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there") from None
-    except OSError as error:
-        raise UserError(f"{directory / STATE_FILE}: cannot be read: {error.strerror}") from None
-    return _parse_state(directory / STATE_FILE, content)
+    return _parse_state(directory / STATE_FILE, _read(directory, STATE_FILE))
 
 
 def _parse_state(path: Path, content: bytes) -> TrainingState:
     values = _parse_json(path, content)
-    try:
-        state = TrainingState(format_version=FORMAT_VERSION, **values)
-    except ValidationError as error:
-        problem = _format_problem(error)
-        raise UserError(f"{path}: not the state of a Folio model: {problem}") from None
+    state = _validate(path, TrainingState, values)
     if state.get_fact("state_sha256") != compute_state_digest(values):
         raise UserError(f"{path}: damaged, or changed by hand: it does not match its SHA-256")
     if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
@@ -442,22 +425,15 @@ def _locate(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _read_verified(directory: Path, name: str, state: TrainingState) -> bytes:
+def _read(directory: Path, name: str) -> bytes:
     try:
-        content = _locate(directory, name).read_bytes()
+        return _locate(directory, name).read_bytes()
+    except FileNotFoundError:
+        if name == STATE_FILE:
+            raise UserError(f"{directory}: not a Folio model: it has no {STATE_FILE}") from None
+        raise _DamageError(directory / name) from None
     except OSError as error:
         raise UserError(f"{directory / name}: cannot be read: {error.strerror}") from None
-    _check_digest(directory / name, hashlib.sha256(content).hexdigest(), state.files.get(name))
-    return content
-
-
-def _check_digest(path: Path, digest: str | None, recorded: str | None) -> None:
-    """Compare a file's SHA-256, or None if the file is missing, with the one in the state."""
-    if digest is None or digest != recorded:
-        raise UserError(
-            f"{path}: not the file that was saved with this model: it is missing, damaged, "
-            f"or comes from another one{get_remedy(path.name)}"
-        )
 
 
 def get_remedy(name: str) -> str:
@@ -473,22 +449,23 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: damaged: not a JSON object")
-    version = values.pop("format_version", None)
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        remedy = "update Folio" if newer else "not a file that Folio wrote"
         raise UserError(
-            f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}: {remedy}"
+            f"{path}: format_version {version!r}, and this Folio reads {FORMAT_VERSION}: "
+            "update Folio if a later one wrote it"
         )
     return values
 
 
-def _format_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(map(str, problem["loc"]))
-    return f"{key}: {problem['msg']}" if key else problem["msg"]
+def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) -> _T:
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        parts = filter(None, (str(path), key, problem["msg"]))
+        raise UserError(": ".join(parts)) from None
 
 
 @_retry_if_published
@@ -496,7 +473,8 @@ def check_files(directory: Path) -> None:
     """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
     for name, digest in read_bundle(directory).state.files.items():
         path = _locate(directory, name)
-        _check_digest(directory / name, hash_file(path) if is_file(path) else None, digest)
+        if not is_file(path) or hash_file(path) != digest:
+            raise _DamageError(directory / name)
 
 
 def get_model_info(
@@ -536,13 +514,10 @@ def _count_parameters(directory: Path) -> dict[str, int]:
     The file begins with the header's length in eight bytes, little-endian, and the header in JSON
     (github.com/huggingface/safetensors#format).
     """
-    path = _locate(directory, WEIGHTS_FILE)
     try:
-        with open(path, "rb") as file:
+        with open(_locate(directory, WEIGHTS_FILE), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(min(length, 1 << 27)))  # a damaged length may be huge
         shapes = {k: tensor["shape"] for k, tensor in header.items() if k != "__metadata__"}
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -580,7 +555,7 @@ def is_run(directory: Path) -> bool:
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the run directories in `runs_dir`, newest first."""
     started = {}
-    for run in filter(is_run, _list_directories(runs_dir)):
+    for run in filter(is_run, glob_files(runs_dir, "*")):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             made = run.stat().st_mtime_ns
             # A run's name begins with its start time, unless a user has renamed it.
@@ -593,18 +568,18 @@ def list_runs(runs_dir: Path) -> list[Path]:
 def find_run_of(bundle: Path) -> Path | None:
     """Return the run directory that a checkpoint or an export is in, or None."""
     for path in (bundle, bundle.resolve()):
-        if path.name == "export" and path.parent.name == "artifacts":
+        if path.match("artifacts/export"):
             return path.parents[1]
-        is_checkpoint = _CHECKPOINT.fullmatch(path.name) and path.parent.name == "checkpoints"
-        if is_checkpoint and path.parents[1].name == "artifacts":
+        if path.match("artifacts/checkpoints/step_*"):
             return path.parents[2]
     return None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run in the order of their steps."""
-    found = [path for path in _list_directories(run / "artifacts/checkpoints") if is_bundle(path)]
-    return sorted(filter(lambda path: _CHECKPOINT.fullmatch(path.name), found), key=parse_step)
+    found = glob_files(run / "artifacts" / "checkpoints", "step_*")
+    named = [path for path in found if re.fullmatch(r"step_[0-9]{8,}", path.name)]
+    return sorted(filter(is_bundle, named), key=parse_step)
 
 
 def parse_step(checkpoint: Path) -> int:
@@ -614,14 +589,7 @@ def parse_step(checkpoint: Path) -> int:
 
 def list_named_models(checkpoints_dir: Path) -> list[Path]:
     """Return the named models in `checkpoints_dir` in the order of their names."""
-    return sorted(filter(is_bundle, _list_directories(checkpoints_dir)))
-
-
-def _list_directories(directory: Path) -> list[Path]:
-    try:
-        return [path for path in directory.iterdir() if is_directory(path)]
-    except OSError:
-        return []
+    return sorted(filter(is_bundle, glob_files(checkpoints_dir, "*")))
 
 
 def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
@@ -634,9 +602,7 @@ def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Pat
         places += [runs_dir / reference, checkpoints_dir / reference]
     found = [place for place in places if is_directory(place)]
     if not found:
-        looked = f"neither {' nor '.join(map(str, places))} is there"
-        reason = looked if len(places) > 1 else "no such directory"
-        raise UserError(f"{reference}: no such model: {reason}")
+        raise UserError(f"{reference}: no such model; looked for {', '.join(map(str, places))}")
     # A directory that merely has a model's name must not hide that model.
     return next((place for place in found if is_bundle(place) or is_run(place)), found[0])
 
@@ -646,8 +612,7 @@ def find_named_model(name: str, checkpoints_dir: Path) -> Path:
     directory = checkpoints_dir / name
     if not is_directory(directory):
         others = ", ".join(path.name for path in list_named_models(checkpoints_dir))
-        found = f"there are: {others}" if others else "none yet"
-        raise UserError(f"{directory}: no such named model; {found}")
+        raise UserError(f"{directory}: no such named model; there are: {others or 'none yet'}")
     return directory
 
 
@@ -657,11 +622,9 @@ def find_usable_bundle(directory: Path) -> Path:
     Raises `NoModelError` for a run without a model, `UserError` for other directories.
     """
     export = directory / "artifacts" / "export"
-    for place in (directory, export):
+    for place in (directory, export, *list_checkpoints(directory)[::-1]):
         if is_bundle(place):
             return place
-    if checkpoints := list_checkpoints(directory):
-        return checkpoints[-1]
     if is_run(directory):
         raise NoModelError(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")

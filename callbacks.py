@@ -103,14 +103,14 @@ class Callback:
         """Observe the end of the run, once; `result` is None if the run failed."""
 
 
+@dataclass(frozen=True)
 class EarlyStopping(Callback):
     """Stops a run if the val loss has not improved for `patience` evaluations.
 
     The count is saved with the training state: it continues on resume.
     """
 
-    def __init__(self, patience: int):
-        self.patience = patience
+    patience: int
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Return the reason to stop, if the best evaluation is too long ago."""
@@ -126,17 +126,10 @@ METHODS = ("after_step", "after_evaluation", "at_end")
 
 
 class Callbacks:
-    """Calls each callback; one that raises is removed with a warning, and the run continues.
+    """Calls each callback; one that raises is removed with a warning, and the run continues."""
 
-    Args:
-        callbacks: objects by the names that warnings use.
-        warn: receives a warning and its traceback.
-    """
-
-    def __init__(self, callbacks: Mapping[str, object], warn: Callable[[str, str], None]):
+    def __init__(self, warn: Callable[[str, str], None]):
         self._callbacks: Isolated[object] = Isolated(warn)
-        for name, callback in callbacks.items():
-            self._callbacks.add(name, lambda callback=callback: callback)
 
     def add(self, factories: Mapping[str, CallbackFactory], config: ModelConfig) -> None:
         """Create callbacks and add them. Raises `UserError` if one cannot be created."""
@@ -208,7 +201,7 @@ def describe_callbacks(factories: Mapping[str, CallbackFactory]) -> list[dict[st
     described = []
     for name, make in factories.items():
         file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
-        digest = hash_file(Path(file)) if file and is_file(Path(file)) else None
+        digest = hash_file(Path(file)) if file and is_file(file) else None
         described.append({"name": name, "file": file, "sha256": digest})
     return described
 

@@ -34,7 +34,7 @@ from distributed import SINGLE_PROCESS, World, gather_to_main, shard_like
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import Tokenizer, restore_tokenizer
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, format_reason
 from utils.files import glob_files
 from utils.run_manager import RunDirectory
 
@@ -65,8 +65,7 @@ def save_checkpoint(
 
     def publish() -> None:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
-            step = state.step
-            raise RunError(f"the weights are not finite after step {step}: lower learning_rate")
+            raise RunError(f"weights are not finite after step {state.step}: lower learning_rate")
         write_bundle(
             directory,
             config=config,
@@ -83,10 +82,7 @@ def save_checkpoint(
 
 @dataclass
 class CheckpointWriter:
-    """Writes the bundles of one run: its checkpoints, its export and its named model, if any.
-
-    `config.keep_checkpoints` and `config.keep_every` say which checkpoints are kept.
-    """
+    """Writes the bundles of one run: its checkpoints, its export and its named model, if any."""
 
     run: RunDirectory
     named_model: Path | None
@@ -114,9 +110,8 @@ class CheckpointWriter:
         """
         if self.newest is None:  # at the first save, so that a run that only loads writes nothing
             self.world.broadcast_from_main(self._clean_up_runs)
-        path = self.run.get_checkpoint(state.step)
-        self._save(path, state)
-        self.newest = path
+        self._save(self.run.get_checkpoint(state.step), state)
+        self.newest = self.run.get_checkpoint(state.step)
         self.world.broadcast_from_main(self._copy_newest, state)
 
     def _save(self, path: Path, state: TrainingState) -> None:
@@ -167,12 +162,13 @@ def _gather_optimizer_state(
     `generators` are those of rank 0, and `other_generators` those of the ranks after it.
     """
     names = _list_parameter_names(model, optimizer)
-    state: dict[str, dict[str, Any]] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        state[names[index]] = {
+    state = {
+        names[index]: {
             key: gather_to_main(value, world) if isinstance(value, Tensor) else value
             for key, value in values.items()
         }
+        for index, values in optimizer.state_dict()["state"].items()
+    }
     generators = world.gather(_get_generator_states(next(model.parameters()).device))
     return {
         "format_version": FORMAT_VERSION,
@@ -186,9 +182,8 @@ def _gather_optimizer_state(
 
 def _list_parameter_names(model: LanguageModel, optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the parameters' names in the order of the optimizer's indices."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer.param_groups
-    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _get_generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -247,18 +242,17 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def load_weights(bundle: Bundle, model: LanguageModel) -> None:
-    """Load the bundle's weights into `model`, in place.
+    """Load the bundle's weights into `model`, in place. Raises `UserError` if they do not fit.
 
     A model with a larger vocabulary keeps its own rows for the ids that the bundle lacks.
-
-    Raises `UserError` if names or shapes do not fit.
     """
     try:
         model.load_safetensors(bundle.contents[WEIGHTS_FILE])
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        path = bundle.path / WEIGHTS_FILE
-        raise UserError(f"{path}: not the weights of this model: {reason}") from None
+        raise UserError(
+            f"{bundle.path / WEIGHTS_FILE}: not this model's weights: {reason}"
+        ) from None
 
 
 def restore_training_state(
@@ -285,26 +279,24 @@ def restore_training_state(
         if world.rank < len(generators):
             _restore_generators(generators[world.rank], next(model.parameters()).device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"cannot be restored: {format_reason(error)}"
         path = bundle.path / OPTIMIZER_FILE
         raise UserError(f"{path}: {reason}{get_remedy(OPTIMIZER_FILE)}") from None
 
 
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
-    """Parse `optimizer.pt`. Raises ValueError unless it is the state of such an optimizer."""
+    """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign files
             # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        missing = {"format_version", "optimizer", "state", "generators"} - saved.keys()
+        found = (saved["format_version"], saved["optimizer"])
     except Exception as error:  # a foreign file may raise anything
-        raise ValueError(f"not the state of an optimizer ({type(error).__name__})") from None
-    if missing:
-        raise ValueError(f"not the state of an optimizer (no {', '.join(sorted(missing))})")
-    if (version := saved["format_version"]) != FORMAT_VERSION:
-        raise ValueError(f"format_version {version!r}, and this Folio reads {FORMAT_VERSION}")
-    if saved["optimizer"] != kind:
-        raise ValueError(f"the state of {saved['optimizer']}, and this run has {kind}")
+        raise ValueError(f"{type(error).__name__}: {format_reason(error)}") from None
+    if found != (FORMAT_VERSION, kind):
+        raise ValueError(
+            f"format_version {found[0]!r} of {found[1]}, not {FORMAT_VERSION} of {kind}"
+        )
     return saved
 
 
@@ -317,22 +309,20 @@ def _convert_to_indices(
     """
     names = _list_parameter_names(model, optimizer)
     if state and state.keys() != set(names):  # empty before the first step
-        raise ValueError("does not fit: its parameters are not those of this model")
-    parameters = dict(model.named_parameters())
-    by_index: dict[int, dict[str, Any]] = {}
-    for index, name in enumerate(names if state else []):
-        by_index[index] = values = dict(state[name])
-        for key, value in values.items():
+        raise ValueError("its parameters are not those of this model")
+    for name, parameter in model.named_parameters() if state else ():
+        for key, value in state[name].items():
             if isinstance(value, Tensor) and value.dim() > 0:  # one number per weight
-                if value.shape != parameters[name].shape:
-                    raise ValueError(f"does not fit: {name} has another shape")
-                values[key] = shard_like(value, parameters[name])
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape")
+                state[name][key] = shard_like(value, parameter)
+    by_index = {index: state[name] for index, name in enumerate(names) if state}
     return {"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
     if "cpu" not in states:
-        raise ValueError("does not fit: it has no state of the random generators")
+        raise ValueError("it has no state of the random generators")
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -38,7 +38,7 @@ from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switc
 from tokenizer import Tokenizer, remove_unknown
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
-from utils.files import decode_text, read_file
+from utils.files import decode_text, find_text_file_problem
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
@@ -165,7 +165,9 @@ def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list
 def read_prompt(config: InferenceConfig) -> str:
     """Return the prompt. Raises `UserError` if its file or standard input is not text."""
     if config.prompt_file is not None:
-        return decode_text(read_file(Path(config.prompt_file)), config.prompt_file)
+        if problem := find_text_file_problem(Path(config.prompt_file)):
+            raise UserError(f"{config.prompt_file}: {problem}")
+        return decode_text(Path(config.prompt_file).read_bytes(), config.prompt_file)
     if config.prompt == "-":
         content = sys.stdin.buffer.read()
         return decode_text(content, "standard input") if content else ""

@@ -26,7 +26,7 @@ from resume import ResumePlan, plan_run, read_start_bundle
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.output import Output, run_command
-from utils.run_manager import RunDirectoryCreator, write_full_config
+from utils.run_manager import create_run_directory, write_full_config
 
 if TYPE_CHECKING:
     from trainer import Trainer
@@ -106,7 +106,7 @@ def profile_training(
         changes = {"log_interval": interval, "aim_repo": directory}
         config = trainer.config.model_copy(update=changes)
         trainer = replace(trainer, config=config)
-        run = RunDirectoryCreator(Path(directory)).create("profile")
+        run = create_run_directory(Path(directory), "profile")
         write_full_config(run.meta / "full_config.json", config, {}, {})
         numbers = itertools.count(1)
         with contextlib.closing(training.open_log(trainer, run, Output(quiet=True))) as log:

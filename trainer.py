@@ -104,11 +104,11 @@ from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
 from utils.run_manager import (
-    MetadataCapture,
     RunDirectory,
-    RunDirectoryCreator,
-    RunIDGenerator,
+    create_run_directory,
+    create_run_id,
     read_record,
+    write_metadata,
     write_result,
 )
 from utils.stop import StopRequest
@@ -440,8 +440,7 @@ def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tupl
         return stop.requested, why_stop
     has_reason = int(why_stop is not None and world.is_main)
     signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
-    if signal:
-        stop.request(signal)
+    stop.signal = stop.signal or signal
     return bool(signal), (world.broadcast(why_stop) if has_reason else None)
 
 
@@ -775,8 +774,7 @@ def open_run(
 ) -> RunDirectory:
     """Create the run directory with its `console.txt` and `meta/`, and print the banner."""
     config, data, plan = trainer.config, trainer.data, trainer.plan
-    run_id = RunIDGenerator.generate(plan.run_tag)
-    run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+    run = create_run_directory(Path(config.runs_dir), create_run_id(plan.run_tag))
     output.record_to(run.console)
     output.print(summary.format_banner(trainer, loaded.changes if loaded else []))
     output.print(f"Run     {run.path}\n")
@@ -795,8 +793,8 @@ def open_run(
         "torch": torch.__version__,
         "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
     }
-    capture = MetadataCapture(run.meta, CHECKOUT)
-    capture.capture(recorded, trainer.sources, describe_run(trainer, run.run_id, argv), machine)
+    about = describe_run(trainer, run.run_id, argv)
+    write_metadata(run.meta, CHECKOUT, recorded, trainer.sources, about, machine)
     return run
 
 
@@ -875,10 +873,11 @@ def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
     `at_end` is called even if the run fails. Raises `UserError` if a callback cannot be created.
     """
     patience = trainer.config.early_stopping_patience
-    own = {"early stopping": EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks(own if trainer.world.is_main else {}, output.print_warning)
+    own = {"early stopping": lambda _: EarlyStopping(patience)} if patience else {}
+    callbacks = Callbacks(output.print_warning)
     try:
-        trainer.world.broadcast_from_main(callbacks.add, trainer.callbacks, trainer.config)
+        factories = {**own, **trainer.callbacks}
+        trainer.world.broadcast_from_main(callbacks.add, factories, trainer.config)
         yield callbacks
     finally:
         callbacks.at_end(None)  # no-op for callbacks that already received a result

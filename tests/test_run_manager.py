@@ -16,13 +16,13 @@ from parameters import ModelConfig
 from utils import run_manager
 from utils.errors import UserError
 from utils.run_manager import (
-    MetadataCapture,
-    RunDirectoryCreator,
-    RunIDGenerator,
+    create_run_directory,
+    create_run_id,
     describe_environment,
     describe_git,
     read_record,
     write_full_config,
+    write_metadata,
 )
 
 NOW = datetime(2026, 1, 31, 23, 59, 58)
@@ -45,17 +45,16 @@ NOW = datetime(2026, 1, 31, 23, 59, 58)
     ],
 )
 def test_a_run_id_is_the_time_and_the_sanitized_tag(tag, expected):
-    assert RunIDGenerator.generate(tag, NOW) == expected
+    assert create_run_id(tag, NOW) == expected
 
 
 def test_a_taken_run_id_gets_a_number(tmp_path):
-    creator = RunDirectoryCreator(tmp_path / "runs")
-    names = [creator.create("r").run_id for _ in range(3)]
+    names = [create_run_directory(tmp_path / "runs", "r").run_id for _ in range(3)]
     assert names == ["r", "r_2", "r_3"]
 
 
 def _start(runs_dir: Path) -> str:
-    return RunDirectoryCreator(runs_dir).create("same").run_id
+    return create_run_directory(runs_dir, "same").run_id
 
 
 def test_processes_that_start_at_once_create_different_directories(tmp_path):
@@ -66,7 +65,7 @@ def test_processes_that_start_at_once_create_different_directories(tmp_path):
 
 
 def test_a_run_directory_has_the_documented_structure(tmp_path):
-    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    run = create_run_directory(tmp_path / "runs", "r")
     assert run.tensorboard.is_dir()
     assert run.meta.is_dir()
     assert run.export.parent.is_dir()
@@ -78,7 +77,7 @@ def test_a_runs_dir_that_cannot_be_written_is_a_users_mistake(tmp_path):
     below = tmp_path / "file" / "runs"
     for place in (tmp_path / "file", below, Path("/proc/runs"), Path("nul\0l")):
         with pytest.raises(UserError, match="--runs-dir"):
-            RunDirectoryCreator(place).create("r")
+            create_run_directory(place, "r")
 
 
 # The record -----------------------------------------------------------------------------------
@@ -107,10 +106,11 @@ def test_full_config_has_the_sources_and_no_setting_of_the_run_itself(tmp_path):
 
 
 def test_a_record_is_read_back(repo, tmp_path):
-    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    run = create_run_directory(tmp_path / "runs", "r")
     (repo / "code.py").write_text("changed\n", encoding="utf-8")
     config = ModelConfig(n_layer=3)
-    MetadataCapture(run.meta, repo).capture(config, {"n_layer": "--n-layer"}, {"argv": []}, {})
+    sources = {"n_layer": "--n-layer"}
+    write_metadata(run.meta, repo, config, sources, {"argv": []}, {})
     record = read_record(run.path)
     assert record["config"]["n_layer"] == 3
     assert record["sources"] == {"n_layer": "--n-layer"}
@@ -128,7 +128,7 @@ DAMAGED = [None, "{", "[]", "[" * 100_000, '{"config": {}, "sources": {}, "run":
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_missing_or_damaged_record_is_a_users_mistake(tmp_path, content):
-    run = RunDirectoryCreator(tmp_path / "runs").create("r")
+    run = create_run_directory(tmp_path / "runs", "r")
     if content is not None:
         (run.meta / "full_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"full_config\.json"):

@@ -38,7 +38,7 @@ from resume import plan_run
 from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
 from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
-from utils.run_manager import RunDirectory, RunDirectoryCreator
+from utils.run_manager import RunDirectory, create_run_directory
 from utils.tracking.tensorboard import TensorBoardTracker
 
 REAL_STEP = Trainer.training_step
@@ -515,14 +515,13 @@ def test_a_failed_allocation_is_an_out_of_memory_error(tiny, quiet):
 def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    real = RunDirectoryCreator.create
 
-    def on_a_full_disk(self, run_id):
-        run = real(self, run_id)
+    def on_a_full_disk(runs_dir, run_id):
+        run = create_run_directory(runs_dir, run_id)
         run.metrics.symlink_to("/dev/full")
         return run
 
-    monkeypatch.setattr(RunDirectoryCreator, "create", on_a_full_disk)
+    monkeypatch.setattr(trainer_module, "create_run_directory", on_a_full_disk)
     closed = watch_closing(monkeypatch)
     with pytest.raises(RunError, match="No space left on device"):
         train(tiny(), output=quiet)

@@ -31,7 +31,7 @@ from callbacks import Best, Evaluation, Step, TrainResult
 from config import ConfigLoader
 from utils.errors import RunError, UserError
 from utils.output import run_command
-from utils.run_manager import RunDirectoryCreator, RunIDGenerator
+from utils.run_manager import create_run_directory, create_run_id
 
 SPACE = """
 learning_rate: {low: 1e-4, high: 1e-1, log: true}
@@ -76,8 +76,7 @@ class FakeTrain:
         number = len(self.calls)
         self.calls.append((config, loaded, start, argv))
         self.before(number, config)
-        run_id = RunIDGenerator.generate(start.run_tag)
-        run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+        run = create_run_directory(Path(config.runs_dir), create_run_id(start.run_tag))
         record = {"config": {}, "sources": {}, "run": {"data": self.text}}
         (run.meta / "full_config.json").write_text(json.dumps(record), encoding="utf-8")
         (run.meta / "git.txt").write_text("", encoding="utf-8")

@@ -66,7 +66,7 @@ def find_files(data: str) -> list[Path]:
 def _iter_files(data: str) -> Iterator[Path]:
     """Yield the files of a directory or a glob, in any order."""
     if is_directory(Path(data)):
-        yield from (Path(data, name) for name in list_files(data))
+        yield from map(Path, list_files(data))
     else:
         names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
         yield from (path for path in map(Path, names) if path.is_file())

@@ -13,7 +13,9 @@ from typing import IO
 
 from utils.errors import UserError
 
-_COPY_SIZE = 1 << 20  # bytes
+# They return False also for an invalid path and without permission, where pathlib's raise.
+is_directory = os.path.isdir
+is_file = os.path.isfile
 
 
 def find_text_file_problem(path: Path) -> str | None:
@@ -29,13 +31,6 @@ def find_text_file_problem(path: Path) -> str | None:
         return "no such file"
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of a text file. Raises `UserError` if it is empty or cannot be read."""
-    if problem := find_text_file_problem(path):
-        raise UserError(f"{path}: {problem}")
-    return path.read_bytes()
 
 
 def decode_text(raw: bytes, name: str) -> str:
@@ -54,22 +49,18 @@ def decode_text(raw: bytes, name: str) -> str:
 
 
 def list_files(directory: str) -> Iterator[str]:
-    """Yield the relative paths of all files below a directory, in any order, hidden ones excluded.
+    """Yield the paths of all files below a directory, in any order, hidden ones excluded.
 
     Raises `OSError` if a directory cannot be read.
     """
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        with os.scandir(os.path.join(directory, folder)) as entries:
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
-                elif entry.is_file():
-                    yield name
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from list_files(entry.path)
+            elif entry.is_file():
+                yield entry.path
 
 
 def glob_files(directory: Path, pattern: str) -> list[Path]:
@@ -78,16 +69,6 @@ def glob_files(directory: Path, pattern: str) -> list[Path]:
         return list(directory.glob(pattern))
     except FileNotFoundError:  # removed just after pathlib had seen it (Python 3.11)
         return []
-
-
-def is_directory(path: Path) -> bool:
-    """Return whether a directory exists; False also for an invalid path."""
-    return os.path.isdir(path)
-
-
-def is_file(path: Path) -> bool:
-    """Return whether a file exists; False also for an invalid path."""
-    return os.path.isfile(path)
 
 
 def hash_file(path: Path) -> str:
@@ -111,16 +92,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     try:
         write_durable(temporary, data)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         remove_file(temporary)
-        raise
 
 
 def write_with(path: Path, write: Callable[[Path], None], like: Path) -> None:
-    """Let a library write a file, and wait until it is on the disk.
-
-    It gets the permissions of `like`, as a library may ignore the umask.
-    """
+    """Let a library write a file as durably, with the permissions of `like`, not its own."""
     write(path)
     os.chmod(path, like.stat().st_mode)
     sync(path)
@@ -135,7 +112,7 @@ def copy_durable(source: Path, target: Path) -> str:
 def _copy_stream(reader: IO[bytes], target: Path) -> str:
     digest = hashlib.sha256()
     with open(target, "wb") as writer:
-        while chunk := reader.read(_COPY_SIZE):
+        while chunk := reader.read(1 << 20):
             digest.update(chunk)
             writer.write(chunk)
         sync_file(writer)
@@ -163,19 +140,6 @@ def spool(reader: IO[bytes], directory: Path) -> Path:
     finally:
         remove_file(temporary)
     return target
-
-
-def open_at(path: Path, size: int) -> IO[bytes]:
-    """Open a file to append after its first `size` bytes; the rest is dropped.
-
-    If `size` is 0, the file is a new one: processes that have mapped the old one keep it.
-    """
-    if size == 0:
-        remove_file(path)
-    file = open(path, "r+b" if size else "wb")
-    file.truncate(size)
-    file.seek(size)
-    return file
 
 
 def sync_file(file: IO[bytes]) -> None:

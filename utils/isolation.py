@@ -48,10 +48,8 @@ class Isolated(Generic[_Member]):
     def close_each(self, call: Callable[[_Member], object]) -> None:
         """Remove each member and call `call` with it, once even if this is interrupted."""
         while self._members:
-            name = next(iter(self._members))
-            member = self._members.pop(name)
-            with self._warn_on_failure(name):
-                call(member)
+            with self._warn_on_failure(name := next(iter(self._members))):
+                call(self._members.pop(name))
 
     @contextlib.contextmanager
     def _warn_on_failure(self, name: str) -> Iterator[None]:
@@ -60,6 +58,5 @@ class Isolated(Generic[_Member]):
         except Aborted:
             raise
         except (Exception, SystemExit) as error:
-            reason = format_reason(error)
-            trace = "".join(traceback.format_exception(error))
-            self._warn(f"{name} failed and is left out from here on: {reason}", trace)
+            message = f"{name} failed and is left out from here on: {format_reason(error)}"
+            self._warn(message, traceback.format_exc())

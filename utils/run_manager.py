@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from parameters import GROUPS, ModelConfig
-from utils.errors import UserError
+from utils.errors import UserError, format_reason
 from utils.files import make_directory, sync, write_atomic
 
 RECORD_VERSION = 1  # of full_config.json
@@ -40,38 +40,29 @@ DIFF_OPTIONS = (
 )
 
 
-class RunIDGenerator:
-    """Names runs by time and tag: `20260131_235959_baseline`."""
+def create_run_id(tag: str | None, now: datetime | None = None) -> str:
+    """Name a run by the time, `now` or the local time, and its tag: `20260131_235959_baseline`."""
+    stamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
+    return "_".join(filter(None, (stamp, sanitize_tag(tag))))
 
-    @staticmethod
-    def generate(tag: str | None = None, now: datetime | None = None) -> str:
-        """Return the run id for `tag` at `now`, the local time by default."""
-        stamp = (now or datetime.now()).strftime("%Y%m%d_%H%M%S")
-        return "_".join(filter(None, (stamp, RunIDGenerator.sanitize(tag or ""))))
 
-    @staticmethod
-    def sanitize(tag: str) -> str:
-        """Return `tag` as a portable file name of letters, digits, `.`, `-` and `_`."""
-        plain = unicodedata.normalize("NFKC", tag)
-        return re.sub(r"[^\w.-]+", "-", plain).strip("-._")[:60].rstrip("-._")
+def sanitize_tag(tag: str | None) -> str:
+    """Return `tag` as a portable file name of letters, digits, `.`, `-` and `_`."""
+    plain = unicodedata.normalize("NFKC", tag or "")
+    return re.sub(r"[^\w.-]+", "-", plain).strip("-._")[:60].rstrip("-._")
 
 
 class RunDirectory:
-    """Paths in a run directory.
-
-    `checkpoints` holds the bundles `step_00001000/` and so on, `export` the bundle of the best
-    model, `metrics` a JSON line per step and per evaluation, `samples` a JSON line per generated
-    sample, and `meta` the record of how the run was made.
-    """
+    """Paths in a run directory."""
 
     def __init__(self, path: Path):
         self.path = path
         self.run_id = path.name
         self.checkpoints = path / "artifacts" / "checkpoints"
-        self.export = path / "artifacts" / "export"
+        self.export = path / "artifacts" / "export"  # the bundle of the best model
         self.tensorboard = path / "logs" / "tensorboard"
-        self.metrics = path / "logs" / "metrics.jsonl"
-        self.samples = path / "logs" / "samples.jsonl"
+        self.metrics = path / "logs" / "metrics.jsonl"  # a line per step and per evaluation
+        self.samples = path / "logs" / "samples.jsonl"  # a line per generated sample
         self.console = path / "logs" / "console.txt"
         self.meta = path / "meta"
         self.report = path / "report.html"
@@ -81,54 +72,42 @@ class RunDirectory:
         return self.checkpoints / f"step_{step:08}"
 
 
-class RunDirectoryCreator:
-    """Creates run directories in `runs_dir`; processes that create at once get different ones."""
+def create_run_directory(runs_dir: Path, run_id: str) -> RunDirectory:
+    """Create `run_id` in `runs_dir`, or `run_id_2`, `run_id_3`, … if that name is taken.
 
-    def __init__(self, runs_dir: Path):
-        self.runs_dir = runs_dir
-
-    def create(self, run_id: str) -> RunDirectory:
-        """Create `run_id`, or `run_id_2`, `run_id_3`, … if that name is taken.
-
-        Raises `UserError` if `runs_dir` cannot be written to.
-        """
-        try:
-            make_directory(self.runs_dir)
-            for number in itertools.count(1):
-                run = RunDirectory(self.runs_dir / f"{run_id}{f'_{number}' if number > 1 else ''}")
-                with contextlib.suppress(FileExistsError):
-                    run.path.mkdir()  # atomic: fails if another process has just created it
-                    break
-            sync(self.runs_dir)
-            for directory in (run.tensorboard, run.checkpoints, run.meta):
-                make_directory(directory)  # durable, as the checkpoints in it will be
-        except (OSError, ValueError) as error:  # ValueError: a null character in the path
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot create a run directory in {self.runs_dir}: {reason}; "
-                "choose another with --runs-dir"
-            ) from None
-        return run
+    Processes that create at once get different ones. Raises `UserError` if `runs_dir` cannot be
+    written to.
+    """
+    try:
+        make_directory(runs_dir)
+        for number in itertools.count(1):
+            run = RunDirectory(runs_dir / (f"{run_id}_{number}" if number > 1 else run_id))
+            with contextlib.suppress(FileExistsError):
+                run.path.mkdir()  # atomic: fails if another process has just created it
+                break
+        sync(runs_dir)
+        for directory in (run.tensorboard, run.checkpoints, run.meta):
+            make_directory(directory)  # durable, as the checkpoints in it will be
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot create a run directory in {runs_dir}: {reason}; choose another with --runs-dir"
+        ) from None
+    return run
 
 
-class MetadataCapture:
-    """Writes `meta/`: the code, the machine and the settings that a run was made with."""
-
-    def __init__(self, meta: Path, checkout: Path):
-        self.meta = meta
-        self.checkout = checkout
-
-    def capture(
-        self,
-        config: ModelConfig,
-        sources: Mapping[str, str],
-        run: Mapping[str, Any],
-        machine: Mapping[str, str],
-    ) -> None:
-        """Write the three files. `machine` has the facts about the device that need torch."""
-        write_atomic(self.meta / "git.txt", describe_git(self.checkout))
-        write_atomic(self.meta / "env.txt", describe_environment(machine))
-        write_full_config(self.meta / "full_config.json", config, sources, run)
+def write_metadata(
+    meta: Path,
+    checkout: Path,
+    config: ModelConfig,
+    sources: Mapping[str, str],
+    run: Mapping[str, Any],
+    machine: Mapping[str, str],
+) -> None:
+    """Write `meta/`. `machine` has the facts about the device that need torch."""
+    write_atomic(meta / "git.txt", describe_git(checkout))
+    write_atomic(meta / "env.txt", describe_environment(machine))
+    write_full_config(meta / "full_config.json", config, sources, run)
 
 
 def write_full_config(
@@ -180,17 +159,16 @@ def describe_environment(machine: Mapping[str, str]) -> str:
     """Return env.txt: Python, system, `machine`, packages; no variables, which hold passwords."""
     known = [dist.metadata for dist in metadata.distributions()]  # each access parses it again
     packages = {about["Name"].lower(): about["Version"] for about in known if about["Name"]}
-    lines = [
-        f"python: {platform.python_version()} ({platform.python_implementation()})",
-        f"system: {platform.platform()}",
-        f"machine: {platform.machine()}",
-        f"executable: {Path(sys.executable).name}",
-        *(f"{name}: {value}" for name, value in machine.items()),
-        "",
-        "packages:",
-        *(f"  {name}=={version}" for name, version in sorted(packages.items())),
-    ]
-    return "\n".join(lines) + "\n"
+    facts = {
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "executable": Path(sys.executable).name,
+        **machine,
+    }
+    lines = [f"{name}: {value}\n" for name, value in facts.items()]
+    lines += ["\npackages:\n", *(f"  {name}=={packages[name]}\n" for name in sorted(packages))]
+    return "".join(lines)
 
 
 def describe_git(checkout: Path) -> bytes:
@@ -199,14 +177,12 @@ def describe_git(checkout: Path) -> bytes:
         return _describe_checkout(checkout)
     except FileNotFoundError:
         reason = "git is not installed"
-    except subprocess.TimeoutExpired:
-        reason = f"git took over {GIT_SECONDS} seconds"
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode("utf-8", "replace").partition("\n")[0] or "git failed"
         if "not a git repository" in reason:
             reason = "the code is not in a git repository"
-    except (OSError, ValueError, LookupError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, ValueError, LookupError, subprocess.TimeoutExpired) as error:
+        reason = format_reason(error)
     return f"git: unavailable: {reason}\n".encode("utf-8", "replace")
 
 

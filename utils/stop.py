@@ -25,8 +25,7 @@ class StopRequest:
     def __init__(self, *, is_one_of_several: bool = False) -> None:
         self._is_one_of_several = is_one_of_several
         self._previous: dict[int, object] = {}
-        self.signal = 0
-        """The signal that requested the stop, or 0."""
+        self.signal = 0  # that requested the stop
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -49,13 +48,9 @@ class StopRequest:
         """0, or as in a shell: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal if self.requested else 0
 
-    def request(self, number: int) -> None:
-        """Request a stop, as the signal of that number does."""
-        self.signal = self.signal or number
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested or self._is_one_of_several:
-            self.request(number)
+            self.signal = self.signal or number
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
