@@ -72,11 +72,11 @@ class FakeTrain:
         self.after = lambda number, result: result
         self.text = {"name": "text.txt", "sha256": "a"}
 
-    def __call__(self, config, *, loaded, start, argv, output, callbacks):
+    def __call__(self, config, *, loaded, plan, argv, output, callbacks):
         number = len(self.calls)
-        self.calls.append((config, loaded, start, argv))
+        self.calls.append((config, loaded, plan, argv))
         self.before(number, config)
-        run_id = RunIDGenerator.generate(start.run_tag)
+        run_id = RunIDGenerator.generate(plan.run_tag)
         run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
         record = {"config": {}, "sources": {}, "run": {"data": self.text}}
         (run.meta / "full_config.json").write_text(json.dumps(record), encoding="utf-8")
@@ -221,7 +221,7 @@ def test_the_shipped_spaces_are_right():
         space = tune.read_space(str(path), {}, problems)
         assert not problems
         order = tune.StudySettings(space=str(path))
-        tune.create_search(order, space, ConfigLoader().read())
+        tune.create_search(order, space, ConfigLoader())
         assert f"python tune.py --space configs/search/{path.name}" in path.read_text("utf-8")
 
 
