@@ -5,8 +5,7 @@
 
 Each trial is an ordinary run of train.py. The settings of train.py are flags here too and hold for
 all trials; the space lists the settings to search. The same command, started again, is another
-worker of the study; on several machines with `--storage postgresql+psycopg://host/name`. If a
-worker is stopped or killed, its trial is retried from the last checkpoint.
+worker of the study. If a worker is stopped or killed, its trial is retried from its checkpoint.
 """
 
 import contextlib
@@ -36,6 +35,7 @@ import yaml
 from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step, load_callback_factories
 from config import ConfigLoader, LoadedConfig, read_config_file
+from corpus import open_corpus
 from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, ModelName, Positive, Settings
 from resume import ResumePlan, resolve_start
 from train import ACTIONS
@@ -45,7 +45,6 @@ from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
 from utils.output import Output, align_columns, format_command, pluralize, run_command
 from utils.ranks import Ranks
-from utils.run_manager import read_record
 
 if TYPE_CHECKING:  # Optuna is imported once the settings are known to be good
     from optuna import Study, Trial
@@ -73,8 +72,6 @@ GRACE_SECONDS = 60  # without a heartbeat, after which a worker counts as dead
 POLL_SECONDS = 2  # between two checks for trials that other workers left
 MAX_RETRIES = 5  # of a trial whose workers die
 MAX_FAILURES = 3  # in a row, after which a worker ends
-OPEN_ATTEMPTS = 5  # as workers that create the tables at the same time collide
-TRIALS_FOR_IMPORTANCE = 6
 
 Values = list[Any] | dict[str, Any]  # choices, or the arguments of an Optuna distribution
 
@@ -120,10 +117,10 @@ def read_space(
     space: dict[str, Values] = {}
     for name, values in declared.items():
         label, flag = f"{file}: {format_name(name)}", format_flag(str(name))
-        if name not in ModelConfig.model_fields:
-            problems.append(f"{label} is no setting{suggest_name(str(name), SEARCHABLE)}")
-        elif name not in SEARCHABLE:
-            problems.append(f"{label} cannot be searched, only set for all trials: {flag}")
+        if name not in SEARCHABLE:
+            is_setting = name in ModelConfig.model_fields
+            hint = f", only set: {flag}" if is_setting else suggest_name(str(name), SEARCHABLE)
+            problems.append(f"{label} cannot be searched{hint}")
         elif name in flags:
             problems.append(f"{label} is searched, and {flag} fixes it: remove one")
         elif isinstance(values, dict) or (isinstance(values, list) and len(values) > 1):
@@ -164,48 +161,37 @@ def _find_range_problem(values: Mapping[str, Any]) -> str | None:
         return f"{shown} must be numbers, low below high; other settings have a list of choices"
     if not isinstance(log, bool | None) or (log and (low <= 0 or step is not None)):
         return f"log must be false, or true with a low above 0 and no step, got {log} with {shown}"
-    if step is not None:
-        is_size = type(step) in (int, type(low)) and 0 < step <= high - low
-        # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
-        if not is_size or (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)):
-            noun = "whole number" if isinstance(low, int) else "number"
-            return f"step {format_value(step)} must be a {noun} that divides {shown}"
+    # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
+    is_size = type(step) in (int, type(low)) and 0 < step <= high - low
+    if step is not None and not (
+        is_size and (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)) == 0
+    ):
+        return f"step {format_value(step)} must be such a number, and divide {shown}"
     return None
 
 
 @dataclass(frozen=True)
 class Search:
-    """The settings that all trials of a study share, and the space in which they differ.
-
-    `base` is a legal configuration; `combinations` are all legal ones, if they are few.
-    """
+    """The settings that all trials share, a legal `base`, and the space in which they differ."""
 
     study: str
     space: Mapping[str, Values]
     loader: ConfigLoader
     trials: int
     storage: str  # a database URL
+    shown_storage: str  # the same without a password
+    measure: str  # the loss to minimize
     preset: Path
     base: ModelConfig = field(default_factory=ModelConfig)
-    combinations: Sequence[dict[str, Any]] | None = None
-
-    @property
-    def measure(self) -> str:
-        """The loss to minimize. Losses per token compare only between runs of one tokenizer."""
-        return "val_bits_per_byte" if "tokenizer" in self.space else "val_loss"
-
-    @property
-    def shown_storage(self) -> str:
-        """The storage without a password."""
-        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.storage)
+    example: dict[str, Any] = field(default_factory=dict)  # a legal combination
+    combinations: Sequence[dict[str, Any]] | None = None  # all legal ones, if they are few
 
     def settle(
-        self, params: Mapping, number: int | None = None, checkpoint: Path | None = None
+        self, params: Mapping[str, Any], number: int = 0, checkpoint: Path | None = None
     ) -> tuple[LoadedConfig, ResumePlan]:
         """Return the settings and the plan of a trial's run. Raises `UserError` on a conflict."""
-        tag = {} if number is None else {"run_tag": f"{self.study}_{number}"}
-        origin = f"study {self.study}" if number is None else f"trial {number} of {self.study}"
-        loader = self.loader.override({**params, **tag}, origin)
+        values = {**params, "run_tag": f"{self.study}_{number}"}
+        loader = self.loader.override(values, f"trial {number} of study {self.study}")
         resume = None if checkpoint is None else str(checkpoint)
         plan = resolve_start(loader.get, loader.get_source, resume=resume)
         return loader.load(plan.checkpoint_settings), plan
@@ -227,83 +213,79 @@ def create_search(
             source = loader.get_source(name)
             problems.append(f"{name} ({source}): trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
-    _, wrong = validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)
+    own = {"study": study}
+    problems += validate_values(StudySettings, own, strings=False, label=format_flag)[1]
     studies = Path(loader.get("runs_dir")) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
     is_default = order.storage is None and not Path(storage).exists()
     if Path(storage) == journal or (is_default and journal.is_file()):
-        wrong.append(
+        problems.append(
             f"{journal}: studies are no longer journals: `optuna-dashboard {journal}` shows it, "
             "Optuna's JournalStorage and copy_study() convert it; --study NAME starts another one"
         )
-    if problems or wrong:
-        raise UserError(*problems, *wrong)
+    if problems:
+        raise UserError(*problems)
     url = storage if "://" in storage else f"sqlite:///{storage}"
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
-    search = Search(study, space, loader, order.trials, url, preset)
-    combinations, are_all = list_combinations(space)
-    legal = [params for params in combinations if search.is_legal(params)]
-    if not legal:
-        search.settle(combinations[0])  # raises the reason
-    base = search.settle(legal[0])[0].config
-    if not are_all:
-        return replace(search, base=base)
-    return replace(search, base=base, combinations=legal, trials=min(order.trials, len(legal)))
-
-
-def list_combinations(space: Mapping[str, Values]) -> tuple[list[dict[str, Any]], bool]:
-    """Return all combinations and True, or a sample and False if they are many or uncountable."""
-    listed: list[Sequence[Any]] = []
-    for values in space.values():
-        if isinstance(values, dict):
-            low, high, step = values["low"], values["high"], values.get("step", 1)
-            values = range(low, high + 1, step) if isinstance(low, int) else (low, high)
-        listed.append(values)
-    are_all = not any(isinstance(values, tuple) for values in listed)
-    are_all = are_all and math.prod(map(len, listed)) <= MAX_LISTED
+    shown = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+    # Losses per token compare only between runs of one tokenizer.
+    measure = "val_bits_per_byte" if "tokenizer" in space else "val_loss"
+    search = Search(study, space, loader, order.trials, url, shown, measure, preset)
+    choices = [list_values(values) for values in space.values()]
+    has_reals = any(isinstance(values, tuple) for values in choices)
+    is_listed = not has_reals and math.prod(map(len, choices)) <= MAX_LISTED
     generator = random.Random(0)
-    sample = ([generator.choice(values) for values in listed] for _ in range(DRAWS))
-    chosen = itertools.product(*listed) if are_all else sample
-    return [dict(zip(space, each, strict=True)) for each in chosen], are_all
+    sample = (map(generator.choice, choices) for _ in range(DRAWS))
+    drawn = itertools.product(*choices) if is_listed else sample
+    tried = [dict(zip(space, each, strict=True)) for each in drawn]
+    legal = [params for params in tried if search.is_legal(params)]
+    example = (legal or tried)[0]
+    base = search.settle(example)[0].config  # raises the reason if none is legal
+    if is_listed:
+        search = replace(search, combinations=legal, trials=min(order.trials, len(legal)))
+    return replace(search, base=base, example=example)
+
+
+def list_values(values: Values) -> Sequence[Any]:
+    """Return all values of a setting, or the two ends of real numbers as a tuple."""
+    if isinstance(values, list):
+        return values
+    low, high = values["low"], values["high"]
+    return range(low, high + 1, values.get("step", 1)) if isinstance(low, int) else (low, high)
 
 
 def open_study(search: Search) -> "Study":
     """Open or create the study. Raises `UserError` if it cannot be opened, or is another one."""
     import optuna
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     # Heartbeats and retries are called experimental since 2021.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-
-    class Storage(optuna.storages.RDBStorage):
-        def record_heartbeat(self, trial_id: int) -> None:
-            with contextlib.suppress(*get_storage_errors()):  # the next one may succeed
-                super().record_heartbeat(trial_id)
-
     kind, _, path = search.storage.partition(":///")
-    options: dict[str, Any] = {
-        # Seconds to wait for the writes of other workers.
-        "engine_kwargs": {"connect_args": {"timeout": 60}} if kind == "sqlite" else None,
-        "heartbeat_interval": HEARTBEAT_SECONDS,
-        "grace_period": GRACE_SECONDS,
-        "heartbeat_stale_trial_callback": optuna.storages.RetryHeartbeatStaleTrialCallback(
-            MAX_RETRIES
-        ),
-    }
-    # The median rule works with two evaluations in a run; successive halving needs several rungs.
-    own = {"sampler": create_sampler(search), "pruner": optuna.pruners.MedianPruner()}
-    for attempt in range(OPEN_ATTEMPTS):
+    for is_last in (False, False, False, True):  # workers that create the tables at once collide
         try:
             if kind == "sqlite":
                 make_directory(Path(path).parent)
-            storage = Storage(search.storage, **options)
+            storage = optuna.storages.RDBStorage(
+                search.storage,
+                # Seconds to wait for the writes of other workers.
+                engine_kwargs={"connect_args": {"timeout": 60}} if kind == "sqlite" else None,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+            )
             study = optuna.create_study(
-                storage=storage, study_name=search.study, load_if_exists=True, **own
+                storage=storage,
+                study_name=search.study,
+                sampler=create_sampler(search),
+                pruner=optuna.pruners.MedianPruner(),  # successive halving needs more evaluations
+                load_if_exists=True,
             )
             break
-        except (*get_storage_errors(), ImportError, ValueError, RuntimeError) as error:
-            if attempt == OPEN_ATTEMPTS - 1:
+        except Exception as error:  # each database driver has its own
+            if is_last:
                 raise UserError(
                     f"{search.shown_storage} cannot be opened: {format_reason(error)}; "
                     "--storage names another SQLite file or database URL"
@@ -314,9 +296,12 @@ def open_study(search: Search) -> "Study":
 
 
 def check_study(search: Search, study: "Study") -> None:
-    """Record the space and the fixed settings. Raises `UserError` if the study has others."""
+    """Record space, text and fixed settings. Raises `UserError` if the study has others."""
     derived = DERIVED if "architecture" in search.space else frozenset()
     fixed = search.base.model_dump(include=MEASURED - search.space.keys() - derived)
+    data = search.base.data or ("input.txt" if Path("input.txt").exists() else None)
+    options = {"cache_dir": search.base.cache_dir, "token_store": search.base.token_store}
+    fixed["data_sha256"] = open_corpus(data, **options).sha256
     record = json.loads(json.dumps({"space": search.space, "fixed": fixed}))  # as it is read back
     where = f"study {search.study} in {search.shown_storage}"
     if "folio" not in study.user_attrs:
@@ -325,6 +310,7 @@ def check_study(search: Search, study: "Study") -> None:
         study.set_user_attr("folio", record)
     records = (study.user_attrs["folio"], record)
     old, new = ({**each["fixed"], **each["space"]} for each in records)
+    old.setdefault("data_sha256", new["data_sha256"])  # of a study of an earlier version
     changes = [
         f"{name} was {format_value(was)} and is now {format_value(now)}"
         for name in {**old, **new}
@@ -335,38 +321,36 @@ def check_study(search: Search, study: "Study") -> None:
         raise UserError(f"{where} has other settings: {'; '.join(changes)}: {remedy}")
 
 
-def get_storage_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a storage that cannot be read or written."""
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (OSError, SQLAlchemyError, OptunaError)
-
-
 def select_trials(study: "Study", *states: str) -> list["FrozenTrial"]:
     """Return the trials that are in one of these states."""
     return [t for t in study.get_trials(deepcopy=False) if t.state.name in states]
 
 
+def suggest_values(trial: Any, space: Mapping[str, Values]) -> None:
+    """Set a trial's parameters."""
+    for name, values in space.items():
+        if isinstance(values, list):
+            trial.suggest_categorical(name, values)
+        elif isinstance(values["low"], int):
+            trial.suggest_int(name, **values)
+        else:
+            trial.suggest_float(name, **values)
+
+
 def create_sampler(search: Search) -> Any:
-    """Return TPE over all settings together, limited to legal and new combinations.
+    """Return TPE over all settings, limited to legal and new combinations.
 
     A proposal depends on the seed, the trial's number and earlier trials, not on the worker.
     """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.samplers import RandomSampler, TPESampler
+    from optuna.trial import FixedTrial
 
-    distributions: dict[str, Any] = {}
-    for name, values in search.space.items():
-        if isinstance(values, list):
-            distributions[name] = CategoricalDistribution(values)
-        else:
-            kind = IntDistribution if isinstance(values["low"], int) else FloatDistribution
-            distributions[name] = kind(**values)
+    example = FixedTrial(search.example)
+    suggest_values(example, search.space)
 
     class LegalSampler(RandomSampler):
         def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> dict:
-            return distributions
+            return example.distributions
 
         def sample_relative(self, study: "Study", trial: "FrozenTrial", space: dict) -> dict:
             tried = [t.params for t in select_trials(study, *ALIVE) if t.number != trial.number]
@@ -389,21 +373,16 @@ def create_sampler(search: Search) -> Any:
 
 
 def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
-    """Return True once a trial is missing, False once the study is complete.
-
-    While other workers run the last trials, poll: one of them may die.
-    """
+    """Wait until a trial is missing, or return False: poll, as other workers may die."""
     import optuna
 
-    is_waiting = False
-    while True:
+    for polls in itertools.count():
         optuna.storages.fail_stale_trials(study)
         done, running = len(select_trials(study, *DONE)), select_trials(study, "RUNNING")
         if done >= search.trials or done + len(running) < search.trials:
             return done < search.trials
-        if not is_waiting:
+        if polls == 0:
             output.print(f"Waiting for {pluralize(len(running), 'trial')} of other workers")
-        is_waiting = True
         for trial in running:
             # For Optuna a worker that died before its first heartbeat is never stale.
             seconds = (datetime.now() - trial.datetime_start).total_seconds()
@@ -415,21 +394,17 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
 
 @dataclass
 class TrialRun:
-    """One trial: the objective of `study.optimize`, and a callback of its run.
-
-    `values` are the val losses by step, `outcome` is raised after the run. With an `exit_status`
-    the trial is handed back, and the worker ends.
-    """
+    """One trial: the objective of `study.optimize`, and a callback of its run."""
 
     search: Search
     study: "Study"
     output: Output
     argv: Sequence[str]
     callbacks: Mapping[str, CallbackFactory]
-    values: dict[int, float] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)  # val losses by step
     run_dir: Path | None = None
-    outcome: Exception | None = None
-    exit_status: int = 0
+    outcome: Exception | None = None  # is raised after the run
+    exit_status: int = 0  # of the worker, if it is stopped and hands the trial back
 
     def run(self) -> UserError | RunError | None:
         """Ask for a trial and run it; print how it ended, and return why it failed."""
@@ -453,6 +428,7 @@ class TrialRun:
         self.output.print(f"trial {trial.number}  {text}  {self.run_dir or ''}".rstrip())
         if self.exit_status:
             RetryHeartbeatStaleTrialCallback()(self.study, trial)
+            self.output.print("Stopped: the same command continues the study.")
         return failure
 
     def __call__(self, trial: "Trial") -> float:
@@ -471,7 +447,7 @@ class TrialRun:
             reason = format_reason(error)
             raise
         finally:
-            with contextlib.suppress(*get_storage_errors()):
+            with contextlib.suppress(Exception):  # as that ends the trial without it
                 trial.set_user_attr("reason", reason)
 
     def _check_place(self) -> None:
@@ -481,13 +457,7 @@ class TrialRun:
         others': those beyond the study's number, and all but one with the same settings, withdraw.
         """
         search, trial = self.search, self.trial
-        for name, values in search.space.items():
-            if isinstance(values, list):
-                trial.suggest_categorical(name, values)
-            elif isinstance(values["low"], int):
-                trial.suggest_int(name, **values)
-            else:
-                trial.suggest_float(name, **values)
+        suggest_values(trial, search.space)
         others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
         if sum(other.number < trial.number for other in others) >= search.trials:
             raise NothingToDo("withdrawn: other workers have the last trials")
@@ -501,9 +471,8 @@ class TrialRun:
         from trainer import train
 
         search, trial, reason = self.search, self.trial, None
-        history = trial.system_attrs.get("retry_history", [])
-        loaded, plan, self.values = find_start(search, self.study, trial, history)
-        retry = f"retries trial {history[-1]} from step {plan.start_step}: " if history else ""
+        loaded, plan, self.values, failed = find_start(search, self.study, trial.number)
+        retry = "" if failed is None else f"retries trial {failed} from step {plan.start_step}: "
         shown = "  ".join(f"{name} {format_short(value)}" for name, value in trial.params.items())
         self.output.print(f"trial {trial.number}  {retry}{shown}")
         for step, value in self.values.items():
@@ -513,7 +482,7 @@ class TrialRun:
         # Nothing to do: the worker died after the last step, before it recorded the value.
         with contextlib.suppress(NothingToDo):
             result = train(loaded.config, loaded=loaded, plan=plan, argv=self.argv, **options)
-            if result.exit_status and not self.exit_status:
+            if result.exit_status:
                 self.exit_status = result.exit_status
                 raise RunError(f"stopped after step {result.step}")
             if self.outcome is not None:
@@ -524,30 +493,16 @@ class TrialRun:
             raise RunError(f"val loss {value}")
         return value, reason
 
-    def after_step(self, step: Step) -> str | None:
-        """Record the run; return a reason to stop if the study has another text."""
-        if self.run_dir is not None:
-            return None
-        self.run_dir = step.run_dir
-        text = read_record(step.run_dir)["run"]["data"]
-        with contextlib.suppress(*get_storage_errors()):
-            if "data" not in self.study.user_attrs:
-                self.study.set_user_attr("data", text)
-            other = self.study.user_attrs["data"]
-            if other["sha256"] == text["sha256"]:
+    def after_step(self, step: Step) -> None:
+        """Record the run's directory, for a retry."""
+        if self.run_dir is None:
+            self.run_dir = step.run_dir
+            with contextlib.suppress(Exception):  # a storage that fails for a while stops no run
                 self.trial.set_user_attr("run_dir", str(step.run_dir))
-                return None
-            self.exit_status = UserError.exit_status
-            self.outcome = UserError(
-                f"{text['name']} is not the text of study {self.search.study} ({other['name']}, "
-                "another SHA-256): --data FILE names that, --study NAME another study"
-            )
-        return str(self.outcome) if self.outcome else None
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
         """Report the loss; return a reason to stop if it is behind the median of the trials."""
-        from optuna import TrialPruned
-        from optuna.exceptions import UpdateFinishedTrialError
+        import optuna
 
         step, value = evaluation.step, getattr(evaluation, self.search.measure)
         self.values[step] = value
@@ -556,30 +511,29 @@ class TrialRun:
             # Ranks in the first half say little: learning rates that end well start behind.
             max_iters = evaluation.config.max_iters
             if max_iters / 2 <= step < max_iters and self.trial.should_prune():
-                self.outcome = TrialPruned(f"behind the median of the study at step {step}")
-        except UpdateFinishedTrialError:
+                self.outcome = optuna.TrialPruned(f"behind the median of the study at step {step}")
+        except optuna.exceptions.UpdateFinishedTrialError:
             self.outcome = RunError("another worker has it")
-        except get_storage_errors():
-            return None  # a storage that fails for a while stops no run
+        except Exception:  # a storage that fails for a while stops no run
+            return None
         return str(self.outcome) if self.outcome else None
 
 
 def find_start(
-    search: Search, study: "Study", trial: "Trial", history: Sequence[int]
-) -> tuple[LoadedConfig, ResumePlan, dict[int, float]]:
-    """Return what a trial's run starts from, and the losses up to there.
-
-    A retry resumes from the newest usable checkpoint of the failed trials, or trains from scratch.
-    """
+    search: Search, study: "Study", number: int
+) -> tuple[LoadedConfig, ResumePlan, dict[int, float], int | None]:
+    """Return what a trial's run starts from, the losses up to there, and the trial it retries."""
     trials = study.get_trials(deepcopy=False)
-    for failed in (trials[number] for number in reversed(history)):
+    params, history = trials[number].params, trials[number].system_attrs.get("retry_history", [])
+    for failed in (trials[each] for each in reversed(history)):
         run_dir = Path(search.base.runs_dir) / Path(failed.user_attrs.get("run_dir") or "-").name
         for checkpoint in reversed(list_checkpoints(run_dir)):
             with contextlib.suppress(UserError):  # damaged or removed
-                loaded, plan = search.settle(trial.params, trial.number, checkpoint)
+                loaded, plan = search.settle(params, number, checkpoint)
                 reported = failed.intermediate_values.items()
-                return loaded, plan, {s: value for s, value in reported if s <= plan.start_step}
-    return *search.settle(trial.params, trial.number), {}
+                values = {step: value for step, value in reported if step <= plan.start_step}
+                return loaded, plan, values, history[-1]
+    return *search.settle(params, number), {}, history[-1] if history else None
 
 
 def work(
@@ -598,10 +552,7 @@ def work(
         check_study(search, study)  # again: another worker may have created it as well
         trial = TrialRun(search, study, output, argv, callbacks)
         failure = trial.run()
-        if isinstance(failure, UserError) and trial.exit_status:
-            raise failure
         if trial.exit_status:
-            output.print("Stopped: the same command continues the study.")
             return trial.exit_status
         failures = failures + 1 if failure else 0
         if failures == MAX_FAILURES:
@@ -635,7 +586,7 @@ def format_results(search: Search, study: "Study") -> str:
         run_dir = str(trial.user_attrs.get("run_dir"))
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_dir])
     lines += ["", align_columns(rows, right=range(len(search.space) + 2)), ""]
-    if len(best) >= TRIALS_FOR_IMPORTANCE:
+    if len(best) > 5:  # else they say nothing
         with warnings.catch_warnings(action="ignore"):
             evaluator = PedAnovaImportanceEvaluator()
             shares = get_param_importances(study, evaluator=evaluator, params=list(search.space))
@@ -657,12 +608,9 @@ def write_preset(search: Search, best: "FrozenTrial") -> None:
         if (name in search.space or value != ModelConfig.model_fields[name].default)
         and not loaded.sources[name].startswith("architecture ")
     }
-    text = (
-        f"# Best of study {search.study}: trial {best.number}, {search.measure} {best.value:.4f}\n"
-        f"# Run {best.user_attrs.get('run_dir')}\n#\n"
-        f"#     python train.py --config {search.preset}\n\n"
-        + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    )
+    origin = f"trial {best.number}, {search.measure} {best.value:.4f}"
+    text = f"# Best of study {search.study}: {origin}, run {best.user_attrs.get('run_dir')}\n"
+    text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     try:
         make_directory(search.preset.parent)
         write_atomic(search.preset, text)
@@ -687,9 +635,13 @@ def main(argv: Sequence[str]) -> int:
     callbacks = load_callback_factories(actions.get("callback", []))
     if importlib.util.find_spec("optuna") is None:
         raise UserError("tune.py needs Optuna: pip install --constraint constraints.txt '.[tune]'")
+
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         return work(search, Output(), argv, callbacks)
-    except get_storage_errors() as error:
+    except (OSError, SQLAlchemyError, OptunaError) as error:
         raise RunError(
             f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
             "runs and recorded trials are kept: the same command continues the study"

@@ -289,7 +289,7 @@ def test_a_study_ends_with_a_preset_of_its_best_trial(command, trained, capsys):
     assert f"optuna-dashboard sqlite:///{STORAGE}" in printed
     preset = Path("runs/studies/space.yaml")
     assert f"train.py --config {preset}" in printed
-    loaded = ConfigLoader().load(config_file=str(preset))
+    loaded = ConfigLoader(config_file=str(preset)).load()
     config, *_ = trained.calls[best.number]
     own = {"runs_dir", "run_tag"}
     assert loaded.config.model_dump(exclude=own) == config.model_dump(exclude=own)
