@@ -9,7 +9,6 @@ worker of the study. If a worker is stopped or killed, its trial is retried from
 """
 
 import contextlib
-import gc
 import importlib.util
 import itertools
 import json
@@ -25,7 +24,6 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +71,7 @@ POLL_SECONDS = 2  # between two checks for trials that other workers left
 MAX_RETRIES = 5  # of a trial whose workers die
 MAX_FAILURES = 3  # in a row, after which a worker ends
 
-Values = list[Any] | dict[str, Any]  # choices, or the arguments of an Optuna distribution
+Space = dict[str, list[Any] | dict[str, Any]]  # choices, or arguments of Optuna's distributions
 
 
 class StudySettings(Settings):
@@ -99,9 +97,7 @@ class TuneConfig(StudySettings, ModelConfig):
     """All flags: those of the study, and those of each of its runs."""
 
 
-def read_space(
-    file: str | None, flags: Mapping[str, Any], problems: list[str]
-) -> dict[str, Values]:
+def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) -> Space:
     """Read a search space of settings that `flags` do not fix; append mistakes to `problems`."""
     if file is None:
         problems.append("--space FILE is missing: the settings to search and their ranges")
@@ -111,10 +107,9 @@ def read_space(
     except UserError as error:
         problems += error.problems
         return {}
-    declared.pop("$schema", None)
     if not declared:
         problems.append(f"{file}: no setting to search")
-    space: dict[str, Values] = {}
+    space: Space = {}
     for name, values in declared.items():
         label, flag = f"{file}: {format_name(name)}", format_flag(str(name))
         if name not in SEARCHABLE:
@@ -123,51 +118,47 @@ def read_space(
             problems.append(f"{label} cannot be searched{hint}")
         elif name in flags:
             problems.append(f"{label} is searched, and {flag} fixes it: remove one")
-        elif isinstance(values, dict) or (isinstance(values, list) and len(values) > 1):
-            space[name] = _check_values(name, values, label, problems)
         else:
-            problems.append(
-                f"{label} must be a list of two or more choices, or {{low: …, high: …}}, got "
-                f"{format_value(values)}; a value for all trials is a flag: {flag}"
-            )
+            space[name] = _check_values(name, values, label, problems)
     return space
 
 
-def _check_values(name: str, values: Values, label: str, problems: list[str]) -> Values:
+def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Any:
     """Return choices or a range with values of the setting's type; append to `problems`."""
     is_range, found = isinstance(values, dict), []
-    checked = {"low": None, "high": None, **values} if is_range else list(values)
-    for key in ("low", "high") if is_range else range(len(values)):
+    checked = {"low": None, "high": None, **values} if is_range else values
+    keys = ("low", "high") if is_range else range(len(values) if isinstance(values, list) else 0)
+    for key in keys:
         where = f"{label}: {key}" if is_range else label
         settings, wrong = validate_values(
             ModelConfig, {name: checked[key]}, strings=False, label=lambda _, where=where: where
         )
         checked[key] = settings.get(name)
         found += wrong
-    if is_range and not found and (problem := _find_range_problem(checked)):
-        found = [f"{label}: {problem}"]
-    if not is_range and len(set(map(format_value, values))) < len(values):
-        found = [f"{label} has a choice twice: {format_value(values)}"]
+    if is_range:
+        checked = {k: v for k, v in checked.items() if v is not None and v is not False}
+    if not found and not (
+        _is_range(checked) if is_range else 1 < len(keys) == len({*map(format_value, checked)})
+    ):
+        found = [
+            f"{label} must be a list of two or more different choices, or numbers {{low: …, high: "
+            f"…}}, with log: true if low is above 0, or a step that leads from low to high; got "
+            f"{format_value(values)}; a value for all trials is a flag: {format_flag(name)}"
+        ]
     problems += found
-    return {k: v for k, v in checked.items() if v is not None} if is_range else checked
+    return checked
 
 
-def _find_range_problem(values: Mapping[str, Any]) -> str | None:
+def _is_range(values: Mapping[str, Any]) -> bool:
     low, high, log, step = (values.get(key) for key in ("low", "high", "log", "step"))
-    if unknown := values.keys() - {"low", "high", "log", "step"}:
-        return f"unknown {', '.join(map(format_name, unknown))}; known: low, high, log, step"
-    shown = f"low {format_value(low)}, high {format_value(high)}"
-    if type(low) not in (int, float) or type(high) is not type(low) or low >= high:
-        return f"{shown} must be numbers, low below high; other settings have a list of choices"
-    if not isinstance(log, bool | None) or (log and (low <= 0 or step is not None)):
-        return f"log must be false, or true with a low above 0 and no step, got {log} with {shown}"
+    is_known = values.keys() <= {"low", "high", "log", "step"} and isinstance(log, bool | None)
+    if not is_known or type(low) not in (int, float) or type(high) is not type(low) or low >= high:
+        return False
+    if step is None or log:
+        return not log or (low > 0 and step is None)
     # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
     is_size = type(step) in (int, type(low)) and 0 < step <= high - low
-    if step is not None and not (
-        is_size and (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)) == 0
-    ):
-        return f"step {format_value(step)} must be such a number, and divide {shown}"
-    return None
+    return is_size and (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)) == 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +166,7 @@ class Search:
     """The settings that all trials share, a legal `base`, and the space in which they differ."""
 
     study: str
-    space: Mapping[str, Values]
+    space: Space
     loader: ConfigLoader
     trials: int
     storage: str  # a database URL
@@ -192,8 +183,7 @@ class Search:
         """Return the settings and the plan of a trial's run. Raises `UserError` on a conflict."""
         values = {**params, "run_tag": f"{self.study}_{number}"}
         loader = self.loader.override(values, f"trial {number} of study {self.study}")
-        resume = None if checkpoint is None else str(checkpoint)
-        plan = resolve_start(loader.get, loader.get_source, resume=resume)
+        plan = resolve_start(loader.get, loader.get_source, resume=checkpoint and str(checkpoint))
         return loader.load(plan.checkpoint_settings), plan
 
     def is_legal(self, params: Mapping[str, Any]) -> bool:
@@ -203,15 +193,12 @@ class Search:
         return False
 
 
-def create_search(
-    order: StudySettings, space: Mapping[str, Values], loader: ConfigLoader
-) -> Search:
+def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> Search:
     """Return the checked search; raise `UserError` with a line for each problem."""
     problems = list(loader.problems)
     for name in ("run_tag", "model_name"):
         if loader.get(name) is not None:
-            source = loader.get_source(name)
-            problems.append(f"{name} ({source}): trials name their runs: remove it")
+            problems.append(f"{loader.get_source(name)}: {name}: trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
     own = {"study": study}
     problems += validate_values(StudySettings, own, strings=False, label=format_flag)[1]
@@ -233,10 +220,8 @@ def create_search(
     measure = "val_bits_per_byte" if "tokenizer" in space else "val_loss"
     search = Search(study, space, loader, order.trials, url, shown, measure, preset)
     choices = [list_values(values) for values in space.values()]
-    has_reals = any(isinstance(values, tuple) for values in choices)
-    is_listed = not has_reals and math.prod(map(len, choices)) <= MAX_LISTED
-    generator = random.Random(0)
-    sample = (map(generator.choice, choices) for _ in range(DRAWS))
+    is_listed = tuple not in map(type, choices) and math.prod(map(len, choices)) <= MAX_LISTED
+    sample = (map(random.Random(seed).choice, choices) for seed in range(DRAWS))
     drawn = itertools.product(*choices) if is_listed else sample
     tried = [dict(zip(space, each, strict=True)) for each in drawn]
     legal = [params for params in tried if search.is_legal(params)]
@@ -247,7 +232,7 @@ def create_search(
     return replace(search, base=base, example=example)
 
 
-def list_values(values: Values) -> Sequence[Any]:
+def list_values(values: list | dict[str, Any]) -> Sequence[Any]:
     """Return all values of a setting, or the two ends of real numbers as a tuple."""
     if isinstance(values, list):
         return values
@@ -264,7 +249,7 @@ def open_study(search: Search) -> "Study":
     # Heartbeats and retries are called experimental since 2021.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     kind, _, path = search.storage.partition(":///")
-    for is_last in (False, False, False, True):  # workers that create the tables at once collide
+    for _ in range(4):  # workers that create the tables at the same time collide
         try:
             if kind == "sqlite":
                 make_directory(Path(path).parent)
@@ -276,23 +261,17 @@ def open_study(search: Search) -> "Study":
                 grace_period=GRACE_SECONDS,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
             )
-            study = optuna.create_study(
+            return optuna.create_study(
                 storage=storage,
                 study_name=search.study,
                 sampler=create_sampler(search),
                 pruner=optuna.pruners.MedianPruner(),  # successive halving needs more evaluations
                 load_if_exists=True,
             )
-            break
         except Exception as error:  # each database driver has its own
-            if is_last:
-                raise UserError(
-                    f"{search.shown_storage} cannot be opened: {format_reason(error)}; "
-                    "--storage names another SQLite file or database URL"
-                ) from None
+            reason = format_reason(error)
             time.sleep(0.3 * random.random())
-    check_study(search, study)
-    return study
+    raise UserError(f"{search.shown_storage} cannot be opened: {reason}: see --storage")
 
 
 def check_study(search: Search, study: "Study") -> None:
@@ -308,8 +287,7 @@ def check_study(search: Search, study: "Study") -> None:
         if study.get_trials(deepcopy=False):
             raise UserError(f"{where} is not one of tune.py: choose another name with --study")
         study.set_user_attr("folio", record)
-    records = (study.user_attrs["folio"], record)
-    old, new = ({**each["fixed"], **each["space"]} for each in records)
+    old, new = ({**each["fixed"], **each["space"]} for each in (study.user_attrs["folio"], record))
     old.setdefault("data_sha256", new["data_sha256"])  # of a study of an earlier version
     changes = [
         f"{name} was {format_value(was)} and is now {format_value(now)}"
@@ -326,8 +304,7 @@ def select_trials(study: "Study", *states: str) -> list["FrozenTrial"]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name in states]
 
 
-def suggest_values(trial: Any, space: Mapping[str, Values]) -> None:
-    """Set a trial's parameters."""
+def _suggest_values(trial: Any, space: Space) -> None:
     for name, values in space.items():
         if isinstance(values, list):
             trial.suggest_categorical(name, values)
@@ -337,19 +314,29 @@ def suggest_values(trial: Any, space: Mapping[str, Values]) -> None:
             trial.suggest_float(name, **values)
 
 
-def create_sampler(search: Search) -> Any:
-    """Return TPE over all settings, limited to legal and new combinations.
+def check_place(search: Search, study: "Study", trial: "Trial") -> None:
+    """Raise an error if enough other trials are recorded before this one, or one is the same."""
+    others = [t for t in select_trials(study, *ALIVE) if t.number != trial.number]
+    if sum(other.number < trial.number for other in others) >= search.trials:
+        raise NothingToDo("withdrawn: other workers have the last trials")
+    same = [other.number for other in others if other.params == trial.params]
+    if same or not search.is_legal(trial.params):
+        kind = f"the settings of trial {same[0]}" if same else "illegal settings"
+        raise UserError(f"withdrawn: {kind}; if that is all, widen the space")
 
-    A proposal depends on the seed, the trial's number and earlier trials, not on the worker.
-    """
+
+def create_sampler(search: Search) -> Any:
+    """Return TPE over all settings that proposes only legal and new combinations."""
     from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import FixedTrial
 
     example = FixedTrial(search.example)
-    suggest_values(example, search.space)
+    _suggest_values(example, search.space)
 
     class LegalSampler(RandomSampler):
         def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> dict:
+            # Now, as for Optuna a trial without any heartbeat is never stale.
+            study._storage.record_heartbeat(trial._trial_id)
             return example.distributions
 
         def sample_relative(self, study: "Study", trial: "FrozenTrial", space: dict) -> dict:
@@ -376,6 +363,7 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
     """Wait until a trial is missing, or return False: poll, as other workers may die."""
     import optuna
 
+    check_study(search, study)
     for polls in itertools.count():
         optuna.storages.fail_stale_trials(study)
         done, running = len(select_trials(study, *DONE)), select_trials(study, "RUNNING")
@@ -383,12 +371,6 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
             return done < search.trials
         if polls == 0:
             output.print(f"Waiting for {pluralize(len(running), 'trial')} of other workers")
-        for trial in running:
-            # For Optuna a worker that died before its first heartbeat is never stale.
-            seconds = (datetime.now() - trial.datetime_start).total_seconds()
-            if seconds > GRACE_SECONDS and trial.user_attrs.get("started") != trial.number:
-                state = optuna.trial.TrialState.FAIL
-                study.tell(trial.number, state=state, skip_if_finished=True)
         time.sleep(POLL_SECONDS)
 
 
@@ -412,7 +394,7 @@ class TrialRun:
 
         failure = None
         try:
-            self.study.optimize(self, n_trials=1, catch=(NothingToDo,))
+            self.study.optimize(self, n_trials=1, catch=(NothingToDo,), gc_after_trial=True)
         except (UserError, RunError) as error:
             failure = error
         except Exception:
@@ -421,11 +403,8 @@ class TrialRun:
             if not isinstance(self.outcome, RunError):
                 raise
         trial = self.study.get_trials()[self.trial.number]
-        is_complete = trial.state.name == "COMPLETE"
-        text = f"{self.search.measure} {trial.value:.4f}" if is_complete else trial.state.name
-        if reason := trial.user_attrs.get("reason") or self.outcome:
-            text += f" ({reason})"
-        self.output.print(f"trial {trial.number}  {text}  {self.run_dir or ''}".rstrip())
+        reason = trial.user_attrs.get("reason") or self.outcome or trial.value
+        self.output.print(f"trial {trial.number}  {trial.state.name}: {reason}  {self.run_dir}")
         if self.exit_status:
             RetryHeartbeatStaleTrialCallback()(self.study, trial)
             self.output.print("Stopped: the same command continues the study.")
@@ -435,9 +414,9 @@ class TrialRun:
         """Train, and return the lowest val loss."""
         self.trial, reason = trial, None
         trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
-        trial.set_user_attr("started", trial.number)  # a retry has the attributes of its trial
         try:
-            self._check_place()
+            _suggest_values(trial, self.search.space)
+            check_place(self.search, self.study, trial)
             value, reason = self._train()
             return value
         except (KeyboardInterrupt, SystemExit) as aborted:
@@ -450,22 +429,6 @@ class TrialRun:
             with contextlib.suppress(Exception):  # as that ends the trial without it
                 trial.set_user_attr("reason", reason)
 
-    def _check_place(self) -> None:
-        """Record the trial's settings; raise an error if it must not run.
-
-        Of workers that ask at the same time, each first records its trial and then reads the
-        others': those beyond the study's number, and all but one with the same settings, withdraw.
-        """
-        search, trial = self.search, self.trial
-        suggest_values(trial, search.space)
-        others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
-        if sum(other.number < trial.number for other in others) >= search.trials:
-            raise NothingToDo("withdrawn: other workers have the last trials")
-        same = [other.number for other in others if other.params == trial.params]
-        if same or not search.is_legal(trial.params):
-            kind = f"the settings of trial {same[0]}" if same else "illegal settings"
-            raise UserError(f"withdrawn: {kind}; if that is all, widen the space")
-
     def _train(self) -> tuple[float, str | None]:
         """Return the lowest val loss, and the reason if the run ended before its last step."""
         from trainer import train
@@ -473,7 +436,7 @@ class TrialRun:
         search, trial, reason = self.search, self.trial, None
         loaded, plan, self.values, failed = find_start(search, self.study, trial.number)
         retry = "" if failed is None else f"retries trial {failed} from step {plan.start_step}: "
-        shown = "  ".join(f"{name} {format_short(value)}" for name, value in trial.params.items())
+        shown = "  ".join(f"{name} {_format_short(value)}" for name, value in trial.params.items())
         self.output.print(f"trial {trial.number}  {retry}{shown}")
         for step, value in self.values.items():
             trial.report(value, step)
@@ -530,72 +493,38 @@ def find_start(
         for checkpoint in reversed(list_checkpoints(run_dir)):
             with contextlib.suppress(UserError):  # damaged or removed
                 loaded, plan = search.settle(params, number, checkpoint)
-                reported = failed.intermediate_values.items()
-                values = {step: value for step, value in reported if step <= plan.start_step}
-                return loaded, plan, values, history[-1]
+                losses = failed.intermediate_values.items()
+                return loaded, plan, {s: v for s, v in losses if s <= plan.start_step}, history[-1]
     return *search.settle(params, number), {}, history[-1] if history else None
 
 
-def work(
-    search: Search, output: Output, argv: Sequence[str], callbacks: Mapping[str, CallbackFactory]
-) -> int:
-    """Run trials until the study has enough, print its results, and return the exit status."""
-    argv = [word.replace(search.storage, search.shown_storage) for word in argv]
-    study = open_study(search)
-    done, running = len(select_trials(study, *DONE)), len(select_trials(study, "RUNNING"))
-    trials = f"{done} of {pluralize(search.trials, 'trial')} done, {running} running"
-    output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
-    size = f": {len(search.combinations)} combinations" if search.combinations else ""
-    output.print(f"Space  {', '.join(search.space)}{size}\n")
-    failures = 0
-    while wait_for_place(search, study, output):
-        check_study(search, study)  # again: another worker may have created it as well
-        trial = TrialRun(search, study, output, argv, callbacks)
-        failure = trial.run()
-        if trial.exit_status:
-            return trial.exit_status
-        failures = failures + 1 if failure else 0
-        if failures == MAX_FAILURES:
-            raise type(failure)(f"{MAX_FAILURES} trials failed in a row, the last: {failure}")
-        gc.collect()
-        if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
-            sys.modules["torch"].compiler.reset()
-    output.print(format_results(search, study))
-    return 0
-
-
-def format_short(value: Any) -> str:
-    """Format a setting's value with four digits."""
+def _format_short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else format_value(value).strip('"')
 
 
 def format_results(search: Search, study: "Study") -> str:
     """Write the best trial's settings; format the best trials, importances and next commands."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.importance import get_param_importances
 
     states = ("COMPLETE", "PRUNED", "FAIL")
     counts = ", ".join(f"{len(select_trials(study, state))} {state.lower()}" for state in states)
     lines = [f"\nStudy {search.study}: {counts}"]
     dashboard = f"  {format_command('optuna-dashboard')} {shlex.quote(search.shown_storage)}"
     best = sorted(select_trials(study, "COMPLETE"), key=lambda trial: (trial.value, trial.number))
-    if not best:
-        return "\n".join([*lines, "No trial is complete, so there is no best one.", dashboard])
     rows = [["trial", search.measure, *search.space, "run"]]
     for trial in best[:5]:
-        values = [format_short(trial.params[name]) for name in search.space]
+        values = [_format_short(trial.params[name]) for name in search.space]
         run_dir = str(trial.user_attrs.get("run_dir"))
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_dir])
     lines += ["", align_columns(rows, right=range(len(search.space) + 2)), ""]
     if len(best) > 5:  # else they say nothing
         with warnings.catch_warnings(action="ignore"):
-            evaluator = PedAnovaImportanceEvaluator()
-            shares = get_param_importances(study, evaluator=evaluator, params=list(search.space))
+            shares = get_param_importances(study, params=list(search.space))
         table = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
         lines += ["Importances (PED-ANOVA, sum 1):", align_columns(table, right=[1]), ""]
     write_preset(search, best[0])
     lines += [f"Best settings: {search.preset}", "", "Next:"]
     lines += [f"  {format_command('train.py')} --config {shlex.quote(str(search.preset))}"]
-    lines += [f"  {format_command('report.py')} {shlex.join(row[-1] for row in rows[1:4])}"]
     return "\n".join([*lines, dashboard])
 
 
@@ -615,8 +544,9 @@ def write_preset(search: Search, best: "FrozenTrial") -> None:
         make_directory(search.preset.parent)
         write_atomic(search.preset, text)
     except OSError as error:
-        remedy = "name another file with --output"
-        raise UserError(f"{search.preset} cannot be written: {error.strerror}; {remedy}") from None
+        raise UserError(
+            f"{search.preset} cannot be written, see --output: {error.strerror}"
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -627,8 +557,8 @@ def main(argv: Sequence[str]) -> int:
     own_actions = [action for action in ACTIONS if action.name in ("config", "callback")]
     command_line = CommandLine(__doc__, TuneConfig, own_actions, groups, ALIASES)
     flags, actions, problems = command_line.parse(argv)
-    own = {name: flags.pop(name) for name in StudySettings.model_fields if name in flags}
-    order = StudySettings(**own)
+    names = StudySettings.model_fields.keys() & flags.keys()
+    order = StudySettings(**{name: flags.pop(name) for name in names})
     space = read_space(order.space, flags, problems)
     loader = ConfigLoader(flags, actions.get("config"), problems)
     search = create_search(order, space, loader)
@@ -640,7 +570,25 @@ def main(argv: Sequence[str]) -> int:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return work(search, Output(), argv, callbacks)
+        argv = [word.replace(search.storage, search.shown_storage) for word in argv]
+        study, output = open_study(search), Output()
+        trials = f"{len(select_trials(study, *DONE))} of {pluralize(search.trials, 'trial')} done"
+        output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
+        size = f": {len(search.combinations)} combinations" if search.combinations else ""
+        output.print(f"Space  {', '.join(search.space)}{size}\n")
+        failures = 0
+        while wait_for_place(search, study, output):
+            trial = TrialRun(search, study, output, argv, callbacks)
+            failure = trial.run()
+            if trial.exit_status:
+                return trial.exit_status
+            failures = failures + 1 if failure else 0
+            if failures == MAX_FAILURES:
+                raise type(failure)(f"{MAX_FAILURES} trials failed in a row, the last: {failure}")
+            if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
+                sys.modules["torch"].compiler.reset()
+        output.print(format_results(search, study))
+        return 0
     except (OSError, SQLAlchemyError, OptunaError) as error:
         raise RunError(
             f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
