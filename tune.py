@@ -5,12 +5,10 @@
 
 Each trial is an ordinary run of train.py. The settings of train.py are flags here too and hold for
 all trials; the space lists the settings to search. The same command, started again, is another
-worker of the study; on several machines with `--storage postgresql+psycopg://host/name`. If a
-worker is stopped or killed, its trial is retried from the last checkpoint.
+worker of the study. If a worker is stopped or killed, its trial is retried from its checkpoint.
 """
 
 import contextlib
-import gc
 import importlib.util
 import itertools
 import json
@@ -26,7 +24,6 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,48 +33,35 @@ import yaml
 from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step, load_callback_factories
 from config import ConfigLoader, LoadedConfig, read_config_file
-from parameters import (
-    ALIASES,
-    DERIVED,
-    GROUPS,
-    Architecture,
-    Data,
-    ModelConfig,
-    ModelName,
-    Positive,
-    Run,
-    Settings,
-    Training,
-)
+from corpus import open_corpus
+from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, ModelName, Positive, Settings
 from resume import ResumePlan, resolve_start
+from train import ACTIONS
 from utils.checks import format_name, format_value, suggest_name, validate_values
-from utils.command_line import Action, CommandLine, format_flag
+from utils.command_line import CommandLine, format_flag
 from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
-from utils.output import (
-    Output,
-    align_columns,
-    format_command,
-    format_duration,
-    pluralize,
-    run_command,
-)
+from utils.output import Output, align_columns, format_command, pluralize, run_command
 from utils.ranks import Ranks
-from utils.run_manager import read_record
 
 if TYPE_CHECKING:  # Optuna is imported once the settings are known to be good
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-# Settings that may be searched. The others define how and on what text a trial is measured.
-SEARCHABLE = (set(Architecture.model_fields) | set(Training.model_fields) | {"tokenizer"}) - {
+# Settings that determine a trial's loss: the same in all trials of a study, unless searched.
+MEASURED = {
+    name
+    for group in ("architecture", "data", "training", "initialization")
+    for name in GROUPS[group].model_fields
+} - {"data", "micro_batch_size"}
+# Those that may be searched. The others define how and on what text a trial is measured.
+SEARCHABLE = MEASURED - {
+    *(GROUPS["data"].model_fields.keys() - {"tokenizer"}),
     *("eval_interval", "eval_iters", "early_stopping_patience", "seed"),
-    *("epochs", "max_minutes", "micro_batch_size"),
+    *("epochs", "max_minutes", "init_from"),
 }
-RANGE_KEYS = ("low", "high", "log", "step")
-MAX_STEPS = 10**6  # of a range: with more, Optuna cannot tell its values apart
 MAX_LISTED = 1000  # combinations up to which all legal ones are listed
-DRAWS = 300  # random combinations that are tried to find a legal one
+DRAWS = 200  # random combinations that are tried to find a legal one
 
 DONE = ("COMPLETE", "PRUNED")  # Optuna's names of the states of trials
 ALIVE = (*DONE, "RUNNING", "WAITING")
@@ -86,15 +70,8 @@ GRACE_SECONDS = 60  # without a heartbeat, after which a worker counts as dead
 POLL_SECONDS = 2  # between two checks for trials that other workers left
 MAX_RETRIES = 5  # of a trial whose workers die
 MAX_FAILURES = 3  # in a row, after which a worker ends
-OPEN_ATTEMPTS = 5  # as workers that create the tables at the same time collide
 
-# The median rule needs few trials to compare with and works with two evaluations in a run;
-# successive halving would need several rungs of them.
-TRIALS_BEFORE_PRUNING = 5
-RANDOM_TRIALS = 10  # before TPE has enough to model
-TPE_ATTEMPTS = 50  # proposals of TPE for one trial, until one is legal and new
-TRIALS_FOR_IMPORTANCE = 6
-BEST_SHOWN = 5
+Space = dict[str, list[Any] | dict[str, Any]]  # choices, or arguments of Optuna's distributions
 
 
 class StudySettings(Settings):
@@ -120,30 +97,8 @@ class TuneConfig(StudySettings, ModelConfig):
     """All flags: those of the study, and those of each of its runs."""
 
 
-ACTIONS = (
-    Action("config", "Take settings from a YAML or JSON file; the space overrides it.", "FILE"),
-    Action(
-        "callback",
-        "Call an object of your own in every run; may be repeated. See docs/callbacks.md.",
-        "MODULE:MAKE",
-        repeats=True,
-    ),
-)
-
-
-# ----------------------------------------------------------------------------------------------
-# The search space
-
-Values = list[Any] | dict[str, Any]  # choices, or a range with RANGE_KEYS
-
-
-def read_space(
-    file: str | None, flags: Mapping[str, Any], problems: list[str]
-) -> dict[str, Values]:
-    """Read a search space; append a line to `problems` for each mistake in it.
-
-    `flags` are the settings that are fixed for all trials.
-    """
+def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) -> Space:
+    """Read a search space of settings that `flags` do not fix; append mistakes to `problems`."""
     if file is None:
         problems.append("--space FILE is missing: the settings to search and their ranges")
         return {}
@@ -152,292 +107,196 @@ def read_space(
     except UserError as error:
         problems += error.problems
         return {}
-    declared.pop("$schema", None)
     if not declared:
         problems.append(f"{file}: no setting to search")
-    space: dict[str, Values] = {}
+    space: Space = {}
     for name, values in declared.items():
-        label = f"{file}: {format_name(name)}"
-        if name not in ModelConfig.model_fields:
-            hint = suggest_name(str(name), SEARCHABLE)
-            problems.append(f"{file}: unknown key {format_name(name)}{hint}")
-        elif name not in SEARCHABLE:
-            flag = format_flag(name)
-            problems.append(f"{label} cannot be searched, only set for all trials: {flag}")
+        label, flag = f"{file}: {format_name(name)}", format_flag(str(name))
+        if name not in SEARCHABLE:
+            is_setting = name in ModelConfig.model_fields
+            hint = f", only set: {flag}" if is_setting else suggest_name(str(name), SEARCHABLE)
+            problems.append(f"{label} cannot be searched{hint}")
         elif name in flags:
-            problems.append(f"{label} is searched, and {format_flag(name)} fixes it: remove one")
+            problems.append(f"{label} is searched, and {flag} fixes it: remove one")
         else:
             space[name] = _check_values(name, values, label, problems)
     return space
 
 
-def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Values:
-    """Return the choices or the range as the setting's type; append to `problems` if illegal."""
-    is_range = isinstance(values, dict)
-    if not is_range and not (isinstance(values, list) and len(values) > 1):
-        problems.append(
-            f"{label} must be a list of two or more choices, or {{low: …, high: …}}, got "
-            f"{format_value(values)}; a value for all trials is a flag: {format_flag(name)}"
-        )
-        return []
-    given = {end: values.get(end) for end in RANGE_KEYS[:2]} if is_range else enumerate(values)
-    checked, found = {}, []
-    for key, value in dict(given).items():
+def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Any:
+    """Return choices or a range with values of the setting's type; append to `problems`."""
+    is_range, found = isinstance(values, dict), []
+    checked = {"low": None, "high": None, **values} if is_range else values
+    keys = ("low", "high") if is_range else range(len(values) if isinstance(values, list) else 0)
+    for key in keys:
         where = f"{label}: {key}" if is_range else label
         settings, wrong = validate_values(
-            ModelConfig, {name: value}, strings=False, label=lambda _, where=where: where
+            ModelConfig, {name: checked[key]}, strings=False, label=lambda _, where=where: where
         )
         checked[key] = settings.get(name)
         found += wrong
-    if is_range and not found:
-        checked |= {key: values[key] for key in values.keys() - checked.keys()}
-        problem = _find_range_problem(checked)
-        found = [f"{label}: {problem}"] if problem else []
-    elif not found and len(set(map(format_value, checked.values()))) < len(checked):
-        found = [f"{label} has a choice twice: {format_value(values)}"]
+    if is_range:
+        checked = {k: v for k, v in checked.items() if v is not None and v is not False}
+    if not found and not (
+        _is_range(checked) if is_range else 1 < len(keys) == len({*map(format_value, checked)})
+    ):
+        found = [
+            f"{label} must be a list of two or more different choices, or numbers {{low: …, high: "
+            f"…}}, with log: true if low is above 0, or a step that leads from low to high; got "
+            f"{format_value(values)}; a value for all trials is a flag: {format_flag(name)}"
+        ]
     problems += found
-    if not is_range:
-        return list(checked.values())
-    return {
-        key: value for key, value in checked.items() if value is not None and value is not False
-    }
+    return checked
 
 
-def _find_range_problem(values: Mapping[str, Any]) -> str | None:
-    low, high, log, step = (values.get(key) for key in RANGE_KEYS)
-    if unknown := [format_name(key) for key in values if key not in RANGE_KEYS]:
-        return f"unknown {', '.join(unknown)}; a range has low, high, log and step"
-    if type(low) not in (int, float) or type(high) is not type(low):
-        return "low and high must be numbers; other settings have a list of choices"
-    if low >= high:
-        return f"low {low:g} must be below high {high:g}"
-    if log is not None and not isinstance(log, bool):
-        return f"log must be true or false, got {format_value(log)}"
-    if log and (low <= 0 or step is not None):
-        return f"log needs a low above 0, and no step: remove one, or change low {low:g}"
-    if step is None:
-        return None
-    is_number = isinstance(step, (int, type(low))) and not isinstance(step, bool)
-    if not is_number or not 0 < step < math.inf:
-        noun = "whole number" if isinstance(low, int) else "number"
-        return f"step must be a {noun} above 0, got {format_value(step)}"
-    if (high - low) / step > MAX_STEPS:
-        return f"step {step:g} is too small for {low:g} to {high:g}: remove it"
+def _is_range(values: Mapping[str, Any]) -> bool:
+    low, high, log, step = (values.get(key) for key in ("low", "high", "log", "step"))
+    is_known = values.keys() <= {"low", "high", "log", "step"} and isinstance(log, bool | None)
+    if not is_known or type(low) not in (int, float) or type(high) is not type(low) or low >= high:
+        return False
+    if step is None or log:
+        return not log or (low > 0 and step is None)
     # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
-    exact_low, exact_high, exact_step = (Fraction(str(number)) for number in (low, high, step))
-    if (exact_high - exact_low) % exact_step:
-        return f"high {high:g} must be low {low:g} plus a multiple of step {step:g}"
-    return None
-
-
-def list_values(values: Values) -> Sequence[Any] | None:
-    """Return all values of a setting, None if they are uncountable."""
-    if isinstance(values, list):
-        return values
-    low, high, step = values["low"], values["high"], values.get("step")
-    if isinstance(low, int):
-        return range(low, high + 1, step or 1)
-    if step is None:
-        return None
-    return [min(low + step * n, high) for n in range(round((high - low) / step) + 1)]
-
-
-# ----------------------------------------------------------------------------------------------
-# The study
+    is_size = type(step) in (int, type(low)) and 0 < step <= high - low
+    return is_size and (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)) == 0
 
 
 @dataclass(frozen=True)
 class Search:
-    """The settings that all trials of a study share, and the space in which they differ.
-
-    `base` is one legal configuration; `combinations` are all legal ones, if they are few.
-    """
+    """The settings that all trials share, a legal `base`, and the space in which they differ."""
 
     study: str
-    space: Mapping[str, Values]
+    space: Space
     loader: ConfigLoader
     trials: int
-    storage: str  # an SQLite file or a URL
+    storage: str  # a database URL
+    shown_storage: str  # the same without a password
+    measure: str  # the loss to minimize
     preset: Path
     base: ModelConfig = field(default_factory=ModelConfig)
-    combinations: Sequence[dict[str, Any]] | None = None
+    example: dict[str, Any] = field(default_factory=dict)  # a legal combination
+    combinations: Sequence[dict[str, Any]] | None = None  # all legal ones, if they are few
 
-    @property
-    def measure(self) -> str:
-        """The loss to minimize. Losses per token compare only between runs of one tokenizer."""
-        return "val_bits_per_byte" if "tokenizer" in self.space else "val_loss"
-
-    @property
-    def shown_storage(self) -> str:
-        """The storage without a password."""
-        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.storage)
+    def settle(
+        self, params: Mapping[str, Any], number: int = 0, checkpoint: Path | None = None
+    ) -> tuple[LoadedConfig, ResumePlan]:
+        """Return the settings and the plan of a trial's run. Raises `UserError` on a conflict."""
+        values = {**params, "run_tag": f"{self.study}_{number}"}
+        loader = self.loader.override(values, f"trial {number} of study {self.study}")
+        plan = resolve_start(loader.get, loader.get_source, resume=checkpoint and str(checkpoint))
+        return loader.load(plan.checkpoint_settings), plan
 
     def is_legal(self, params: Mapping[str, Any]) -> bool:
         """Return whether the schema accepts this combination."""
-        try:
-            return bool(settle(self, params))
-        except UserError:
-            return False
+        with contextlib.suppress(UserError):
+            return bool(self.settle(params))
+        return False
 
 
-def settle(
-    search: Search, params: Mapping, number: int | None = None, checkpoint: Path | None = None
-) -> tuple[LoadedConfig, ResumePlan]:
-    """Return the settings and the plan of the run of trial `number`, which tries `params`.
-
-    Raises `UserError` if the settings conflict, or the checkpoint to resume from is damaged.
-    """
-    values, origin = dict(params), f"study {search.study}"
-    if number is not None:
-        values["run_tag"] = f"{search.study}_{number}"
-        origin = f"trial {number} of {origin}"
-    resume = None if checkpoint is None else str(checkpoint)
-    loader = search.loader.override(values, origin)
-    plan = resolve_start(loader.get, loader.get_source, resume=resume)
-    return loader.load(plan.checkpoint_settings), plan
-
-
-def create_search(
-    order: StudySettings, space: Mapping[str, Values], loader: ConfigLoader
-) -> Search:
+def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> Search:
     """Return the checked search; raise `UserError` with a line for each problem."""
     problems = list(loader.problems)
     for name in ("run_tag", "model_name"):
         if loader.get(name) is not None:
-            problems.append(
-                f"{name} ({loader.get_source(name)}): trials name their runs: remove it"
-            )
+            problems.append(f"{loader.get_source(name)}: {name}: trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
-    _, wrong = validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)
+    own = {"study": study}
+    problems += validate_values(StudySettings, own, strings=False, label=format_flag)[1]
     studies = Path(loader.get("runs_dir")) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
     is_default = order.storage is None and not Path(storage).exists()
     if Path(storage) == journal or (is_default and journal.is_file()):
-        wrong.append(
+        problems.append(
             f"{journal}: studies are no longer journals: `optuna-dashboard {journal}` shows it, "
             "Optuna's JournalStorage and copy_study() convert it; --study NAME starts another one"
         )
-    if problems or wrong:
-        raise UserError(*problems, *wrong)
-    preset = Path(order.output) if order.output else studies / f"{study}.yaml"
-    search = Search(study, space, loader, order.trials, storage, preset)
-    search = replace(search, base=_find_legal_config(search, {}))
-    for name, values in space.items():
-        for value in values if isinstance(values, list) else ():
-            try:
-                _find_legal_config(search, {name: value})
-            except UserError as error:
-                problem = f"is legal in no combination: {error.problems[0]}"
-                problems.append(f"{order.space}: {name} {format_value(value)} {problem}")
     if problems:
         raise UserError(*problems)
-    listed = [list_values(values) for values in space.values()]
-    if None in listed or math.prod(map(len, listed)) > MAX_LISTED:
-        return search
-    every = (dict(zip(space, each, strict=True)) for each in itertools.product(*listed))
-    legal = [each for each in every if search.is_legal(each)]
-    return replace(search, combinations=legal, trials=min(search.trials, len(legal)))
+    url = storage if "://" in storage else f"sqlite:///{storage}"
+    preset = Path(order.output) if order.output else studies / f"{study}.yaml"
+    shown = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+    # Losses per token compare only between runs of one tokenizer.
+    measure = "val_bits_per_byte" if "tokenizer" in space else "val_loss"
+    search = Search(study, space, loader, order.trials, url, shown, measure, preset)
+    choices = [list_values(values) for values in space.values()]
+    is_listed = tuple not in map(type, choices) and math.prod(map(len, choices)) <= MAX_LISTED
+    sample = (map(random.Random(seed).choice, choices) for seed in range(DRAWS))
+    drawn = itertools.product(*choices) if is_listed else sample
+    tried = [dict(zip(space, each, strict=True)) for each in drawn]
+    legal = [params for params in tried if search.is_legal(params)]
+    example = (legal or tried)[0]
+    base = search.settle(example)[0].config  # raises the reason if none is legal
+    if is_listed:
+        search = replace(search, combinations=legal, trials=min(order.trials, len(legal)))
+    return replace(search, base=base, example=example)
 
 
-def _find_legal_config(search: Search, pinned: Mapping[str, Any]) -> ModelConfig:
-    """Return a legal random combination that contains `pinned`. Raises the last `UserError`."""
-    generator = random.Random(0)
-    listed = {name: list_values(values) for name, values in search.space.items()}
-    failure = UserError()
-    for _ in range(DRAWS):
-        params = {n: generator.choice(v) for n, v in listed.items() if v is not None}
-        for name in search.space.keys() - params.keys():
-            params[name] = generator.uniform(search.space[name]["low"], search.space[name]["high"])
-        try:
-            return settle(search, {**params, **pinned})[0].config
-        except UserError as error:
-            failure = error
-    raise failure
+def list_values(values: list | dict[str, Any]) -> Sequence[Any]:
+    """Return all values of a setting, or the two ends of real numbers as a tuple."""
+    if isinstance(values, list):
+        return values
+    low, high = values["low"], values["high"]
+    return range(low, high + 1, values.get("step", 1)) if isinstance(low, int) else (low, high)
 
 
 def open_study(search: Search) -> "Study":
-    """Open or create the study, whose heartbeats in the database show which workers are alive.
-
-    Raises `UserError` if the storage cannot be opened, or its study has another space.
-    """
+    """Open or create the study. Raises `UserError` if it cannot be opened, or is another one."""
     import optuna
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     # Heartbeats and retries are called experimental since 2021.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-
-    class Storage(optuna.storages.RDBStorage):
-        def record_heartbeat(self, trial_id: int) -> None:
-            with contextlib.suppress(*get_storage_errors()):  # the next one may succeed
-                super().record_heartbeat(trial_id)
-
-    is_url, name = "://" in search.storage, search.study
-    url = search.storage if is_url else f"sqlite:///{Path(search.storage).resolve()}"
-    options: dict[str, Any] = {
-        # Seconds to wait for the writes of other workers.
-        "engine_kwargs": {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-        "heartbeat_interval": HEARTBEAT_SECONDS,
-        "grace_period": GRACE_SECONDS,
-        "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
-    }
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=TRIALS_BEFORE_PRUNING)
-    own = {"sampler": create_sampler(search), "pruner": pruner, "study_name": name}
-    for attempt in range(OPEN_ATTEMPTS):
+    kind, _, path = search.storage.partition(":///")
+    for _ in range(4):  # workers that create the tables at the same time collide
         try:
-            if not is_url:
-                make_directory(Path(search.storage).parent)
-            study = optuna.create_study(storage=Storage(url, **options), load_if_exists=True, **own)
-            break
-        except (*get_storage_errors(), ImportError, ValueError, RuntimeError) as error:
-            if attempt == OPEN_ATTEMPTS - 1:
-                reason = getattr(error, "strerror", None) or format_reason(error)
-                driver = "; PostgreSQL: psycopg" if isinstance(error, ImportError) else ""
-                remedy = "--storage names another SQLite file or database URL"
-                where = search.shown_storage
-                raise UserError(f"{where} cannot be opened: {reason}{driver}; {remedy}") from None
+            if kind == "sqlite":
+                make_directory(Path(path).parent)
+            storage = optuna.storages.RDBStorage(
+                search.storage,
+                # Seconds to wait for the writes of other workers.
+                engine_kwargs={"connect_args": {"timeout": 60}} if kind == "sqlite" else None,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+            )
+            return optuna.create_study(
+                storage=storage,
+                study_name=search.study,
+                sampler=create_sampler(search),
+                pruner=optuna.pruners.MedianPruner(),  # successive halving needs more evaluations
+                load_if_exists=True,
+            )
+        except Exception as error:  # each database driver has its own
+            reason = format_reason(error)
             time.sleep(0.3 * random.random())
-    check_study(search, study)
-    return study
+    raise UserError(f"{search.shown_storage} cannot be opened: {reason}: see --storage")
 
 
 def check_study(search: Search, study: "Study") -> None:
-    """Record the space and the fixed settings in a new study.
-
-    Raises `UserError`, with all changes in one line, if the study has others.
-    """
+    """Record space, text and fixed settings. Raises `UserError` if the study has others."""
     derived = DERIVED if "architecture" in search.space else frozenset()
-    names = {*SEARCHABLE, *Data.model_fields, *Training.model_fields, "init_from"}
-    names -= {"data", "micro_batch_size", *search.space, *derived}
-    fixed = {n: getattr(search.base, n) for n in ModelConfig.model_fields if n in names}
+    fixed = search.base.model_dump(include=MEASURED - search.space.keys() - derived)
+    data = search.base.data or ("input.txt" if Path("input.txt").exists() else None)
+    options = {"cache_dir": search.base.cache_dir, "token_store": search.base.token_store}
+    fixed["data_sha256"] = open_corpus(data, **options).sha256
     record = json.loads(json.dumps({"space": search.space, "fixed": fixed}))  # as it is read back
     where = f"study {search.study} in {search.shown_storage}"
     if "folio" not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise UserError(f"{where} is not one of tune.py: choose another name with --study")
         study.set_user_attr("folio", record)
-    records = (study.user_attrs["folio"], record)
-    old, new = ({**each["fixed"], **each["space"]} for each in records)
+    old, new = ({**each["fixed"], **each["space"]} for each in (study.user_attrs["folio"], record))
+    old.setdefault("data_sha256", new["data_sha256"])  # of a study of an earlier version
     changes = [
-        f"{name} was {format_value(old.get(name, 'absent'))} and is now "
-        f"{format_value(new.get(name, 'absent'))}"
+        f"{name} was {format_value(was)} and is now {format_value(now)}"
         for name in {**old, **new}
-        if name not in old or name not in new or old[name] != new[name]
+        if (was := old.get(name, "absent")) != (now := new.get(name, "absent"))
     ]
     if changes:
-        shown = "; ".join(changes)
-        raise UserError(
-            f"{where} has other settings: {shown}: restore them, or name another study with --study"
-        )
-
-
-def get_storage_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a storage that cannot be read or written."""
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (OSError, SQLAlchemyError, OptunaError)
+        remedy = "restore them, or name another study with --study"
+        raise UserError(f"{where} has other settings: {'; '.join(changes)}: {remedy}")
 
 
 def select_trials(study: "Study", *states: str) -> list["FrozenTrial"]:
@@ -445,38 +304,49 @@ def select_trials(study: "Study", *states: str) -> list["FrozenTrial"]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name in states]
 
 
-def create_sampler(search: Search) -> Any:
-    """Return TPE over all settings together, limited to legal and new combinations.
-
-    A proposal depends on the seed, the trial's number and earlier trials, not on the worker.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-    from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-
-    distributions: dict[str, Any] = {}
-    for name, values in search.space.items():
+def _suggest_values(trial: Any, space: Space) -> None:
+    for name, values in space.items():
         if isinstance(values, list):
-            distributions[name] = CategoricalDistribution(values)
+            trial.suggest_categorical(name, values)
+        elif isinstance(values["low"], int):
+            trial.suggest_int(name, **values)
         else:
-            kind = IntDistribution if isinstance(values["low"], int) else FloatDistribution
-            distributions[name] = kind(**values)
+            trial.suggest_float(name, **values)
 
-    class LegalSampler(BaseSampler):
+
+def check_place(search: Search, study: "Study", trial: "Trial") -> None:
+    """Raise an error if enough other trials are recorded before this one, or one is the same."""
+    others = [t for t in select_trials(study, *ALIVE) if t.number != trial.number]
+    if sum(other.number < trial.number for other in others) >= search.trials:
+        raise NothingToDo("withdrawn: other workers have the last trials")
+    same = [other.number for other in others if other.params == trial.params]
+    if same or not search.is_legal(trial.params):
+        kind = f"the settings of trial {same[0]}" if same else "illegal settings"
+        raise UserError(f"withdrawn: {kind}; if that is all, widen the space")
+
+
+def create_sampler(search: Search) -> Any:
+    """Return TPE over all settings that proposes only legal and new combinations."""
+    from optuna.samplers import RandomSampler, TPESampler
+    from optuna.trial import FixedTrial
+
+    example = FixedTrial(search.example)
+    _suggest_values(example, search.space)
+
+    class LegalSampler(RandomSampler):
         def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> dict:
-            return distributions
+            # Now, as for Optuna a trial without any heartbeat is never stale.
+            study._storage.record_heartbeat(trial._trial_id)
+            return example.distributions
 
         def sample_relative(self, study: "Study", trial: "FrozenTrial", space: dict) -> dict:
             tried = [t.params for t in select_trials(study, *ALIVE) if t.number != trial.number]
-            for attempt in range(TPE_ATTEMPTS + DRAWS):
+            options = {"multivariate": True, "constant_liar": True}  # which keeps workers apart
+            for attempt in range(DRAWS):
                 seed = zlib.crc32(f"{search.base.seed} {trial.number} {attempt}".encode())
-                # TPE's best of many candidates first. If that is illegal or not new, it would be so
-                # again: take any that TPE samples. `constant_liar` keeps workers apart.
-                random_trials = RANDOM_TRIALS if attempt < TPE_ATTEMPTS else sys.maxsize
-                candidates = {
-                    "n_startup_trials": random_trials,
-                    "n_ei_candidates": 1 if attempt else 24,
-                }
-                sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True, **candidates)
+                # TPE's best of 24 candidates first. If that is illegal or not new, it would be so
+                # again: take any that TPE samples.
+                sampler = TPESampler(n_ei_candidates=1 if attempt else 24, seed=seed, **options)
                 params = sampler.sample_relative(study, trial, space) or {
                     name: sampler.sample_independent(study, trial, name, distribution)
                     for name, distribution in space.items()
@@ -486,356 +356,196 @@ def create_sampler(search: Search) -> Any:
             untried = [each for each in search.combinations or () if each not in tried]
             return random.Random(seed).choice(untried) if untried else params
 
-        def sample_independent(self, *arguments: Any) -> Any:
-            return RandomSampler().sample_independent(*arguments)
-
     return LegalSampler()
 
 
 def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
-    """Return True once a trial is missing, False once the study is complete.
-
-    While other workers run the last trials, poll: one of them may die.
-    """
+    """Wait until a trial is missing, or return False: poll, as other workers may die."""
     import optuna
 
-    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(MAX_RETRIES)
-    first_seen: dict[int, float] = {}
-    while True:
+    check_study(search, study)
+    for polls in itertools.count():
         optuna.storages.fail_stale_trials(study)
         done, running = len(select_trials(study, *DONE)), select_trials(study, "RUNNING")
         if done >= search.trials or done + len(running) < search.trials:
             return done < search.trials
-        if not first_seen:
+        if polls == 0:
             output.print(f"Waiting for {pluralize(len(running), 'trial')} of other workers")
-        for trial in running:
-            seen = first_seen.setdefault(trial.number, time.monotonic())
-            # For Optuna a worker that died before its first heartbeat is never stale.
-            is_old = time.monotonic() - seen > GRACE_SECONDS
-            if is_old and trial.user_attrs.get("started") != trial.number:
-                with contextlib.suppress(ValueError, RuntimeError):  # another worker was faster
-                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                    retry(study, study.get_trials()[trial.number])
         time.sleep(POLL_SECONDS)
-
-
-# ----------------------------------------------------------------------------------------------
-# A trial
-
-
-class TrialFailedError(Exception):
-    """Ends a trial without a value; its text is the reason."""
 
 
 @dataclass
 class TrialRun:
-    """One trial: the objective of `study.optimize`, and a callback of its run.
-
-    `values` are the val losses by step; `ending` is the exception that then ends the worker.
-    """
+    """One trial: the objective of `study.optimize`, and a callback of its run."""
 
     search: Search
     study: "Study"
     output: Output
     argv: Sequence[str]
     callbacks: Mapping[str, CallbackFactory]
-    trial: "Trial | None" = None
-    values: dict[int, float] = field(default_factory=dict)
-    max_iters: float = math.inf
+    values: dict[int, float] = field(default_factory=dict)  # val losses by step
     run_dir: Path | None = None
-    reason: str | None = None
-    is_pruned: bool = False
-    is_handed_back: bool = False
-    failure: UserError | RunError | None = None
-    ending: BaseException | None = None
+    outcome: Exception | None = None  # is raised after the run
+    exit_status: int = 0  # of the worker, if it is stopped and hands the trial back
 
-    def run(self) -> None:
-        """Ask for a trial and run it; record and print how it ended."""
+    def run(self) -> UserError | RunError | None:
+        """Ask for a trial and run it; print how it ended, and return why it failed."""
         from optuna.storages import RetryHeartbeatStaleTrialCallback
 
-        started = time.monotonic()
+        failure = None
         try:
-            self.study.optimize(self._run_objective, n_trials=1, catch=(TrialFailedError,))
-        except Exception as error:
-            # Optuna cannot end a trial that another worker failed while this machine slept.
-            is_bug = self.trial is None or error is self.ending
-            if is_bug or self._read_trial().state.name != "FAIL":
+            self.study.optimize(self, n_trials=1, catch=(NothingToDo,), gc_after_trial=True)
+        except (UserError, RunError) as error:
+            failure = error
+        except Exception:
+            self.study.get_trials()  # raises the reason if the storage failed
+            # Optuna cannot end a trial that another worker failed while this machine was asleep.
+            if not isinstance(self.outcome, RunError):
                 raise
-            self.reason, self.is_handed_back = "another worker has it", False
-        trial = self._read_trial()
-        text = trial.state.name.lower()
-        if self.is_handed_back:
+        trial = self.study.get_trials()[self.trial.number]
+        reason = trial.user_attrs.get("reason") or self.outcome or trial.value
+        self.output.print(f"trial {trial.number}  {trial.state.name}: {reason}  {self.run_dir}")
+        if self.exit_status:
             RetryHeartbeatStaleTrialCallback()(self.study, trial)
-            text = "handed back"
-        text = f"{self.search.measure} {trial.value:.4f}" if text == "complete" else text
-        text += f" ({self.reason})" if self.reason else ""
-        seconds = format_duration(time.monotonic() - started)
-        self.output.print(f"trial {trial.number}  {text}  {seconds}  {self.run_dir or ''}".rstrip())
+            self.output.print("Stopped: the same command continues the study.")
+        return failure
 
-    def _read_trial(self) -> "FrozenTrial":
-        return self.study.get_trials()[self.trial.number]
-
-    def _run_objective(self, trial: "Trial") -> float:
-        """Train; return the lowest val loss, or raise TrialPruned or TrialFailedError."""
-        from optuna import TrialPruned
-
-        self.trial = trial
+    def __call__(self, trial: "Trial") -> float:
+        """Train, and return the lowest val loss."""
+        self.trial, reason = trial, None
         trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
-        trial.set_user_attr("started", trial.number)  # a retry has the attributes of its trial
         try:
-            self._check_place()
-            return self._train()
-        except (TrialFailedError, TrialPruned) as error:
-            self.reason = str(error)
-            raise
+            _suggest_values(trial, self.search.space)
+            check_place(self.search, self.study, trial)
+            value, reason = self._train()
+            return value
         except (KeyboardInterrupt, SystemExit) as aborted:
-            self.reason, self.ending, self.is_handed_back = "aborted", aborted, True
-            raise TrialFailedError(self.reason) from None
+            self.exit_status, reason = getattr(aborted, "code", 130), "aborted"
+            raise RunError(reason) from None
         except Exception as error:
-            self.ending = error
+            reason = format_reason(error)
             raise
         finally:
-            with contextlib.suppress(*get_storage_errors()):
-                trial.set_user_attr("reason", self.reason)
+            with contextlib.suppress(Exception):  # as that ends the trial without it
+                trial.set_user_attr("reason", reason)
 
-    def _check_place(self) -> None:
-        """Record the trial's settings; raise TrialFailedError if it must not run.
-
-        Workers share no lock, and two may ask at the same time. So each first records its trial
-        and then reads the others': those beyond the study's number withdraw, the last one first;
-        of two with the same settings at least one does.
-        """
-        search, trial = self.search, self.trial
-        for name, values in search.space.items():
-            if isinstance(values, list):
-                trial.suggest_categorical(name, values)
-            else:
-                is_int = isinstance(values["low"], int)
-                (trial.suggest_int if is_int else trial.suggest_float)(name, **values)
-        others = [t for t in select_trials(self.study, *ALIVE) if t.number != trial.number]
-        if sum(other.number < trial.number for other in others) >= search.trials:
-            raise TrialFailedError("withdrawn: other workers have the last trials")
-        same = [other.number for other in others if other.params == trial.params]
-        if same or not search.is_legal(trial.params):
-            self.failure = UserError("no new legal combination was found: widen the space")
-            reason = f"the settings of trial {same[0]}" if same else "illegal settings"
-            raise TrialFailedError(f"withdrawn: {reason}")
-
-    def _train(self) -> float:
-        from optuna import TrialPruned
-
+    def _train(self) -> tuple[float, str | None]:
+        """Return the lowest val loss, and the reason if the run ended before its last step."""
         from trainer import train
 
-        search, number = self.search, self.trial.number
-        loaded, plan, self.values, failed = find_start(search, self.study, number)
-        retries = "" if failed is None else f"retries trial {failed} from step {plan.start_step}: "
-        shown = "  ".join(f"{n} {format_short(v)}" for n, v in self.trial.params.items())
-        self.output.print(f"trial {number}  {retries}{shown}")
+        search, trial, reason = self.search, self.trial, None
+        loaded, plan, self.values, failed = find_start(search, self.study, trial.number)
+        retry = "" if failed is None else f"retries trial {failed} from step {plan.start_step}: "
+        shown = "  ".join(f"{name} {_format_short(value)}" for name, value in trial.params.items())
+        self.output.print(f"trial {trial.number}  {retry}{shown}")
         for step, value in self.values.items():
-            self.trial.report(value, step)
+            trial.report(value, step)
         callbacks = {f"study {search.study}": lambda _: self, **self.callbacks}
         options = {"output": Output(quiet=True), "callbacks": callbacks}
-        try:
+        # Nothing to do: the worker died after the last step, before it recorded the value.
+        with contextlib.suppress(NothingToDo):
             result = train(loaded.config, loaded=loaded, plan=plan, argv=self.argv, **options)
-        except NothingToDo as error:  # the worker died before it recorded the value
-            if not self.values:
-                raise TrialFailedError(str(error)) from None
-            self.run_dir = self.trial.user_attrs.get("run_dir")
-            return min(self.values.values())
-        except (UserError, RunError) as error:
-            self.failure = error
-            raise TrialFailedError(format_reason(error)) from None
-        if self.ending is not None:
-            raise TrialFailedError(str(self.ending))
-        self.reason = result.stopped_by
-        if result.exit_status:
-            self.ending = SystemExit(result.exit_status)
-            if result.stopped_by is None and result.step < self.max_iters:
-                self.is_handed_back = True
-                raise TrialFailedError(f"stopped after step {result.step}")
+            if result.exit_status:
+                self.exit_status = result.exit_status
+                raise RunError(f"stopped after step {result.step}")
+            if self.outcome is not None:
+                raise self.outcome
+            reason = result.stopped_by
         value = min(self.values.values(), default=math.nan)
         if not math.isfinite(value):
-            self.failure = RunError(f"val loss {value}")
-            raise TrialFailedError(str(self.failure))
-        if self.is_pruned:
-            raise TrialPruned(self.reason)
-        return value
+            raise RunError(f"val loss {value}")
+        return value, reason
 
-    def after_step(self, step: Step) -> str | None:
-        """Record the run; return a reason to stop if another trial has another text."""
-        if self.run_dir is not None:
-            return None
-        self.run_dir, self.max_iters = step.run_dir, step.config.max_iters
-        text = read_record(self.run_dir)["run"]["data"]
-        inherited = self.trial.user_attrs.get("data")
-        with contextlib.suppress(*get_storage_errors()):
-            # First record the text, then compare: of two workers at least one sees the other's.
-            self.trial.set_user_attr("data", inherited or text)
-            texts = [t.user_attrs.get("data") for t in select_trials(self.study, *ALIVE)]
-            other = next((t for t in texts if t and t["sha256"] != text["sha256"]), None)
-            if other is None:
-                self.trial.set_user_attr("run_dir", str(self.run_dir))
-                return None
-            self.trial.set_user_attr("data", inherited)
-            self.is_handed_back = True
-            self.ending = UserError(
-                f"{text['name']} is not the text of study {self.search.study} ({other['name']}, "
-                "another SHA-256): --data FILE names that, --study NAME another study"
-            )
-        return str(self.ending) if self.ending else None
+    def after_step(self, step: Step) -> None:
+        """Record the run's directory, for a retry."""
+        if self.run_dir is None:
+            self.run_dir = step.run_dir
+            with contextlib.suppress(Exception):  # a storage that fails for a while stops no run
+                self.trial.set_user_attr("run_dir", str(step.run_dir))
 
     def after_evaluation(self, evaluation: Evaluation) -> str | None:
-        """Report the loss; return a reason to stop if it is behind the median of the trials.
-
-        A storage that fails for a while stops no run: the end of the trial records the value.
-        """
-        from optuna.exceptions import UpdateFinishedTrialError
+        """Report the loss; return a reason to stop if it is behind the median of the trials."""
+        import optuna
 
         step, value = evaluation.step, getattr(evaluation, self.search.measure)
         self.values[step] = value
         try:
             self.trial.report(value, step)
             # Ranks in the first half say little: learning rates that end well start behind.
-            is_second_half = self.max_iters / 2 <= step < self.max_iters
-            self.is_pruned = is_second_half and self.trial.should_prune()
-        except UpdateFinishedTrialError:
-            return "another worker has its trial"
-        except get_storage_errors():
+            max_iters = evaluation.config.max_iters
+            if max_iters / 2 <= step < max_iters and self.trial.should_prune():
+                self.outcome = optuna.TrialPruned(f"behind the median of the study at step {step}")
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self.outcome = RunError("another worker has it")
+        except Exception:  # a storage that fails for a while stops no run
             return None
-        return f"behind the median of the study at step {step}" if self.is_pruned else None
+        return str(self.outcome) if self.outcome else None
 
 
 def find_start(
     search: Search, study: "Study", number: int
 ) -> tuple[LoadedConfig, ResumePlan, dict[int, float], int | None]:
-    """Return what a trial's run starts from, the losses up to there, and the trial it retries.
-
-    A retry resumes from the newest usable checkpoint of the failed trials. Without one, as when
-    their runs are on another machine, it trains from scratch.
-    """
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
-
+    """Return what a trial's run starts from, the losses up to there, and the trial it retries."""
     trials = study.get_trials(deepcopy=False)
-    history = RetryHeartbeatStaleTrialCallback.retry_history(trials[number])
-    failed, params = history[-1] if history else None, trials[number].params
-    for earlier in (trials[each] for each in reversed(history)):
-        run_dir = Path(search.base.runs_dir) / Path(earlier.user_attrs.get("run_dir") or "-").name
+    params, history = trials[number].params, trials[number].system_attrs.get("retry_history", [])
+    for failed in (trials[each] for each in reversed(history)):
+        run_dir = Path(search.base.runs_dir) / Path(failed.user_attrs.get("run_dir") or "-").name
         for checkpoint in reversed(list_checkpoints(run_dir)):
             with contextlib.suppress(UserError):  # damaged or removed
-                loaded, plan = settle(search, params, number, checkpoint)
-                reported = earlier.intermediate_values.items()
-                return loaded, plan, {s: v for s, v in reported if s <= plan.start_step}, failed
-    return *settle(search, params, number), {}, failed
+                loaded, plan = search.settle(params, number, checkpoint)
+                losses = failed.intermediate_values.items()
+                return loaded, plan, {s: v for s, v in losses if s <= plan.start_step}, history[-1]
+    return *search.settle(params, number), {}, history[-1] if history else None
 
 
-# ----------------------------------------------------------------------------------------------
-# The command
-
-
-def work(
-    search: Search, output: Output, argv: Sequence[str], callbacks: Mapping[str, CallbackFactory]
-) -> int:
-    """Run trials until the study has enough, print its results, and return the exit status.
-
-    `argv` is the command line, for the runs' records; `callbacks` are added to each run.
-    Raises `UserError` if the study cannot be used, `RunError` if trials or the storage fail.
-    """
-    argv = [word.replace(search.storage, search.shown_storage) for word in argv]
-    study = open_study(search)
-    done, running = len(select_trials(study, *DONE)), len(select_trials(study, "RUNNING"))
-    trials = f"{done} of {pluralize(search.trials, 'trial')} done, {running} running"
-    output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
-    output.print(f"Space  {', '.join(search.space)}\n")
-    if len(search.combinations or ()) == search.trials:
-        output.print(f"Note: the space has only {pluralize(search.trials, 'combination')}")
-    failures = 0
-    while wait_for_place(search, study, output):
-        check_study(search, study)  # again: another worker may have created it as well
-        trial = TrialRun(search, study, output, argv, callbacks)
-        trial.run()
-        if isinstance(trial.ending, SystemExit):
-            output.print("Stopped: the same command continues the study.")
-            return trial.ending.code
-        if trial.ending is not None:
-            raise trial.ending
-        failures = failures + 1 if trial.failure else 0
-        if failures == MAX_FAILURES:
-            count = pluralize(MAX_FAILURES, "trial")
-            raise type(trial.failure)(f"{count} failed in a row, the last: {trial.failure}")
-        gc.collect()
-        if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
-            sys.modules["torch"].compiler.reset()
-    output.print(format_results(search, study))
-    return 0
-
-
-def format_short(value: Any) -> str:
-    """Format a setting's value with four digits."""
+def _format_short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else format_value(value).strip('"')
 
 
 def format_results(search: Search, study: "Study") -> str:
-    """Write the best trial's settings; format the best trials, importances and next commands.
+    """Write the best trial's settings; format the best trials, importances and next commands."""
+    from optuna.importance import get_param_importances
 
-    Raises `UserError` if the settings cannot be written.
-    """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    complete = select_trials(study, "COMPLETE")
-    pruned, failed = (len(select_trials(study, state)) for state in ("PRUNED", "FAIL"))
-    lines = [f"\nStudy {search.study}: {len(complete)} complete, {pruned} pruned"]
-    lines[0] += f"; {failed} failed, withdrawn or retried." if failed else "."
-    is_url = "://" in search.storage
-    url = search.shown_storage if is_url else f"sqlite:///{search.storage}"
-    dashboard = f"  {format_command('optuna-dashboard')} {shlex.quote(url)}"
-    if not complete:
-        return "\n".join([*lines, "No trial is complete, so there is no best one.", dashboard])
-    best = sorted(complete, key=lambda trial: (trial.value, trial.number))[:BEST_SHOWN]
-    run_dirs = [str(trial.user_attrs.get("run_dir")) for trial in best]
+    states = ("COMPLETE", "PRUNED", "FAIL")
+    counts = ", ".join(f"{len(select_trials(study, state))} {state.lower()}" for state in states)
+    lines = [f"\nStudy {search.study}: {counts}"]
+    dashboard = f"  {format_command('optuna-dashboard')} {shlex.quote(search.shown_storage)}"
+    best = sorted(select_trials(study, "COMPLETE"), key=lambda trial: (trial.value, trial.number))
     rows = [["trial", search.measure, *search.space, "run"]]
-    for trial, run_dir in zip(best, run_dirs, strict=True):
-        values = [format_short(trial.params[name]) for name in search.space]
+    for trial in best[:5]:
+        values = [_format_short(trial.params[name]) for name in search.space]
+        run_dir = str(trial.user_attrs.get("run_dir"))
         rows.append([str(trial.number), f"{trial.value:.4f}", *values, run_dir])
     lines += ["", align_columns(rows, right=range(len(search.space) + 2)), ""]
-    if len(complete) >= TRIALS_FOR_IMPORTANCE:
+    if len(best) > 5:  # else they say nothing
         with warnings.catch_warnings(action="ignore"):
-            evaluator = PedAnovaImportanceEvaluator()
-            shares = get_param_importances(study, evaluator=evaluator, params=list(search.space))
-        rows = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
-        lines += ["Importances (PED-ANOVA, sum 1):", align_columns(rows, right=[1]), ""]
+            shares = get_param_importances(study, params=list(search.space))
+        table = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
+        lines += ["Importances (PED-ANOVA, sum 1):", align_columns(table, right=[1]), ""]
     write_preset(search, best[0])
     lines += [f"Best settings: {search.preset}", "", "Next:"]
     lines += [f"  {format_command('train.py')} --config {shlex.quote(str(search.preset))}"]
-    lines += [f"  {format_command('report.py')} {shlex.join(run_dirs[:3])}", dashboard]
-    return "\n".join(lines)
+    return "\n".join([*lines, dashboard])
 
 
 def write_preset(search: Search, best: "FrozenTrial") -> None:
-    """Write the searched settings, and others that differ from the defaults, for `--config`.
-
-    Raises `UserError` if the file cannot be written.
-    """
-    loaded, _ = settle(search, best.params)
+    """Write the settings that are searched or not default. Raises `UserError` if it cannot."""
+    loaded, _ = search.settle(best.params)
     values = {
-        name: getattr(loaded.config, name)
-        for name, info in ModelConfig.model_fields.items()
-        if name not in Run.model_fields
-        and (name in search.space or getattr(loaded.config, name) != info.default)
+        name: value
+        for name, value in loaded.config.model_dump(exclude=set(GROUPS["run"].model_fields)).items()
+        if (name in search.space or value != ModelConfig.model_fields[name].default)
         and not loaded.sources[name].startswith("architecture ")
     }
-    when = datetime.now().astimezone().isoformat(timespec="seconds")
-    text = (
-        f"# Best of study {search.study}: trial {best.number}, {search.measure} {best.value:.4f}\n"
-        f"# Run {best.user_attrs.get('run_dir')}; written {when}\n#\n"
-        f"#     python train.py --config {search.preset}\n\n"
-        + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    )
+    origin = f"trial {best.number}, {search.measure} {best.value:.4f}"
+    text = f"# Best of study {search.study}: {origin}, run {best.user_attrs.get('run_dir')}\n"
+    text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     try:
         make_directory(search.preset.parent)
         write_atomic(search.preset, text)
     except OSError as error:
         raise UserError(
-            f"{search.preset} cannot be written: {error.strerror}; name another file with --output"
+            f"{search.preset} cannot be written, see --output: {error.strerror}"
         ) from None
 
 
@@ -844,19 +554,42 @@ def main(argv: Sequence[str]) -> int:
     if Ranks.from_environment().size > 1:
         raise UserError("tune.py does not run under torchrun: start each worker by itself")
     groups = {"study": StudySettings, **GROUPS}
-    command_line = CommandLine(__doc__, TuneConfig, ACTIONS, groups, ALIASES)
+    own_actions = [action for action in ACTIONS if action.name in ("config", "callback")]
+    command_line = CommandLine(__doc__, TuneConfig, own_actions, groups, ALIASES)
     flags, actions, problems = command_line.parse(argv)
-    own = {name: flags.pop(name) for name in StudySettings.model_fields if name in flags}
-    order = StudySettings(**own)
+    names = StudySettings.model_fields.keys() & flags.keys()
+    order = StudySettings(**{name: flags.pop(name) for name in names})
     space = read_space(order.space, flags, problems)
     loader = ConfigLoader(flags, actions.get("config"), problems)
     search = create_search(order, space, loader)
     callbacks = load_callback_factories(actions.get("callback", []))
     if importlib.util.find_spec("optuna") is None:
         raise UserError("tune.py needs Optuna: pip install --constraint constraints.txt '.[tune]'")
+
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
-        return work(search, Output(), argv, callbacks)
-    except get_storage_errors() as error:
+        argv = [word.replace(search.storage, search.shown_storage) for word in argv]
+        study, output = open_study(search), Output()
+        trials = f"{len(select_trials(study, *DONE))} of {pluralize(search.trials, 'trial')} done"
+        output.print(f"Study  {search.study}, in {search.shown_storage}: {trials}")
+        size = f": {len(search.combinations)} combinations" if search.combinations else ""
+        output.print(f"Space  {', '.join(search.space)}{size}\n")
+        failures = 0
+        while wait_for_place(search, study, output):
+            trial = TrialRun(search, study, output, argv, callbacks)
+            failure = trial.run()
+            if trial.exit_status:
+                return trial.exit_status
+            failures = failures + 1 if failure else 0
+            if failures == MAX_FAILURES:
+                raise type(failure)(f"{MAX_FAILURES} trials failed in a row, the last: {failure}")
+            if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
+                sys.modules["torch"].compiler.reset()
+        output.print(format_results(search, study))
+        return 0
+    except (OSError, SQLAlchemyError, OptunaError) as error:
         raise RunError(
             f"{search.shown_storage} cannot be used: {format_reason(error.__cause__ or error)}; "
             "runs and recorded trials are kept: the same command continues the study"
