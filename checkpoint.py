@@ -287,7 +287,7 @@ def restore_training_state(
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
             # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         found = (saved["format_version"], saved["optimizer"])

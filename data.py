@@ -1,8 +1,7 @@
-"""Token ids -> splits -> batches.
+"""Text -> token ids -> splits -> batches.
 
-A batch is a pure function of `(seed, step)`, and a row of it of `(seed, step, row)`. No sampler has
-a state that could be lost, so a resumed run sees the same batches, and so does one that divides a
-batch into micro-batches.
+Each row of a batch is a pure function of `(seed, step, row)`. There is no sampler state to save, so
+a resumed run sees the same batches, and so does one that divides a batch into micro-batches.
 
 B batch, T context (block_size), V vocabulary.
 """
@@ -25,12 +24,12 @@ DEFAULT_FILE = "input.txt"
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and targets, both `(B, T)` int64; `targets[b, t]` follows `inputs[b, t]` in the text."""
 
-# Training and evaluation draw from streams of their own: evaluating more often does not change
-# what is learned. Evaluation ignores the run's seed, so that runs compare on the same windows.
+# Separate random streams, so that the evaluation interval does not affect training. Evaluation
+# ignores the run's seed, so that runs are compared on the same windows.
 _TRAINING_STREAM, _EVALUATION_STREAM, _SHUFFLING_STREAM = 0, 1, 2
 _EVALUATION_SEED = 0
 _FEISTEL_ROUNDS = 6
-_MIN_FEISTEL_BITS = 6  # with fewer, six rounds mix less well
+_MIN_FEISTEL_BITS = 6  # six rounds mix smaller domains poorly
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def load_dataset(
 ) -> Dataset:
     """Read and encode the text that `config` names, and split it.
 
-    Without `config.data`, that is `input.txt` in the working directory, or else the sample corpus.
+    If `config.data` is null, read `input.txt` in the working directory, or else the sample corpus.
 
     Args:
         config: the settings.
@@ -74,12 +73,12 @@ def load_dataset(
             `config.on_new_chars` decides on characters that it lacks.
         may_extend: whether the vocabulary may be extended.
         sample: read the sample corpus even if there is an `input.txt`.
-        on_progress: is called with a line before slow work.
+        on_progress: is called with a line before each slow step.
 
     Raises:
         UserError: there is no such text, it is not UTF-8, a split is too short for
             `config.block_size`, the tokenizer lacks characters, or the cache cannot be written.
-        RunError: the disk of the cache is full.
+        RunError: the cache's disk is full.
     """
     data = config.data
     if data is None and not sample and Path(DEFAULT_FILE).exists():

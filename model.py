@@ -2,7 +2,7 @@
 
 The dimensions, here and in the whole project:
 
-    B  batch: sequences side by side           H  attention heads
+    B  batch: sequences in a batch           H  attention heads
     T  context: tokens in a sequence           D  head size, C / H
     C  channels: the width (n_embd)            L  layers
     V  vocabulary size
@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """The identity, in the place of the other architecture's positions."""
+    """The identity: this architecture does nothing with positions here."""
 
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
         """Return x."""
@@ -118,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         is_modern = config.architecture == "modern"
-        # GPT-2 drops attention weights too, which no fast kernel for the CPU can do.
+        # Only gpt2 has attention dropout: no fused kernel for the CPU supports it.
         self.dropout = 0.0 if is_modern else config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.queries_and_keys = NormedRotary(config) if is_modern else NoPositions()
@@ -134,6 +134,7 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         (q, k), v = self.queries_and_keys(qkv[:2], positions), qkv[2]  # each (B, H, T, D)
         if cache is None:
+            # q and k are float32 after the norm, v has the autocast dtype: the kernel aligns them.
             y = apply_causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
             y = cache.attend(q, k, v, positions)
@@ -152,7 +153,7 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`, each position by itself."""
+        """`(B, T, C)` to `(B, T, C)`, position-wise."""
         return self.residual_dropout(self.projection(self.activation(self.expand(x))))
 
 
@@ -172,13 +173,13 @@ class GatedMLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`, each position by itself."""
+        """`(B, T, C)` to `(B, T, C)`, position-wise."""
         x = self.activation(self.gate(x)) * self.expand(x)
         return self.residual_dropout(self.projection(x))
 
 
 def create_activation(config: ModelConfig) -> nn.Module:
-    """Return the MLP's activation. GELU: arxiv.org/abs/1606.08415; GPT-2 approximates it."""
+    """Return the MLP's activation. GELU: arxiv.org/abs/1606.08415; GPT-2 used gelu_tanh."""
     if config.activation == "silu":
         return nn.SiLU()
     return nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
@@ -209,7 +210,7 @@ class LanguageModel(nn.Module):
     Args:
         config: only the settings of the architecture are read.
         vocab_size: V, the number of rows of the embedding.
-        num_tokens: the tokenizer's number of tokens; larger ids are padding, never generated.
+        num_tokens: the tokenizer's number of tokens; ids from there on are never generated.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, num_tokens: int | None = None):
@@ -225,8 +226,8 @@ class LanguageModel(nn.Module):
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = create_norm(config, config.n_embd)
-        # A tied head (arxiv.org/abs/1608.05859) has no tensor of its own, so that none has to be
-        # kept in step when the weights are loaded, moved or saved.
+        # A tied head (arxiv.org/abs/1608.05859) has no parameter of its own: loading, moving and
+        # saving the weights need no special case.
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -270,7 +271,7 @@ class LanguageModel(nn.Module):
             positions: their positions, `(t,)` int64, each below `block_size`.
             cache: keys and values of earlier positions; those of `idx` are appended.
         """
-        x = self.position_embedding(self.token_embedding(idx), positions)  # (B, t, C)
+        x = self.position_embedding(self.token_embedding(idx), positions)  # (B, t, C); no dropout
         for block, layer in zip(self.blocks, cache.get_layers(positions), strict=True):
             x = block(x, positions, layer)
         return self._compute_logits(x[:, -1:])[:, 0]
@@ -298,7 +299,7 @@ class LanguageModel(nn.Module):
     def load_safetensors(self, content: bytes) -> None:
         """Load the bytes of a safetensors file into this model, in place.
 
-        If this vocabulary is larger than the file's, its further rows keep their values.
+        If this vocabulary is larger than the file's, the extra rows keep their values.
 
         Raises RuntimeError if a name or a shape differs from this model's.
         """

@@ -12,7 +12,7 @@ from distributed import gather_full_tensor, is_sharded, reduce_norm, shard_like,
 from model import LanguageModel
 from parameters import ModelConfig
 
-# Muon's learning rate in units of AdamW's, which is what `learning_rate` means.
+# Muon's learning rate as a multiple of `learning_rate`, which is AdamW's.
 MUON_LR_SCALE = 2.0
 
 
@@ -22,7 +22,7 @@ def create_optimizer(
     """Create AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
     Weight decay applies to matrices and embeddings, not to vectors (biases and norms). `dtype` is
-    the one of Muon's matrix products.
+    that of Muon's matrix products.
     """
     matrices = model.get_block_matrices() if config.optimizer == "muon" else {}
     others = [p for name, p in model.named_parameters() if name not in matrices]
@@ -42,9 +42,9 @@ def create_optimizer(
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arxiv.org/abs/1711.05101), by PyTorch's fused kernel if the device has one.
+    """AdamW (arxiv.org/abs/1711.05101), using PyTorch's fused kernel if the device has one.
 
-    The arithmetic is `torch.optim.AdamW`'s; that class imports torch._dynamo at its first step.
+    The arithmetic is `torch.optim.AdamW`'s, which is not used as its step imports torch._dynamo.
     Each of `groups` has a `weight_decay`.
     """
 
@@ -128,7 +128,7 @@ class Muon(AdamW):
         for pairs in by_shape.values():
             updates = torch.stack([as_wide(update) for _, update in pairs])
             for (matrix, _), update in zip(pairs, orthogonalize(updates, self._dtype), strict=True):
-                # Outputs then change by as much whatever the matrix's shape.
+                # Scale so that the change of the output does not depend on the shape.
                 outputs, inputs = matrix.shape
                 rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
                 as_wide(matrix).add_(update, alpha=-rate)
@@ -146,7 +146,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix, `(N, rows, columns)`, near 1 by Newton-Schulz.
 
     Five iterations bring them to between 0.7 and 1.2, which trains as well as exactly 1. Wide
-    matrices are cheaper than tall ones.
+    matrices are cheaper than tall ones, as X Xᵀ is rows x rows.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Muon's
     X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
@@ -158,7 +158,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def learning_rate_at(step: int, config: ModelConfig) -> float:
-    """Return the learning rate of update `step`, counted from 0; a function of nothing else.
+    """Return the learning rate of `step`, counted from 0; a pure function of step and config.
 
     Linear warmup to `learning_rate` over `warmup_iters` updates, then decay by `lr_schedule` to
     `min_lr` at `lr_decay_iters`, and `min_lr` afterwards. "cosine" is arxiv.org/abs/1608.03983
@@ -167,7 +167,7 @@ def learning_rate_at(step: int, config: ModelConfig) -> float:
     peak = config.learning_rate
     floor = peak / 10 if config.min_lr is None else config.min_lr
     end = config.lr_decay_iters or config.max_iters
-    assert end is not None, "max_iters is settled before the first step"
+    assert end is not None, "max_iters is set before the first step"
     if step < config.warmup_iters:
         return peak * (step + 1) / config.warmup_iters
     if config.lr_schedule == "constant":
@@ -183,13 +183,13 @@ def learning_rate_at(step: int, config: ModelConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of all groups, scaled for Muon's."""
+    """Set the learning rate of each group, times its `lr_scale` (Muon's)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradient to `max_norm` if its norm is larger; 0 never clips.
+    """Scale the gradient to `max_norm` if its norm is larger; 0 disables clipping.
 
     Returns the norm before clipping, a scalar on the device.
     """

@@ -113,14 +113,14 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
-    vocab_size = 50_304  # the next multiple of 64: matrices of such sizes are faster on GPUs
+    vocab_size = 50_304  # the next multiple of 64: such sizes are faster on tensor cores
     num_tokens = 50_257
     dtype = np.dtype(np.uint16)
     default_prompt = "\n"
 
     def __init__(self) -> None:
         try:
-            import tiktoken  # here, as it is an extra
+            import tiktoken  # an optional dependency
         except ImportError:
             raise UserError(
                 "--tokenizer gpt2 needs tiktoken: install it with `pip install '.[gpt2]'`"

@@ -30,6 +30,7 @@ from callbacks import Best, Evaluation, Step, TrainResult
 from config import ConfigLoader
 from utils.errors import RunError, UserError
 from utils.output import run_command
+from utils.run_manager import create_run_directory, create_run_id
 
 SPACE = """
 learning_rate: {low: 1e-4, high: 1e-1, log: true}
@@ -73,8 +74,7 @@ class FakeTrain:
         number = len(self.calls)
         self.calls.append((config, loaded, plan, argv))
         self.before(number, config)
-        run_id = RunIDGenerator.generate(plan.run_tag)
-        run = RunDirectoryCreator(Path(config.runs_dir)).create(run_id)
+        run = create_run_directory(Path(config.runs_dir), create_run_id(plan.run_tag))
         (run.meta / "git.txt").write_text("", encoding="utf-8")
         called = [make(config) for make in callbacks.values()]
         config = config.model_copy(update={"max_iters": 30})
