@@ -115,13 +115,12 @@ class ConfigLoader:
         self._configs = self._read_configs(configs_dir)
         self._legacy = self._read_legacy(working_dir / LEGACY_FILE)
 
-    def get(self, name: str) -> Any:
-        """Return the value of a setting, ignoring any checkpoint."""
-        return self._find(name).value
-
-    def get_source(self, name: str) -> str:
-        """Return the source of that value."""
-        return self._find(name).source
+    def get(self, name: str) -> Setting:
+        """Return a setting, ignoring any checkpoint."""
+        for layer in (*self._requested, self._configs, self._legacy):
+            if name in layer:
+                return layer[name]
+        return Setting(ModelConfig.model_fields[name].default, "default")
 
     def override(self, values: Mapping[str, Any], source: str) -> "ConfigLoader":
         """Return a copy in which `values` have the highest priority."""
@@ -133,11 +132,7 @@ class ConfigLoader:
     def load(
         self, checkpoint: CheckpointSettings | None = None, problems: Sequence[str] = ()
     ) -> LoadedConfig:
-        """Merge all sources into one checked configuration.
-
-        Raises:
-            UserError: with a line for each problem in any source, `problems` included.
-        """
+        """Merge all sources. Raises `UserError` with a line for each problem in any of them."""
         problems = [*self.problems, *problems]
         layers = [*self._requested, self._configs, self._legacy]
         if checkpoint is not None:
@@ -170,12 +165,6 @@ class ConfigLoader:
             sources[name] = f"architecture {config.architecture} ({sources['architecture']})"
         changes = _list_changes(config, checkpoint, sources) if checkpoint is not None else []
         return LoadedConfig(config, sources, self._list_notes(), changes, self.rerun_of)
-
-    def _find(self, name: str) -> Setting:
-        for layer in (*self._requested, self._configs, self._legacy):
-            if name in layer:
-                return layer[name]
-        return Setting(ModelConfig.model_fields[name].default, "default")
 
     def _find_fixed_conflicts(self, checkpoint: CheckpointSettings) -> list[str]:
         return [

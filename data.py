@@ -16,6 +16,7 @@ import torch
 from corpus import EncodedCorpus, Tokens, open_corpus
 from parameters import ModelConfig
 from tokenizer import Tokenizer
+from utils.data_files import resolve_data_path
 from utils.errors import UserError
 from utils.output import format_char_counts
 
@@ -108,7 +109,7 @@ def load_dataset(
     ranges = _split(encoded, config)
     return Dataset(
         name=text.name,
-        path=text.path,
+        path=text.path and resolve_data_path(text.path),  # records work from any directory
         sha256=text.sha256,
         tokenizer=tokenizer,
         splits={split: encoded.tokens[start:stop] for split, (start, stop) in ranges.items()},

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -201,10 +201,10 @@ def check_world_size(config: ModelConfig, size: int) -> None:
     if rest := config.batch_size % size:
         below, above = config.batch_size - rest, config.batch_size - rest + size
         batches = f"{below} or {above}" if below else f"{above}"
-        sizes = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        divisors = [str(n) for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by {size} processes: set batch_size "
-            f"to {batches}, or start {_join_or(sizes)} processes"
+            f"to {batches}, or start {' or '.join(divisors)} processes"
         )
     if config.data == STANDARD_INPUT:
         raise UserError("several processes cannot read standard input: pass the text as a file")
@@ -213,10 +213,6 @@ def check_world_size(config: ModelConfig, size: int) -> None:
             raise UserError("parallel fsdp does not support precision fp16: use bf16 or fp32")
         if config.torch_compile == "on":
             raise UserError("parallel fsdp does not support torch_compile on: use auto or off")
-
-
-def _join_or(numbers: Sequence[int]) -> str:
-    return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
 
 
 def check_same_settings(world: World, settings: Any) -> None:

@@ -32,7 +32,7 @@ from bundle import (
     read_bundle,
     read_state,
 )
-from config import CheckpointSettings, ConfigLoader, LoadedConfig, upgrade_settings
+from config import CheckpointSettings, ConfigLoader, LoadedConfig, Setting, upgrade_settings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import make_directory, remove_if_empty
@@ -90,11 +90,6 @@ class ResumePlan:
         return [parent, *state.lineage]
 
     @property
-    def continued_run(self) -> Path | None:
-        """The directory of the run whose checkpoint is resumed."""
-        return find_run_of(self.bundle.path) if self.bundle and self.is_resume else None
-
-    @property
     def checkpoint_settings(self) -> CheckpointSettings | None:
         """The settings that the bundle brings, and which of them are fixed."""
         if self.bundle is None:
@@ -119,27 +114,17 @@ def plan_run(
 ) -> tuple[LoadedConfig, ResumePlan]:
     """Decide what a run starts from, and merge all its settings.
 
-    Args:
-        loader: the settings from everywhere but a checkpoint.
-        resume: a run, a bundle, a named model, `last`, or `auto`.
-        overwrite: replace the named model.
-        reset_optimizer: resume with a new optimizer.
-
-    Raises:
-        UserError: with a line for each problem.
+    `resume` is a run, a bundle, a named model, `last`, or `auto`. Raises `UserError` with a line
+    for each problem.
     """
     plan, problems = ResumePlan(), []
-    is_fine_tuning = loader.get("init_from") and loader.get_source("init_from") == "--init-from"
-    if resume not in (None, "auto") and is_fine_tuning:
+    parent, source = loader.get("init_from")
+    if resume not in (None, "auto") and parent and source == "--init-from":
         problems = ["--resume continues a model, --init-from creates one: use one of them"]
     else:
         try:
             plan = resolve_start(
-                loader.get,
-                loader.get_source,
-                resume=resume,
-                overwrite=overwrite,
-                reset_optimizer=reset_optimizer,
+                loader.get, resume=resume, overwrite=overwrite, reset_optimizer=reset_optimizer
             )
         except UserError as error:
             problems = list(error.problems)
@@ -151,7 +136,7 @@ def plan_from_config(config: ModelConfig) -> ResumePlan:
 
     Raises `UserError` if there is a checkpoint whose settings would count.
     """
-    plan = resolve_start(lambda name: getattr(config, name), lambda name: "train()")
+    plan = resolve_start(lambda name: Setting(getattr(config, name), "train()"))
     if plan.is_resume:
         raise UserError(
             f"{plan.named_model} exists, with settings of its own: use plan_run() of resume.py"
@@ -168,8 +153,7 @@ def plan_from_config(config: ModelConfig) -> ResumePlan:
 
 
 def resolve_start(
-    get: Callable[[str], Any],
-    get_source: Callable[[str], str],
+    get: Callable[[str], Setting],
     *,
     resume: str | None = None,
     overwrite: bool = False,
@@ -177,9 +161,9 @@ def resolve_start(
 ) -> ResumePlan:
     """Decide what a run starts from.
 
-    `get(name)` returns a setting (model_name, init_from, run_tag, …), `get_source(name)` its
-    source. M is the named model, P the parent (init_from), "new" stands for fine-tuning P, or for
-    training from scratch without P:
+    `get(name)` returns a setting: model_name, init_from, run_tag, runs_dir, checkpoints_dir. M is
+    the named model, P the parent (init_from), "new" stands for fine-tuning P, or for training from
+    scratch without P:
 
         resume  M        P    overwrite  starts from
         ------  -------  ---  ---------  ------------------------------------------------
@@ -205,19 +189,19 @@ def resolve_start(
     Raises:
         UserError: the combination is an error, a model is missing or damaged, or M is taken.
     """
-    runs_dir, checkpoints_dir = Path(get("runs_dir")), Path(get("checkpoints_dir"))
-    tag = get("run_tag")
-    named_model = resolve_named_model(get("model_name"), checkpoints_dir, overwrite)
+    runs_dir, checkpoints_dir = Path(get("runs_dir").value), Path(get("checkpoints_dir").value)
+    tag, (init_from, source) = get("run_tag").value, get("init_from")
+    named_model = resolve_named_model(get("model_name").value, checkpoints_dir, overwrite)
     parent = None
-    if get("init_from") is not None and resume in (None, "auto"):
-        parent_path = find_directory(get("init_from"), runs_dir, checkpoints_dir)
+    if init_from is not None and resume in (None, "auto"):
+        parent_path = find_directory(init_from, runs_dir, checkpoints_dir)
         parent = read_bundle(find_usable_bundle(parent_path))
     kept_model = named_model if named_model and is_bundle(named_model) and not overwrite else None
     if kept_model and parent and resume is None:
         raise UserError(
-            f"{kept_model} exists, and init_from {get('init_from')} ({get_source('init_from')}) "
-            "creates a model: resume it without init_from or with --resume auto, replace it with "
-            "--overwrite, or choose another --model-name"
+            f"{kept_model} exists, and init_from {init_from} ({source}) creates a model: resume it "
+            "without init_from or with --resume auto, replace it with --overwrite, or choose "
+            "another --model-name"
         )
     checkpoint = resolve_checkpoint(
         resume, named_model, kept_model, runs_dir, checkpoints_dir, tag, parent
@@ -426,26 +410,19 @@ def check_rerun(loaded: LoadedConfig, plan: ResumePlan, data_name: str, data_sha
     if isinstance(resumed_from := record.get("resumed_from"), dict):
         raise UserError(
             f"{run_id} was resumed from step {resumed_from.get('step')} of run "
-            f"{resumed_from.get('run_id')}: to repeat that, add --resume "
-            f"{resumed_from.get('path')}"
+            f"{resumed_from.get('run_id')}: to repeat that, add --resume {resumed_from.get('path')}"
         )
-    data = record.get("data")
-    if isinstance(data, dict) and not loaded.sources["data"].startswith("--"):
-        if data.get("sha256") != data_sha256:
+    inputs = [("--data", data_name, data_sha256, record.get("data"), "sha256")]
+    if plan.bundle is not None and isinstance(record.get("lineage"), list):
+        sha256, parent = plan.bundle.state.files[WEIGHTS_FILE], [*record["lineage"], None][0]
+        inputs.append(("--init-from", plan.bundle.path, sha256, parent, "weights_sha256"))
+    for flag, name, sha256, recorded, key in inputs:
+        is_flag = loaded.sources[flag[2:].replace("-", "_")].startswith("--")
+        if isinstance(recorded, dict) and recorded.get(key) != sha256 and not is_flag:
             raise UserError(
-                f"{data_name} is not the text that {run_id} was trained on ({data.get('name')}; "
-                "the SHA-256 differs): pass that text, or any other, with --data FILE"
+                f"{name} is not the {recorded.get('name')} that {run_id} used (the SHA-256 "
+                f"differs): pass that one, or any other, with {flag}"
             )
-    lineage = record.get("lineage")
-    if plan.bundle and isinstance(lineage, list) and lineage and isinstance(lineage[0], dict):
-        parent = lineage[0]
-        if not loaded.sources["init_from"].startswith("--"):
-            if parent.get("weights_sha256") != plan.bundle.state.files[WEIGHTS_FILE]:
-                raise UserError(
-                    f"{plan.bundle.path} is not the model that {run_id} started from "
-                    f"({parent.get('name')}, step {parent.get('step')}; the SHA-256 differs): "
-                    "pass that model, or any other, with --init-from"
-                )
 
 
 def check_unchanged(plan: ResumePlan) -> None:

@@ -22,12 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+import resume
 from bundle import (
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
     Bundle,
     TrainingState,
     copy_bundle,
+    find_run_of,
     is_bundle,
     list_checkpoints,
     parse_step,
@@ -69,20 +71,7 @@ from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
-from resume import (
-    ResumePlan,
-    check_not_stopped_early,
-    check_rerun,
-    check_steps_left,
-    check_unchanged,
-    find_kept_checkpoint,
-    is_stopped_early,
-    lock_named_model,
-    plan_from_config,
-    read_start_bundle,
-)
 from utils import summary
-from utils.data_files import resolve_data_path
 from utils.device import (
     DTYPES,
     CompileResult,
@@ -128,7 +117,7 @@ def train(
     config: ModelConfig,
     *,
     loaded: LoadedConfig | None = None,
-    plan: ResumePlan | None = None,
+    plan: resume.ResumePlan | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
     callbacks: Mapping[str, CallbackFactory] | None = None,
@@ -161,10 +150,10 @@ def train(
                 config, loaded, plan, callbacks, world=world, on_progress=output.print
             )
             with (
-                world.enter_on_main(lock_named_model(trainer.plan.named_model)),
+                world.enter_on_main(resume.lock_named_model(trainer.plan.named_model)),
                 StopRequest(is_one_of_several=world.size > 1) as stop,
             ):
-                world.broadcast_from_main(check_unchanged, trainer.plan)
+                world.broadcast_from_main(resume.check_unchanged, trainer.plan)
                 with open_callbacks(trainer, output) as called:
                     run = world.broadcast_from_main(open_run, trainer, loaded, argv, output)
                     with record_end(trainer, run, output):
@@ -195,7 +184,7 @@ class Trainer:
 
     config: ModelConfig
     sources: dict[str, str]
-    plan: ResumePlan
+    plan: resume.ResumePlan
     device: torch.device
     data: Dataset
     model: LanguageModel
@@ -206,9 +195,6 @@ class Trainer:
     compile_result: CompileResult
     world: World = SINGLE_PROCESS
     callbacks: Mapping[str, CallbackFactory] = field(default_factory=dict)
-
-    # ------------------------------------------------------------------------------------------
-    # The loop
 
     def run_loop(
         self,
@@ -296,9 +282,6 @@ class Trainer:
             stopped_by=why_stop if step < config.max_iters else None,
         )
 
-    # ------------------------------------------------------------------------------------------
-    # The step
-
     def training_step(
         self, index: int, phase: Callable[[str], AbstractContextManager] = nullcontext
     ) -> tuple[Tensor, Tensor]:
@@ -343,9 +326,6 @@ class Trainer:
             self.scaler.update()
         return batch_loss, grad_norm
 
-    # ------------------------------------------------------------------------------------------
-    # The evaluation
-
     def evaluate(self) -> dict[str, float]:
         """Return the mean loss of the train and val splits, in nats per token."""
         return estimate_loss(self.model, self.data, self.config, self.precision, self.world)
@@ -380,9 +360,6 @@ class Trainer:
             config=self.config,
         )
         return best, callbacks.after_evaluation(evaluation)
-
-    # ------------------------------------------------------------------------------------------
-    # The checkpoint
 
     def open_checkpoints(self, run: RunDirectory) -> CheckpointWriter:
         """Create the writer of the run's checkpoints, its export, and the named model."""
@@ -422,7 +399,7 @@ class Trainer:
             val_loss=val_loss,
             run_id=run.run_id,
             lineage=plan.lineage,
-            training_config={**settings, "data": get_recorded_path(self.data), **facts},
+            training_config={**settings, "data": self.data.path, **facts},
         )
 
 
@@ -506,7 +483,7 @@ def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length
 def prepare_trainer(
     config: ModelConfig,
     loaded: LoadedConfig | None = None,
-    plan: ResumePlan | None = None,
+    plan: resume.ResumePlan | None = None,
     callbacks: Mapping[str, CallbackFactory] | None = None,
     *,
     world: World = SINGLE_PROCESS,
@@ -516,9 +493,9 @@ def prepare_trainer(
 
     Raises `UserError` for a device, a text or a bundle that cannot be used, and `NothingToDo`.
     """
-    plan = plan or plan_from_config(config)
+    plan = plan or resume.plan_from_config(config)
     check_same_settings(world, (config, plan.bundle and plan.bundle.state))
-    check_steps_left(config, plan)
+    resume.check_steps_left(config, plan)
     if config.aim_logging:
         require_aim(config)
     device = open_device(config)
@@ -527,7 +504,7 @@ def prepare_trainer(
     else:
         given = config.model_fields_set
         sources = {n: "train()" if n in given else "default" for n in ModelConfig.model_fields}
-    bundle = read_start_bundle(plan)
+    bundle = resume.read_start_bundle(plan)
 
     def load() -> Dataset:
         return load_dataset(
@@ -541,14 +518,14 @@ def prepare_trainer(
 
     data = world.run_on_all_ranks(load)
     if loaded is not None:
-        check_rerun(loaded, plan, data.name, data.sha256)
+        resume.check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)
     if plan.is_resume and is_comparable(config, data, precision, plan.bundle.state):
-        check_not_stopped_early(config, plan)
+        resume.check_not_stopped_early(config, plan)
     settled, length = settle_length(config, data, device, plan, world)
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
-        check_steps_left(settled, plan)
+        resume.check_steps_left(settled, plan)
     trainer = create_trainer(settled, sources, data, device, plan, bundle, on_progress, world)
     return replace(trainer, callbacks=callbacks or {})
 
@@ -569,7 +546,7 @@ def create_trainer(
     sources: dict[str, str],
     data: Dataset,
     device: torch.device,
-    plan: ResumePlan,
+    plan: resume.ResumePlan,
     bundle: Bundle | None = None,
     on_progress: Callable[[str], None] | None = None,
     world: World = SINGLE_PROCESS,
@@ -664,7 +641,8 @@ def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
     since = state.get_fact("evaluations_since_best") or 0
     best = Best(state.get_fact("best_step"), state.best_val_loss, since)
     comparable = is_comparable(config, trainer.data, trainer.precision, state)
-    earlier = RunDirectory(plan.continued_run or Path(config.runs_dir) / str(state.run_id))
+    earlier_run = find_run_of(plan.bundle.path) or Path(config.runs_dir) / str(state.run_id)
+    earlier = RunDirectory(earlier_run)
     for place in (earlier.export, earlier.get_checkpoint(best.step or 0)):
         if comparable and is_bundle(place):
             with contextlib.suppress(UserError):  # damaged, or just removed by its own run
@@ -697,7 +675,7 @@ def settle_length(
     config: ModelConfig,
     data: Dataset,
     device: torch.device,
-    plan: ResumePlan,
+    plan: resume.ResumePlan,
     world: World = SINGLE_PROCESS,
 ) -> tuple[ModelConfig, str]:
     """Return the config with `max_iters` set, and the name of the setting that determined it.
@@ -723,7 +701,7 @@ def measure_speed(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
 ) -> tuple[float, float]:
     """Return the seconds of a step and of a whole evaluation, timed on a throwaway model."""
-    trainer = create_trainer(config, {}, data, device, ResumePlan(), world=world)
+    trainer = create_trainer(config, {}, data, device, resume.ResumePlan(), world=world)
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
         start = time.perf_counter()
@@ -748,7 +726,7 @@ def time_evaluation(trainer: Trainer) -> float:
 
 def dry_run(
     loaded: LoadedConfig,
-    plan: ResumePlan | None = None,
+    plan: resume.ResumePlan | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> str:
     """Return every setting, and the time and memory that a run would take.
@@ -785,7 +763,7 @@ def open_run(
         output.print(f"Note: {note}\n")
     parent = plan.bundle if not plan.is_resume else None
     init_from = str(parent.path.resolve()) if parent is not None else None
-    recorded = config.model_copy(update={"data": get_recorded_path(data), "init_from": init_from})
+    recorded = config.model_copy(update={"data": data.path, "init_from": init_from})
     machine = {
         "device": describe_device(trainer.device),
         "processor": get_processor_name(),
@@ -807,7 +785,7 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
             "run_id": plan.bundle.state.run_id,
             "step": plan.start_step,
             "weights_sha256": plan.bundle.state.files[WEIGHTS_FILE],
-            "path": str(find_kept_checkpoint(plan, Path(trainer.config.runs_dir)).resolve()),
+            "path": str(resume.find_kept_checkpoint(plan, Path(trainer.config.runs_dir)).resolve()),
         }
     return {
         "run_id": run_id,
@@ -831,11 +809,6 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
         "torch_compile": trainer.compile_result.mode,
         "torch_compile_reason": trainer.compile_result.reason,
     }
-
-
-def get_recorded_path(data: Dataset) -> str | None:
-    """Return the text's absolute path, so that records do not depend on the working directory."""
-    return data.path and resolve_data_path(data.path)
 
 
 def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
@@ -891,7 +864,9 @@ def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: O
     """Print how the run ended and the commands that come next, and record it."""
     best = {"val": result.best_val_loss} if result.best_val_loss is not None else {}
     is_stopped = result.step < trainer.config.max_iters
-    stopped_early = is_stopped and is_stopped_early(read_state(result.checkpoint), trainer.config)
+    stopped_early = is_stopped and resume.is_stopped_early(
+        read_state(result.checkpoint), trainer.config
+    )
     bits = compute_bits_per_byte(best, trainer.data).get("val")
     output.print(summary.format_result(trainer, result, bits, stopped_early=stopped_early))
     write_result(run.meta / "result.json", asdict(result))

@@ -183,7 +183,7 @@ class Search:
         """Return the settings and the plan of a trial's run. Raises `UserError` on a conflict."""
         values = {**params, "run_tag": f"{self.study}_{number}"}
         loader = self.loader.override(values, f"trial {number} of study {self.study}")
-        plan = resolve_start(loader.get, loader.get_source, resume=checkpoint and str(checkpoint))
+        plan = resolve_start(loader.get, resume=checkpoint and str(checkpoint))
         return loader.load(plan.checkpoint_settings), plan
 
     def is_legal(self, params: Mapping[str, Any]) -> bool:
@@ -197,12 +197,12 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     """Return the checked search; raise `UserError` with a line for each problem."""
     problems = list(loader.problems)
     for name in ("run_tag", "model_name"):
-        if loader.get(name) is not None:
-            problems.append(f"{loader.get_source(name)}: {name}: trials name their runs: remove it")
+        if loader.get(name).value is not None:
+            problems.append(f"{loader.get(name).source}: {name}: trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
     own = {"study": study}
     problems += validate_values(StudySettings, own, strings=False, label=format_flag)[1]
-    studies = Path(loader.get("runs_dir")) / "studies"
+    studies = Path(loader.get("runs_dir").value) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
     is_default = order.storage is None and not Path(storage).exists()

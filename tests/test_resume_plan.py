@@ -30,7 +30,7 @@ import trainer as trainer_module
 from bundle import BUNDLE_FILES, Ancestor, get_model_info
 from callbacks import TrainResult
 from checkpoint import load_model
-from config import ConfigLoader
+from config import ConfigLoader, Setting
 from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
@@ -127,7 +127,9 @@ def test_every_combination_starts_as_listed_in_the_table_of_resolve_start(
     def plan() -> ResumePlan:
         reference = {"none": None, "auto": "auto", "REF": str(REFERENCE)}[resume]
         return resolve_start(
-            settings.get, lambda name: "--flag", resume=reference, overwrite=overwrite == "yes"
+            lambda name: Setting(settings[name], "--flag"),
+            resume=reference,
+            overwrite=overwrite == "yes",
         )
 
     outcomes = find_outcomes(resume, name, parent, overwrite)
