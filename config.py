@@ -164,7 +164,13 @@ class ConfigLoader:
         for name in DERIVED - values.keys():
             sources[name] = f"architecture {config.architecture} ({sources['architecture']})"
         changes = _list_changes(config, checkpoint, sources) if checkpoint is not None else []
-        return LoadedConfig(config, sources, self._list_notes(), changes, self.rerun_of)
+        notes = []
+        if shadowed := [name for name in self._legacy if name in self._configs]:
+            notes = [
+                f"Note: {', '.join(shadowed)} in {LEGACY_FILE} ignored, as configs/ sets the same; "
+                f"--config {LEGACY_FILE} prefers it"
+            ]
+        return LoadedConfig(config, sources, notes, changes, self.rerun_of)
 
     def _find_fixed_conflicts(self, checkpoint: CheckpointSettings) -> list[str]:
         return [
@@ -173,15 +179,6 @@ class ConfigLoader:
             "remove it, or train a new model"
             for name, (value, source) in _merge_layers(self._requested).items()
             if name in checkpoint.fixed and value != checkpoint.values[name]
-        ]
-
-    def _list_notes(self) -> list[str]:
-        shadowed = [name for name in self._legacy if name in self._configs]
-        if not shadowed:
-            return []
-        return [
-            f"Note: {', '.join(shadowed)} in {LEGACY_FILE} ignored, as configs/ sets the same; "
-            f"--config {LEGACY_FILE} prefers it"
         ]
 
     def _read_named_file(self, name: str) -> Layer:

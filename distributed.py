@@ -135,14 +135,10 @@ class World:
         return result
 
     @contextlib.contextmanager
-    def enter_on_main(self, manager: AbstractContextManager) -> Iterator[None]:
-        """Enter a context manager on rank 0 only."""
+    def enter_on_main(self, manager: AbstractContextManager[None]) -> Iterator[None]:
+        """Enter a context manager, whose value is None, on rank 0 only."""
         with contextlib.ExitStack() as stack:
-
-            def enter() -> None:
-                stack.enter_context(manager)
-
-            self.broadcast_from_main(enter)
+            self.broadcast_from_main(stack.enter_context, manager)
             yield
 
 

@@ -203,9 +203,12 @@ def resolve_start(
             "without init_from or with --resume auto, replace it with --overwrite, or choose "
             "another --model-name"
         )
-    checkpoint = resolve_checkpoint(
-        resume, named_model, kept_model, runs_dir, checkpoints_dir, tag, parent
-    )
+    if resume is None or (resume == "auto" and named_model is not None):
+        checkpoint = kept_model
+    elif resume == "auto":
+        checkpoint = _find_newest_checkpoint(runs_dir, tag, parent)
+    else:
+        checkpoint = resolve_checkpoint(resume, runs_dir, checkpoints_dir)
     if checkpoint is not None:
         bundle = read_bundle(checkpoint)
         if bundle.state.optimizer_file is None and not reset_optimizer:
@@ -250,20 +253,8 @@ def resolve_named_model(name: str | None, checkpoints_dir: Path, overwrite: bool
     return named_model
 
 
-def resolve_checkpoint(
-    resume: str | None,
-    named_model: Path | None,
-    kept_model: Path | None,
-    runs_dir: Path,
-    checkpoints_dir: Path,
-    tag: str | None,
-    parent: Bundle | None,
-) -> Path | None:
-    """Return the bundle to resume, or None. `kept_model` exists and is not overwritten."""
-    if resume is None or (resume == "auto" and named_model is not None):
-        return kept_model
-    if resume == "auto":
-        return _find_newest_checkpoint(runs_dir, tag, parent)
+def resolve_checkpoint(resume: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
+    """Return the bundle that `--resume` names: itself, or the last checkpoint of a run."""
     if resume == "last":
         runs = list_runs(runs_dir)
         if not runs:

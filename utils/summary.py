@@ -68,14 +68,9 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     device += "" if mode == "off" else f", torch.compile {mode}"
     if trainer.world.size > 1:
         device += f", {trainer.world.size} processes ({config.parallel})"
-    rows += [
-        (
-            "Steps",
-            f"{start}{config.max_iters:,}, batch {config.batch_size} x {config.block_size} {unit}s "
-            f"({epochs:.2g} epochs)",
-        ),
-        ("Device", device),
-    ]
+    batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
+    rows.append(("Steps", f"{start}{config.max_iters:,}, {batch} ({epochs:.2g} epochs)"))
+    rows.append(("Device", device))
     return "\n".join(f"{label:<7} {value}" for label, value in rows)
 
 
