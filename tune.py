@@ -315,7 +315,7 @@ def _suggest_values(trial: Any, space: Space) -> None:
 
 
 def check_place(search: Search, study: "Study", trial: "Trial") -> None:
-    """Raise an error if enough other trials are recorded before this one, or one is the same."""
+    """Withdraw by an error; as each trial is recorded first, of two workers at least one does."""
     others = [t for t in select_trials(study, *ALIVE) if t.number != trial.number]
     if sum(other.number < trial.number for other in others) >= search.trials:
         raise NothingToDo("withdrawn: other workers have the last trials")
