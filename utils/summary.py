@@ -34,18 +34,12 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     config, data, plan = trainer.config, trainer.data, trainer.plan
     sizes = ", ".join(f"{tokens.size:,} {split}" for split, tokens in data.splits.items())
     unit = data.tokenizer.unit
+    shape = f"{pluralize(config.n_layer, 'layer')}, {pluralize(config.n_head, 'head')}"
+    model = f"{trainer.model.count_parameters():,} parameters: {shape}, {config.n_embd} channels"
+    text = f"{data.name}: {data.num_tokens:,} {unit}s ({sizes})"
     rows = [
-        (
-            "Model",
-            f"{trainer.model.count_parameters():,} parameters: "
-            f"{pluralize(config.n_layer, 'layer')}, {pluralize(config.n_head, 'head')}, "
-            f"{config.n_embd} channels, context {config.block_size}",
-        ),
-        (
-            "Text",
-            f"{data.name}: {data.num_tokens:,} {unit}s ({sizes}), "
-            f"vocabulary {data.tokenizer.num_tokens:,}",
-        ),
+        ("Model", f"{model}, context {config.block_size}"),
+        ("Text", f"{text}, vocabulary {data.tokenizer.num_tokens:,}"),
     ]
     if data.left_out:
         rows.append(("", f"dropped {format_char_counts(data.left_out)}"))
