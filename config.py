@@ -242,7 +242,7 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
             problems.append(f"{source}: unknown key {format_name(key)}{hint}")
         elif name in known:
             alias = next(alias for alias, target in ALIASES.items() if target == name)
-            problems.append(f"{source}: {alias} and {name} are the same setting: remove one")
+            problems.append(f"{source}: {alias} is an alias of {name}: remove one")
         else:
             known[name] = value
     valid, wrong = validate_values(

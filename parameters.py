@@ -103,7 +103,7 @@ class Data(Settings):
     """char: one token per character of the text. gpt2: GPT-2's BPE (extra gpt2)."""
 
     on_new_chars: Literal["error", "drop", "extend"] = "error"
-    """What to do with characters not in the loaded vocabulary: error, drop or extend it."""
+    """Characters not in the loaded vocabulary: error, drop them, or extend it."""
 
 
 class Training(Settings):

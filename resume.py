@@ -411,8 +411,9 @@ def check_rerun(loaded: LoadedConfig, plan: ResumePlan, data_name: str, data_sha
         is_flag = loaded.sources[flag[2:].replace("-", "_")].startswith("--")
         if isinstance(recorded, dict) and recorded.get(key) != sha256 and not is_flag:
             raise UserError(
-                f"{name} is not the {recorded.get('name')} that {run_id} used (the SHA-256 "
-                f"differs): pass that one, or any other, with {flag}"
+                f"{name} differs from what {run_id} used ({recorded.get('name')}"
+                f"{f', step {step}' if (step := recorded.get('step')) else ''}; another SHA-256): "
+                f"pass that one, or any other, with {flag}"
             )
 
 

@@ -32,7 +32,7 @@ class CharTokenizer:
     def __init__(self, chars: Sequence[str]):
         is_list = isinstance(chars, (list, tuple))
         if not is_list or not chars or any(not isinstance(c, str) or len(c) != 1 for c in chars):
-            raise UserError("a tokenizer needs a list of single characters")
+            raise UserError("a tokenizer needs chars, a list of single characters")
         if len(set(chars)) != len(chars):
             raise UserError("a tokenizer's characters must not repeat")
         self.chars = list(chars)

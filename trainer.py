@@ -127,12 +127,10 @@ def train(
     Args:
         config: the settings.
         loaded: the settings with their sources, for the record; None if made in Python.
-        plan: what the run starts from, returned by `resume.plan_run` together with `loaded`; None
-            to train from scratch, or from the model that `config.init_from` names.
+        plan: what the run starts from, by `resume.plan_run`; None: scratch, or `init_from`.
         argv: the command line, for the record.
         output: the console; `Output(quiet=True)` prints nothing.
-        callbacks: functions that are called with the settings and return a callback (see
-            callbacks.py), keyed by display name.
+        callbacks: functions of the settings that return a callback (callbacks.py), by name.
 
     Raises:
         UserError: the device, the text, `runs_dir` or the start model cannot be used, a callback

@@ -182,5 +182,6 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_if_file(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
+        # A device in the place of the file may have no end.
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return ""
