@@ -240,6 +240,7 @@ def test_a_range_has_all_its_steps_and_ends_exactly_at_high(low, high, step):
     assert (min(drawn), max(drawn)) == (low, high)
 
 
+@pytest.mark.slow
 def test_only_legal_and_new_combinations_are_proposed(command, trained, capsys):
     space = "n_embd: [12, 16, 20, 24, 28]\nn_head: [2, 4, 6]\ntie_weights: [null, true]"
     assert command("--trials", "12", space=space) == 0
@@ -255,6 +256,7 @@ def test_only_legal_and_new_combinations_are_proposed(command, trained, capsys):
     assert len(trials) == len({json.dumps(trial.params) for trial in trials}) == 2 * (5 + 2 + 2)
 
 
+@pytest.mark.slow
 def test_the_seed_determines_the_proposals(command, trained):
     for name, seed, trials in (("a", 1, 12), ("b", 1, 12), ("c", 2, 1)):
         assert command("--study", name, "--seed", str(seed), "--trials", str(trials)) == 0
@@ -467,6 +469,7 @@ def test_a_worker_killed_while_it_asks_for_a_trial_costs_nothing(command, traine
     assert [trial.state.name for trial in read_trials()] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_kills_its_workers_is_not_retried_for_ever(command, trained, monkeypatch):
     monkeypatch.setattr(tune, "MAX_RETRIES", 2)
     trained.before = kill_in(1, 2, 3)
