@@ -335,7 +335,7 @@ def create_sampler(search: Search) -> Any:
 
     class LegalSampler(RandomSampler):
         def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> dict:
-            # Optuna never counts a trial without a heartbeat as stale. Private: read from Optuna 5.0.
+            # Optuna never counts a trial without a heartbeat as stale. Private: read from 5.0.0.
             study._storage.record_heartbeat(trial._trial_id)
             return example.distributions
 
