@@ -140,29 +140,21 @@ def _split(encoded: EncodedCorpus, config: ModelConfig) -> dict[str, tuple[int, 
 # Batches
 
 
-def get_batch(
-    tokens: Tokens,
-    step: int,
-    *,
-    seed: int,
-    batch_size: int,
-    block_size: int,
-    rows: slice = slice(None),
-    order: str = "random",
-) -> Batch:
-    """Return the batch of `step`, on the CPU.
+def get_batch(tokens: Tokens, step: int, config: ModelConfig, rows: slice = slice(None)) -> Batch:
+    """Return rows of the training batch of `step`, counted from 0, on the CPU.
 
-    With `order` random, windows are drawn uniformly from `tokens`. With shuffled, adjacent windows
-    come once in each pass over the split, in another order in each; a batch may have the last ones
-    of a pass and the first of the next. `rows` selects rows, which do not depend on the selection.
+    A pure function: a row does not depend on which others are selected. With `window_order` random,
+    windows are drawn uniformly from `tokens`. With shuffled, adjacent windows come once in each
+    pass over the split, in another order in each; a batch may have the last windows of a pass and
+    the first of the next.
     """
-    if order == "shuffled":
-        count = (tokens.size - 1) // block_size
+    T, seed, batch_size = config.block_size, config.seed, config.batch_size
+    if config.window_order == "shuffled":
         numbers = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
-        starts = _shuffle_windows(numbers, count, seed) * block_size
-        return _get_windows(tokens, starts, block_size)
-    starts = _draw_starts(tokens.size - block_size, step, seed, batch_size, _TRAINING_STREAM)
-    return _get_windows(tokens, starts[rows], block_size)
+        starts = _shuffle_windows(numbers, count_windows(tokens, config), seed) * T
+    else:
+        starts = _draw_starts(tokens.size - T, step, seed, batch_size, _TRAINING_STREAM)[rows]
+    return _get_windows(tokens, starts, T)
 
 
 def _get_windows(tokens: Tokens, starts: np.ndarray, length: int) -> Batch:

@@ -110,31 +110,31 @@ class Muon(AdamW):
         if "momentum" not in group:
             super()._update_group(group)
             return
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        targets: list[tuple[nn.Parameter, Tensor]] = []
+        updates: list[tuple[nn.Parameter, Tensor, float]] = []
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for p, number in zip(group["params"], group["stacked"], strict=True):
             if p.grad is None:
                 continue
             gradient, mean = to_local(p.grad), to_local(self._get_state(p, "momentum"))
             mean.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(mean, group["momentum"])  # Nesterov momentum
-            to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
             # Orthogonalization needs all rows of a matrix: gather its shards.
             update = gather_full_tensor(update, p)
-            target = torch.zeros(p.shape, device=p.device) if is_sharded(p) else p
-            targets.append((p, target))
-            for pair in zip(target.chunk(number), update.chunk(number), strict=True):
-                by_shape.setdefault(tuple(sorted(pair[0].shape)), []).append(pair)
-        for pairs in by_shape.values():
-            updates = torch.stack([as_wide(update) for _, update in pairs])
-            for (matrix, _), update in zip(pairs, orthogonalize(updates, self._dtype), strict=True):
-                # Scale so that the change of the output does not depend on the shape.
-                outputs, inputs = matrix.shape
-                rate = group["lr"] * max(1.0, outputs / inputs) ** 0.5
-                as_wide(matrix).add_(update, alpha=-rate)
-        for p, target in targets:
+            matrices = update.chunk(number)
+            by_shape.setdefault(tuple(sorted(matrices[0].shape)), []).extend(matrices)
+            # Scale so that the change of the output does not depend on the shape.
+            outputs, inputs = matrices[0].shape
+            updates.append((p, update, group["lr"] * max(1.0, outputs / inputs) ** 0.5))
+        for matrices in by_shape.values():
+            wide = torch.stack([as_wide(matrix) for matrix in matrices])
+            for matrix, update in zip(matrices, orthogonalize(wide, self._dtype), strict=True):
+                as_wide(matrix).copy_(update)
+        for p, update, rate in updates:
+            weight = to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
             if is_sharded(p):
-                to_local(p).add_(to_local(shard_like(target, p)))
+                weight.add_(to_local(shard_like(update.mul_(-rate), p)))
+            else:
+                weight.add_(update, alpha=-rate)
 
 
 def as_wide(matrix: Tensor) -> Tensor:

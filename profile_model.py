@@ -10,11 +10,11 @@ as in a run alternate with steps whose phases are timed, for which each phase wa
 """
 
 import contextlib
+import copy
 import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +61,7 @@ def profile(
     """
     from checkpoint import load_tokenizer
     from data import load_dataset
-    from trainer import create_trainer, open_device, translate_failures
+    from trainer import Trainer, open_device, translate_failures
     from utils.device import DTYPES, describe_device, get_peak_memory
     from utils.profiling import Report, measure_peak
 
@@ -74,7 +74,7 @@ def profile(
         bundle = read_start_bundle(plan or ResumePlan())
         tokenizer = load_tokenizer(bundle) if bundle else None
         data = load_dataset(config, tokenizer=tokenizer, may_extend=True)
-        trainer = create_trainer(config, {}, data, device, ResumePlan())
+        trainer = Trainer(config, data, device)
         profile_it = profile_generation if inference else profile_training
         first_call, sections, periodic = profile_it(trainer, steps, trace)
         return Report(
@@ -104,8 +104,7 @@ def profile_training(
         # The logger fetches numbers within the measured steps, however few these are.
         interval = min(trainer.config.log_interval, steps)
         changes = {"log_interval": interval, "aim_repo": directory}
-        config = trainer.config.model_copy(update=changes)
-        trainer = replace(trainer, config=config)
+        config = trainer.config = trainer.config.model_copy(update=changes)
         run = create_run_directory(Path(directory), "profile")
         write_full_config(run.meta / "full_config.json", config, {}, {})
         numbers = itertools.count(1)
@@ -118,13 +117,15 @@ def profile_training(
                     learning_rate = learning_rate_at(number, config)
                     log.log_step(number + 1, loss, grad_norm, learning_rate)
 
+            uncompiled = copy.copy(trainer)
+            uncompiled.train_model = model
             section = profile_work(
                 f"Training: {config.batch_size} x {config.block_size} tokens a step",
                 partial(make_step, trainer),
                 device,
                 steps,
                 tokens=config.batch_size * config.block_size,
-                flops=count_flops(partial(make_step, replace(trainer, train_model=model))),
+                flops=count_flops(partial(make_step, uncompiled)),
                 phases=(*training.PHASES, "logging"),
                 trace=trace,
             )

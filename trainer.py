@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from callbacks import (
 from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
 from config import CHECKOUT, LoadedConfig, format_settings, upgrade_settings
 from data import (
+    Batch,
     Dataset,
     count_windows,
     get_batch,
@@ -164,7 +165,6 @@ def train(
         output.close()
 
 
-@dataclass
 class Trainer:
     """A model and everything needed to train it.
 
@@ -172,27 +172,83 @@ class Trainer:
         config: the settings; `max_iters` is not None.
         sources: the source of each setting.
         plan: what the training starts from.
+        callbacks: factories of the user's callbacks, by name.
         model: the network, not compiled: for evaluation, sampling and saving, whose shapes vary.
         train_model: the same model as the training step calls it: compiled, or wrapped in DDP.
         scaler: the loss scaler of fp16; disabled otherwise.
         precision: of matrix products: fp32, bf16 or fp16.
         compile_result: the outcome of torch.compile.
-        callbacks: factories of the user's callbacks, by name.
     """
 
-    config: ModelConfig
-    sources: dict[str, str]
-    plan: resume.ResumePlan
-    device: torch.device
-    data: Dataset
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    precision: str
-    train_model: Callable[..., tuple[Tensor, Tensor | None]]
-    compile_result: CompileResult
-    world: World = SINGLE_PROCESS
-    callbacks: Mapping[str, CallbackFactory] = field(default_factory=dict)
+    def __init__(
+        self,
+        config: ModelConfig,
+        data: Dataset,
+        device: torch.device,
+        plan: resume.ResumePlan | None = None,
+        bundle: Bundle | None = None,
+        *,
+        sources: Mapping[str, str] | None = None,
+        callbacks: Mapping[str, CallbackFactory] | None = None,
+        on_progress: Callable[[str], None] | None = None,
+        world: World = SINGLE_PROCESS,
+    ):
+        """Create a model and its optimizer, and load the plan's bundle. All ranks call this.
+
+        `bundle` has the bytes of its weights, which the caller frees. `on_progress` is called with
+        a line before the model is compiled.
+        """
+        self.config, self.data, self.device, self.world = config, data, device, world
+        self.plan = plan or resume.ResumePlan()
+        self.sources, self.callbacks = sources or {}, callbacks or {}
+        torch.manual_seed(config.seed)
+        self.model = LanguageModel(config, data.tokenizer.vocab_size, data.tokenizer.num_tokens)
+        if bundle is not None:
+            load_weights(bundle, self.model)
+        if world.size > 1 and config.parallel == "fsdp":
+            shard_model(self.model, device)
+        self.model.to(device)
+        if world.rank > 0:  # so that dropout masks differ between ranks
+            torch.manual_seed(derive_seed(config.seed, world.rank, self.plan.start_step))
+        self.precision = choose_precision(config.precision, device)
+        self.optimizer = create_optimizer(self.model, config, DTYPES[self.precision])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.train_model, self.compile_result = self.create_train_model(on_progress)
+        if bundle is not None and self.plan.is_resume and not self.plan.reset_optimizer:
+            # Last: this restores the RNG state, which everything above may have advanced.
+            restore_training_state(bundle, self.model, self.optimizer, self.scaler, world)
+
+    def create_train_model(
+        self, on_progress: Callable[[str], None] | None
+    ) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], CompileResult]:
+        """Compile the model if enabled and supported; wrap it in DDP if there are several ranks.
+
+        Raises `UserError` if compiling was requested and does not work.
+        """
+        config, world = self.config, self.world
+        if world.size > 1 and config.parallel == "fsdp":
+            return self.model, CompileResult("off", "parallel is fsdp")
+        tokens = (config.max_iters or 1) * config.batch_size * config.block_size
+        # Of the whole run (arxiv.org/abs/2001.08361).
+        flops = 6.0 * self.model.count_parameters() * tokens
+        if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
+            flops = 0.0
+        backend = choose_backend(config.torch_compile, config.compile_backend, self.device, flops)
+        if backend.mode != "off" and on_progress:
+            on_progress(f"Compiling the model ({backend.mode}), which can take a minute …")
+
+        def probe(train_model: Callable) -> None:
+            """Run forward and backward once with each micro-batch size."""
+            micro_batches = split_micro_batches(config, world.get_rows(config.batch_size))
+            for rows in {rows.stop - rows.start: rows for rows in micro_batches}.values():
+                inputs, targets = self.load_batch(0, rows)
+                with autocast(self.device, self.precision):
+                    _, loss = train_model(inputs, targets)
+                loss.backward()
+            self.model.zero_grad()
+
+        model, result = compile_model(self.model, backend, config.torch_compile, probe)
+        return wrap_ddp(model, self.device, world), result
 
     def run_loop(
         self,
@@ -209,7 +265,7 @@ class Trainer:
         losses: dict[str, float | None] = {"train": None, "val": None}
         last_evaluated = last_sampled = self.plan.start_step
         time_limit = config.max_minutes * 60 if config.max_minutes else math.inf  # seconds
-        began = time.monotonic()
+        start_time = time.monotonic()
 
         def save(step: int) -> None:
             val_loss = losses["val"] if step == last_evaluated else None
@@ -226,44 +282,40 @@ class Trainer:
                     # Before log_step, which ends the run on a non-finite loss.
                     log.log_histograms(step, collect_weights_and_gradients(self.model, world))
                 log.log_step(step, loss, grad_norm, learning_rate)
-                why_stop = callbacks.after_step(
+                stop_reason = callbacks.after_step(
                     Step(step, loss, grad_norm, learning_rate, run.path, config)
                 )
-                if time.monotonic() - began > time_limit:
-                    why_stop = (
-                        why_stop
-                        or f"the time limit of max_minutes {config.max_minutes:g} is reached"
-                    )
-                stop_requested, why_stop = agree_to_stop(world, stop, why_stop)
+                if stop_reason is None and time.monotonic() - start_time > time_limit:
+                    limit = f"max_minutes {config.max_minutes:g}"
+                    stop_reason = f"the time limit of {limit} is reached"
+                interrupted, stop_reason = agree_to_stop(world, stop, stop_reason)
 
-                is_last = step == config.max_iters or why_stop is not None
-                is_evaluated = is_last or is_due(step, config.eval_interval)
-                is_saved = is_due(step, config.checkpoint_interval)
-                is_saved = is_saved or is_due(step, config.keep_every)
-                if not (is_evaluated or is_saved or stop_requested):
+                is_last = step == config.max_iters or stop_reason is not None
+                evaluates = is_last or is_due(step, config.eval_interval)
+                saves = is_due(step, config.checkpoint_interval) or is_due(step, config.keep_every)
+                if not (evaluates or saves or interrupted):
                     continue
                 log.flush_steps()  # a non-finite loss among them ends the run before a save
-                if stop_requested:
+                if interrupted:
                     how = " (Ctrl-C again aborts)" if world.size == 1 else ""
                     output.print(f"Stopping after step {step}: saving{how}")
-                    if is_evaluated:
+                    if evaluates:
                         save(step)  # first: the user may not wait for the evaluation
-                if is_evaluated:
+                if evaluates:
                     last_evaluated = step
                     losses = self.evaluate()
                     best, reason = self.log_evaluation(step, losses, best, run, log, callbacks)
-                    stop_requested, why_stop = agree_to_stop(world, stop, why_stop or reason)
-                    is_last = is_last or why_stop is not None
-                if is_saved or is_last or stop_requested or best.step == step:
+                    interrupted, stop_reason = agree_to_stop(world, stop, stop_reason or reason)
+                    is_last = is_last or stop_reason is not None
+                if saves or is_last or interrupted or best.step == step:
                     save(step)
-                if stop_requested:
-                    break
                 sample_due = last_sampled + config.sample_interval
-                if is_last or (is_evaluated and config.sample_interval and step >= sample_due):
+                samples = is_last or (evaluates and config.sample_interval and step >= sample_due)
+                if samples and not interrupted:
                     last_sampled = step
                     length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
                     log.log_sample(step, sample_text(self.model, self.data, config, length))
-                if is_last:
+                if is_last or interrupted:
                     break
                 log.reset_timer()
         return TrainResult(
@@ -275,9 +327,9 @@ class Trainer:
             val_loss=losses["val"],
             best_step=best.step,
             best_val_loss=best.loss,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - start_time,
             exit_status=stop.exit_status,
-            stopped_by=why_stop if step < config.max_iters else None,
+            stopped_by=stop_reason if step < config.max_iters else None,
         )
 
     def training_step(
@@ -289,23 +341,14 @@ class Trainer:
         that stay on the device. The clipped gradients stay in `.grad` until the next step.
         `phase(name)` returns a context manager around each of `PHASES`, for profiling.
         """
-        config, world, tokens = self.config, self.world, self.data.splits["train"]
+        config, world = self.config, self.world
         batch_loss = torch.zeros((), device=self.device)
         with phase("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         own_rows = world.get_rows(config.batch_size)
         for rows in split_micro_batches(config, own_rows):
             with phase("data"):
-                inputs, targets = get_batch(
-                    tokens,
-                    index,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                    block_size=config.block_size,
-                    rows=rows,
-                    order=config.window_order,
-                )
-                inputs, targets = inputs.to(self.device), targets.to(self.device)
+                inputs, targets = self.load_batch(index, rows)
             with defer_gradient_sync(self.train_model, is_last=rows.stop == own_rows.stop):
                 with phase("forward"), autocast(self.device, self.precision):
                     _, loss = self.train_model(inputs, targets)
@@ -323,6 +366,12 @@ class Trainer:
             self.scaler.step(self.optimizer)  # in fp16, skipped if gradients have overflowed
             self.scaler.update()
         return batch_loss, grad_norm
+
+    def load_batch(self, index: int, rows: slice) -> Batch:
+        """Return rows of training batch `index` on the device: inputs and targets, `(B, T)`."""
+        batch = get_batch(self.data.splits["train"], index, self.config, rows)
+        inputs, targets = (part.to(self.device) for part in batch)
+        return inputs, targets
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean loss of the train and val splits, in nats per token."""
@@ -406,17 +455,17 @@ def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def agree_to_stop(world: World, stop: StopRequest, why_stop: str | None) -> tuple[bool, str | None]:
+def agree_to_stop(world: World, stop: StopRequest, reason: str | None) -> tuple[bool, str | None]:
     """Agree across ranks whether to stop: on a signal to any rank, or for rank 0's reason.
 
     A later signal takes effect at the next call: a rank that acted alone would deadlock the others.
     """
     if world.size == 1:
-        return stop.requested, why_stop
-    has_reason = int(why_stop is not None and world.is_main)
+        return stop.requested, reason
+    has_reason = int(reason is not None and world.is_main)
     signal, has_reason = world.all_reduce_max(stop.signal, has_reason)
     stop.signal = stop.signal or signal
-    return bool(signal), (world.broadcast(why_stop) if has_reason else None)
+    return bool(signal), (world.broadcast(reason) if has_reason else None)
 
 
 def estimate_loss(
@@ -439,11 +488,11 @@ def estimate_loss(
             tokens = data.splits[split]
             for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
                 count += targets.numel()
-                # All ranks must call a sharded model: one without a window repeats another's.
                 has_own = world.rank < len(inputs)
+                # All ranks must call a sharded model: one without a window repeats rank 0's.
                 own = slice(world.rank if has_own else 0, None, world.size)
                 loss = compute_loss(model, inputs[own], targets[own], precision)
-                total += loss * (targets[own].numel() * has_own)
+                total += loss * (targets[own].numel() if has_own else 0)
             losses[split] = world.all_reduce_sum(total).item() / count
     return losses
 
@@ -524,8 +573,17 @@ def prepare_trainer(
     if length != "max_iters":
         sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
         resume.check_steps_left(settled, plan)
-    trainer = create_trainer(settled, sources, data, device, plan, bundle, on_progress, world)
-    return replace(trainer, callbacks=callbacks or {})
+    return Trainer(
+        settled,
+        data,
+        device,
+        plan,
+        bundle,
+        sources=sources,
+        callbacks=callbacks,
+        on_progress=on_progress,
+        world=world,
+    )
 
 
 def open_device(config: ModelConfig) -> torch.device:
@@ -537,94 +595,6 @@ def open_device(config: ModelConfig) -> torch.device:
         torch.cuda.set_device(device)  # so that plain "cuda" means this device
     set_tf32(device, config.precision)
     return device
-
-
-def create_trainer(
-    config: ModelConfig,
-    sources: dict[str, str],
-    data: Dataset,
-    device: torch.device,
-    plan: resume.ResumePlan,
-    bundle: Bundle | None = None,
-    on_progress: Callable[[str], None] | None = None,
-    world: World = SINGLE_PROCESS,
-) -> Trainer:
-    """Create a model and its optimizer, and load the plan's bundle into them. All ranks call this.
-
-    `bundle` is the plan's, with the bytes of its weights, which are freed afterwards.
-    """
-    torch.manual_seed(config.seed)
-    tokenizer = data.tokenizer
-    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens)
-    if bundle is not None:
-        load_weights(bundle, model)
-    if world.size > 1 and config.parallel == "fsdp":
-        shard_model(model, device)
-    model.to(device)
-    if world.rank > 0:  # so that dropout masks differ between ranks
-        torch.manual_seed(derive_seed(config.seed, world.rank, plan.start_step))
-    precision = choose_precision(config.precision, device)
-    optimizer = create_optimizer(model, config, DTYPES[precision])
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    train_model, compile_result = create_train_model(
-        model, data, config, device, on_progress, world
-    )
-    if bundle is not None and plan.is_resume and not plan.reset_optimizer:
-        # Last: this restores the RNG state, which everything above may have advanced.
-        restore_training_state(bundle, model, optimizer, scaler, world)
-    return Trainer(
-        config=config,
-        sources=sources,
-        plan=plan,
-        device=device,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        precision=precision,
-        train_model=train_model,
-        compile_result=compile_result,
-        world=world,
-    )
-
-
-def create_train_model(
-    model: LanguageModel,
-    data: Dataset,
-    config: ModelConfig,
-    device: torch.device,
-    on_progress: Callable[[str], None] | None = None,
-    world: World = SINGLE_PROCESS,
-) -> tuple[Callable, CompileResult]:
-    """Compile the model if enabled and supported, and wrap it in DDP if there are several ranks.
-
-    Raises `UserError` if compiling was requested and does not work.
-    """
-    if world.size > 1 and config.parallel == "fsdp":
-        return model, CompileResult("off", "parallel is fsdp")
-    tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-    flops = 6.0 * model.count_parameters() * tokens  # of the run (arxiv.org/abs/2001.08361)
-    if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
-        flops = 0.0
-    backend = choose_backend(config.torch_compile, config.compile_backend, device, flops)
-    if backend.mode != "off" and on_progress:
-        on_progress(f"Compiling the model ({backend.mode}), which can take a minute …")
-
-    def probe(train_model: Callable) -> None:
-        """Run forward and backward once with each micro-batch size."""
-        sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
-        micro_batches = split_micro_batches(config, world.get_rows(config.batch_size))
-        shapes = {rows.stop - rows.start: rows for rows in micro_batches}
-        for rows in shapes.values():
-            batch = get_batch(data.splits["train"], 0, seed=config.seed, **sizes, rows=rows)
-            inputs, targets = (part.to(device) for part in batch)
-            with autocast(device, choose_precision(config.precision, device)):
-                _, loss = train_model(inputs, targets)
-            loss.backward()
-        model.zero_grad()
-
-    train_model, compile_result = compile_model(model, backend, config.torch_compile, probe)
-    return wrap_ddp(train_model, device, world), compile_result
 
 
 def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
@@ -699,7 +669,7 @@ def measure_speed(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
 ) -> tuple[float, float]:
     """Return the seconds of a step and of a whole evaluation, timed on a throwaway model."""
-    trainer = create_trainer(config, {}, data, device, resume.ResumePlan(), world=world)
+    trainer = Trainer(config, data, device, world=world)
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
         start = time.perf_counter()
@@ -713,10 +683,11 @@ def measure_speed(
 def time_evaluation(trainer: Trainer) -> float:
     """Estimate the seconds of a whole evaluation from one batch of each split."""
     config = trainer.config
-    one_batch = replace(trainer, config=config.model_copy(update={"eval_iters": 1}))
-    one_batch.evaluate()  # warmup
+    one_batch = config.model_copy(update={"eval_iters": 1})
+    arguments = (trainer.model, trainer.data, one_batch, trainer.precision, trainer.world)
+    estimate_loss(*arguments)  # warmup
     start = time.perf_counter()
-    one_batch.evaluate()
+    estimate_loss(*arguments)
     seconds = time.perf_counter() - start
     windows = count_windows(trainer.data.splits["val"], config)
     return seconds * (config.eval_iters or windows / config.batch_size)

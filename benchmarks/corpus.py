@@ -37,14 +37,13 @@ TRAIN = """
 import json, sys, time
 began = time.perf_counter()
 from parameters import ModelConfig
-from trainer import prepare_trainer
-from trainer import estimate_loss, Trainer
-setup = prepare_trainer(ModelConfig(data=sys.argv[1], cache_dir=sys.argv[2], max_iters=20))
-Trainer.training_step(setup, 0)[0].item()
+from trainer import estimate_loss, prepare_trainer
+trainer = prepare_trainer(ModelConfig(data=sys.argv[1], cache_dir=sys.argv[2], max_iters=20))
+trainer.training_step(0)[0].item()
 seconds = time.perf_counter() - began
 for step in range(1, 10):
-    Trainer.training_step(setup, step)
-estimate_loss(setup.model, setup.data, setup.config)
+    trainer.training_step(step)
+estimate_loss(trainer.model, trainer.data, trainer.config)
 with open("/proc/self/status", encoding="utf-8") as status:
     lines = dict(line.split(":", 1) for line in status)
 anonymous = int(lines["RssAnon"].split()[0]) * 1024

@@ -31,16 +31,16 @@ def run(data: str | None) -> None:
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         config = ModelConfig(data=data, runs_dir=f"{directory}/runs")
-        setup = prepare_trainer(config)
-        steps += _time_steps(setup)[WARMUP:]
+        trainer = prepare_trainer(config)
+        steps += _time_steps(trainer)[WARMUP:]
         costs = {}
         for name, aim in (("TensorBoard", False), ("TensorBoard and Aim", True)):
             logged = prepare_trainer(config.model_copy(update={"aim_logging": aim}))
-            costs[name] = _measure_cost(setup, logged)
-            steps += _time_steps(setup)
+            costs[name] = _measure_cost(trainer, logged)
+            steps += _time_steps(trainer)
         step = statistics.median(steps)
         start = time.perf_counter()
-        sample_text(setup.model, setup.data, config, SAMPLE_TOKENS)
+        sample_text(trainer.model, trainer.data, config, SAMPLE_TOKENS)
         sampling = time.perf_counter() - start
         report = _time_report(Path(config.runs_dir))
     print(f"  a step takes {step * 1e3:.1f} ms without logging")
@@ -56,28 +56,28 @@ def run(data: str | None) -> None:
     print(f"  the report at the end: {report * 1e3:.0f} ms")
 
 
-def _time_steps(setup: Trainer) -> list[float]:
+def _time_steps(trainer: Trainer) -> list[float]:
     seconds = []
     for number in range(TIMED_STEPS):
         start = time.perf_counter()
-        Trainer.training_step(setup, number)
+        trainer.training_step(number)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _measure_cost(setup: Trainer, logged: Trainer) -> tuple[float, float]:
-    """Return the seconds per step, and once per run. `setup`'s model has gradients."""
+def _measure_cost(trainer: Trainer, logged: Trainer) -> tuple[float, float]:
+    """Return the seconds per step, and once per run. `trainer`'s model has gradients."""
     config, output = logged.config, Output(quiet=True)
     start = time.perf_counter()
     run = open_run(logged, None, [], output)
     log = open_log(logged, run, output)
     once = time.perf_counter() - start
     losses = {"train": 1.5, "val": 1.6}
-    loss, grad_norm = Trainer.training_step(setup, 0)
+    loss, grad_norm = trainer.training_step(0)
     wall, cpu = time.perf_counter(), time.process_time()
     for step in range(1, LOGGED_STEPS + 1):
         if step % config.histogram_interval == 0:
-            log.log_histograms(step, collect_weights_and_gradients(setup.model))
+            log.log_histograms(step, collect_weights_and_gradients(trainer.model))
         log.log_step(step, loss, grad_norm, learning_rate_at(step - 1, config))
         if step % config.eval_interval == 0:
             log.log_evaluation(step, losses, losses, is_best=True)

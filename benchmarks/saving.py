@@ -16,8 +16,7 @@ from bundle import TRAINING_SETTINGS, TrainingState
 from checkpoint import CheckpointWriter, save_checkpoint
 from data import load_dataset
 from parameters import ModelConfig
-from resume import ResumePlan
-from trainer import Trainer, create_trainer, train
+from trainer import Trainer, train
 from utils.device import get_peak_memory
 from utils.output import Output, format_bytes
 
@@ -49,10 +48,10 @@ def run(data: str | None) -> None:
 
 def _measure_memory(data: str | None) -> str:
     config = ModelConfig(data=data, n_embd=768, n_head=12, n_layer=8, batch_size=1)
-    setup = create_trainer(config, {}, load_dataset(config), torch.device("cpu"), ResumePlan())
+    trainer = Trainer(config, load_dataset(config), torch.device("cpu"))
     for step in range(2):
-        Trainer.training_step(setup, step)
-    before = get_peak_memory(setup.device)
+        trainer.training_step(step)
+    before = get_peak_memory(trainer.device)
     state = TrainingState(
         step=2,
         optimizer_file=None,
@@ -66,16 +65,17 @@ def _measure_memory(data: str | None) -> str:
     with tempfile.TemporaryDirectory(dir=".") as directory:
         save_checkpoint(
             Path(directory) / "b",
-            setup.model,
-            setup.optimizer,
-            setup.scaler,
-            setup.data.tokenizer,
+            trainer.model,
+            trainer.optimizer,
+            trainer.scaler,
+            trainer.data.tokenizer,
             config,
             state,
         )
     seconds = time.perf_counter() - start
-    grown = (get_peak_memory(setup.device) or 0) - (before or 0)
+    grown = (get_peak_memory(trainer.device) or 0) - (before or 0)
+    millions = trainer.model.count_parameters() / 1e6
     return (
-        f"  {setup.model.count_parameters() / 1e6:.0f} M parameters: saved in {seconds:.1f} s; the "
+        f"  {millions:.0f} M parameters: saved in {seconds:.1f} s; the "
         f"peak of {format_bytes(before or 0)} grew by {format_bytes(grown)}"
     )

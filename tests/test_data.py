@@ -20,7 +20,7 @@ from tokenizer import CharTokenizer
 from utils.errors import UserError
 
 TOKENS = np.arange(200, dtype=np.uint8)
-DRAW = {"seed": 1, "batch_size": 8, "block_size": 10}
+DRAW = ModelConfig(seed=1, batch_size=8, block_size=10)
 
 
 def write(path, content: str | bytes):
@@ -65,7 +65,8 @@ def test_a_split_needs_one_character_more_than_block_size(tmp_path):
     config = {"block_size": 8, "train_split": 0.5}
     enough = write(tmp_path / "enough.txt", "ab" * 9)
     dataset = load_dataset(ModelConfig(data=enough, **config))
-    inputs, targets = get_batch(dataset.splits["train"], 0, seed=0, batch_size=2, block_size=8)
+    draw = ModelConfig(seed=0, batch_size=2, block_size=8)
+    inputs, targets = get_batch(dataset.splits["train"], 0, draw)
     assert inputs.shape == targets.shape == (2, 8)
     short = write(tmp_path / "short.txt", "ab" * 8)
     with pytest.raises(UserError, match=r"train split.* 8 of 16.*block_size 8 needs 9"):
@@ -150,7 +151,7 @@ def test_unknown_characters_of_a_memory_mapped_text_are_dropped_or_added(tmp_pat
 
 
 def test_targets_are_inputs_shifted_by_one():
-    inputs, targets = get_batch(TOKENS, 0, **DRAW)
+    inputs, targets = get_batch(TOKENS, 0, DRAW)
     assert inputs.shape == targets.shape == (8, 10)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(targets, inputs + 1)
@@ -158,38 +159,35 @@ def test_targets_are_inputs_shifted_by_one():
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    first = get_batch(TOKENS, 3, **DRAW)[0]
+    first = get_batch(TOKENS, 3, DRAW)[0]
     torch.manual_seed(0)
     np.random.seed(0)
-    get_batch(TOKENS, 4, **DRAW)
-    assert torch.equal(first, get_batch(TOKENS, 3, **DRAW)[0])
-    assert not torch.equal(first, get_batch(TOKENS, 4, **DRAW)[0])
-    assert not torch.equal(first, get_batch(TOKENS, 3, **{**DRAW, "seed": 2})[0])
+    get_batch(TOKENS, 4, DRAW)
+    assert torch.equal(first, get_batch(TOKENS, 3, DRAW)[0])
+    assert not torch.equal(first, get_batch(TOKENS, 4, DRAW)[0])
+    assert not torch.equal(first, get_batch(TOKENS, 3, DRAW.model_copy(update={"seed": 2}))[0])
 
 
 def test_batches_are_the_same_in_every_release():
-    starts = get_batch(TOKENS, 5, **DRAW)[0][:, 0].tolist()
+    starts = get_batch(TOKENS, 5, DRAW)[0][:, 0].tolist()
     assert starts == [73, 27, 73, 17, 188, 29, 20, 99]
 
 
 def test_rows_of_a_batch_do_not_depend_on_the_selection():
-    whole = get_batch(TOKENS, 3, **DRAW)[0]
-    parts = [get_batch(TOKENS, 3, **DRAW, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
+    whole = get_batch(TOKENS, 3, DRAW)[0]
+    parts = [get_batch(TOKENS, 3, DRAW, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_every_window_is_drawn_including_the_last():
     tokens = np.arange(14, dtype=np.uint8)
-    starts = {
-        int(start)
-        for step in range(50)
-        for start in get_batch(tokens, step, seed=1, batch_size=8, block_size=10)[0][:, 0]
-    }
+    starts = {int(start) for i in range(50) for start in get_batch(tokens, i, DRAW)[0][:, 0]}
     assert starts == {0, 1, 2, 3}
 
 
 def test_windows_are_drawn_uniformly():
-    starts = get_batch(TOKENS, 0, seed=1, batch_size=19_000, block_size=10)[0][:, 0]
+    config = DRAW.model_copy(update={"batch_size": 19_000})
+    starts = get_batch(TOKENS, 0, config)[0][:, 0]
     counts = torch.bincount(starts, minlength=190).float()
     chi_squared = ((counts - 100) ** 2 / 100).sum().item()
     assert chi_squared < 190 + 5 * math.sqrt(2 * 190)
@@ -197,45 +195,44 @@ def test_windows_are_drawn_uniformly():
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_batches_are_drawn_for_any_valid_seed(seed):
-    assert get_batch(TOKENS, 2**40, **{**DRAW, "seed": seed})[0].shape == (8, 10)
+    assert get_batch(TOKENS, 2**40, DRAW.model_copy(update={"seed": seed}))[0].shape == (8, 10)
 
 
-SHUFFLED = {**DRAW, "order": "shuffled"}
+SHUFFLED = DRAW.model_copy(update={"window_order": "shuffled"})
 
 
 @pytest.mark.parametrize("size", [11, 21, 200, 1024, 8193])
 @pytest.mark.parametrize("batch_size", [1, 8, 50])
 def test_shuffled_windows_come_once_in_an_epoch_for_any_batch_size(size, batch_size):
     tokens = np.arange(size, dtype=np.uint16)
-    count, draw = (size - 1) // 10, {**SHUFFLED, "batch_size": batch_size}
+    count, draw = (size - 1) // 10, SHUFFLED.model_copy(update={"batch_size": batch_size})
     steps = -(-3 * count // batch_size)
-    starts = [int(s) for i in range(steps) for s in get_batch(tokens, i, **draw)[0][:, 0]]
+    starts = [int(s) for i in range(steps) for s in get_batch(tokens, i, draw)[0][:, 0]]
     passes = [starts[i * count : (i + 1) * count] for i in range(3)]
     for one in passes:
         assert sorted(one) == list(range(0, count * 10, 10))
     if count > 10:
         assert len({tuple(one) for one in passes}) == 3
-        other = {**draw, "seed": 2}
+        other = draw.model_copy(update={"seed": 2})
         assert (
             starts[:count]
-            != [int(s) for i in range(steps) for s in get_batch(tokens, i, **other)[0][:, 0]][
-                :count
-            ]
+            != [int(s) for i in range(steps) for s in get_batch(tokens, i, other)[0][:, 0]][:count]
         )
 
 
 def test_shuffled_batches_are_the_same_in_every_release_and_for_any_selection_of_rows():
-    whole = get_batch(TOKENS, 5, **SHUFFLED)
+    whole = get_batch(TOKENS, 5, SHUFFLED)
     assert whole[0][:, 0].tolist() == [100, 80, 40, 20, 110, 70, 50, 90]
     assert torch.equal(whole[1], whole[0] + 1)
-    parts = [get_batch(TOKENS, 5, **SHUFFLED, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
+    parts = [get_batch(TOKENS, 5, SHUFFLED, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
     assert torch.equal(whole[0], torch.cat(parts))
 
 
 def test_shuffled_windows_are_in_a_uniformly_random_order():
     """Each window is as likely as any other to be the first of an epoch, or to follow another."""
-    tokens, draw = np.arange(101, dtype=np.uint8), {**DRAW, "batch_size": 10, "order": "shuffled"}
-    passes = [get_batch(tokens, i, **draw)[0][:, 0].numpy() // 10 for i in range(1000)]
+    tokens = np.arange(101, dtype=np.uint8)
+    draw = SHUFFLED.model_copy(update={"batch_size": 10})
+    passes = [get_batch(tokens, i, draw)[0][:, 0].numpy() // 10 for i in range(1000)]
     firsts = np.bincount([one[0] for one in passes], minlength=10)
     assert ((firsts - 100) ** 2 / 100).sum() < 9 + 5 * math.sqrt(18)
     steps = np.bincount([(one[1] - one[0]) % 10 for one in passes], minlength=10)[1:]
@@ -250,7 +247,7 @@ def test_the_memory_for_shuffling_does_not_depend_on_the_length_of_the_text():
             assert 0 <= index.min() <= index.max() < self.size
             return np.zeros(index.shape, self.dtype)
 
-    assert get_batch(Endless(), 10**9, **SHUFFLED)[0].shape == (8, 10)
+    assert get_batch(Endless(), 10**9, SHUFFLED)[0].shape == (8, 10)
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
     assert next(iter_evaluation_batches(Endless(), config))[0].shape == (4, 10)
     assert len(list(iter_evaluation_batches(Endless(), config, most=9))) == 3
@@ -277,7 +274,7 @@ def test_evaluation_batches_do_not_depend_on_the_seed_and_differ_from_training_b
     again = evaluation(config.model_copy(update={"seed": 2}))
     assert len(batches) == 3
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
-    training = get_batch(TOKENS, 0, seed=0, batch_size=4, block_size=10)[0]
+    training = get_batch(TOKENS, 0, ModelConfig(seed=0, batch_size=4, block_size=10))[0]
     assert not torch.equal(batches[0][0], training)
 
 
