@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., size)` to the same shape, in float32."""
+        """Normalize x, `(..., size)`, in float32."""
         return apply_rms_norm(x.float()) * self.weight
 
 
@@ -71,7 +71,7 @@ class NoPositions(nn.Module):
     """The identity: this architecture does nothing with positions here."""
 
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
-        """Return x."""
+        """Return x unchanged."""
         return x
 
 
@@ -79,7 +79,7 @@ class LearnedPositions(nn.Embedding):
     """A learned vector for each position, added to the token's embedding."""
 
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`."""
+        """Add the vectors of `positions` to x, `(B, T, C)`."""
         return x + self.weight[positions]
 
 
@@ -103,7 +103,7 @@ class NormedRotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, qk: Tensor, positions: slice | Tensor) -> Tensor:
-        """Queries and keys together, `(2, B, H, T, D)`, to the same shape, in float32."""
+        """Normalize and rotate queries and keys, `(2, B, H, T, D)`, in float32."""
         weight = torch.stack((self.query_norm.weight, self.key_norm.weight))  # (2, D)
         x = apply_rms_norm(qk.float()) * weight[:, None, None, None, :]
         first, second = x.chunk(2, dim=-1)
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, positions: slice | Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`."""
+        """Compute attention over x, `(B, T, C)`, or over the cache and x."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
@@ -153,7 +153,7 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`, position-wise."""
+        """Transform x, `(B, T, C)`, position by position."""
         return self.residual_dropout(self.projection(self.activation(self.expand(x))))
 
 
@@ -173,7 +173,7 @@ class GatedMLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`, position-wise."""
+        """Transform x, `(B, T, C)`, position by position."""
         x = self.activation(self.gate(x)) * self.expand(x)
         return self.residual_dropout(self.projection(x))
 
@@ -198,7 +198,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: slice | Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`: the residual stream plus both residual branches."""
+        """Add both residual branches to x, `(B, T, C)`."""
         x = x + self.attention(self.attention_norm(x), positions, cache)
         x = x + self.mlp(self.mlp_norm(x))
         return x
@@ -259,7 +259,7 @@ class LanguageModel(nn.Module):
         return logits, loss
 
     def _compute_logits(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` after the last block to `(B, T, V)`."""
+        """Compute logits `(B, T, V)` from the last block's output, `(B, T, C)`."""
         head = self.token_embedding if self.head is None else self.head
         return F.linear(self.final_norm(x), head.weight)
 
