@@ -29,7 +29,7 @@ test-browser: $(VENV)/.all ## Run the browser tests in an installed Chromium
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests on a CUDA device
-	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest tests/gpu -m gpu --numprocesses 4 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.dev ## Check format and style
 	$(BIN)/ruff format --check .

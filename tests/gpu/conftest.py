@@ -1,6 +1,6 @@
 """Fixtures of the GPU tests: a small model that exercises the GPU's kernels, on a CUDA device.
 
-python -m pytest -m gpu -n 4 --dist loadgroup
+python -m pytest tests/gpu -m gpu -n 4 --dist loadgroup
 """
 
 import os
