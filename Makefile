@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt requirements-corpus.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-stress test-browser lint format bench venv clean
+.PHONY: help train test test-slow test-stress test-browser test-gpu lint format bench venv clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many co
 
 test-browser: $(VENV)/.all ## Run the browser tests in an installed Chromium
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-gpu: $(VENV)/.dev ## Run the tests on a CUDA device
+	$(BIN)/python -m pytest tests/gpu -m gpu --numprocesses 4 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.dev ## Check format and style
 	$(BIN)/ruff format --check .

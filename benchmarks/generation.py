@@ -19,6 +19,7 @@ from generate import FastDecoder, SamplingParams, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from trainer import train
+from utils.device import synchronize
 from utils.kernels import Int8Linear, quantize
 from utils.output import Output
 
@@ -106,6 +107,7 @@ def measure_speed(model: LanguageModel, rows: int, fast: FastDecoder | None) -> 
         begun = time.perf_counter()
         for _ in stream_tokens(model, [0], length, SAMPLING, seeds=range(rows), fast=fast):
             pass
+        synchronize(model.token_embedding.weight.device)
         return time.perf_counter() - begun
 
     once = model.block_size * 2

@@ -3,13 +3,14 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import json
 import re
 
 import pytest
 from helpers import CHECKOUT, TINY_FLAGS
 
 import benchmarks.logging_cost
-from benchmarks import corpus, generation, time_to_loss
+from benchmarks import corpus, generation, gpu, time_to_loss
 
 LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
 
@@ -77,6 +78,21 @@ def test_a_loss_above_the_target_exits_with_1_and_adds_no_row(timed, capsys):
 def test_a_failed_training_prints_the_message_of_train(timed):
     with pytest.raises(SystemExit, match="n_embd 15 "):
         timed("--", "--n-embd", "15")
+
+
+@pytest.mark.parametrize(("target", "is_reached"), [("9", True), ("0.1", False)])
+def test_the_gpu_benchmark_measures_a_whole_training(text_file, capsys, target, is_reached):
+    preset = text_file.with_suffix(".yaml")
+    settings = [flag[2:].replace("-", "_").replace("=", ": ") for flag in TINY_FLAGS]
+    preset.write_text("\n".join(settings) + "\n", encoding="utf-8")
+    words = ["--data", str(text_file), "--presets", str(preset), "--target", target]
+    assert gpu.main([*words, "--decode=0", "--", "--max-iters=6"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["device"].startswith("CPU") and facts["steps"] == 6
+    assert 2 < facts["best_val_loss"] < 4 and facts["peak_memory"] > 1e6
+    assert facts["steps_per_second"] > 0 and facts["tokens_per_second"] > 0
+    seconds = facts[f"seconds_to_{target}"]
+    assert (0 < seconds < facts["seconds"]) if is_reached else seconds is None
 
 
 def test_generation_speed_is_measured(monkeypatch, capsys):

@@ -73,6 +73,8 @@ def test_a_cpu_run_never_initializes_cuda(monkeypatch):
 
 def test_out_of_memory_is_recognized_on_any_device():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"))
     assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)

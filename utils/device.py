@@ -236,6 +236,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception reports a lack of memory, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU's allocator raises a plain RuntimeError, and so does a size beyond all memory.
+    # The CPU's allocator raises a plain RuntimeError, and so do a size beyond all memory, the CUDA
+    # driver and cuBLAS (CUBLAS_STATUS_ALLOC_FAILED).
     words = ("allocate memory", "Storage size calculation overflowed")
+    words += ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, record_function
@@ -284,7 +285,8 @@ def trace_operators(
         synchronize(device)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    events = profiler.events()
+    # A kernel's time is also that of the operator that launched it: count it once.
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
     times = [e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events]
     return _sum_times(map(get_category, events), times), _sum_times((e.name for e in events), times)
 

@@ -1,0 +1,136 @@
+"""Generation and evaluation on CUDA: the tokens and losses of a CPU, compiled decoding.
+
+python -m pytest -m gpu tests/gpu/test_gpu_generation.py
+"""
+
+import json
+import time
+
+import pytest
+import torch
+
+import evaluate
+import fast_decode
+import inference
+from fast_decode import compile_decode
+from generate import SamplingParams, generate_tokens, stream_tokens
+from model import LanguageModel
+from parameters import ModelConfig
+from utils.output import run_command
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = SamplingParams(temperature=0)
+LENGTH = 150  # more than two contexts
+PROMPT = list(range(10))
+
+
+def create_model(architecture: str, device: str) -> LanguageModel:
+    """Create a model with large weights, whose tokens differ clearly in probability."""
+    shape = {"n_embd": 64, "n_head": 2, "n_layer": 1, "block_size": 64}
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(architecture=architecture, **shape), 65).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(device)
+
+
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(0.9, top_k=20, top_p=0.9)])
+def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, sampling):
+    texts = [
+        generate_tokens(create_model(architecture, each), PROMPT, LENGTH, sampling, seeds=[1, 2])
+        for each in ("cpu", device)
+    ]
+    assert texts[1].device.type == device
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+class Compiled:
+    """A model with compiled decoding, and what compiling it reported."""
+
+    def __init__(self, device: str):
+        self.model, self.lines = create_model("modern", device), []
+        counters = torch._dynamo.utils.counters  # private, read from 2.13: also in 2.6
+        counters.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast_decode, "TOKENS_PER_CALL", 4)  # compiles in a quarter of the time
+            options = {"rows": 2, "on_progress": self.lines.append}
+            self.fast, self.result = compile_decode(self.model, "on", GREEDY, **options)
+        self.skipped_graphs = counters["inductor"]["cudagraph_skips"]
+        self.facts = f"{self.result} {self.lines} {dict(counters['inductor'])}"
+
+    def generate(self, fast) -> torch.Tensor:
+        parts = stream_tokens(self.model, PROMPT, LENGTH, GREEDY, seeds=[1, 2], fast=fast)
+        return torch.cat([tokens for tokens, _ in parts], dim=1)
+
+    def measure_speed(self, fast) -> float:
+        """Return tokens per second of each text."""
+        start = time.perf_counter()
+        self.generate(fast).tolist()
+        return LENGTH / (time.perf_counter() - start)
+
+
+@pytest.fixture(scope="module")
+def compiled(device) -> Compiled:
+    return Compiled(device)
+
+
+@pytest.mark.xdist_group("compiled decoding")
+def test_compiled_decoding_generates_the_tokens_of_plain_decoding(compiled):
+    assert compiled.fast is not None, compiled.facts
+    expected = compiled.generate(None).tolist()
+    for _ in range(3):  # a warmup, a recorded and a replayed graph
+        assert compiled.generate(compiled.fast).tolist() == expected, compiled.facts
+
+
+@pytest.mark.xdist_group("compiled decoding")
+def test_compiled_decoding_replays_cuda_graphs_and_is_faster(compiled):
+    speeds = [compiled.measure_speed(fast) for fast in (None, compiled.fast, compiled.fast)]
+    facts = f"tokens/s plain, compiled, compiled: {speeds}; {compiled.facts}"
+    assert compiled.skipped_graphs == 0, facts
+    assert speeds[2] > 2 * speeds[0], facts
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_both(run, device, capsys):
+    """Return a function that runs a command for one trained model on CPU and device."""
+    trained = str(run(device="cpu", max_iters=8).run_dir)
+
+    def call(main, *flags: str) -> list[dict]:
+        printed = []
+        for each in ("cpu", device, device):
+            assert run_command(main, [trained, f"--device={each}", "--json", *flags]) == 0
+            printed.append(json.loads(capsys.readouterr().out))
+        return printed
+
+    call.trained = trained
+    return call
+
+
+@pytest.mark.parametrize("stride", [[], ["--stride=100"]])
+def test_evaluate_measures_the_loss_of_a_cpu(on_both, stride):
+    on_cpu, on_gpu, again = on_both(evaluate.main, *stride)
+    assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], abs=1e-5)
+    assert (again["loss"], on_gpu["tokens"]) == (on_gpu["loss"], on_cpu["tokens"])
+
+
+@pytest.mark.parametrize("flags", [["--temperature=0"], ["--num-samples=3"]])
+def test_inference_prints_the_text_of_a_cpu_each_time(on_both, flags):
+    more = ["--prompt=To be", "--max-new-tokens=300"]
+    on_cpu, on_gpu, again = on_both(inference.main, *more, *flags)
+    assert on_gpu["text"] == on_cpu["text"]
+    assert on_gpu["log_probs"] == pytest.approx(on_cpu["log_probs"], abs=1e-3)
+    assert (again["text"], again["log_probs"]) == (on_gpu["text"], on_gpu["log_probs"])
+
+
+@pytest.mark.parametrize("main", [inference.main, evaluate.main])
+def test_int8_on_a_gpu_is_refused_in_one_line(on_both, device, capsys, main):
+    words = [on_both.trained, f"--device={device}", "--quantize=int8", "--json"]
+    assert run_command(main, words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "--quantize int8" in line and device in line
