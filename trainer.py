@@ -369,9 +369,10 @@ class Trainer:
 
     def load_batch(self, index: int, rows: slice) -> Batch:
         """Return rows of training batch `index` on the device: inputs and targets, `(B, T)`."""
-        batch = get_batch(self.data.splits["train"], index, self.config, rows)
-        inputs, targets = (part.to(self.device) for part in batch)
-        return inputs, targets
+        inputs, targets = get_batch(self.data.splits["train"], index, self.config, rows)
+        if self.device.type == "cuda":  # from pinned memory: the copy does not wait for the device
+            inputs, targets = (part.contiguous().pin_memory() for part in (inputs, targets))
+        return tuple(part.to(self.device, non_blocking=True) for part in (inputs, targets))
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean loss of the train and val splits, in nats per token."""
