@@ -27,18 +27,18 @@ from pydantic import Field
 from bundle import (
     WEIGHTS_FILE,
     find_directory,
-    find_named_model,
-    find_newest_usable_bundle,
     find_run_of,
     find_usable_bundle,
     list_checkpoints,
+    list_runs,
     read_bundle,
 )
+from inspect_model import find_named_model
 from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
-from tokenizer import Tokenizer, remove_unknown
+from tokenizer import Tokenizer
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
-from utils.files import decode_text, find_text_file_problem
+from utils.files import find_text_file_problem
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
@@ -136,6 +136,17 @@ def find_model(config: ModelChoice, operands: Sequence[str]) -> Path:
     return find_usable_bundle(find_directory(config.run or operands[0], runs_dir, checkpoints_dir))
 
 
+def find_newest_usable_bundle(runs_dir: Path) -> Path:
+    """Return the model of the newest run that has one. Raises `UserError` if there is none."""
+    for run in list_runs(runs_dir):
+        with contextlib.suppress(UserError):
+            return find_usable_bundle(run)
+    raise UserError(
+        f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
+        "or name one with --run or --model-name"
+    )
+
+
 def format_source(directory: Path, step: int) -> str:
     """Describe the bundle, and whether it is a checkpoint in the place of an export."""
     run, note = find_run_of(directory), f"{directory}, step {step}"
@@ -172,6 +183,21 @@ def read_prompt(config: InferenceConfig) -> str:
         content = sys.stdin.buffer.read()
         return decode_text(content, "standard input") if content else ""
     return unescape(config.prompt)
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
+            "convert it to UTF-8 first, for example with iconv"
+        ) from None
+    if not text:
+        raise UserError(f"{name}: the file is empty")
+    return text
 
 
 def unescape(text: str) -> str:
@@ -311,6 +337,17 @@ class TextGenerator:
         rest = [sample.finish() for sample in samples]
         if rest[0]:
             yield 0, rest[0]
+
+
+def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
+    """Return `text` without the characters that the tokenizer lacks, and how many there were.
+
+    If `replace` is set, each is replaced by a space, or by the default prompt if that is unknown.
+    """
+    unknown = tokenizer.count_unknown(text)
+    space = "" if tokenizer.count_unknown(" ") else " "
+    replacement = (space or tokenizer.default_prompt) if replace else ""
+    return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
 
 
 def strip_new_lines(pieces: Iterable[str]) -> Iterator[str]:

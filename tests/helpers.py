@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bundle as bundle_module
 import train
 import trainer as trainer_module
 import utils.output as output_module
@@ -32,7 +31,6 @@ from bundle import (
     WEIGHTS_FILE,
     TrainingState,
     _host,
-    check_files,
     find_usable_bundle,
     is_bundle,
     list_checkpoints,
@@ -43,6 +41,7 @@ from bundle import (
 from callbacks import TrainResult
 from checkpoint import load_model_from_bundle, save_checkpoint
 from config import ConfigLoader
+from inspect_model import check_files
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
@@ -216,6 +215,9 @@ CALLS = (
 )  # the system calls that change a disk
 
 
+REAL_WRITE_WITH = files.write_with
+
+
 class Faults:
     """Replaces `os` and `open` in `utils/files.py`, and injects a fault at one call.
 
@@ -297,12 +299,12 @@ class Faults:
             self.call("library")
             target.write_bytes(whole)
 
-        return files.write_with(path, interrupted, like)
+        return REAL_WRITE_WITH(path, interrupted, like)
 
     def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
         patch.setattr(files, "os", self)
         patch.setattr(files, "open", self.open_file, raising=False)
-        patch.setattr(bundle_module, "write_with", self.write_by_library)
+        patch.setattr(files, "write_with", self.write_by_library)
         return self
 
 

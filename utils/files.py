@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from utils.errors import UserError
-
 # They return False also for an invalid path and without permission, where pathlib's raise.
 is_directory = os.path.isdir
 is_file = os.path.isfile
@@ -31,21 +29,6 @@ def find_text_file_problem(path: Path) -> str | None:
         return "no such file"
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-
-
-def decode_text(raw: bytes, name: str) -> str:
-    """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
-            "convert it to UTF-8 first, for example with iconv"
-        ) from None
-    if not text:
-        raise UserError(f"{name}: the file is empty")
-    return text
 
 
 def list_files(directory: str) -> Iterator[str]:
