@@ -42,6 +42,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "training_state.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # every bundle has these and its state
 BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
+RESET_REMEDY = "; --reset-optimizer resumes with a new optimizer"
 
 # config.json has these settings, and vocab_size and device.
 CONFIG_SETTINGS = {*Architecture.model_fields, "batch_size"}
@@ -119,15 +120,17 @@ class DamageError(UserError):
     """A file of a bundle is missing, damaged, or comes from another bundle."""
 
     def __init__(self, path: Path):
+        other = "; use another checkpoint, or a copy of this one"
+        remedy = RESET_REMEDY if path.name == OPTIMIZER_FILE else other
         super().__init__(
             f"{path}: not the file that was saved with this model: it is missing, damaged, "
-            f"or comes from another one{get_remedy(path.name)}"
+            f"or comes from another one{remedy}"
         )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read and verified.
+    """A bundle that was read and verified, or is to be written.
 
     `config` has the model's architecture and `batch_size`; its other settings are defaults.
     `contents` has the verified bytes of its files, weights and optimizer only if asked for.
@@ -146,30 +149,26 @@ class Bundle:
 
 
 def write_bundle(
-    directory: Path,
+    bundle: Bundle,
     *,
-    config: ModelConfig,
-    vocab_size: int,
-    device: str,
-    tokenizer: Mapping[str, Any],
-    state: TrainingState,
     save_weights: Callable[[Path], None],
     save_optimizer: Callable[[Path], None],
 ) -> None:
-    """Publish a bundle in `directory`, replacing the one that may be there.
+    """Publish a bundle at its path, replacing the one that may be there.
 
-    `save_weights(path)` and `save_optimizer(path)` write those files; `state.files` and
-    `state.optimizer_file` are filled in here. If anything raises, `directory` is unchanged.
+    `save_weights(path)` and `save_optimizer(path)` write those files; the state's `files` and
+    `optimizer_file` are filled in here. If anything raises, the directory is unchanged.
     """
-    values = config.model_dump(include=CONFIG_SETTINGS)
-    with _publish(directory) as building:
-        _write_json(building / CONFIG_FILE, {**values, "vocab_size": vocab_size, "device": device})
-        _write_json(building / TOKENIZER_FILE, tokenizer)
+    architecture = bundle.config.model_dump(include=CONFIG_SETTINGS)
+    sizes = {"vocab_size": bundle.vocab_size, "device": bundle.device}
+    with _publish(bundle.path) as building:
+        _write_json(building / CONFIG_FILE, {**architecture, **sizes})
+        _write_json(building / TOKENIZER_FILE, bundle.tokenizer)
         for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
             files.write_with(building / name, save, like=building / CONFIG_FILE)
         names = (*MODEL_FILES, OPTIMIZER_FILE)
         hashes = {name: files.hash_file(building / name) for name in names}
-        _write_state(building, state, hashes)
+        _write_state(building, bundle.state, hashes)
 
 
 def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> None:
@@ -181,8 +180,11 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
     hashes = {k: v for k, v in state.files.items() if with_optimizer or k != OPTIMIZER_FILE}
     with _publish(target) as building:
         for name, digest in hashes.items():
-            with contextlib.suppress(FileNotFoundError):
-                if files.copy_durable(find_file(source, name), building / name) == digest:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(find_file(source, name), "rb") as file,
+            ):
+                if files.copy_durable(file, building / name) == digest:
                     continue
             raise DamageError(source / name)
         _write_state(building, state, hashes)
@@ -213,7 +215,6 @@ def _publish(directory: Path) -> Iterator[Path]:
 
     If anything raises before the commit, `directory` is as it was.
     """
-    is_new = not directory.exists()
     files.make_directory(directory)
     for committed in _find_committed(directory):
         with contextlib.suppress(UserError):  # damaged since: replaced like the old bundle
@@ -229,8 +230,7 @@ def _publish(directory: Path) -> Iterator[Path]:
         files.move(building, committed)
     except BaseException:
         _remove_building(building)
-        if is_new:
-            files.remove_if_empty(directory)
+        files.remove_if_empty(directory)
         raise
     _finish(directory, committed)
 
@@ -418,13 +418,6 @@ def _read(directory: Path, name: str) -> bytes:
         raise DamageError(directory / name) from None
     except OSError as error:
         raise UserError(f"{directory / name}: cannot be read: {error.strerror}") from None
-
-
-def get_remedy(name: str) -> str:
-    """Return the advice at the end of an error about this file of a bundle."""
-    if name == OPTIMIZER_FILE:
-        return "; --reset-optimizer resumes with a new optimizer"
-    return "; use another checkpoint, or a copy of this one"
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from bundle import (
     read_state,
 )
 from callbacks import TrainResult
-from checkpoint import load_model_from_bundle, save_checkpoint
+from checkpoint import CheckpointWriter, load_model_from_bundle
 from config import ConfigLoader
 from inspect_model import check_files
 from model import LanguageModel
@@ -100,7 +100,8 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     }
     state = TrainingState(**{**values, **changes})
     tokenizer = create_tokenizer("abc")
-    save_checkpoint(directory, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG, state)
+    writer = CheckpointWriter(None, None, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG)
+    writer.write(directory, state)
     return model
 
 
