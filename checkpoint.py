@@ -20,13 +20,10 @@ from bundle import (
     TrainingState,
     clean_up,
     copy_bundle,
-    find_directory,
-    find_usable_bundle,
     is_bundle,
     list_checkpoints,
     list_runs,
     parse_step,
-    read_bundle,
     remove_bundle,
     write_bundle,
 )
@@ -183,34 +180,6 @@ def _get_generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 # Loading ----------------------------------------------------------------------------------------
-
-
-def load_model(
-    reference: str | Path,
-    device: torch.device | str = "cpu",
-    *,
-    checkpoints_dir: str = "checkpoints",
-    runs_dir: str = "runs",
-) -> tuple[LanguageModel, Tokenizer]:
-    """Load a model, in eval mode, and its tokenizer.
-
-    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
-
-    Raises `UserError` that names the file that is missing or does not fit.
-    """
-    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
-    return load_model_from_bundle(bundle, device)
-
-
-def load_model_from_bundle(
-    bundle: Bundle, device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, Tokenizer]:
-    """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
-    tokenizer = load_tokenizer(bundle)
-    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
-    load_weights(bundle, model)
-    return model.to(device).eval(), tokenizer
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from bundle import (
     WEIGHTS_FILE,
+    Bundle,
     find_directory,
     find_run_of,
     find_usable_bundle,
@@ -42,7 +43,10 @@ from utils.files import find_text_file_problem
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from model import LanguageModel
 
 
 class ModelChoice(Settings):
@@ -145,6 +149,37 @@ def find_newest_usable_bundle(runs_dir: Path) -> Path:
         f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
         "or name one with --run or --model-name"
     )
+
+
+def load_model(
+    reference: str | Path,
+    device: "torch.device | str" = "cpu",
+    *,
+    checkpoints_dir: str = "checkpoints",
+    runs_dir: str = "runs",
+) -> tuple["LanguageModel", Tokenizer]:
+    """Load a model, in eval mode, and its tokenizer.
+
+    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
+
+    Raises `UserError` that names the file that is missing or does not fit.
+    """
+    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    return load_model_from_bundle(bundle, device)
+
+
+def load_model_from_bundle(
+    bundle: Bundle, device: "torch.device | str" = "cpu"
+) -> tuple["LanguageModel", Tokenizer]:
+    """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
+    from checkpoint import load_tokenizer, load_weights  # late: these bring torch
+    from model import LanguageModel
+
+    tokenizer = load_tokenizer(bundle)
+    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+    load_weights(bundle, model)
+    return model.to(device).eval(), tokenizer
 
 
 def format_source(directory: Path, step: int) -> str:
@@ -403,7 +438,6 @@ def main(argv: Sequence[str]) -> int:
     output = Output()
 
     # These bring torch: imported once the settings are known to be good.
-    from checkpoint import load_model_from_bundle
     from fast_decode import compile_decode
     from generate import SamplingParams, stream_tokens
     from utils.device import choose_device, is_out_of_memory

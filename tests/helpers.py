@@ -39,8 +39,9 @@ from bundle import (
     read_state,
 )
 from callbacks import TrainResult
-from checkpoint import CheckpointWriter, load_model_from_bundle
+from checkpoint import CheckpointWriter
 from config import ConfigLoader
+from inference import load_model_from_bundle
 from inspect_model import check_files
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate

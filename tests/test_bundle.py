@@ -45,9 +45,9 @@ from bundle import (
     read_state,
     remove_bundle,
 )
-from checkpoint import load_model, load_weights, restore_training_state
+from checkpoint import load_weights, restore_training_state
 from generate import SamplingParams, generate_tokens
-from inference import find_newest_usable_bundle
+from inference import find_newest_usable_bundle, load_model
 from inspect_model import check_files, get_model_info
 from model import LanguageModel
 from optim import create_optimizer

@@ -29,8 +29,8 @@ import checkpoint as checkpoint_module
 import trainer as trainer_module
 from bundle import BUNDLE_FILES, Ancestor
 from callbacks import TrainResult
-from checkpoint import load_model
 from config import ConfigLoader, Setting
+from inference import load_model
 from inspect_model import get_model_info
 from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
