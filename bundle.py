@@ -180,13 +180,11 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
     hashes = {k: v for k, v in state.files.items() if with_optimizer or k != OPTIMIZER_FILE}
     with _publish(target) as building:
         for name, digest in hashes.items():
-            with (
-                contextlib.suppress(FileNotFoundError),
-                open(find_file(source, name), "rb") as file,
-            ):
-                if files.copy_durable(file, building / name) == digest:
-                    continue
-            raise DamageError(source / name)
+            path, copied = find_file(source, name), None
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                copied = files.copy_durable(file, building / name)
+            if copied != digest:
+                raise DamageError(source / name)
         _write_state(building, state, hashes)
 
 

@@ -100,7 +100,6 @@ def iter_chunks(
     text_hash = text_hash or TextHash()
     for number, path in enumerate(paths):
         decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
-        line = 1
         text_hash.file_bytes.append(0)
         for block in chain(iter_blocks(path, BLOCK_BYTES), [b""]):  # an empty one is the last
             text_hash.sha256.update(block)
@@ -108,12 +107,11 @@ def iter_chunks(
             try:
                 text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
+                line = _find_line(path, text_hash.file_bytes[-1] - len(error.object) + error.start)
                 raise UserError(
                     f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} in line "
                     f"{line}): convert it to UTF-8 first, for example with iconv"
                 ) from None
-            line += block.count(b"\n")
             cut = len(text)
             if whole_words and block:
                 match = _UP_TO_LAST_WORD_END.match(text)
@@ -121,6 +119,14 @@ def iter_chunks(
             rest = text[cut:]
             if cut:
                 yield Chunk(number, text[:cut])
+
+
+def _find_line(path: Path, position: int) -> int:
+    line = 1
+    for block in iter_blocks(path):
+        line += block.count(b"\n", 0, max(0, position))
+        position -= len(block)
+    return line
 
 
 # ----------------------------------------------------------------------------------------------
