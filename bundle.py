@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Run
 from utils import files
@@ -76,11 +76,7 @@ _OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
 _T = TypeVar("_T")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Ancestor(_Strict):
+class Ancestor(BaseModel, extra="forbid", frozen=True, strict=True):
     """A model that another one was fine-tuned from, at that moment."""
 
     name: str
@@ -90,7 +86,7 @@ class Ancestor(_Strict):
     run_id: str | None
 
 
-class TrainingState(_Strict):
+class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
     """The content of `training_state.json`. Losses are means in nats per token.
 
     `val_loss` is None if this very step was not evaluated.
@@ -451,11 +447,6 @@ def is_bundle(directory: Path) -> bool:
     # `directory` is checked first and last, as the file may be moved up between the checks.
     places = (directory, *_find_committed(directory), directory)
     return any(files.is_file(place / STATE_FILE) for place in places)
-
-
-def has_model_files(directory: Path) -> bool:
-    """Return whether `directory` has at least one file of a bundle."""
-    return any(files.is_file(directory / name) for name in BUNDLE_FILES)
 
 
 def is_run(directory: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bundle import (
+    BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
     Ancestor,
@@ -24,7 +25,6 @@ from bundle import (
     find_directory,
     find_run_of,
     find_usable_bundle,
-    has_model_files,
     is_bundle,
     is_run,
     list_checkpoints,
@@ -35,7 +35,7 @@ from bundle import (
 from config import CheckpointSettings, ConfigLoader, LoadedConfig, Setting, upgrade_settings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
-from utils.files import make_directory, remove_if_empty
+from utils.files import is_file, make_directory, remove_if_empty
 from utils.output import pluralize
 from utils.run_manager import RunDirectory, sanitize_tag
 
@@ -248,7 +248,8 @@ def resolve_named_model(name: str | None, checkpoints_dir: Path, overwrite: bool
     if name is None:
         return None
     named_model = _follow_link(checkpoints_dir / name, checkpoints_dir)
-    if has_model_files(named_model) and not is_bundle(named_model) and not overwrite:
+    has_files = any(is_file(named_model / name) for name in BUNDLE_FILES)
+    if has_files and not is_bundle(named_model) and not overwrite:
         raise UserError(
             f"{named_model}: has files of a model, but no training_state.json: restore that file, "
             "or replace the model with --overwrite"
