@@ -207,7 +207,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _publish(directory: Path) -> Iterator[Path]:
     """Yield a directory to fill, then publish its files as the bundle `directory`.
 
-    If anything raises before the commit, `directory` is as it was.
+    If anything raises before the commit, `directory` is as it was, or removed if it is empty.
     """
     files.make_directory(directory)
     for committed in _find_committed(directory):

@@ -82,8 +82,8 @@ class CheckpointWriter:
         optimizer_state = _gather_optimizer_state(model, self.optimizer, self.scaler, self.world)
         metadata = {"step": str(state.step), "run_id": str(state.run_id)}
         device = next(model.parameters()).device.type
-        saved = self.tokenizer.get_state()
-        bundle = Bundle(directory, self.config, model.vocab_size, device, saved, state)
+        tokenizer = self.tokenizer.get_state()
+        bundle = Bundle(directory, self.config, model.vocab_size, device, tokenizer, state)
 
         def publish() -> None:
             if not all(tensor.isfinite().all() for tensor in weights.values()):
