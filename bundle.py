@@ -19,7 +19,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -29,25 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Run
+from utils import files
 from utils.errors import UserError
-from utils.files import (
-    copy_durable,
-    glob_files,
-    hash_file,
-    is_directory,
-    is_file,
-    is_process_running,
-    make_directory,
-    move,
-    remove_file,
-    remove_if_empty,
-    sync,
-    write_durable,
-    write_with,
-)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -57,9 +42,10 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "training_state.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # every bundle has these and its state
 BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
+RESET_REMEDY = "; --reset-optimizer resumes with a new optimizer"
 
 # config.json has these settings, and vocab_size and device.
-_CONFIG_SETTINGS = {*Architecture.model_fields, "batch_size"}
+CONFIG_SETTINGS = {*Architecture.model_fields, "batch_size"}
 # Missing from the config.json of the first releases, whose models do not need them.
 _ADDED_LATER = {"rope_theta"}
 # The settings in `training_config`: those that may change on resume. The others are in config.json
@@ -90,11 +76,7 @@ _OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
 _T = TypeVar("_T")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Ancestor(_Strict):
+class Ancestor(BaseModel, extra="forbid", frozen=True, strict=True):
     """A model that another one was fine-tuned from, at that moment."""
 
     name: str
@@ -104,7 +86,7 @@ class Ancestor(_Strict):
     run_id: str | None
 
 
-class TrainingState(_Strict):
+class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
     """The content of `training_state.json`. Losses are means in nats per token.
 
     `val_loss` is None if this very step was not evaluated.
@@ -130,21 +112,21 @@ class TrainingState(_Strict):
         return self.training_config.get(name)
 
 
-class NoModelError(UserError):
-    """A run has saved no model yet."""
+class DamageError(UserError):
+    """A file of a bundle is missing, damaged, or comes from another bundle."""
 
-
-class _DamageError(UserError):
     def __init__(self, path: Path):
+        other = "; use another checkpoint, or a copy of this one"
+        remedy = RESET_REMEDY if path.name == OPTIMIZER_FILE else other
         super().__init__(
             f"{path}: not the file that was saved with this model: it is missing, damaged, "
-            f"or comes from another one{get_remedy(path.name)}"
+            f"or comes from another one{remedy}"
         )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read and verified.
+    """A bundle that was read and verified, or is to be written.
 
     `config` has the model's architecture and `batch_size`; its other settings are defaults.
     `contents` has the verified bytes of its files, weights and optimizer only if asked for.
@@ -163,29 +145,26 @@ class Bundle:
 
 
 def write_bundle(
-    directory: Path,
+    bundle: Bundle,
     *,
-    config: ModelConfig,
-    vocab_size: int,
-    device: str,
-    tokenizer: Mapping[str, Any],
-    state: TrainingState,
     save_weights: Callable[[Path], None],
     save_optimizer: Callable[[Path], None],
 ) -> None:
-    """Publish a bundle in `directory`, replacing the one that may be there.
+    """Publish a bundle at its path, replacing the one that may be there.
 
-    `save_weights(path)` and `save_optimizer(path)` write those files; `state.files` and
-    `state.optimizer_file` are filled in here. If anything raises, `directory` is unchanged.
+    `save_weights(path)` and `save_optimizer(path)` write those files; the state's `files` and
+    `optimizer_file` are filled in here. If anything raises, the directory is unchanged.
     """
-    values = config.model_dump(include=_CONFIG_SETTINGS)
-    with _publish(directory) as building:
-        _write_json(building / CONFIG_FILE, {**values, "vocab_size": vocab_size, "device": device})
-        _write_json(building / TOKENIZER_FILE, tokenizer)
+    architecture = bundle.config.model_dump(include=CONFIG_SETTINGS)
+    sizes = {"vocab_size": bundle.vocab_size, "device": bundle.device}
+    with _publish(bundle.path) as building:
+        _write_json(building / CONFIG_FILE, {**architecture, **sizes})
+        _write_json(building / TOKENIZER_FILE, bundle.tokenizer)
         for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
-            write_with(building / name, save, like=building / CONFIG_FILE)
-        files = {name: hash_file(building / name) for name in (*MODEL_FILES, OPTIMIZER_FILE)}
-        _write_state(building, state, files)
+            files.write_with(building / name, save, like=building / CONFIG_FILE)
+        names = (*MODEL_FILES, OPTIMIZER_FILE)
+        hashes = {name: files.hash_file(building / name) for name in names}
+        _write_state(building, bundle.state, hashes)
 
 
 def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> None:
@@ -194,19 +173,20 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
     Raises `UserError` if a file of `source` is missing, damaged, or replaced meanwhile.
     """
     state = read_state(source)
-    files = {k: v for k, v in state.files.items() if with_optimizer or k != OPTIMIZER_FILE}
+    hashes = {k: v for k, v in state.files.items() if with_optimizer or k != OPTIMIZER_FILE}
     with _publish(target) as building:
-        for name, digest in files.items():
-            with contextlib.suppress(FileNotFoundError):
-                if copy_durable(_locate(source, name), building / name) == digest:
-                    continue
-            raise _DamageError(source / name)
-        _write_state(building, state, files)
+        for name, digest in hashes.items():
+            path, copied = find_file(source, name), None
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                copied = files.copy_durable(file, building / name)
+            if copied != digest:
+                raise DamageError(source / name)
+        _write_state(building, state, hashes)
 
 
-def _write_state(building: Path, state: TrainingState, files: dict[str, str]) -> None:
-    optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in files else None
-    content = {**state.model_dump(), "files": files, "optimizer_file": optimizer_file}
+def _write_state(building: Path, state: TrainingState, hashes: dict[str, str]) -> None:
+    optimizer_file = OPTIMIZER_FILE if OPTIMIZER_FILE in hashes else None
+    content = {**state.model_dump(), "files": hashes, "optimizer_file": optimizer_file}
     content["training_config"]["state_sha256"] = compute_state_digest(content)
     _write_json(building / STATE_FILE, content)
 
@@ -220,17 +200,16 @@ def compute_state_digest(content: Mapping[str, Any]) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
-    write_durable(path, text.encode("utf-8"))
+    files.write_durable(path, text.encode("utf-8"))
 
 
 @contextlib.contextmanager
 def _publish(directory: Path) -> Iterator[Path]:
     """Yield a directory to fill, then publish its files as the bundle `directory`.
 
-    If anything raises before the commit, `directory` is as it was.
+    If anything raises before the commit, `directory` is as it was, or removed if it is empty.
     """
-    is_new = not directory.exists()
-    make_directory(directory)
+    files.make_directory(directory)
     for committed in _find_committed(directory):
         with contextlib.suppress(UserError):  # damaged since: replaced like the old bundle
             _finish(directory, committed)
@@ -239,21 +218,20 @@ def _publish(directory: Path) -> Iterator[Path]:
     building = directory / f".tmp-{os.getpid()}-{_host()}"
     committed = directory / f".next-{os.getpid()}-{_host()}"
     try:
-        make_directory(building)
+        files.make_directory(building)
         yield building
-        sync(building)
-        move(building, committed)
+        files.sync(building)
+        files.move(building, committed)
     except BaseException:
         _remove_building(building)
-        if is_new:
-            remove_if_empty(directory)
+        files.remove_if_empty(directory)
         raise
     _finish(directory, committed)
 
 
 def _find_committed(directory: Path) -> list[Path]:
     """Return the `.next-PID-HOST/` in a bundle's directory: usually none, at most one of ours."""
-    return [path for path in glob_files(directory, ".next-*") if _OURS.fullmatch(path.name)]
+    return [path for path in files.glob_files(directory, ".next-*") if _OURS.fullmatch(path.name)]
 
 
 def _finish(directory: Path, committed: Path) -> None:
@@ -265,28 +243,28 @@ def _finish(directory: Path, committed: Path) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # moved last: else all were
         content = (committed / STATE_FILE).read_bytes()
     if content is not None:
-        files = _parse_state(committed / STATE_FILE, content).files
-        sync(directory)  # the commit must be on the disk before the old bundle changes
+        saved = _parse_state(committed / STATE_FILE, content).files
+        files.sync(directory)  # the commit must be on the disk before the old bundle changes
         for name in (*MODEL_FILES, OPTIMIZER_FILE):
-            if name in files:
-                move(committed / name, directory / name, missing_ok=True)
+            if name in saved:
+                files.move(committed / name, directory / name, missing_ok=True)
             else:
-                remove_file(directory / name)
-        sync(directory)  # and the other files before the state, which makes them a bundle
-        move(committed / STATE_FILE, directory / STATE_FILE, missing_ok=True)
-    remove_if_empty(committed)
+                files.remove_file(directory / name)
+        files.sync(directory)  # and the other files before the state, which makes them a bundle
+        files.move(committed / STATE_FILE, directory / STATE_FILE, missing_ok=True)
+    files.remove_if_empty(committed)
 
 
 def _remove_files(directory: Path) -> None:
     """Remove a bundle's files from a directory, and the directory if it is empty then."""
     for name in BUNDLE_FILES:
-        remove_file(directory / name)
-    remove_if_empty(directory)
+        files.remove_file(directory / name)
+    files.remove_if_empty(directory)
 
 
 def _remove_building(directory: Path) -> None:
-    for path in glob_files(directory, ".tmp??????"):  # left by safetensors if it was killed
-        remove_file(path)
+    for path in files.glob_files(directory, ".tmp??????"):  # left by safetensors if it was killed
+        files.remove_file(path)
     _remove_files(directory)
 
 
@@ -295,11 +273,11 @@ def remove_bundle(directory: Path) -> None:
     removed = directory / ".removed"
     places = [*_find_committed(directory), directory]
     for place in places:
-        move(place / STATE_FILE, removed, missing_ok=True)  # from here on, this is no bundle
+        files.move(place / STATE_FILE, removed, missing_ok=True)  # from here on, this is no bundle
     for place in places:
         _remove_files(place)
-    remove_file(removed)
-    remove_if_empty(directory)
+    files.remove_file(removed)
+    files.remove_if_empty(directory)
 
 
 def clean_up(directory: Path) -> None:
@@ -307,7 +285,7 @@ def clean_up(directory: Path) -> None:
 
     The work of running processes and the files of others are left alone.
     """
-    for path in glob_files(directory, ".tmp-*"):
+    for path in files.glob_files(directory, ".tmp-*"):
         if _is_abandoned(path):
             _remove_building(path)
     for path in _find_committed(directory):
@@ -315,9 +293,9 @@ def clean_up(directory: Path) -> None:
             # Damaged, or another user's: left for a person to inspect. Or removed by now.
             with contextlib.suppress(UserError, OSError):
                 _finish(directory, path)
-    if is_file(directory / ".removed") and not is_bundle(directory):
+    if files.is_file(directory / ".removed") and not is_bundle(directory):
         remove_bundle(directory)
-    remove_if_empty(directory)
+    files.remove_if_empty(directory)
 
 
 def _host() -> str:
@@ -336,7 +314,7 @@ def _is_abandoned(temporary: Path) -> bool:
     if ours := _OURS.fullmatch(temporary.name):
         process = int(ours["process"])
         if ours["host"] == _host():
-            return process == os.getpid() or not is_process_running(process)
+            return process == os.getpid() or not files.is_process_running(process)
         with contextlib.suppress(OSError):
             return time.time() - temporary.stat().st_mtime > 86_400
     return False
@@ -345,7 +323,7 @@ def _is_abandoned(temporary: Path) -> bool:
 # Reading -----------------------------------------------------------------------------------------
 
 
-def _retry_if_published(read: Callable[..., _T]) -> Callable[..., _T]:
+def retry_if_published(read: Callable[..., _T]) -> Callable[..., _T]:
     """Make a function of a directory read it again if it failed and a bundle was published there.
 
     Only files that stay as they are can be at fault.
@@ -375,7 +353,7 @@ def _stat_files(directory: Path) -> list[tuple[str, int, int, int]]:
     return found
 
 
-@_retry_if_published
+@retry_if_published
 def read_bundle(directory: Path, *names: str) -> Bundle:
     """Read a bundle, and verify that its files are those that were saved together.
 
@@ -384,24 +362,24 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
     Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
     state = read_state(directory)
-    if not is_file(_locate(directory, WEIGHTS_FILE)):
-        raise _DamageError(directory / WEIGHTS_FILE)
+    if not files.is_file(find_file(directory, WEIGHTS_FILE)):
+        raise DamageError(directory / WEIGHTS_FILE)
     contents = {}
     for name in (CONFIG_FILE, TOKENIZER_FILE, *names):
         contents[name] = _read(directory, name)
         if hashlib.sha256(contents[name]).hexdigest() != state.files.get(name):
-            raise _DamageError(directory / name)
+            raise DamageError(directory / name)
     values = _parse_json(directory / CONFIG_FILE, contents[CONFIG_FILE])
     tokenizer = _parse_json(directory / TOKENIZER_FILE, contents[TOKENIZER_FILE])
     vocab_size = values.pop("vocab_size", None)
     device = values.pop("device", None)  # recorded, never binding: a model loads on any
-    if not isinstance(vocab_size, int) or values.keys() | _ADDED_LATER != _CONFIG_SETTINGS:
+    if not isinstance(vocab_size, int) or values.keys() | _ADDED_LATER != CONFIG_SETTINGS:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
     config = _validate(directory / CONFIG_FILE, ModelConfig, values)
     return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
-@_retry_if_published
+@retry_if_published
 def read_state(directory: Path) -> TrainingState:
     """Read `training_state.json` alone. Raises `UserError` if it is missing or not valid."""
     return _parse_state(directory / STATE_FILE, _read(directory, STATE_FILE))
@@ -417,30 +395,23 @@ def _parse_state(path: Path, content: bytes) -> TrainingState:
     return state
 
 
-def _locate(directory: Path, name: str) -> Path:
+def find_file(directory: Path, name: str) -> Path:
     """Return the path of a bundle's file, which may be committed and not moved up yet."""
     for committed in _find_committed(directory):
-        if is_file(committed / STATE_FILE) and is_file(committed / name):
+        if files.is_file(committed / STATE_FILE) and files.is_file(committed / name):
             return committed / name
     return directory / name
 
 
 def _read(directory: Path, name: str) -> bytes:
     try:
-        return _locate(directory, name).read_bytes()
+        return find_file(directory, name).read_bytes()
     except FileNotFoundError:
         if name == STATE_FILE:
             raise UserError(f"{directory}: not a Folio model: it has no {STATE_FILE}") from None
-        raise _DamageError(directory / name) from None
+        raise DamageError(directory / name) from None
     except OSError as error:
         raise UserError(f"{directory / name}: cannot be read: {error.strerror}") from None
-
-
-def get_remedy(name: str) -> str:
-    """Return the advice at the end of an error about this file of a bundle."""
-    if name == OPTIMIZER_FILE:
-        return "; --reset-optimizer resumes with a new optimizer"
-    return "; use another checkpoint, or a copy of this one"
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -468,70 +439,6 @@ def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) 
         raise UserError(": ".join(parts)) from None
 
 
-@_retry_if_published
-def check_files(directory: Path) -> None:
-    """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
-    for name, digest in read_bundle(directory).state.files.items():
-        path = _locate(directory, name)
-        if not is_file(path) or hash_file(path) != digest:
-            raise _DamageError(directory / name)
-
-
-def get_model_info(
-    reference: str | Path, *, checkpoints_dir: str = "checkpoints", runs_dir: str = "runs"
-) -> dict[str, Any]:
-    """Return everything that a bundle records about its model, without loading the weights.
-
-    `reference` is a named model's name, a run's id, or a path. The dict has `path`, `config`,
-    `tokenizer`, `parameters` (counts: `total` and by part), `bytes`, `saved` (seconds since 1970)
-    and `training_state`, as in `info["training_state"]["training_config"]["learning_rate"]`.
-
-    Raises `UserError` if there is no such model or it is damaged.
-    """
-    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    return _collect_model_info(find_usable_bundle(directory))
-
-
-@_retry_if_published
-def _collect_model_info(directory: Path) -> dict[str, Any]:
-    bundle = read_bundle(directory)
-    config = bundle.config.model_dump(include=_CONFIG_SETTINGS)
-    files = [_locate(directory, name) for name in bundle.state.files]
-    return {
-        "path": str(directory),
-        "config": {**config, "vocab_size": bundle.vocab_size, "device": bundle.device},
-        "tokenizer": bundle.tokenizer,
-        "parameters": _count_parameters(directory),
-        "bytes": sum(path.stat().st_size for path in files if is_file(path)),
-        "saved": _locate(directory, STATE_FILE).stat().st_mtime,
-        "training_state": bundle.state.model_dump(),
-    }
-
-
-def _count_parameters(directory: Path) -> dict[str, int]:
-    """Count parameters, in total and by part, from the safetensors header alone.
-
-    The file begins with the header's length in eight bytes, little-endian, and the header in JSON
-    (github.com/huggingface/safetensors#format).
-    """
-    try:
-        with open(_locate(directory, WEIGHTS_FILE), "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 1 << 27)))  # a damaged length may be huge
-        shapes = {k: tensor["shape"] for k, tensor in header.items() if k != "__metadata__"}
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
-    parts = {"total": sum(sizes.values()), "token_embedding": 0, "position_embedding": 0}
-    parts |= {"attention": 0, "mlp": 0, "norms": 0}  # in the order of model.py
-    for name, size in sizes.items():
-        # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
-        words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]
-        part = "norms" if words[0].endswith("norm") else words[0]
-        parts[part] = parts.get(part, 0) + size
-    return parts
-
-
 # Finding -----------------------------------------------------------------------------------------
 
 
@@ -539,23 +446,18 @@ def is_bundle(directory: Path) -> bool:
     """Return whether a bundle was published in `directory`; it may be damaged."""
     # `directory` is checked first and last, as the file may be moved up between the checks.
     places = (directory, *_find_committed(directory), directory)
-    return any(is_file(place / STATE_FILE) for place in places)
-
-
-def has_model_files(directory: Path) -> bool:
-    """Return whether `directory` has at least one file of a bundle."""
-    return any(is_file(directory / name) for name in BUNDLE_FILES)
+    return any(files.is_file(place / STATE_FILE) for place in places)
 
 
 def is_run(directory: Path) -> bool:
     """Return whether `directory` is a run directory."""
-    return is_directory(directory / "artifacts")
+    return files.is_directory(directory / "artifacts")
 
 
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the run directories in `runs_dir`, newest first."""
     started = {}
-    for run in filter(is_run, glob_files(runs_dir, "*")):
+    for run in filter(is_run, files.glob_files(runs_dir, "*")):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             made = run.stat().st_mtime_ns
             # A run's name begins with its start time, unless a user has renamed it.
@@ -577,7 +479,7 @@ def find_run_of(bundle: Path) -> Path | None:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run in the order of their steps."""
-    found = glob_files(run / "artifacts" / "checkpoints", "step_*")
+    found = files.glob_files(run / "artifacts" / "checkpoints", "step_*")
     named = [path for path in found if re.fullmatch(r"step_[0-9]{8,}", path.name)]
     return sorted(filter(is_bundle, named), key=parse_step)
 
@@ -585,11 +487,6 @@ def list_checkpoints(run: Path) -> list[Path]:
 def parse_step(checkpoint: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def list_named_models(checkpoints_dir: Path) -> list[Path]:
-    """Return the named models in `checkpoints_dir` in the order of their names."""
-    return sorted(filter(is_bundle, glob_files(checkpoints_dir, "*")))
 
 
 def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
@@ -600,42 +497,22 @@ def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Pat
     places = [Path(reference)]
     if len(Path(reference).parts) == 1:
         places += [runs_dir / reference, checkpoints_dir / reference]
-    found = [place for place in places if is_directory(place)]
+    found = [place for place in places if files.is_directory(place)]
     if not found:
         raise UserError(f"{reference}: no such model; looked for {', '.join(map(str, places))}")
     # A directory that merely has a model's name must not hide that model.
     return next((place for place in found if is_bundle(place) or is_run(place)), found[0])
 
 
-def find_named_model(name: str, checkpoints_dir: Path) -> Path:
-    """Return the named model's directory. Raises `UserError` that lists the named models."""
-    directory = checkpoints_dir / name
-    if not is_directory(directory):
-        others = ", ".join(path.name for path in list_named_models(checkpoints_dir))
-        raise UserError(f"{directory}: no such named model; there are: {others or 'none yet'}")
-    return directory
-
-
 def find_usable_bundle(directory: Path) -> Path:
     """Return the bundle to generate with: `directory` itself, or a run's export, or its newest.
 
-    Raises `NoModelError` for a run without a model, `UserError` for other directories.
+    Raises `UserError` if there is none.
     """
     export = directory / "artifacts" / "export"
     for place in (directory, export, *list_checkpoints(directory)[::-1]):
         if is_bundle(place):
             return place
     if is_run(directory):
-        raise NoModelError(f"{directory}: this run has saved no model yet")
+        raise UserError(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
-
-
-def find_newest_usable_bundle(runs_dir: Path) -> Path:
-    """Return the model of the newest run that has one. Raises `UserError` if there is none."""
-    for run in list_runs(runs_dir):
-        with contextlib.suppress(UserError):
-            return find_usable_bundle(run)
-    raise UserError(
-        f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
-        "or name one with --run or --model-name"
-    )

@@ -14,19 +14,16 @@ from torch import Tensor
 from bundle import (
     FORMAT_VERSION,
     OPTIMIZER_FILE,
+    RESET_REMEDY,
     WEIGHTS_FILE,
     Bundle,
     TrainingState,
     clean_up,
     copy_bundle,
-    find_directory,
-    find_usable_bundle,
-    get_remedy,
     is_bundle,
     list_checkpoints,
     list_runs,
     parse_step,
-    read_bundle,
     remove_bundle,
     write_bundle,
 )
@@ -41,48 +38,14 @@ from utils.run_manager import RunDirectory
 # Saving -----------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    directory: Path,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    state: TrainingState,
-    world: World = SINGLE_PROCESS,
-) -> None:
-    """Publish the current training state as the bundle `directory`.
+@dataclass
+class CheckpointWriter:
+    """Writes the bundles of one run: its checkpoints, its export and its named model, if any.
 
-    All ranks call it: rank 0 gathers the shards and writes.
-
-    Raises:
+    All ranks call its methods: rank 0 gathers the shards and writes. They raise:
         RunError: the weights are not finite; they must not replace good ones.
         OSError: the disk is full or failing. What was saved before is unchanged.
     """
-    weights = {name: gather_to_main(tensor, world) for name, tensor in model.state_dict().items()}
-    optimizer_state = _gather_optimizer_state(model, optimizer, scaler, world)
-    metadata = {"step": str(state.step), "run_id": str(state.run_id)}
-
-    def publish() -> None:
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise RunError(f"weights are not finite after step {state.step}: lower learning_rate")
-        write_bundle(
-            directory,
-            config=config,
-            vocab_size=model.vocab_size,
-            device=next(model.parameters()).device.type,
-            tokenizer=tokenizer.get_state(),
-            state=state,
-            save_weights=lambda path: model.save_safetensors(path, metadata, weights),
-            save_optimizer=lambda path: _write_optimizer(path, optimizer_state),
-        )
-
-    world.broadcast_from_main(publish)
-
-
-@dataclass
-class CheckpointWriter:
-    """Writes the bundles of one run: its checkpoints, its export and its named model, if any."""
 
     run: RunDirectory
     named_model: Path | None
@@ -101,22 +64,39 @@ class CheckpointWriter:
         """
         path = self.named_model
         if path and not self.world.broadcast_from_main(is_bundle, path):
-            self._save(path, state)
+            self.write(path, state)
 
     def save(self, state: TrainingState) -> None:
-        """Save a checkpoint; copy it to the export if it is the best, and to the named model.
-
-        Raises what `save_checkpoint` raises.
-        """
+        """Save a checkpoint; copy it to the export if it is the best, and to the named model."""
         if self.newest is None:  # at the first save, so that a run that only loads writes nothing
             self.world.broadcast_from_main(self._clean_up_runs)
-        self._save(self.run.get_checkpoint(state.step), state)
-        self.newest = self.run.get_checkpoint(state.step)
+        checkpoint = self.run.get_checkpoint(state.step)
+        self.write(checkpoint, state)
+        self.newest = checkpoint
         self.world.broadcast_from_main(self._copy_newest, state)
 
-    def _save(self, path: Path, state: TrainingState) -> None:
-        training = (self.model, self.optimizer, self.scaler, self.tokenizer, self.config)
-        save_checkpoint(path, *training, state, self.world)
+    def write(self, directory: Path, state: TrainingState) -> None:
+        """Publish the current training state as the bundle `directory`."""
+        model, weights = self.model, self.model.state_dict()
+        weights = {name: gather_to_main(tensor, self.world) for name, tensor in weights.items()}
+        optimizer_state = _gather_optimizer_state(model, self.optimizer, self.scaler, self.world)
+        metadata = {"step": str(state.step), "run_id": str(state.run_id)}
+        device = next(model.parameters()).device.type
+        tokenizer = self.tokenizer.get_state()
+        bundle = Bundle(directory, self.config, model.vocab_size, device, tokenizer, state)
+
+        def publish() -> None:
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise RunError(
+                    f"weights are not finite after step {state.step}: lower learning_rate"
+                )
+            write_bundle(
+                bundle,
+                save_weights=lambda path: model.save_safetensors(path, metadata, weights),
+                save_optimizer=lambda path: _write_optimizer(path, optimizer_state),
+            )
+
+        self.world.broadcast_from_main(publish)
 
     def _copy_newest(self, state: TrainingState) -> None:
         """Copy the newest checkpoint where it belongs, then remove those not to be kept."""
@@ -202,34 +182,6 @@ def _get_generator_states(device: torch.device) -> dict[str, Tensor]:
 # Loading ----------------------------------------------------------------------------------------
 
 
-def load_model(
-    reference: str | Path,
-    device: torch.device | str = "cpu",
-    *,
-    checkpoints_dir: str = "checkpoints",
-    runs_dir: str = "runs",
-) -> tuple[LanguageModel, Tokenizer]:
-    """Load a model, in eval mode, and its tokenizer.
-
-    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
-
-    Raises `UserError` that names the file that is missing or does not fit.
-    """
-    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
-    return load_model_from_bundle(bundle, device)
-
-
-def load_model_from_bundle(
-    bundle: Bundle, device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, Tokenizer]:
-    """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
-    tokenizer = load_tokenizer(bundle)
-    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
-    load_weights(bundle, model)
-    return model.to(device).eval(), tokenizer
-
-
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """Return the bundle's tokenizer. Raises `UserError` if its size is not the model's."""
     tokenizer = restore_tokenizer(bundle.tokenizer)
@@ -278,21 +230,17 @@ def restore_training_state(
         generators = [saved["generators"], *saved.get("other_generators", [])]
         if world.rank < len(generators):
             _restore_generators(generators[world.rank], next(model.parameters()).device)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = f"cannot be restored: {format_reason(error)}"
-        path = bundle.path / OPTIMIZER_FILE
-        raise UserError(f"{path}: {reason}{get_remedy(OPTIMIZER_FILE)}") from None
+    except Exception as error:  # a foreign file may raise anything
+        reason = f"cannot be restored: {type(error).__name__}: {format_reason(error)}"
+        raise UserError(f"{bundle.path / OPTIMIZER_FILE}: {reason}{RESET_REMEDY}") from None
 
 
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
-            # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
-            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        found = (saved["format_version"], saved["optimizer"])
-    except Exception as error:  # a foreign file may raise anything
-        raise ValueError(f"{type(error).__name__}: {format_reason(error)}") from None
+    with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
+        # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    found = (saved["format_version"], saved["optimizer"])
     if found != (FORMAT_VERSION, kind):
         raise ValueError(
             f"format_version {found[0]!r} of {found[1]}, not {FORMAT_VERSION} of {kind}"

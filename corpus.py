@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -68,13 +68,11 @@ Tokens = np.ndarray
 # Reading
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Part of a text, all from file number `file`; `size` is its length in UTF-8 bytes."""
+class Chunk(NamedTuple):
+    """Part of a text, all from file number `file`."""
 
     file: int
     text: str
-    size: int
 
 
 @dataclass
@@ -102,16 +100,14 @@ def iter_chunks(
     text_hash = text_hash or TextHash()
     for number, path in enumerate(paths):
         decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
-        position = end = 0  # bytes read, and bytes up to the end of the last chunk
         text_hash.file_bytes.append(0)
         for block in chain(iter_blocks(path, BLOCK_BYTES), [b""]):  # an empty one is the last
-            position += len(block)
             text_hash.sha256.update(block)
-            text_hash.file_bytes[-1] = position
+            text_hash.file_bytes[-1] += len(block)
             try:
                 text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                line = _find_line(path, position - len(error.object) + error.start)
+                line = _find_line(path, text_hash.file_bytes[-1] - len(error.object) + error.start)
                 raise UserError(
                     f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} in line "
                     f"{line}): convert it to UTF-8 first, for example with iconv"
@@ -120,10 +116,9 @@ def iter_chunks(
             if whole_words and block:
                 match = _UP_TO_LAST_WORD_END.match(text)
                 cut = match.end() if match else 0
-            text, rest = text[:cut], text[cut:]
-            start, end = end, position - len(decoder.getstate()[0]) - len(rest.encode("utf-8"))
-            if text:  # the first of a file may have a byte order mark before it
-                yield Chunk(number, text, end - start if start else len(text.encode("utf-8")))
+            rest = text[cut:]
+            if cut:
+                yield Chunk(number, text[:cut])
 
 
 def _find_line(path: Path, position: int) -> int:
@@ -483,7 +478,7 @@ class StoredCorpus:
                     ids = tokenizer.encode(chunk.text, bool(left_out))
                     file.write(ids.astype(dtype, copy=False).data)
                     tokens += ids.size
-                    size += int(token_bytes[ids].sum()) if left_out else chunk.size
+                    size += int(token_bytes[ids].sum()) if left_out else len(chunk.text.encode())
                     ends[chunk.file] = tokens
                     if tokens - blocks[-1][0] >= BLOCK_TOKENS:
                         blocks.append((tokens, size))

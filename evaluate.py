@@ -31,7 +31,7 @@ from rich.text import Text
 
 from bundle import WEIGHTS_FILE, Bundle, read_bundle
 from corpus import MemoryCorpus, StoredCorpus, Tokens, open_corpus
-from inference import ModelChoice, find_model
+from inference import ModelChoice, find_model, load_model_from_bundle
 from parameters import Count, Data, Device, Positive, Switch
 from tokenizer import Tokenizer, restore_tokenizer
 from utils.checks import format_name
@@ -345,7 +345,6 @@ def main(argv: Sequence[str]) -> int:
     passage = load_passage(config, bundle, tokenizer, output)
 
     # These bring torch: imported once the settings are known to be good.
-    from checkpoint import load_model_from_bundle
     from utils.device import choose_device
     from utils.evaluation import compute_token_losses, find_window_starts
     from utils.kernels import quantize

@@ -26,23 +26,27 @@ from pydantic import Field
 
 from bundle import (
     WEIGHTS_FILE,
+    Bundle,
     find_directory,
-    find_named_model,
-    find_newest_usable_bundle,
     find_run_of,
     find_usable_bundle,
     list_checkpoints,
+    list_runs,
     read_bundle,
 )
+from inspect_model import find_named_model
 from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
-from tokenizer import Tokenizer, remove_unknown
+from tokenizer import Tokenizer
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
-from utils.files import decode_text, find_text_file_problem
+from utils.files import find_text_file_problem
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from model import LanguageModel
 
 
 class ModelChoice(Settings):
@@ -136,6 +140,48 @@ def find_model(config: ModelChoice, operands: Sequence[str]) -> Path:
     return find_usable_bundle(find_directory(config.run or operands[0], runs_dir, checkpoints_dir))
 
 
+def find_newest_usable_bundle(runs_dir: Path) -> Path:
+    """Return the model of the newest run that has one. Raises `UserError` if there is none."""
+    for run in list_runs(runs_dir):
+        with contextlib.suppress(UserError):
+            return find_usable_bundle(run)
+    raise UserError(
+        f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
+        "or name one with --run or --model-name"
+    )
+
+
+def load_model(
+    reference: str | Path,
+    device: "torch.device | str" = "cpu",
+    *,
+    checkpoints_dir: str = "checkpoints",
+    runs_dir: str = "runs",
+) -> tuple["LanguageModel", Tokenizer]:
+    """Load a model, in eval mode, and its tokenizer.
+
+    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
+
+    Raises `UserError` that names the file that is missing or does not fit.
+    """
+    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    return load_model_from_bundle(bundle, device)
+
+
+def load_model_from_bundle(
+    bundle: Bundle, device: "torch.device | str" = "cpu"
+) -> tuple["LanguageModel", Tokenizer]:
+    """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
+    from checkpoint import load_tokenizer, load_weights  # late: these bring torch
+    from model import LanguageModel
+
+    tokenizer = load_tokenizer(bundle)
+    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+    load_weights(bundle, model)
+    return model.to(device).eval(), tokenizer
+
+
 def format_source(directory: Path, step: int) -> str:
     """Describe the bundle, and whether it is a checkpoint in the place of an export."""
     run, note = find_run_of(directory), f"{directory}, step {step}"
@@ -172,6 +218,21 @@ def read_prompt(config: InferenceConfig) -> str:
         content = sys.stdin.buffer.read()
         return decode_text(content, "standard input") if content else ""
     return unescape(config.prompt)
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
+            "convert it to UTF-8 first, for example with iconv"
+        ) from None
+    if not text:
+        raise UserError(f"{name}: the file is empty")
+    return text
 
 
 def unescape(text: str) -> str:
@@ -313,6 +374,17 @@ class TextGenerator:
             yield 0, rest[0]
 
 
+def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
+    """Return `text` without the characters that the tokenizer lacks, and how many there were.
+
+    If `replace` is set, each is replaced by a space, or by the default prompt if that is unknown.
+    """
+    unknown = tokenizer.count_unknown(text)
+    space = "" if tokenizer.count_unknown(" ") else " "
+    replacement = (space or tokenizer.default_prompt) if replace else ""
+    return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
+
+
 def strip_new_lines(pieces: Iterable[str]) -> Iterator[str]:
     """Yield the pieces of a text without its leading and trailing new lines."""
     has_begun, held = False, ""  # new lines are held back until text follows
@@ -366,7 +438,6 @@ def main(argv: Sequence[str]) -> int:
     output = Output()
 
     # These bring torch: imported once the settings are known to be good.
-    from checkpoint import load_model_from_bundle
     from fast_decode import compile_decode
     from generate import SamplingParams, stream_tokens
     from utils.device import choose_device, is_out_of_memory

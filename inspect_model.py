@@ -17,19 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from bundle import (
-    NoModelError,
-    check_files,
-    find_named_model,
+    CONFIG_SETTINGS,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    DamageError,
+    find_directory,
+    find_file,
     find_run_of,
     find_usable_bundle,
-    get_model_info,
-    list_named_models,
+    is_bundle,
     list_runs,
+    read_bundle,
+    retry_if_published,
 )
 from parameters import Settings
 from utils.checks import format_name, format_value
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
+from utils.files import glob_files, hash_file, is_directory, is_file
 from utils.output import (
     Output,
     align_columns,
@@ -60,6 +65,84 @@ ACTIONS = (
 OPERANDS = Action("models", "Names, runs or paths of models; two or more are compared.", "MODEL")
 
 
+def list_named_models(checkpoints_dir: Path) -> list[Path]:
+    """Return the named models in `checkpoints_dir` in the order of their names."""
+    return sorted(filter(is_bundle, glob_files(checkpoints_dir, "*")))
+
+
+def find_named_model(name: str, checkpoints_dir: Path) -> Path:
+    """Return the named model's directory. Raises `UserError` that lists the named models."""
+    directory = checkpoints_dir / name
+    if not is_directory(directory):
+        others = ", ".join(path.name for path in list_named_models(checkpoints_dir))
+        raise UserError(f"{directory}: no such named model; there are: {others or 'none yet'}")
+    return directory
+
+
+@retry_if_published
+def check_files(directory: Path) -> None:
+    """Compare every file of a bundle with its SHA-256. Raises `UserError` that names the file."""
+    for name, digest in read_bundle(directory).state.files.items():
+        path = find_file(directory, name)
+        if not is_file(path) or hash_file(path) != digest:
+            raise DamageError(directory / name)
+
+
+def get_model_info(
+    reference: str | Path, *, checkpoints_dir: str = "checkpoints", runs_dir: str = "runs"
+) -> dict[str, Any]:
+    """Return everything that a bundle records about its model, without loading the weights.
+
+    `reference` is a named model's name, a run's id, or a path. The dict has `path`, `config`,
+    `tokenizer`, `parameters` (counts: `total` and by part), `bytes`, `saved` (seconds since 1970)
+    and `training_state`, as in `info["training_state"]["training_config"]["learning_rate"]`.
+
+    Raises `UserError` if there is no such model or it is damaged.
+    """
+    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
+    return _collect_model_info(find_usable_bundle(directory))
+
+
+@retry_if_published
+def _collect_model_info(directory: Path) -> dict[str, Any]:
+    bundle = read_bundle(directory)
+    config = bundle.config.model_dump(include=CONFIG_SETTINGS)
+    files = [find_file(directory, name) for name in bundle.state.files]
+    return {
+        "path": str(directory),
+        "config": {**config, "vocab_size": bundle.vocab_size, "device": bundle.device},
+        "tokenizer": bundle.tokenizer,
+        "parameters": _count_parameters(directory),
+        "bytes": sum(path.stat().st_size for path in files if is_file(path)),
+        "saved": find_file(directory, STATE_FILE).stat().st_mtime,
+        "training_state": bundle.state.model_dump(),
+    }
+
+
+def _count_parameters(directory: Path) -> dict[str, int]:
+    """Count parameters, in total and by part, from the safetensors header alone.
+
+    The file begins with the header's length in eight bytes, little-endian, and the header in JSON
+    (github.com/huggingface/safetensors#format).
+    """
+    try:
+        with open(find_file(directory, WEIGHTS_FILE), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 1 << 27)))  # a damaged length may be huge
+        shapes = {k: tensor["shape"] for k, tensor in header.items() if k != "__metadata__"}
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
+    parts = {"total": sum(sizes.values()), "token_embedding": 0, "position_embedding": 0}
+    parts |= {"attention": 0, "mlp": 0, "norms": 0}  # in the order of model.py
+    for name, size in sizes.items():
+        # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
+        words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]
+        part = "norms" if words[0].endswith("norm") else words[0]
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
 def load_all_models(
     config: InspectConfig, output: Output
 ) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -68,9 +151,12 @@ def load_all_models(
     named_models = list_named_models(Path(config.checkpoints_dir))
     for place in [*named_models, *list_runs(Path(config.runs_dir))]:
         try:
-            models.append(get_model_info(find_usable_bundle(place)))
-        except NoModelError:
+            bundle = find_usable_bundle(place)
+        except UserError:  # a run that has saved none yet
             empty.append(place)
+            continue
+        try:
+            models.append(get_model_info(bundle))
         except UserError as error:
             for problem in error.problems:
                 output.print_warning(problem)

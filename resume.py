@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bundle import (
+    BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
     Ancestor,
@@ -24,7 +25,6 @@ from bundle import (
     find_directory,
     find_run_of,
     find_usable_bundle,
-    has_model_files,
     is_bundle,
     is_run,
     list_checkpoints,
@@ -35,7 +35,7 @@ from bundle import (
 from config import CheckpointSettings, ConfigLoader, LoadedConfig, Setting, upgrade_settings
 from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
-from utils.files import make_directory, remove_if_empty
+from utils.files import is_file, make_directory, remove_if_empty
 from utils.output import pluralize
 from utils.run_manager import RunDirectory, sanitize_tag
 
@@ -80,8 +80,11 @@ class ResumePlan:
         state = self.bundle.state
         if self.is_resume:
             return state.lineage
+        # In its run, the name that it was trained under; elsewhere, its directory's.
+        name = state.get_fact("model_name") or state.run_id
+        is_in_run = find_run_of(self.bundle.path) is not None
         parent = Ancestor(
-            name=get_model_name(self.bundle),
+            name=str(name) if name and is_in_run else self.bundle.path.resolve().name,
             step=state.step,
             weights_sha256=state.files[WEIGHTS_FILE],
             data_sha256=state.get_fact("data_sha256"),
@@ -245,7 +248,8 @@ def resolve_named_model(name: str | None, checkpoints_dir: Path, overwrite: bool
     if name is None:
         return None
     named_model = _follow_link(checkpoints_dir / name, checkpoints_dir)
-    if has_model_files(named_model) and not is_bundle(named_model) and not overwrite:
+    has_files = any(is_file(named_model / name) for name in BUNDLE_FILES)
+    if has_files and not is_bundle(named_model) and not overwrite:
         raise UserError(
             f"{named_model}: has files of a model, but no training_state.json: restore that file, "
             "or replace the model with --overwrite"
@@ -293,7 +297,7 @@ def resolve_advanced_model(
             find_run_of(bundle.path) and isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)
         ):
             named_model = _follow_link(checkpoints_dir / name, checkpoints_dir)
-    if named_model is None or not is_bundle(named_model) or overwrite:
+    if named_model is None or overwrite or not is_bundle(named_model):
         return named_model
     if named_model.resolve() == real:
         return named_model
@@ -310,12 +314,6 @@ def resolve_advanced_model(
             f"{named_model.name}, choose another --model-name, or add --overwrite"
         )
     return named_model
-
-
-def get_model_name(bundle: Bundle) -> str:
-    """Return a model's name: its directory's, the name it was trained under, or its run's id."""
-    known = bundle.state.get_fact("model_name") or bundle.state.run_id
-    return str(known) if find_run_of(bundle.path) and known else bundle.path.resolve().name
 
 
 def find_kept_checkpoint(plan: ResumePlan, runs_dir: Path) -> Path:
@@ -450,26 +448,22 @@ def lock_named_model(named_model: Path | None) -> Iterator[None]:
         return
     real = named_model.resolve()  # one lock for a model, whatever links lead to it
     path = real.parent / f".{real.name}.lock"
-    lock = FileLock(path)
-    try:
-        make_directory(real.parent)
-        lock.acquire(blocking=False)
-        make_directory(real)  # while the lock is held, as for its removal below
-        if not os.access(real, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except Timeout:
-        raise UserError(
-            f"{named_model} is being trained by another process (which holds {path}): wait for "
-            "it, or choose another --model-name"
-        ) from None
-    except OSError as error:
-        lock.release()
-        raise UserError(
-            f"{named_model} cannot be written: {error.strerror}; choose another place with "
-            "--checkpoints-dir"
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            make_directory(real.parent)
+            stack.enter_context(FileLock(path).acquire(blocking=False))
+            make_directory(real)
+            stack.callback(remove_if_empty, real)  # if nothing was saved; still under the lock
+            if not os.access(real, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except Timeout:
+            raise UserError(
+                f"{named_model} is being trained by another process (which holds {path}): wait "
+                "for it, or choose another --model-name"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{named_model} cannot be written: {error.strerror}; choose another place with "
+                "--checkpoints-dir"
+            ) from None
         yield
-    finally:
-        remove_if_empty(real)  # if nothing was saved
-        lock.release()

@@ -169,17 +169,6 @@ class GPT2Tokenizer:
 Tokenizer = CharTokenizer | GPT2Tokenizer
 
 
-def remove_unknown(tokenizer: Tokenizer, text: str, replace: bool) -> tuple[str, int]:
-    """Return `text` without the characters that the tokenizer lacks, and how many there were.
-
-    If `replace` is set, each is replaced by a space, or by the default prompt if that is unknown.
-    """
-    unknown = tokenizer.count_unknown(text)
-    space = "" if tokenizer.count_unknown(" ") else " "
-    replacement = (space or tokenizer.default_prompt) if replace else ""
-    return text.translate({ord(char): replacement for char in unknown}), sum(unknown.values())
-
-
 def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer:
     """Create a tokenizer of that `token_kind`; for char, with the characters of `text`.
 

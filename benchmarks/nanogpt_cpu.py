@@ -9,9 +9,9 @@ import sys
 import tempfile
 
 from benchmarks import CHECKOUT
-from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
+from inference import load_model
 from trainer import estimate_loss, train
 from utils.output import Output
 

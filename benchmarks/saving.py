@@ -13,12 +13,13 @@ from unittest.mock import patch
 import torch
 
 from bundle import TRAINING_SETTINGS, TrainingState
-from checkpoint import CheckpointWriter, save_checkpoint
+from checkpoint import CheckpointWriter
 from data import load_dataset
 from parameters import ModelConfig
 from trainer import Trainer, train
 from utils.device import get_peak_memory
 from utils.output import Output, format_bytes
+from utils.run_manager import RunDirectory
 
 
 def run(data: str | None) -> None:
@@ -63,15 +64,8 @@ def _measure_memory(data: str | None) -> str:
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=".") as directory:
-        save_checkpoint(
-            Path(directory) / "b",
-            trainer.model,
-            trainer.optimizer,
-            trainer.scaler,
-            trainer.data.tokenizer,
-            config,
-            state,
-        )
+        run = RunDirectory(Path(directory))
+        trainer.open_checkpoints(run).write(run.export, state)
     seconds = time.perf_counter() - start
     grown = (get_peak_memory(trainer.device) or 0) - (before or 0)
     millions = trainer.model.count_parameters() / 1e6

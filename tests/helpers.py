@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bundle as bundle_module
 import train
 import trainer as trainer_module
 import utils.output as output_module
@@ -32,7 +31,6 @@ from bundle import (
     WEIGHTS_FILE,
     TrainingState,
     _host,
-    check_files,
     find_usable_bundle,
     is_bundle,
     list_checkpoints,
@@ -41,8 +39,10 @@ from bundle import (
     read_state,
 )
 from callbacks import TrainResult
-from checkpoint import load_model_from_bundle, save_checkpoint
+from checkpoint import CheckpointWriter
 from config import ConfigLoader
+from inference import load_model_from_bundle
+from inspect_model import check_files
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
@@ -101,7 +101,8 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     }
     state = TrainingState(**{**values, **changes})
     tokenizer = create_tokenizer("abc")
-    save_checkpoint(directory, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG, state)
+    writer = CheckpointWriter(None, None, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG)
+    writer.write(directory, state)
     return model
 
 
@@ -216,6 +217,9 @@ CALLS = (
 )  # the system calls that change a disk
 
 
+REAL_WRITE_WITH = files.write_with
+
+
 class Faults:
     """Replaces `os` and `open` in `utils/files.py`, and injects a fault at one call.
 
@@ -297,12 +301,12 @@ class Faults:
             self.call("library")
             target.write_bytes(whole)
 
-        return files.write_with(path, interrupted, like)
+        return REAL_WRITE_WITH(path, interrupted, like)
 
     def installed(self, patch: pytest.MonkeyPatch) -> "Faults":
         patch.setattr(files, "os", self)
         patch.setattr(files, "open", self.open_file, raising=False)
-        patch.setattr(bundle_module, "write_with", self.write_by_library)
+        patch.setattr(files, "write_with", self.write_by_library)
         return self
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import trainer as trainer_module
 import utils.tracking.aim as module
-from checkpoint import load_model
+from inference import load_model
 from parameters import ModelConfig
 from trainer import train
 from utils.errors import RunError, UserError

@@ -16,7 +16,7 @@ LIBRARY = (
     "parameters config tokenizer corpus data model generate fast_decode distributed optim bundle "
     "checkpoint resume callbacks trainer"
 ).split()
-COMMANDS = "train inference evaluate inspect_model profile_model report tune".split()
+COMMANDS = "train inspect_model inference evaluate profile_model report tune".split()
 ORDER = [*LIBRARY, *COMMANDS]  # the reading order of docs/: a module imports only earlier ones
 WITHOUT_TORCH = [
     *("parameters", "config", "bundle", "resume", "callbacks"),

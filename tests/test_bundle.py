@@ -36,20 +36,19 @@ from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
-    check_files,
     compute_state_digest,
     copy_bundle,
     find_directory,
-    find_newest_usable_bundle,
     find_usable_bundle,
-    get_model_info,
     is_bundle,
     read_bundle,
     read_state,
     remove_bundle,
 )
-from checkpoint import load_model, load_weights, restore_training_state
+from checkpoint import load_weights, restore_training_state
 from generate import SamplingParams, generate_tokens
+from inference import find_newest_usable_bundle, load_model
+from inspect_model import check_files, get_model_info
 from model import LanguageModel
 from optim import create_optimizer
 from utils.errors import RunError, UserError
@@ -508,7 +507,7 @@ def test_an_invalid_safetensors_header_is_an_error_in_one_line(bundle, content):
 
 def test_bundles_are_read_without_torch(bundle):
     code = (
-        "import sys, bundle, resume, inspect_model; bundle.get_model_info(sys.argv[1]); "
+        "import sys, resume, inspect_model; inspect_model.get_model_info(sys.argv[1]); "
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(bundle[0])], check=True, cwd=CHECKOUT)

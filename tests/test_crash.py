@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     DEAD_PROCESS,
+    REAL_WRITE_WITH,
     Faults,
     count_calls,
     in_a_process_that_ends_at,
@@ -28,7 +29,6 @@ from helpers import (
 )
 from safetensors.torch import load
 
-import bundle as bundle_module
 from bundle import (
     BUNDLE_FILES,
     OPTIMIZER_FILE,
@@ -197,7 +197,7 @@ def test_faults_cover_every_call_that_changes_the_disk(place, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(killed).installed(patch)
             # Without the wrapper around the libraries, which truncates and writes itself.
-            patch.setattr(bundle_module, "write_with", files.write_with)
+            patch.setattr(files, "write_with", REAL_WRITE_WITH)
             sys.addaudithook(hook)
             save(tmp_path / "model", NEW)
             counted = faults.names

@@ -21,11 +21,8 @@ from bundle import (
     BUNDLE_FILES,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    check_files,
     clean_up,
     copy_bundle,
-    find_newest_usable_bundle,
-    get_model_info,
     is_bundle,
     list_checkpoints,
     list_runs,
@@ -33,6 +30,8 @@ from bundle import (
     remove_bundle,
 )
 from checkpoint import CheckpointWriter
+from inference import find_newest_usable_bundle
+from inspect_model import check_files, get_model_info
 from parameters import ModelConfig
 from resume import lock_named_model
 from utils.errors import UserError

@@ -11,9 +11,9 @@ import torch
 from helpers import TINY_FLAGS
 
 import trainer as trainer_module
-from checkpoint import load_model
 from config import ConfigLoader
 from data import load_dataset
+from inference import load_model
 from model import GatedMLP
 from profile_model import profile
 from resume import plan_run

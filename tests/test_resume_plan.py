@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
 import trainer as trainer_module
-from bundle import BUNDLE_FILES, Ancestor, get_model_info
+from bundle import BUNDLE_FILES, Ancestor
 from callbacks import TrainResult
-from checkpoint import load_model
 from config import ConfigLoader, Setting
+from inference import load_model
+from inspect_model import get_model_info
 from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError

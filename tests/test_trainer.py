@@ -28,9 +28,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import trainer as trainer_module
 from bundle import BUNDLE_FILES
 from callbacks import TrainResult
-from checkpoint import load_model
 from config import ConfigLoader, LoadedConfig
 from generate import generate_tokens
+from inference import load_model
 from model import LanguageModel
 from parameters import ModelConfig
 from resume import plan_run

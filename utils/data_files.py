@@ -14,8 +14,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from utils import files
 from utils.errors import UserError
-from utils.files import find_text_file_problem, is_directory, list_files, spool
+from utils.files import is_directory, is_file
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 20  # read at once
@@ -39,7 +40,7 @@ def find_data_problem(data: str) -> str | None:
     if data == STANDARD_INPUT:
         return "there is none" if sys.stdin is None else None
     if not is_directory(Path(data)) and not is_pattern(data):
-        return find_text_file_problem(Path(data))
+        return files.find_text_file_problem(Path(data))
     try:
         has_text = any(path.stat().st_size for path in _iter_files(data))
     except OSError as error:
@@ -55,32 +56,39 @@ def find_files(data: str) -> list[Path]:
     if not is_directory(Path(data)) and not is_pattern(data):
         return [Path(data)]
     try:
-        files = sorted(_iter_files(data), key=str)
+        paths = sorted(_iter_files(data), key=str)
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
-    if wrong := [name for name in map(str, files) if not name.isprintable()]:
+    if wrong := [name for name in map(str, paths) if not name.isprintable()]:
         raise UserError(f"{data}: a file name is not printable text: {wrong[0]!a}: rename it")
-    return files
+    return paths
 
 
 def _iter_files(data: str) -> Iterator[Path]:
     """Yield the files of a directory or a glob, in any order."""
     if is_directory(Path(data)):
-        yield from map(Path, list_files(data))
+        for folder, folders, names in os.walk(data, onerror=_raise):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            shown = (name for name in names if not name.startswith("."))
+            yield from filter(is_file, (Path(folder, name) for name in shown))
     else:
         names = glob.iglob(data, recursive=True)  # noqa: PTH207 (pathlib's finds hidden files too)
         yield from (path for path in map(Path, names) if path.is_file())
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def find_overlap_problem(
-    data: str, files: Sequence[Path], written: Iterable[tuple[str, Path]]
+    data: str, paths: Sequence[Path], written: Iterable[tuple[str, Path]]
 ) -> str | None:
     """Return why files that Folio writes would be read as part of the text, or None.
 
-    `files` are those that `data` names now; `written` has settings and the directories they name.
+    `paths` are the files of `data` now; `written` has settings and the directories they name.
     """
     root = Path(data).resolve() if is_directory(Path(data)) else None
-    matches = [path.resolve() for path in files] if is_pattern(data) else []
+    matches = [path.resolve() for path in paths] if is_pattern(data) else []
     for setting, directory in written:
         place = directory.resolve()
         if root is not None and place.is_relative_to(root):
@@ -109,18 +117,31 @@ def keep_standard_input(cache: Path) -> Path:
 
     Raises `UserError` if it is empty or the cache cannot be written.
     """
+    directory = cache / "stdin"
+    temporary = directory / f".{os.getpid()}.tmp"
     try:
-        return spool(sys.stdin.buffer, cache / "stdin")
+        files.make_directory(directory)
+        for path in files.glob_files(directory, ".*.tmp"):
+            process = path.name.split(".")[1]
+            if process.isdigit() and not files.is_process_running(int(process)):  # it was killed
+                files.remove_file(path)
+        kept = directory / f"{files.copy_durable(sys.stdin.buffer, temporary)}.txt"
+        if temporary.stat().st_size == 0:
+            raise UserError("standard input: it is empty")
+        if not kept.exists():  # else keep its time: caches made from it stay valid
+            files.move(temporary, kept)
+            files.sync(directory)
     except OSError as error:
         raise UserError(
             f"standard input cannot be written to {cache}: {error.strerror}; "
             "name another directory with --cache-dir"
         ) from None
-    except ValueError:
-        raise UserError("standard input: it is empty") from None
+    finally:
+        files.remove_file(temporary)
+    return kept
 
 
-def has_bytes(files: Sequence[Path], limit: int) -> bool:
+def has_bytes(paths: Sequence[Path], limit: int) -> bool:
     """Return whether the files have `limit` bytes or more, decompressed.
 
     Raises `UserError` if a file cannot be read.
@@ -129,7 +150,7 @@ def has_bytes(files: Sequence[Path], limit: int) -> bool:
         map(len, iter_blocks(path))
         if path.suffix.lower() in _COMPRESSED
         else [get_stat(path).st_size]
-        for path in files
+        for path in paths
     )
     return any(total >= limit for total in accumulate(sizes))
 

@@ -7,11 +7,9 @@ Everything that must survive a crash is written by the functions below, one syst
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
-
-from utils.errors import UserError
 
 # They return False also for an invalid path and without permission, where pathlib's raise.
 is_directory = os.path.isdir
@@ -31,36 +29,6 @@ def find_text_file_problem(path: Path) -> str | None:
         return "no such file"
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-
-
-def decode_text(raw: bytes, name: str) -> str:
-    """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}: not UTF-8 text (byte {raw[error.start]:#04x} in line {line}): "
-            "convert it to UTF-8 first, for example with iconv"
-        ) from None
-    if not text:
-        raise UserError(f"{name}: the file is empty")
-    return text
-
-
-def list_files(directory: str) -> Iterator[str]:
-    """Yield the paths of all files below a directory, in any order, hidden ones excluded.
-
-    Raises `OSError` if a directory cannot be read.
-    """
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from list_files(entry.path)
-            elif entry.is_file():
-                yield entry.path
 
 
 def glob_files(directory: Path, pattern: str) -> list[Path]:
@@ -103,13 +71,8 @@ def write_with(path: Path, write: Callable[[Path], None], like: Path) -> None:
     sync(path)
 
 
-def copy_durable(source: Path, target: Path) -> str:
-    """Copy a file's content, wait until it is on the disk, and return its SHA-256."""
-    with open(source, "rb") as reader:
-        return _copy_stream(reader, target)
-
-
-def _copy_stream(reader: IO[bytes], target: Path) -> str:
+def copy_durable(reader: IO[bytes], target: Path) -> str:
+    """Copy a stream to a file, wait until it is on the disk, and return its SHA-256."""
     digest = hashlib.sha256()
     with open(target, "wb") as writer:
         while chunk := reader.read(1 << 20):
@@ -117,29 +80,6 @@ def _copy_stream(reader: IO[bytes], target: Path) -> str:
             writer.write(chunk)
         sync_file(writer)
     return digest.hexdigest()
-
-
-def spool(reader: IO[bytes], directory: Path) -> Path:
-    """Copy a stream to a file in `directory` that is named for its SHA-256, and return its path.
-
-    Raises `ValueError` if the stream is empty.
-    """
-    make_directory(directory)
-    for path in glob_files(directory, ".*.tmp"):
-        process = path.name.split(".")[1]
-        if process.isdigit() and not is_process_running(int(process)):  # it was killed
-            remove_file(path)
-    temporary = directory / f".{os.getpid()}.tmp"
-    try:
-        target = directory / f"{_copy_stream(reader, temporary)}.txt"
-        if temporary.stat().st_size == 0:
-            raise ValueError("the stream is empty")
-        if not target.exists():  # else keep its time: caches made from it stay valid
-            os.replace(temporary, target)
-            sync(directory)
-    finally:
-        remove_file(temporary)
-    return target
 
 
 def sync_file(file: IO[bytes]) -> None:
