@@ -81,12 +81,13 @@ from utils.device import (
     choose_device,
     choose_precision,
     compile_model,
+    configure_matmul,
     describe_device,
     get_peak_memory,
     get_processor_name,
     is_out_of_memory,
-    set_tf32,
     synchronize,
+    use_deterministic_kernels,
 )
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.evaluation import compute_loss, count_parallel_windows, enter_evaluation_mode
@@ -242,9 +243,10 @@ class Trainer:
             micro_batches = split_micro_batches(config, world.get_rows(config.batch_size))
             for rows in {rows.stop - rows.start: rows for rows in micro_batches}.values():
                 inputs, targets = self.load_batch(0, rows)
-                with autocast(self.device, self.precision):
-                    _, loss = train_model(inputs, targets)
-                loss.backward()
+                with use_deterministic_kernels(self.device):
+                    with autocast(self.device, self.precision):
+                        _, loss = train_model(inputs, targets)
+                    loss.backward()
             self.model.zero_grad()
 
         model, result = compile_model(self.model, backend, config.torch_compile, probe)
@@ -349,7 +351,11 @@ class Trainer:
         for rows in split_micro_batches(config, own_rows):
             with phase("data"):
                 inputs, targets = self.load_batch(index, rows)
-            with defer_gradient_sync(self.train_model, is_last=rows.stop == own_rows.stop):
+            is_last = rows.stop == own_rows.stop
+            with (
+                defer_gradient_sync(self.train_model, is_last=is_last),
+                use_deterministic_kernels(self.device),
+            ):
                 with phase("forward"), autocast(self.device, self.precision):
                     _, loss = self.train_model(inputs, targets)
                     # By its share of rows: accumulated gradients equal the whole batch's.
@@ -588,13 +594,13 @@ def prepare_trainer(
 
 
 def open_device(config: ModelConfig) -> torch.device:
-    """Choose the device, and set CPU threads and TF32. Raises `UserError`."""
+    """Choose the device, and configure it and the CPU threads. Raises `UserError`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device, Ranks.from_environment())
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # so that plain "cuda" means this device
-    set_tf32(device, config.precision)
+    configure_matmul(device, config.precision)
     return device
 
 

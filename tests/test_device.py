@@ -16,7 +16,7 @@ from utils.device import (
     choose_precision,
     compile_model,
     is_out_of_memory,
-    set_tf32,
+    configure_matmul,
 )
 from utils.errors import UserError
 
@@ -128,9 +128,10 @@ def test_matrix_products_are_in_the_precision_and_weights_stay_float32(precision
 def test_tf32_is_for_cuda_unless_fp32_is_requested(monkeypatch, kind, requested, expected):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    set_tf32(torch.device("cpu"), requested)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    configure_matmul(torch.device("cpu"), requested)
     assert chosen == []
-    set_tf32(torch.device(kind), requested)
+    configure_matmul(torch.device(kind), requested)
     assert chosen == [expected]
 
 

@@ -312,7 +312,7 @@ def test_a_training_step_does_not_wait_for_the_device(make_config):
             trainer.training_step(3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each)]
+    waits = [f"{each.filename}:{each.lineno}" for each in caught if "called a sync" in str(each)]
     assert not waits, waits
 
 
