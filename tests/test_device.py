@@ -15,8 +15,8 @@ from utils.device import (
     choose_device,
     choose_precision,
     compile_model,
-    is_out_of_memory,
     configure_matmul,
+    is_out_of_memory,
 )
 from utils.errors import UserError
 
