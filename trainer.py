@@ -88,7 +88,7 @@ from utils.device import (
     synchronize,
 )
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
-from utils.evaluation import compute_loss, count_parallel_windows, enter_evaluation_mode
+from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
@@ -432,17 +432,18 @@ def estimate_loss(
     """
     rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
-    losses = {}
+    losses, device = {}, next(model.parameters()).device
     with enter_evaluation_mode(model):
         for split in ("train", "val"):
-            total, count = torch.zeros((), device=next(model.parameters()).device), 0
+            total, count = torch.zeros((), device=device), 0
             tokens = data.splits[split]
             for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
                 count += targets.numel()
                 # All ranks must call a sharded model: one without a window repeats another's.
                 has_own = world.rank < len(inputs)
                 own = slice(world.rank if has_own else 0, None, world.size)
-                loss = compute_loss(model, inputs[own], targets[own], precision)
+                with autocast(device, precision):
+                    _, loss = model(inputs[own].to(device), targets[own].to(device))
                 total += loss * (targets[own].numel() * has_own)
             losses[split] = world.all_reduce_sum(total).item() / count
     return losses

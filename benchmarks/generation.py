@@ -19,8 +19,8 @@ from generate import FastDecoder, SamplingParams, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from trainer import train
-from utils.kernels import Int8Linear, quantize
 from utils.output import Output
+from utils.quantization import Int8Linear, quantize
 
 V = 65  # the characters of Tiny Shakespeare
 SHAPES = {

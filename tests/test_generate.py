@@ -33,7 +33,7 @@ from parameters import ModelConfig
 from tokenizer import create_tokenizer
 from utils.device import choose_backend
 from utils.errors import UserError
-from utils.kernels import quantize
+from utils.quantization import quantize
 
 V = 11
 LOGITS = torch.tensor([0.5, 0.05, 0.25, 0.2]).log()[None]  # of these probabilities
