@@ -291,49 +291,38 @@ class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (settings, problem) for each invalid combination of valid values.
-
-    Settings that failed validation may be absent; rules about them are skipped.
-    """
-
-    def given(*names: str) -> bool:
-        return all(values.get(name) is not None for name in names)
-
-    if given("n_embd", "n_head") and values["n_embd"] % values["n_head"]:
+    """Yield (settings, problem) for each invalid combination of valid values of all settings."""
+    architecture, n_embd, n_head = (values[n] for n in ("architecture", "n_embd", "n_head"))
+    if n_embd % n_head:
+        yield ("n_embd", "n_head"), f"n_embd {n_embd} is not divisible by n_head {n_head}"
+    if architecture == "modern" and values["bias"]:
         yield (
-            ("n_embd", "n_head"),
-            f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}",
+            ("architecture", "bias"),
+            "architecture modern has no biases: set bias to false, or architecture to gpt2",
         )
-    if values.get("architecture") == "modern":
-        if values.get("bias"):
-            yield (
-                ("architecture", "bias"),
-                "architecture modern has no biases: set bias to false, or architecture to gpt2",
-            )
-        if given("n_embd", "n_head") and values["n_embd"] / values["n_head"] % 2 == 1:
-            yield (
-                ("architecture", "n_embd", "n_head"),
-                f"architecture modern needs an even head size, but n_embd {values['n_embd']} / "
-                f"n_head {values['n_head']} is odd",
-            )
-    if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
+    if architecture == "modern" and n_embd / n_head % 2 == 1:
+        yield (
+            ("architecture", "n_embd", "n_head"),
+            f"architecture modern needs an even head size, but n_embd {n_embd} / n_head {n_head} "
+            "is odd",
+        )
+    if values["train_split"] + values["test_split"] >= 1:
         yield (
             ("train_split", "test_split"),
             f"train_split {values['train_split']:g} and test_split {values['test_split']:g} "
             "leave nothing for validation: their sum must be below 1",
         )
-    if given("min_lr", "learning_rate") and values["min_lr"] > values["learning_rate"]:
+    if values["min_lr"] is not None and values["min_lr"] > values["learning_rate"]:
         yield (
             ("min_lr", "learning_rate"),
             f"min_lr {values['min_lr']:g} is above learning_rate {values['learning_rate']:g}",
         )
-    if given("max_iters", "epochs"):
+    if values["max_iters"] is not None and values["epochs"] is not None:
         yield (
             ("max_iters", "epochs"),
             "max_iters and epochs both set the length of the run: set one of them to null",
         )
-    lengths = ("max_iters", "epochs", "max_minutes")
-    if all(name in values for name in lengths) and not any(map(given, lengths)):
+    if all(values[name] is None for name in ("max_iters", "epochs", "max_minutes")):
         yield (
             ("max_iters",),
             "the length of the run is not set: set max_iters, epochs or max_minutes",
