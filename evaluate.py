@@ -38,7 +38,8 @@ from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.data_files import find_data_problem
 from utils.errors import UserError
-from utils.output import Output, align_columns, pluralize, run_command
+from utils.output import Output, pluralize, run_command
+from utils.tables import align_columns
 
 if TYPE_CHECKING:
     from model import LanguageModel
