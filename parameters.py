@@ -269,24 +269,21 @@ DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. Bases are reversed, as pydantic starts with the last."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_default_length(cls, values: Any) -> Any:
-        """Set `max_iters` to None if only `epochs` or `max_minutes` is given."""
-        if isinstance(values, dict) and "max_iters" not in values:
-            if values.get("epochs") is not None or values.get("max_minutes") is not None:
-                return {**values, "max_iters": None}
-        return values
-
     @model_validator(mode="after")
-    def _check_conflicts(self, info: ValidationInfo) -> "ModelConfig":
+    def _complete(self, info: ValidationInfo) -> "ModelConfig":
+        """Set the defaults that depend on other settings, and check all settings together."""
         # A single source is checked alone; conflicts with other sources are found after merging.
-        if not (info.context and info.context.get("one_layer")):
-            if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
-                raise ValueError("; ".join(problems))
-            # Bypass `frozen`, and keep resolved defaults out of `model_fields_set`.
-            own = ARCHITECTURES[self.architecture].items()
-            self.__dict__.update({n: value for n, value in own if getattr(self, n) is None})
+        if info.context and info.context.get("one_layer"):
+            return self
+        own = ARCHITECTURES[self.architecture].items()
+        defaults = {name: value for name, value in own if getattr(self, name) is None}
+        if self.epochs is not None or self.max_minutes is not None:
+            if "max_iters" not in self.model_fields_set:
+                defaults["max_iters"] = None
+        # Bypass `frozen`, and keep these out of `model_fields_set`.
+        self.__dict__.update(defaults)
+        if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
+            raise ValueError("; ".join(problems))
         return self
 
 
