@@ -243,7 +243,7 @@ def test_a_histogram_takes_every_floating_type(dtype):
 
 
 def test_tags_are_declared_once_and_differ():
-    tags = [get_tag(metric.name, subset) for metric in METRICS for subset in metric.subsets]
+    tags = [get_tag(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
     assert len(tags) == len(set(tags))
     with pytest.raises(KeyError):
         get_tag("undeclared", "train")
