@@ -149,13 +149,13 @@ def _gather_optimizer_state(
         }
         for index, values in optimizer.state_dict()["state"].items()
     }
-    generators = world.gather(_get_generator_states(next(model.parameters()).device))
+    generators = world.all_gather(_get_generator_states(next(model.parameters()).device))
     return {
         "format_version": FORMAT_VERSION,
         "optimizer": type(optimizer).__name__,
         "state": state,
         "scaler": scaler.state_dict(),  # empty unless the precision is fp16
-        "generators": generators[0] if generators else {},
+        "generators": generators[0],
         "other_generators": generators[1:],
     }
 

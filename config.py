@@ -26,7 +26,7 @@ from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, find_conflicts
 from utils.checks import format_name, format_value, suggest_name, validate_values
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
-from utils.errors import UserError
+from utils.errors import UserError, format_reason
 from utils.files import find_text_file_problem
 from utils.run_manager import RECORD_VERSION
 
@@ -52,6 +52,7 @@ class Setting(NamedTuple):
 
 
 Layer = dict[str, Setting]  # the settings from one source
+DEFAULTS = {n: Setting(info.default, "default") for n, info in ModelConfig.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ class ConfigLoader:
 
     def get(self, name: str) -> Setting:
         """Return a setting, ignoring any checkpoint."""
-        for layer in (*self._requested, self._configs, self._legacy):
-            if name in layer:
-                return layer[name]
-        return Setting(ModelConfig.model_fields[name].default, "default")
+        return _merge_layers(*self._requested, self._configs, self._legacy, DEFAULTS)[name]
 
     def override(self, values: Mapping[str, Any], source: str) -> "ConfigLoader":
         """Return a copy in which `values` have the highest priority."""
@@ -134,7 +132,7 @@ class ConfigLoader:
     ) -> LoadedConfig:
         """Merge all sources. Raises `UserError` with a line for each problem in any of them."""
         problems = [*self.problems, *problems]
-        layers = [*self._requested, self._configs, self._legacy]
+        saved: Layer = {}
         if checkpoint is not None:
             problems += self._find_fixed_conflicts(checkpoint)
             known = {n: v for n, v in checkpoint.values.items() if n in ModelConfig.model_fields}
@@ -143,16 +141,15 @@ class ConfigLoader:
                 for name in checkpoint.values
                 if name not in known
             ]
-            layer = _check_layer(known, checkpoint.path, problems)
-            layers.insert(len(self._requested), layer)
-        merged = _merge_layers(layers)
+            saved = _check_layer(known, checkpoint.path, problems)
+        merged = _merge_layers(*self._requested, saved, self._configs, self._legacy, DEFAULTS)
         values = {name: setting.value for name, setting in merged.items()}
+        by_architecture = "architecture {} ({})".format(*merged["architecture"])
         sources = {
-            name: merged[name].source if name in merged else "default"
+            name: merged[name].source if name in merged else by_architecture
             for name in ModelConfig.model_fields
         }
-        defaults = {name: info.default for name, info in ModelConfig.model_fields.items()}
-        for names, problem in find_conflicts({**defaults, **values}):
+        for names, problem in find_conflicts(values):
             problems.append(f"{problem} ({', '.join(f'{n}: {sources[n]}' for n in names)})")
         if values.get("data") is not None and (problem := find_data_problem(values["data"])):
             is_recorded = checkpoint is not None and sources["data"] == checkpoint.path
@@ -161,8 +158,6 @@ class ConfigLoader:
         if problems:
             raise UserError(*problems)
         config = ModelConfig(**values)
-        for name in DERIVED - values.keys():
-            sources[name] = f"architecture {config.architecture} ({sources['architecture']})"
         changes = _list_changes(config, checkpoint, sources) if checkpoint is not None else []
         notes = []
         if shadowed := [name for name in self._legacy if name in self._configs]:
@@ -177,7 +172,7 @@ class ConfigLoader:
             f"{name} {format_value(value)} ({source}) conflicts with {name} "
             f"{format_value(checkpoint.values[name])} of {checkpoint.path}, which cannot change: "
             "remove it, or train a new model"
-            for name, (value, source) in _merge_layers(self._requested).items()
+            for name, (value, source) in _merge_layers(*self._requested).items()
             if name in checkpoint.fixed and value != checkpoint.values[name]
         ]
 
@@ -252,27 +247,27 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
     return {name: Setting(value, source) for name, value in valid.items()}
 
 
-def _merge_layers(layers: Sequence[Layer]) -> Layer:
-    """Merge layers, the first of which has the highest priority.
+def _merge_layers(*layers: Layer) -> Layer:
+    """Merge layers, the first of which has the highest priority."""
+    merged: Layer = {}
+    for layer in map(_complete_layer, layers):
+        merged |= {name: setting for name, setting in layer.items() if name not in merged}
+    return merged
+
+
+def _complete_layer(layer: Layer) -> Layer:
+    """Return a layer with all the settings that it decides.
 
     max_iters, epochs and max_minutes all set the number of steps: a source that sets one of them
-    overrides all three of lower-priority sources, so that `--epochs 2` does not conflict with a
-    default. A null for a setting that depends on the architecture counts as unset.
+    sets the others to null, so that `--epochs 2` does not conflict with a default. A null for a
+    setting that depends on the architecture counts as unset.
     """
-    merged: Layer = {}
-    length: Setting | None = None  # of the layer that decides the run's length
-    for layer in layers:
-        for name, setting in layer.items():
-            is_replaced = name in LENGTH_SETTINGS and length is not None
-            if name not in merged and not is_replaced:
-                if setting.value is not None or name not in DERIVED:
-                    merged[name] = setting
-        lengths = [layer[n] for n in LENGTH_SETTINGS if n in layer and layer[n].value is not None]
-        if lengths and length is None:
-            length = lengths[0]
-            for name in LENGTH_SETTINGS:
-                merged.setdefault(name, Setting(None, length.source))
-    return merged
+    layer = {n: each for n, each in layer.items() if each.value is not None or n not in DERIVED}
+    for name in LENGTH_SETTINGS:
+        if name in layer and layer[name].value is not None:
+            unset = Setting(None, layer[name].source)
+            return {**dict.fromkeys(LENGTH_SETTINGS, unset), **layer}
+    return layer
 
 
 def _list_changes(
@@ -318,10 +313,6 @@ _FLOAT = re.compile(
 )
 
 
-class _DuplicateKeyError(ValueError):
-    """A key that appears twice in one file."""
-
-
 class _Loader(yaml.SafeLoader):
     """Reads numbers by the rules of YAML 1.2, and rejects duplicate keys.
 
@@ -336,18 +327,14 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        _check_duplicates([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        _reject_duplicates([each for each in node.value if isinstance(each[0], yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
 
-def _check_duplicates(keys: Sequence[str]) -> None:
-    for key, count in Counter(keys).items():
+def _reject_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    for key, count in Counter(getattr(key, "value", key) for key, _ in pairs).items():
         if count > 1:
-            raise _DuplicateKeyError(key)
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _check_duplicates([key for key, _ in pairs])
+            raise ValueError(f"duplicate key {key}: remove one")
     return dict(pairs)
 
 
@@ -359,20 +346,16 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     shown = shown or str(path)
     if problem := find_text_file_problem(path):
         raise UserError(f"{shown}: {problem}")
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise UserError(f"{shown}: a configuration file ends in .yaml, .yml or .json")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_reject_duplicates)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.load(text, _Loader)  # a SafeLoader
         else:
-            raise UserError(f"{shown}: a configuration file ends in .yaml, .yml or .json")
-    except UserError:
-        raise
+            values = yaml.load(text, _Loader)  # a SafeLoader
     except UnicodeDecodeError as error:
         raise UserError(f"{shown}: not UTF-8 text (byte {error.start})") from None
-    except _DuplicateKeyError as error:
-        raise UserError(f"{shown}: duplicate key {error}: remove one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{shown}, line {error.lineno}: not JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
@@ -381,8 +364,7 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{shown}: cannot be read: nested too deeply") from None
     except Exception as error:  # PyYAML's constructors may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{shown}: cannot be read: {reason}") from None
+        raise UserError(f"{shown}: cannot be read: {format_reason(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

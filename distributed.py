@@ -76,12 +76,11 @@ class World:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return tensor.tolist()
 
-    def gather(self, value: _T) -> list[_T]:
-        """Gather the ranks' values, by rank, on rank 0; return an empty list elsewhere."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size if self.is_main else []
-        distributed.gather_object(value, values if self.is_main else None)
+    def all_gather(self, value: _T) -> list[_T]:
+        """Return the values of all ranks, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: _T) -> _T:
@@ -122,8 +121,7 @@ class World:
         except (UserError, RunError, NothingToDo) as error:
             failure = error
         own = failure and (type(failure), getattr(failure, "problems", (str(failure),)))
-        failures: list[Any] = [None] * self.size
-        distributed.all_gather_object(failures, own)
+        failures = self.all_gather(own)
         if failure is not None and self.is_main:
             raise failure
         for rank, failed in enumerate(failures):
@@ -213,17 +211,15 @@ def check_world_size(config: ModelConfig, size: int) -> None:
 
 def check_same_settings(world: World, settings: Any) -> None:
     """Raise `UserError` if a rank was started with other settings than rank 0."""
-    gathered = world.gather(settings)
+    gathered = world.all_gather(settings)
     different = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
-
-    def check() -> None:
-        if different:
-            raise UserError(
-                f"rank {different[0]} has other settings or another checkpoint than rank 0: start "
-                "all ranks with the same command, and with access to the same files"
-            )
-
-    world.broadcast_from_main(check)
+    if different and world.is_main:
+        raise UserError(
+            f"rank {different[0]} has other settings or another checkpoint than rank 0: start all "
+            "ranks with the same command, and with access to the same files"
+        )
+    if different:
+        raise EndedOnAnotherRank(UserError.exit_status)
 
 
 def derive_seed(seed: int, rank: int, step: int) -> int:
@@ -296,12 +292,18 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def gather_full_tensor(rows: Tensor, like: Tensor) -> Tensor:
-    """All-gather the tensor of which each rank has its rows, if `like` is sharded."""
+    """All-gather the tensor of which each rank has its rows, if `like` is sharded.
+
+    FSDP assigns rows in order: the same number to each rank, and fewer or none to the last ones.
+    These are padded with zeros, as all ranks must send equal sizes.
+    """
     if not is_sharded(like):
         return rows
-    rows = _pad_rows(rows, like)
-    shards = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(shards, rows)
+    size = distributed.get_world_size()
+    padded = rows.new_zeros(-(-len(like) // size), *like.shape[1:])
+    padded[: len(rows)] = rows
+    shards = [torch.empty_like(padded) for _ in range(size)]
+    distributed.all_gather(shards, padded)
     return torch.cat(shards)[: len(like)]
 
 
@@ -309,22 +311,8 @@ def gather_to_main(tensor: Tensor, world: World) -> Tensor | None:
     """Gather a sharded tensor in rank 0's main memory; return None on other ranks."""
     if not is_sharded(tensor):
         return tensor
-    rows = _pad_rows(to_local(tensor).detach(), tensor)
-    shards = [torch.empty_like(rows) for _ in range(world.size)] if world.is_main else None
-    distributed.gather(rows, shards)
-    if shards is None:
-        return None
-    return torch.cat(shards)[: len(tensor)].to("cpu", copy=True)  # without the padding's memory
-
-
-def _pad_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Pad a rank's rows of `like` with zeros, so that all ranks send equal sizes.
-
-    FSDP assigns rows in order: the same number to each rank, and fewer or none to the last ones.
-    """
-    padded = rows.new_zeros(-(-len(like) // distributed.get_world_size()), *like.shape[1:])
-    padded[: len(rows)] = rows
-    return padded
+    full = gather_full_tensor(to_local(tensor).detach(), tensor)
+    return full.to("cpu", copy=True) if world.is_main else None  # without the padding's memory
 
 
 def reduce_norm(norm: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import math
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -38,7 +38,11 @@ from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.data_files import find_data_problem
 from utils.errors import UserError
-from utils.output import Output, align_columns, pluralize, run_command
+from utils.output import Output, pluralize, run_command
+from utils.tables import align_columns
+
+if TYPE_CHECKING:
+    from model import LanguageModel
 
 
 class EvaluateConfig(ModelChoice):
@@ -151,7 +155,56 @@ def open_text(
 
 
 # ----------------------------------------------------------------------------------------------
-# The score
+# The losses and the score
+
+
+def find_window_starts(num_tokens: int, block_size: int, stride: int) -> np.ndarray:
+    """Return the first token of each window, `(W,)` int64, so that the last reaches the end."""
+    inputs = num_tokens - 1  # the last token is a target only
+    further = max(0, math.ceil((inputs - block_size) / stride))
+    return np.arange(1 + further) * stride
+
+
+def compute_token_losses(
+    model: "LanguageModel",
+    tokens: Tokens,
+    stride: int,
+    on_progress: Callable[[int], None] = lambda num_windows: None,
+) -> np.ndarray:
+    """Compute the loss of each of `tokens`, `(N,)`, but the first: `(N - 1,)` float32, in nats.
+
+    N is at least 2, and `stride` from 1 to the model's `block_size`. `on_progress` is called with
+    the number of windows done.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from utils.evaluation import count_parallel_windows, enter_evaluation_mode
+
+    T, rows = model.block_size, max(1, count_parallel_windows(model))
+    device = model.token_embedding.weight.device
+    losses = np.empty(tokens.size - 1, dtype=np.float32)
+    starts = find_window_starts(tokens.size, T, stride)
+    full = starts[starts + T < tokens.size]  # windows with T targets; the last may have fewer
+    batches = [full[first : first + rows] for first in range(0, full.size, rows)]
+    if full.size < starts.size:
+        batches.append(starts[-1:])
+    done = 0
+    with enter_evaluation_mode(model):
+        for batch in batches:
+            length = min(T, tokens.size - 1 - int(batch[-1]))
+            windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
+            windows = torch.from_numpy(windows).to(device)  # (B, length + 1)
+            inputs, targets = windows[:, :-1], windows[:, 1:]
+            logits = model(inputs)[0].float()  # (B, length, V)
+            found = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            for start, row in zip(batch, found.view(targets.shape).cpu().numpy(), strict=True):
+                known = T - stride if start > 0 else 0  # predicted in the windows before
+                losses[start + known : start + length] = row[known:]
+            done += batch.size
+            on_progress(done)
+    return losses
+
 
 TOKENS_PER_CHUNK = 1 << 20  # decoded at once to count characters
 
@@ -346,8 +399,7 @@ def main(argv: Sequence[str]) -> int:
 
     # These bring torch: imported once the settings are known to be good.
     from utils.device import choose_device
-    from utils.evaluation import compute_token_losses, find_window_starts
-    from utils.kernels import quantize
+    from utils.quantization import quantize
 
     model, _ = load_model_from_bundle(bundle, choose_device(config.device))
     if config.quantize == "int8":

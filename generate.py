@@ -4,6 +4,7 @@ tokens = generate_tokens(model, prompt, 200, SamplingParams(temperature=0.8), se
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class SamplingParams:
 
 DEFAULT_SAMPLING = SamplingParams()
 Prompt = Sequence[int] | np.ndarray | Tensor
-UNIFORMS_PER_BATCH = 1024
+UNIFORMS_PER_SEED = 1024  # drawn at once
 
 
 def sample_token(
@@ -121,15 +122,15 @@ def invert_cdf(probabilities: Tensor, draw: Tensor) -> Tensor:
     return (cdf <= target).sum(dim=-1, keepdim=True)
 
 
-def iter_uniforms(seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Yield uniform numbers in [0, 1) without end, `(UNIFORMS_PER_BATCH, B)`: a column per seed.
+def iter_uniforms(seeds: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """Yield uniform numbers in [0, 1) without end, `(B,)`: one per seed.
 
-    A column depends neither on the other seeds nor on the device.
+    A seed's numbers depend neither on the other seeds nor on the device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
-        columns = [torch.rand(UNIFORMS_PER_BATCH, generator=generator) for generator in generators]
-        yield torch.stack(columns, dim=1)
+        columns = [torch.rand(UNIFORMS_PER_SEED, generator=generator) for generator in generators]
+        yield from torch.stack(columns, dim=1).to(device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def stream_tokens(
     ids = expand_prompt(model, prompt, len(seeds))
     if ids.size(1) == 0:
         raise UserError("a prompt needs at least one token")
-    uniforms = iter_uniforms(seeds)
+    uniforms = iter_uniforms(seeds, ids.device)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros((len(seeds), model.vocab_size), dtype=torch.bool, device=ids.device)
@@ -256,11 +257,8 @@ def stream_tokens(
         while done < max_new_tokens:
             if position == T:  # the cache is full
                 unread, position = recent[:, T // 2 :], 0
-            used = done % UNIFORMS_PER_BATCH
-            if used == 0:
-                draws = next(uniforms).to(ids.device)
             decode, number = functools.partial(decode_tokens, model), 1
-            room = min(T - position, max_new_tokens - done, UNIFORMS_PER_BATCH - used)
+            room = min(T - position, max_new_tokens - done)
             if fast is not None and unread.size(1) == 1 and fast.num_tokens <= room:
                 decode, number = fast
             elif fast is not None and done > 0 and position == 0:  # half a window, as compiled
@@ -270,7 +268,7 @@ def stream_tokens(
                 unread.clone(memory_format=torch.contiguous_format),
                 cache.positions[position : position + unread.size(1)],
                 cache,
-                draws[used : used + number],
+                torch.stack(list(itertools.islice(uniforms, number))),
                 sampling,
                 seen,
             )

@@ -441,7 +441,7 @@ def main(argv: Sequence[str]) -> int:
     from fast_decode import compile_decode
     from generate import SamplingParams, stream_tokens
     from utils.device import choose_device, is_out_of_memory
-    from utils.kernels import quantize
+    from utils.quantization import quantize
 
     try:
         device = choose_device(config.device)

@@ -35,14 +35,8 @@ from utils.checks import format_name, format_value
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.files import glob_files, hash_file, is_directory, is_file
-from utils.output import (
-    Output,
-    align_columns,
-    format_age,
-    format_bytes,
-    format_command,
-    run_command,
-)
+from utils.output import Output, format_bytes, format_command, pluralize, run_command
+from utils.tables import align_columns
 
 DEFAULT_DATA = "Shakespeare's plays"  # trained on if `data` is null
 
@@ -183,12 +177,20 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
             f"{state['step']:,}",
             f"{info['parameters']['total']:,}",
             format_bytes(info["bytes"]),
-            format_age(time.time() - info["saved"]),
+            _format_age(time.time() - info["saved"]),
             format_name(Path(data).name) if data else DEFAULT_DATA,
         )
         rows.append(row)
     rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
     return align_columns(rows, right=(1, 2, 3, 4))
+
+
+def _format_age(seconds: float) -> str:
+    """Return `12 seconds ago`, `3 hours ago` or `40 days ago`."""
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= size:
+            return f"{pluralize(int(seconds // size), unit)} ago"
+    return f"{pluralize(max(0, int(seconds)), 'second')} ago"
 
 
 def _get_place(info: Mapping[str, Any]) -> str:
@@ -223,7 +225,7 @@ def format_model(info: Mapping[str, Any]) -> str:
         "MODEL": [
             ("Path", info["path"]),
             ("Size", format_bytes(info["bytes"])),
-            ("Saved", format_age(time.time() - info["saved"])),
+            ("Saved", _format_age(time.time() - info["saved"])),
             ("Data", training.get("data") or DEFAULT_DATA),
             ("Parameters", f"{parameters['total']:,}"),
             *((f"  {part}", f"{n:,}") for part, n in parameters.items() if part != "total" and n),

@@ -269,71 +269,57 @@ DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
 class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
     """Every setting of a run, checked. Bases are reversed, as pydantic starts with the last."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_default_length(cls, values: Any) -> Any:
-        """Set `max_iters` to None if only `epochs` or `max_minutes` is given."""
-        if isinstance(values, dict) and "max_iters" not in values:
-            if values.get("epochs") is not None or values.get("max_minutes") is not None:
-                return {**values, "max_iters": None}
-        return values
-
     @model_validator(mode="after")
-    def _check_conflicts(self, info: ValidationInfo) -> "ModelConfig":
+    def _complete(self, info: ValidationInfo) -> "ModelConfig":
+        """Set the defaults that depend on other settings, and check all settings together."""
         # A single source is checked alone; conflicts with other sources are found after merging.
-        if not (info.context and info.context.get("one_layer")):
-            if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
-                raise ValueError("; ".join(problems))
-            # Bypass `frozen`, and keep resolved defaults out of `model_fields_set`.
-            own = ARCHITECTURES[self.architecture].items()
-            self.__dict__.update({n: value for n, value in own if getattr(self, n) is None})
+        if info.context and info.context.get("one_layer"):
+            return self
+        own = ARCHITECTURES[self.architecture].items()
+        defaults = {name: value for name, value in own if getattr(self, name) is None}
+        if self.epochs is not None or self.max_minutes is not None:
+            if "max_iters" not in self.model_fields_set:
+                defaults["max_iters"] = None
+        # Bypass `frozen`, and keep these out of `model_fields_set`.
+        self.__dict__.update(defaults)
+        if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
+            raise ValueError("; ".join(problems))
         return self
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (settings, problem) for each invalid combination of valid values.
-
-    Settings that failed validation may be absent; rules about them are skipped.
-    """
-
-    def given(*names: str) -> bool:
-        return all(values.get(name) is not None for name in names)
-
-    if given("n_embd", "n_head") and values["n_embd"] % values["n_head"]:
+    """Yield (settings, problem) for each invalid combination of valid values of all settings."""
+    architecture, n_embd, n_head = (values[n] for n in ("architecture", "n_embd", "n_head"))
+    if n_embd % n_head:
+        yield ("n_embd", "n_head"), f"n_embd {n_embd} is not divisible by n_head {n_head}"
+    if architecture == "modern" and values["bias"]:
         yield (
-            ("n_embd", "n_head"),
-            f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}",
+            ("architecture", "bias"),
+            "architecture modern has no biases: set bias to false, or architecture to gpt2",
         )
-    if values.get("architecture") == "modern":
-        if values.get("bias"):
-            yield (
-                ("architecture", "bias"),
-                "architecture modern has no biases: set bias to false, or architecture to gpt2",
-            )
-        if given("n_embd", "n_head") and values["n_embd"] / values["n_head"] % 2 == 1:
-            yield (
-                ("architecture", "n_embd", "n_head"),
-                f"architecture modern needs an even head size, but n_embd {values['n_embd']} / "
-                f"n_head {values['n_head']} is odd",
-            )
-    if given("train_split", "test_split") and values["train_split"] + values["test_split"] >= 1:
+    if architecture == "modern" and n_embd / n_head % 2 == 1:
+        yield (
+            ("architecture", "n_embd", "n_head"),
+            f"architecture modern needs an even head size, but n_embd {n_embd} / n_head {n_head} "
+            "is odd",
+        )
+    if values["train_split"] + values["test_split"] >= 1:
         yield (
             ("train_split", "test_split"),
             f"train_split {values['train_split']:g} and test_split {values['test_split']:g} "
             "leave nothing for validation: their sum must be below 1",
         )
-    if given("min_lr", "learning_rate") and values["min_lr"] > values["learning_rate"]:
+    if values["min_lr"] is not None and values["min_lr"] > values["learning_rate"]:
         yield (
             ("min_lr", "learning_rate"),
             f"min_lr {values['min_lr']:g} is above learning_rate {values['learning_rate']:g}",
         )
-    if given("max_iters", "epochs"):
+    if values["max_iters"] is not None and values["epochs"] is not None:
         yield (
             ("max_iters", "epochs"),
             "max_iters and epochs both set the length of the run: set one of them to null",
         )
-    lengths = ("max_iters", "epochs", "max_minutes")
-    if all(name in values for name in lengths) and not any(map(given, lengths)):
+    if all(values[name] is None for name in ("max_iters", "epochs", "max_minutes")):
         yield (
             ("max_iters",),
             "the length of the run is not set: set max_iters, epochs or max_minutes",

@@ -90,7 +90,8 @@ from utils.device import (
     use_deterministic_kernels,
 )
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
-from utils.evaluation import compute_loss, count_parallel_windows, enter_evaluation_mode
+from utils.evaluation import count_parallel_windows, enter_evaluation_mode
+from utils.isolation import Isolated
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
@@ -103,7 +104,7 @@ from utils.run_manager import (
     write_result,
 )
 from utils.stop import StopRequest
-from utils.tracking import CompositeTracker
+from utils.tracking import Tracker
 from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
 from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
@@ -488,17 +489,18 @@ def estimate_loss(
     """
     rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
-    losses = {}
+    losses, device = {}, next(model.parameters()).device
     with enter_evaluation_mode(model):
         for split in ("train", "val"):
-            total, count = torch.zeros((), device=next(model.parameters()).device), 0
+            total, count = torch.zeros((), device=device), 0
             tokens = data.splits[split]
             for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
                 count += targets.numel()
                 has_own = world.rank < len(inputs)
                 # All ranks must call a sharded model: one without a window repeats rank 0's.
                 own = slice(world.rank if has_own else 0, None, world.size)
-                loss = compute_loss(model, inputs[own], targets[own], precision)
+                with autocast(device, precision):
+                    _, loss = model(inputs[own].to(device), targets[own].to(device))
                 total += loss * (targets[own].numel() if has_own else 0)
             losses[split] = world.all_reduce_sum(total).item() / count
     return losses
@@ -793,24 +795,22 @@ def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
     Ranks above 0 log the same numbers to nowhere, as any rank must fail on a non-finite loss.
     """
     config, is_main = trainer.config, trainer.world.is_main
-    trackers = {"TensorBoard": lambda: TensorBoardTracker(run.tensorboard)}
-    if config.aim_logging:
-        trackers["Aim"] = lambda: AimTracker(get_aim_repo(config), run.run_id)
-    tracker = CompositeTracker(trackers if is_main else {}, output.print_warning)
+    trackers: Isolated[Tracker] = Isolated(output.print_warning, lambda tracker: tracker.close())
     if is_main:
+        trackers.add("TensorBoard", lambda: TensorBoardTracker(run.tensorboard))
+        if config.aim_logging:
+            trackers.add("Aim", lambda: AimTracker(get_aim_repo(config), run.run_id))
         record = read_record(run.path)
         about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
         about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
-        tracker.log_config(record["config"], about)
+        trackers.call_each(lambda tracker: tracker.log_config(record["config"], about))
     return RunLogger(
         run.metrics if is_main else Path(os.devnull),
         run.samples if is_main else Path(os.devnull),
-        tracker,
+        trackers,
         output,
+        config,
         first_step=trainer.plan.start_step,
-        max_iters=config.max_iters,
-        tokens_per_step=config.batch_size * config.block_size,
-        interval=config.log_interval,
         may_overflow=trainer.precision == "fp16",
     )
 

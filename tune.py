@@ -41,8 +41,9 @@ from utils.checks import format_name, format_value, suggest_name, validate_value
 from utils.command_line import CommandLine, format_flag
 from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
-from utils.output import Output, align_columns, format_command, pluralize, run_command
+from utils.output import Output, format_command, pluralize, run_command
 from utils.ranks import Ranks
+from utils.tables import align_columns
 
 if TYPE_CHECKING:  # Optuna is imported once the settings are known to be good
     from optuna import Study, Trial

@@ -20,8 +20,8 @@ from model import LanguageModel
 from parameters import ModelConfig
 from trainer import train
 from utils.device import synchronize
-from utils.kernels import Int8Linear, quantize
 from utils.output import Output
+from utils.quantization import Int8Linear, quantize
 
 V = 65  # the characters of Tiny Shakespeare
 SHAPES = {

@@ -389,7 +389,7 @@ def test_aim_has_everything_that_a_run_logs_once(tiny, quiet):
     (run,) = find_runs(".").values()
     assert run.name == result.run_dir.name
     logged: dict = {}
-    names = {get_tag(m.name, subset): (m.name, subset) for m in METRICS for subset in m.subsets}
+    names = {get_tag(n, subset): (n, subset) for n, m in METRICS.items() for subset in m.subsets}
     for line in RunDirectory(result.run_dir).metrics.read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         step = values.pop("step")

@@ -411,7 +411,7 @@ def test_a_dry_run_is_printed_once_and_writes_nothing(flags):
 def test_the_collectives_of_a_single_process_return_its_own_values():
     world = World()
     assert world.is_main and world.get_rows(8) == slice(0, 8)
-    assert world.all_reduce_max(3, 4) == [3, 4] and world.gather("x") == ["x"]
+    assert world.all_reduce_max(3, 4) == [3, 4] and world.all_gather("x") == ["x"]
     assert world.broadcast_from_main(lambda: 5) == world.run_on_all_ranks(lambda: 5) == 5
     with open_world(ModelConfig()) as opened:
         assert opened == world and not torch.distributed.is_initialized()
@@ -432,7 +432,7 @@ def check_collectives(rank: int) -> None:
         assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
         assert world.all_reduce_max(rank, -rank) == [1, 0]
         assert world.all_reduce_sum(torch.tensor(float(rank + 1))).item() == 3
-        assert world.gather(rank) == ([0, 1] if rank == 0 else [])
+        assert world.all_gather(rank) == [0, 1]
         assert world.broadcast_from_main(lambda: f"of {rank}") == "of 0"
         assert world.run_on_all_ranks(lambda: rank) == rank
 

@@ -195,9 +195,9 @@ def test_every_relative_link_and_anchor_resolves(page):
 
 
 def test_the_tracking_page_has_every_metric_as_it_is_declared():
-    for metric in METRICS:
-        tags = ", ".join(f"`{get_tag(metric.name, subset)}`" for subset in metric.subsets)
-        row = f"| {metric.name} | {tags} | {metric.unit} | {metric.meaning} |"
+    for name, metric in METRICS.items():
+        tags = ", ".join(f"`{get_tag(name, subset)}`" for subset in metric.subsets)
+        row = f"| {name} | {tags} | {metric.unit} | {metric.meaning} |"
         assert row in TEXTS["docs/tracking.md"], row
 
 

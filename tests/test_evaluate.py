@@ -1,4 +1,4 @@
-"""evaluate.py and utils/evaluation.py: the losses of a text, the score, the surprise view.
+"""evaluate.py: the losses of a text, the score, the surprise view.
 
 python -m pytest tests/test_evaluate.py
 """
@@ -25,8 +25,10 @@ from evaluate import (
     HEAT,
     Piece,
     compute_score,
+    compute_token_losses,
     draw_surprise,
     escape_control,
+    find_window_starts,
     format_surprise_table,
     get_heat_style,
     print_surprise,
@@ -36,7 +38,6 @@ from model import LanguageModel
 from tokenizer import CharTokenizer, create_tokenizer
 from trainer import estimate_loss, train
 from utils.errors import UserError
-from utils.evaluation import compute_loss, compute_token_losses, find_window_starts
 from utils.output import Output
 
 KEYS = (
@@ -157,11 +158,12 @@ def test_with_a_stride_of_block_size_the_loss_is_that_of_trainings_evaluation(
 
 
 def test_per_token_losses_average_to_the_mean_loss(tiny):
-    model, ids = make_random_model(tiny(block_size=8), 7), torch.randint(7, (3, 9))
-    mean = compute_loss(model, ids[:, :-1], ids[:, 1:])
-    losses = compute_loss(model, ids[:, :-1], ids[:, 1:], mean=False)
-    assert losses.shape == (3, 8)
-    torch.testing.assert_close(losses.mean(), mean)
+    model, ids = make_random_model(tiny(block_size=8), 7), random_ids(3 * 8 + 1, 7)
+    windows = torch.from_numpy(ids.astype(np.int64))
+    _, mean = model(windows[:-1].view(3, 8), windows[1:].view(3, 8))
+    losses = compute_token_losses(model, ids, stride=8)
+    assert losses.shape == (24,)
+    assert losses.mean() == pytest.approx(mean.item(), rel=1e-5)
 
 
 def test_dropout_is_off_and_the_models_mode_is_restored(tiny):

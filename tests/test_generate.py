@@ -3,6 +3,7 @@
 python -m pytest tests/test_generate.py
 """
 
+import itertools
 import math
 import shutil
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from fast_decode import MIN_TOKENS_TO_COMPILE, compile_decode
 from generate import (
-    UNIFORMS_PER_BATCH,
+    UNIFORMS_PER_SEED,
     KVCache,
     SamplingParams,
     apply_repetition_penalty,
@@ -33,7 +34,7 @@ from parameters import ModelConfig
 from tokenizer import create_tokenizer
 from utils.device import choose_backend
 from utils.errors import UserError
-from utils.kernels import quantize
+from utils.quantization import quantize
 
 V = 11
 LOGITS = torch.tensor([0.5, 0.05, 0.25, 0.2]).log()[None]  # of these probabilities
@@ -137,13 +138,17 @@ def test_a_token_of_probability_0_is_never_sampled(draw):
     assert invert_cdf(probabilities, torch.tensor([draw])).item() == (2 if draw < 0.6 else 4)
 
 
+def draw_uniforms(seeds, count: int) -> torch.Tensor:
+    return torch.stack(list(itertools.islice(iter_uniforms(seeds, torch.device("cpu")), count)))
+
+
 def test_a_seeds_draws_do_not_depend_on_the_other_seeds():
-    alone, among = iter_uniforms([7]), iter_uniforms([6, 7])
-    for _ in range(2):
-        numbers, pairs = next(alone), next(among)
-        assert torch.equal(numbers[:, 0], pairs[:, 1])
-        assert not torch.equal(pairs[:, 0], pairs[:, 1])
-        assert 0 <= numbers.min() < numbers.max() < 1
+    count = 2 * UNIFORMS_PER_SEED
+    numbers, pairs = draw_uniforms([7], count), draw_uniforms([6, 7], count)
+    assert torch.equal(numbers[:, 0], pairs[:, 1])
+    assert not torch.equal(pairs[:, 0], pairs[:, 1])
+    assert 0 <= numbers.min() < numbers.max() < 1
+    assert numbers.unique().numel() > count // 2  # the second half is not the first again
 
 
 @pytest.mark.parametrize(
@@ -193,10 +198,7 @@ def generate_without_cache(model, prompt, length, sampling, seed=0) -> list[int]
     """Follow the rule of `stream_tokens` without a cache: run the whole window for each token."""
     ids, T = list(prompt), model.block_size
     window = ids[-T:]
-    numbers = torch.cat(
-        [chance for chance, _ in zip(iter_uniforms([seed]), range(2), strict=False)]
-    )
-    for draw in numbers[:length]:
+    for draw in draw_uniforms([seed], length):
         if len(window) > T:
             window = window[-(T - T // 2) :]
         logits = model.eval()(torch.tensor([window]))[0][:, -1, : model.num_tokens]
@@ -255,7 +257,7 @@ def test_cache_entries_beyond_the_last_position_are_masked():
 @torch.no_grad()
 def test_the_window_rule_holds_in_a_long_text():
     model, sampling = make(block_size=4, n_layer=1), SamplingParams(temperature=2)
-    length = UNIFORMS_PER_BATCH + 50  # draws come in batches
+    length = UNIFORMS_PER_SEED + 50  # draws come in batches
     out = generate_tokens(model, [1], length, sampling, seeds=[7])
     assert out[0].tolist() == generate_without_cache(model, [1], length, sampling, seed=7)
 

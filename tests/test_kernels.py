@@ -1,4 +1,4 @@
-"""utils/kernels.py: each kernel against the plain expression that it replaces.
+"""utils/kernels.py, utils/quantization.py: each kernel against the expression that it replaces.
 
 python -m pytest tests/test_kernels.py
 """
@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from utils.errors import UserError
 from utils.kernels import (
     RMS_EPSILON,
-    Int8Linear,
     apply_cached_attention,
     apply_causal_attention,
     apply_rms_norm,
     attend_one_query,
-    quantize,
 )
+from utils.quantization import Int8Linear, quantize
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

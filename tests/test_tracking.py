@@ -18,16 +18,17 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from parameters import ModelConfig
 from utils.errors import RunError
+from utils.isolation import Isolated
 from utils.output import Output
-from utils.tracking import CompositeTracker
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import METRICS, get_tag
 from utils.tracking.run_logger import MAX_OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
 from utils.tracking.tensorboard import TensorBoardTracker
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
-HISTOGRAM = Histogram.from_tensor(torch.tensor([0.0, 1.0, 1.0]), bins=2)
+LOSSES = {"train": 1.0, "val": 2.0}
 
 
 class Recorder:
@@ -61,23 +62,36 @@ class Recorder:
         self._store("close")
 
 
+def create_logger(directory, trackers, output, interval, max_iters=100, **options) -> RunLogger:
+    config = ModelConfig(batch_size=8, block_size=8, log_interval=interval, max_iters=max_iters)
+    files = (directory / "metrics.jsonl", directory / "samples.jsonl")
+    return RunLogger(*files, trackers, output, config, **{"first_step": 0, **options})
+
+
+def step(log, number, loss=1.0, grad_norm=2.0):
+    log.log_step(number, torch.tensor(loss), torch.tensor(grad_norm), 0.1)
+
+
 @pytest.mark.parametrize("broken", CALLS)
-def test_a_tracker_that_raises_is_dropped_with_one_warning(broken):
+def test_a_tracker_that_raises_is_dropped_with_one_warning(broken, tmp_path):
     healthy, warnings = Recorder(), []
-    factories = {"Broken": lambda: Recorder(broken), "Healthy": lambda: healthy}
-    tracker = CompositeTracker(factories, lambda *words: warnings.append(words))
-    tracker.log_config({}, {})
-    for step in (1, 2):
-        tracker.log_metrics({"loss": 1.0}, step, "train")
-        tracker.log_histograms({"w": HISTOGRAM}, step)
-        tracker.log_text("sample", "text", step)
-        tracker.flush()
-    tracker.close()
+    trackers = Isolated(lambda *words: warnings.append(words), lambda tracker: tracker.close())
+    trackers.add("Broken", lambda: Recorder(broken))
+    trackers.add("Healthy", lambda: healthy)
+    trackers.call_each(lambda tracker: tracker.log_config({}, {}))
+    log = create_logger(tmp_path, trackers, Output(quiet=True), interval=1)
+    for number in (1, 2):
+        step(log, number)
+        log.log_histograms(number, {"w": torch.tensor([0.0, 1.0, 1.0])})
+        log.log_sample(number, "text")
+        log.log_evaluation(number, LOSSES, LOSSES, is_best=False)
+    log.close()
     ((warning, details),) = warnings
     assert "Broken" in warning and f"{broken} is broken" in warning and "\n" not in warning
     assert "Traceback" in details
     assert "RuntimeError" in details
-    each = ["log_metrics", "log_histograms", "log_text", "flush"]
+    evaluated = ["log_metrics", "log_metrics", "flush"]
+    each = ["log_metrics", "log_histograms", "log_text", *evaluated]
     assert [call[0] for call in healthy.calls] == ["make", "log_config", *each * 2, "close"]
 
 
@@ -229,7 +243,7 @@ def test_a_histogram_takes_every_floating_type(dtype):
 
 
 def test_tags_are_declared_once_and_differ():
-    tags = [get_tag(metric.name, subset) for metric in METRICS for subset in metric.subsets]
+    tags = [get_tag(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
     assert len(tags) == len(set(tags))
     with pytest.raises(KeyError):
         get_tag("undeclared", "train")
@@ -243,16 +257,9 @@ def make_logger(tmp_path):
     def make(interval: int = 3, max_iters: int = 100, stream=None, first_step: int = 0):
         recorder = Recorder()
         output = Output(stream=stream or io.StringIO())
-        log = RunLogger(
-            tmp_path / "metrics.jsonl",
-            tmp_path / "samples.jsonl",
-            CompositeTracker({"Recorder": lambda: recorder}, output.print_warning),
-            output,
-            first_step=first_step,
-            max_iters=max_iters,
-            tokens_per_step=64,
-            interval=interval,
-        )
+        trackers = Isolated(output.print_warning)
+        trackers.add("Recorder", lambda: recorder)
+        log = create_logger(tmp_path, trackers, output, interval, max_iters, first_step=first_step)
         return log, recorder, output
 
     return make
@@ -261,10 +268,6 @@ def make_logger(tmp_path):
 def lines(tmp_path) -> list[dict]:
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def step(log, number, loss=1.0):
-    log.log_step(number, torch.tensor(loss), torch.tensor(2.0), 0.1)
 
 
 def test_the_speed_excludes_evaluations(make_logger, tmp_path, monkeypatch):
@@ -413,10 +416,8 @@ def test_there_is_no_spike_before_there_is_a_mean():
 
 
 def test_a_spike_is_one_line_with_its_step_and_loss(tmp_path, capsys):
-    tracker = CompositeTracker({}, lambda *words: None)
-    lengths = {"first_step": 0, "max_iters": 300, "tokens_per_step": 8, "interval": 50}
-    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLogger(*files, tracker, Output(), **lengths)
+    trackers, output = Isolated(lambda *words: None), Output()
+    log = create_logger(tmp_path, trackers, output, 50, 300)
     for step in range(1, 301):
         loss = 9.0 if step == 250 else falling(step)
         log.log_step(step, torch.tensor(loss), torch.tensor(4.5), 1e-3)
@@ -427,10 +428,8 @@ def test_a_spike_is_one_line_with_its_step_and_loss(tmp_path, capsys):
 
 
 def test_with_fp16_a_gradient_may_overflow_but_not_the_loss(tmp_path):
-    tracker = CompositeTracker({}, lambda *words: None)
-    lengths = {"first_step": 0, "max_iters": 9, "tokens_per_step": 8, "interval": 1}
-    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    trackers, output = Isolated(lambda *words: None), Output(quiet=True)
+    log = create_logger(tmp_path, trackers, output, 1, 9, may_overflow=True)
     log.log_step(1, torch.tensor(1.0), torch.tensor(math.inf), 1e-3)
     with pytest.raises(RunError, match=r"loss is nan.* at step 2"):
         log.log_step(2, torch.tensor(math.nan), torch.tensor(1.0), 1e-3)
@@ -438,10 +437,8 @@ def test_with_fp16_a_gradient_may_overflow_but_not_the_loss(tmp_path):
 
 
 def test_fp16_that_overflows_in_many_consecutive_steps_stops_the_run(tmp_path):
-    tracker = CompositeTracker({}, lambda *words: None)
-    lengths = {"first_step": 0, "max_iters": 99, "tokens_per_step": 8, "interval": 1}
-    files = (tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    log = RunLogger(*files, tracker, Output(quiet=True), **lengths, may_overflow=True)
+    trackers, output = Isolated(lambda *words: None), Output(quiet=True)
+    log = create_logger(tmp_path, trackers, output, 1, 99, may_overflow=True)
     norms = [math.inf] * (MAX_OVERFLOWS - 1) + [1.0] + [math.nan] * MAX_OVERFLOWS
     with pytest.raises(RunError, match=r"fp16 at step 50 .*--precision bf16"):
         for step, norm in enumerate(norms, start=1):

@@ -123,7 +123,8 @@ class CommandLine:
             return
         # A missing value is reported after parsing, together with all other problems.
         how = "append" if action.repeats else "store"
-        add("", action=how, nargs="?", const=_NO_VALUE, metavar=metavar, help=meaning)
+        alone = _SWITCHES[metavar][0] if metavar in _SWITCHES else _NO_VALUE
+        add("", action=how, nargs="?", const=alone, metavar=metavar, help=meaning)
         if metavar in _SWITCHES:
             add("no_", action="store_const", const=_SWITCHES[metavar][1], help=argparse.SUPPRESS)
 
@@ -139,9 +140,7 @@ class CommandLine:
         actions: dict[str, Any] = {}
         for name, value in vars(known).items():
             metavar, parts = self._metavars[name], value if isinstance(value, list) else [value]
-            if value is _NO_VALUE and metavar in _SWITCHES:
-                texts[name] = _SWITCHES[metavar][0]
-            elif any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in parts):
+            if any(v is _NO_VALUE or (v == "" and metavar != _TEXT) for v in parts):
                 flag = format_flag(name)
                 dash = f"; one that begins with a dash is written {flag}=VALUE"
                 shown = flag if flag in self._flags else metavar  # an operand has no flag

@@ -30,36 +30,30 @@ def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
     Under torchrun every rank has its own CUDA device, or all ranks share the CPU. Raises
     `UserError` if the device is not available.
     """
-    if ranks is not None and ranks.size > 1:
-        return _choose_device_of_rank(requested, ranks)
+    ranks = ranks or Ranks()
     if requested == "auto":
-        has_mps = torch.backends.mps.is_available()
+        has_mps = ranks.size == 1 and torch.backends.mps.is_available()
         requested = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(requested)
     if device.type == "cpu":
         return device
+    if ranks.size > 1:
+        if device != torch.device("cuda"):
+            raise UserError(
+                f"--device {requested} is one device, and there are {ranks.size} processes: "
+                "take --device auto, cuda or cpu"
+            )
+        device = torch.device("cuda", ranks.local_rank)
     is_cuda = device.type == "cuda"
     number = torch.cuda.device_count() if is_cuda else int(torch.backends.mps.is_available())
-    if (device.index or 0) >= number:
+    if max(device.index or 0, ranks.local_size - 1) >= number:
         found = pluralize(number, f"{device.type.upper()} device")
-        raise UserError(f"--device {requested}: PyTorch sees {found} here; try --device auto")
+        who, remedy = "", "try --device auto"
+        if ranks.size > 1:
+            who = f" for {ranks.local_size} processes on this machine"
+            remedy = "start fewer, or try --device cpu"
+        raise UserError(f"--device {requested}{who}: PyTorch sees {found} here; {remedy}")
     return device
-
-
-def _choose_device_of_rank(requested: str, ranks: Ranks) -> torch.device:
-    if requested == "mps" or ":" in requested:
-        raise UserError(
-            f"--device {requested} is one device, and there are {ranks.size} processes: "
-            "take --device auto, cuda or cpu"
-        )
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if ranks.local_size > torch.cuda.device_count():
-        raise UserError(
-            f"{ranks.local_size} processes on this machine need a CUDA device each, and PyTorch "
-            f"sees {torch.cuda.device_count()} here: start fewer, or take --device cpu"
-        )
-    return torch.device("cuda", ranks.local_rank)
 
 
 def describe_device(device: torch.device) -> str:

@@ -195,25 +195,6 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows of cells as lines with aligned columns, those in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def align(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(f"{c:{'>' if i in right else '<'}{w}}" for i, (c, w) in enumerate(cells))
-
-    return "\n".join(align(row).rstrip() for row in rows)
-
-
-def format_age(seconds: float) -> str:
-    """Return `12 seconds ago`, `3 hours ago` or `40 days ago`."""
-    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= size:
-            return f"{pluralize(int(seconds // size), unit)} ago"
-    return f"{pluralize(max(0, int(seconds)), 'second')} ago"
-
-
 def format_bytes(count: float) -> str:
     """Return `512 B`, `1.5 KB`, `20.3 MB`: powers of 1000, at most GB."""
     if count < 1000:

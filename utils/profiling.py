@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.device import synchronize
-from utils.output import align_columns, format_bytes
+from utils.output import format_bytes
+from utils.tables import align_columns
 
 WARMUP = 5  # calls
 TRACED = 5  # calls under PyTorch's profiler

@@ -13,7 +13,6 @@ from parameters import ModelConfig
 from utils.command_line import format_flag
 from utils.device import describe_device
 from utils.output import (
-    align_columns,
     format_bytes,
     format_char_counts,
     format_command,
@@ -155,8 +154,9 @@ def format_result(
     elif not trainer.plan.is_resume:
         record = f"{run}/meta/full_config.json{_format_callback_flags(trainer)}"
         commands.append((f"{_format_train_command()} --config {record}", "repeat this run"))
+    places = [f"{label:<17} {place}" for label, place in rows]
     lines = [f"  {command}{f'   # {what}' if what else ''}" for command, what in commands]
-    return "\n".join([heading, align_columns(rows), "", "Next:", *lines])
+    return "\n".join([heading, *places, "", "Next:", *lines])
 
 
 def format_resume_command(trainer: "Trainer", run_dir: Path) -> str:

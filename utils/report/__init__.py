@@ -13,7 +13,7 @@ from utils.files import write_atomic
 from utils.output import format_duration
 from utils.report.charts import Line, compute_chart
 from utils.report.runs import SPEED, STEP_LOSS, TRAIN, VAL, Run
-from utils.tracking.metrics import get_metric, get_tag
+from utils.tracking.metrics import METRICS, get_tag
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # Characters that HTML or XML does not allow; a model may generate them all the same.
@@ -62,7 +62,7 @@ def render(template: str, **values: Any) -> bytes:
     environment.globals |= {
         "VAL": VAL,
         "VAL_BITS": get_tag("bits_per_byte", "val"),
-        "unit": get_metric("eval_loss").unit,
+        "unit": METRICS["eval_loss"].unit,
     }
     page = environment.get_template(template).render(values)
     return page.translate(CONTROLS).encode("utf-8", "backslashreplace")

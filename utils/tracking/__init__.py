@@ -1,9 +1,7 @@
 """Trackers: one small interface to TensorBoard and Aim."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
-
-from utils.isolation import Isolated
 
 if TYPE_CHECKING:  # needs torch, and report.py reads utils.tracking.metrics without it
     from utils.tracking.histograms import Histogram
@@ -29,34 +27,3 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Flush and release everything. Called once, however the run ends."""
-
-
-def _forward(method: str) -> Callable[..., None]:
-    def call(self: "CompositeTracker", *arguments: Any) -> None:
-        self._trackers.call_each(lambda tracker: getattr(tracker, method)(*arguments))
-
-    return call
-
-
-class CompositeTracker:
-    """Pass every call on to several trackers; one that raises is dropped with one warning.
-
-    `factories` create the trackers; `warn` is called with a warning and its traceback.
-    """
-
-    def __init__(
-        self, factories: Mapping[str, Callable[[], Tracker]], warn: Callable[[str, str], None]
-    ):
-        self._trackers: Isolated[Tracker] = Isolated(warn, discard=lambda tracker: tracker.close())
-        for name, create in factories.items():
-            self._trackers.add(name, create)
-
-    log_config = _forward("log_config")
-    log_metrics = _forward("log_metrics")
-    log_histograms = _forward("log_histograms")
-    log_text = _forward("log_text")
-    flush = _forward("flush")
-
-    def close(self) -> None:
-        """Close every tracker."""
-        self._trackers.close_each(lambda tracker: tracker.close())

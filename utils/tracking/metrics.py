@@ -13,58 +13,47 @@ class Metric:
     `tag` is its name in TensorBoard and `metrics.jsonl`, with `{subset}` for one of `subsets`.
     """
 
-    name: str
     unit: str
     meaning: str
     tag: str
     subsets: tuple[str, ...] = ("train",)
 
 
-METRICS = (
-    Metric(
-        "loss",
+METRICS = {
+    "loss": Metric(
         "nats per token",
         "Mean cross-entropy of the step's batch, before the weights change. Every step.",
         "loss/{subset}",
     ),
-    Metric(
-        "learning_rate", "", "AdamW's rate, by the schedule; Muon's is twice it.", "learning_rate"
+    "learning_rate": Metric(
+        "", "AdamW's rate, by the schedule; Muon's is twice it.", "learning_rate"
     ),
-    Metric("grad_norm", "", "Gradient norm before clipping.", "grad_norm"),
-    Metric(
-        "tokens_per_second",
+    "grad_norm": Metric("", "Gradient norm before clipping.", "grad_norm"),
+    "tokens_per_second": Metric(
         "tokens/s",
         "Mean speed since the last printed line; evaluations and saves do not count.",
         "tokens_per_second",
     ),
-    Metric(
-        "eval_loss",
+    "eval_loss": Metric(
         "nats per token",
         "Mean cross-entropy over the fixed batches of an evaluation, without dropout.",
         "eval/{subset}_loss",
         ("train", "val"),
     ),
-    Metric(
-        "bits_per_byte",
+    "bits_per_byte": Metric(
         "bits",
         "eval_loss for each byte of the text: comparable between tokenizers.",
         "eval/{subset}_bits_per_byte",
         ("train", "val"),
     ),
-    Metric(
-        "nonfinite",
+    "nonfinite": Metric(
         "values",
         "Weights and gradients that were NaN or infinite when a histogram was made; only if any.",
         "nonfinite",
     ),
-)
-
-
-def get_metric(name: str) -> Metric:
-    """Return the declaration of a metric. Raises KeyError for an undeclared one."""
-    return {metric.name: metric for metric in METRICS}[name]
+}
 
 
 def get_tag(name: str, subset: str) -> str:
     """Return the tag of a metric. Raises KeyError for an undeclared one."""
-    return get_metric(name).tag.format(subset=subset)
+    return METRICS[name].tag.format(subset=subset)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from parameters import ModelConfig
 from utils.errors import RunError
+from utils.isolation import Isolated
 from utils.output import Output, format_duration
-from utils.tracking import CompositeTracker
+from utils.tracking import Tracker
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import get_tag
 
@@ -54,12 +56,10 @@ class RunLogger:
 
     metrics: Path  # metrics.jsonl; unlike a tracker's, its failure ends the run
     samples: Path  # samples.jsonl
-    tracker: CompositeTracker
+    trackers: Isolated[Tracker]
     output: Output
+    config: ModelConfig  # with max_iters; numbers are fetched and printed each log_interval steps
     first_step: int  # steps made before this run
-    max_iters: int  # the last step
-    tokens_per_step: int  # B times T
-    interval: int  # steps between two fetches, and so between two printed lines
     may_overflow: bool = False  # the gradient, as with fp16, which skips that step
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class RunLogger:
         """
         self._queued.append((step, self._elapsed(), learning_rate))
         self._on_device += [loss, grad_norm]
-        if len(self._queued) >= self.interval:
+        if len(self._queued) >= self.config.log_interval:
             self.flush_steps()
         self.output.advance(step, self._status)
 
@@ -96,7 +96,7 @@ class RunLogger:
             return
         values = torch.stack(self._on_device).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._timer) / len(self._queued)
-        speed = self.tokens_per_step / seconds
+        speed = self.config.batch_size * self.config.block_size / seconds
         fetched = zip(self._queued, values[::2], values[1::2], strict=True)
         for (step, elapsed, learning_rate), loss, grad_norm in fetched:
             metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
@@ -104,7 +104,7 @@ class RunLogger:
             self._check_step(step, loss, grad_norm)
         self._queued, self._on_device = [], []
         seconds_per_step = self._elapsed() / (step - self.first_step)
-        left = format_duration(seconds_per_step * (self.max_iters - step))
+        left = format_duration(seconds_per_step * (self.config.max_iters - step))
         self._status = f"loss {loss:.4f}  {speed:,.0f} tok/s  {left} left"
         self.output.print_step(
             f"step {self._format_step(step)}  loss {loss:7.4f}  lr {learning_rate:.2e}  "
@@ -140,7 +140,7 @@ class RunLogger:
         """Log and print an evaluation: each split's mean loss, and its bits per byte."""
         both = {split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in bits}
         self._record(step, self._elapsed(), both)
-        self.tracker.flush()
+        self.trackers.call_each(lambda tracker: tracker.flush())
         if not all(map(math.isfinite, losses.values())):
             raise RunError(f"the evaluation's loss is not finite at step {step}: {dict(losses)}")
         self.output.print(
@@ -152,14 +152,14 @@ class RunLogger:
     def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Log a histogram of each tensor, and the number of values that are not finite."""
         histograms = {name: Histogram.from_tensor(tensor) for name, tensor in tensors.items()}
-        self.tracker.log_histograms(histograms, step)
+        self.trackers.call_each(lambda tracker: tracker.log_histograms(histograms, step))
         if nonfinite := sum(histogram.nonfinite for histogram in histograms.values()):
             self._record(step, self._elapsed(), {"train": {"nonfinite": nonfinite}})
 
     def log_sample(self, step: int, text: str) -> None:
         """Log and print generated text."""
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
-        self.tracker.log_text("sample", text, step)
+        self.trackers.call_each(lambda tracker: tracker.log_text("sample", text, step))
         self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
 
     def reset_timer(self) -> None:
@@ -168,7 +168,7 @@ class RunLogger:
 
     def close(self) -> None:
         """Close the trackers and the files."""
-        self.tracker.close()
+        self.trackers.close_each(lambda tracker: tracker.close())
         self._samples.close()
         self._metrics.close()
 
@@ -176,16 +176,22 @@ class RunLogger:
         return time.perf_counter() - self._start
 
     def _format_step(self, step: int) -> str:
-        return f"{step:>{len(str(self.max_iters))}}/{self.max_iters}"
+        last = str(self.config.max_iters)
+        return f"{step:>{len(last)}}/{last}"
 
     def _record(
         self, step: int, elapsed: float, metrics: Mapping[str, Mapping[str, float]]
     ) -> None:
         """Write the numbers of each subset to `metrics.jsonl`, in one line, and to the trackers."""
         line: dict[str, float | None] = {"step": step, "seconds": round(elapsed, 3)}
+
+        def log(tracker: Tracker) -> None:
+            for subset, values in metrics.items():
+                tracker.log_metrics(values, step, subset)
+
+        self.trackers.call_each(log)
         for subset, values in metrics.items():
             for name, value in values.items():
                 # JSON has no NaN and no infinity: they become null.
                 line[get_tag(name, subset)] = value if math.isfinite(value) else None
-            self.tracker.log_metrics(values, step, subset)
         self._metrics.write(json.dumps(line) + "\n")
