@@ -201,8 +201,9 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
         if loader.get(name).value is not None:
             problems.append(f"{loader.get(name).source}: {name}: trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
-    own = {"study": study}
-    problems += validate_values(StudySettings, own, strings=False, label=format_flag)[1]
+    problems += validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)[
+        1
+    ]
     studies = Path(loader.get("runs_dir").value) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")
