@@ -240,9 +240,7 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
             problems.append(f"{source}: {alias} is an alias of {name}: remove one")
         else:
             known[name] = value
-    valid, wrong = validate_values(
-        ModelConfig, known, strings=False, label=lambda name: f"{source}: {name}"
-    )
+    valid, wrong = validate_values(ModelConfig, known, label=lambda name: f"{source}: {name}")
     problems += wrong
     return {name: Setting(value, source) for name, value in valid.items()}
 

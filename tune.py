@@ -131,9 +131,8 @@ def _check_values(name: str, values: Any, label: str, problems: list[str]) -> An
     keys = ("low", "high") if is_range else range(len(values) if isinstance(values, list) else 0)
     for key in keys:
         where = f"{label}: {key}" if is_range else label
-        settings, wrong = validate_values(
-            ModelConfig, {name: checked[key]}, strings=False, label=lambda _, where=where: where
-        )
+        value = {name: checked[key]}
+        settings, wrong = validate_values(ModelConfig, value, label=lambda _, w=where: w)
         checked[key] = settings.get(name)
         found += wrong
     if is_range:
@@ -201,9 +200,7 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
         if loader.get(name).value is not None:
             problems.append(f"{loader.get(name).source}: {name}: trials name their runs: remove it")
     study = order.study or Path(order.space or "study").stem
-    problems += validate_values(StudySettings, {"study": study}, strings=False, label=format_flag)[
-        1
-    ]
+    problems += validate_values(StudySettings, {"study": study}, label=format_flag)[1]
     studies = Path(loader.get("runs_dir").value) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
     journal = Path(storage).with_suffix(".log")

@@ -65,7 +65,7 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 
 def validate_values(
-    schema: type[Settings], values: Mapping[str, Any], *, strings: bool, label: Callable
+    schema: type[Settings], values: Mapping[str, Any], *, label: Callable, strings: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """Validate one layer of settings: return the valid values, and a message for each other one.
 
