@@ -99,15 +99,15 @@ class CheckpointWriter:
         self.world.broadcast_from_main(publish)
 
     def _copy_newest(self, state: TrainingState) -> None:
-        """Copy the newest checkpoint where it belongs, then remove those not to be kept."""
+        """Copy the newest checkpoint to export and named model, then remove those not to keep."""
         best_step = state.get_fact("best_step")
         if best_step == state.step:
             copy_bundle(self.newest, self.run.export, with_optimizer=False)
         if self.named_model:
             copy_bundle(self.newest, self.named_model)
         checkpoints = list_checkpoints(self.run.path)
-        every = self.config.keep_every
-        for path in checkpoints[: -(self.config.keep_checkpoints or len(checkpoints))]:
+        keep, every = self.config.keep_checkpoints, self.config.keep_every
+        for path in checkpoints[:-keep] if keep else ():
             step = parse_step(path)
             if step != best_step and not (every and step % every == 0):
                 remove_bundle(path)
@@ -125,7 +125,8 @@ def _write_optimizer(path: Path, state: dict[str, Any]) -> None:
         with open(path, "wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
-        # If the disk is full, torch reports its own file position; the OSError is the context.
+        # If the disk is full, torch.save raises an error about its file position while it handles
+        # the OSError.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -137,9 +138,10 @@ def _gather_optimizer_state(
     scaler: torch.amp.GradScaler,
     world: World,
 ) -> dict[str, Any]:
-    """Return the content of `optimizer.pt`: tensors and plain Python, keyed by parameter name.
+    """Return the content of `optimizer.pt`, as tensors and plain Python values.
 
-    `generators` are those of rank 0, and `other_generators` those of the ranks after it.
+    `state` is keyed by parameter name. `generators` are the generator states of rank 0, and
+    `other_generators` those of the ranks after it.
     """
     names = _list_parameter_names(model, optimizer)
     state = {
@@ -167,7 +169,7 @@ def _list_parameter_names(model: LanguageModel, optimizer: torch.optim.Optimizer
 
 
 def _get_generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of the global generators, which only dropout draws from.
+    """Return the states of the global generators, for initialization and dropout.
 
     Batches are functions of (seed, step), and samples have a generator of their own.
     """
@@ -187,8 +189,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     tokenizer = restore_tokenizer(bundle.tokenizer)
     if tokenizer.vocab_size != bundle.vocab_size:
         raise UserError(
-            f"{bundle.path}: tokenizer.json has {tokenizer.vocab_size} tokens and config.json "
-            f"{bundle.vocab_size}: these files are not of one model"
+            f"{bundle.path}: tokenizer.json has a vocabulary of {tokenizer.vocab_size} and "
+            f"config.json of {bundle.vocab_size}: these files belong to different models"
         )
     return tokenizer
 
@@ -243,7 +245,8 @@ def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     found = (saved["format_version"], saved["optimizer"])
     if found != (FORMAT_VERSION, kind):
         raise ValueError(
-            f"format_version {found[0]!r} of {found[1]}, not {FORMAT_VERSION} of {kind}"
+            f"its format_version is {found[0]!r} and its optimizer {found[1]}, not "
+            f"{FORMAT_VERSION} and {kind}"
         )
     return saved
 
@@ -256,16 +259,19 @@ def _convert_to_indices(
     Raises ValueError if it is another model's.
     """
     names = _list_parameter_names(model, optimizer)
-    if state and state.keys() != set(names):  # empty before the first step
+    groups = optimizer.state_dict()["param_groups"]
+    if not state:  # saved before the first step
+        return {"state": {}, "param_groups": groups}
+    if state.keys() != set(names):
         raise ValueError("its parameters are not those of this model")
-    for name, parameter in model.named_parameters() if state else ():
+    for name, parameter in model.named_parameters():
         for key, value in state[name].items():
             if isinstance(value, Tensor) and value.dim() > 0:  # one number per weight
                 if value.shape != parameter.shape:
                     raise ValueError(f"{name} has another shape")
                 state[name][key] = shard_like(value, parameter)
-    by_index = {index: state[name] for index, name in enumerate(names) if state}
-    return {"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]}
+    by_index = {index: state[name] for index, name in enumerate(names)}
+    return {"state": by_index, "param_groups": groups}
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, find_conflicts
+from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, find_conflicts
 from utils.checks import format_name, format_value, suggest_name, validate_values
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
@@ -144,7 +144,9 @@ class ConfigLoader:
             saved = _check_layer(known, checkpoint.path, problems)
         merged = _merge_layers(*self._requested, saved, self._configs, self._legacy, DEFAULTS)
         values = {name: setting.value for name, setting in merged.items()}
-        by_architecture = "architecture {} ({})".format(*merged["architecture"])
+        # Only null settings that the architecture determines are missing from `merged`.
+        architecture = merged["architecture"]
+        by_architecture = f"architecture {architecture.value} ({architecture.source})"
         sources = {
             name: merged[name].source if name in merged else by_architecture
             for name in ModelConfig.model_fields
@@ -153,7 +155,7 @@ class ConfigLoader:
             problems.append(f"{problem} ({', '.join(f'{n}: {sources[n]}' for n in names)})")
         if values.get("data") is not None and (problem := find_data_problem(values["data"])):
             is_recorded = checkpoint is not None and sources["data"] == checkpoint.path
-            remedy = "; name the text with --data FILE" if is_recorded else ""
+            remedy = "; give the text's path with --data FILE" if is_recorded else ""
             problems.append(f"{format_name(values['data'])} ({sources['data']}): {problem}{remedy}")
         if problems:
             raise UserError(*problems)
@@ -162,8 +164,8 @@ class ConfigLoader:
         notes = []
         if shadowed := [name for name in self._legacy if name in self._configs]:
             notes = [
-                f"Note: {', '.join(shadowed)} in {LEGACY_FILE} ignored, as configs/ sets the same; "
-                f"--config {LEGACY_FILE} prefers it"
+                f"Note: configs/ overrides {', '.join(shadowed)} of {LEGACY_FILE}; "
+                f"--config {LEGACY_FILE} gives that file priority"
             ]
         return LoadedConfig(config, sources, notes, changes, self.rerun_of)
 
@@ -171,7 +173,7 @@ class ConfigLoader:
         return [
             f"{name} {format_value(value)} ({source}) conflicts with {name} "
             f"{format_value(checkpoint.values[name])} of {checkpoint.path}, which cannot change: "
-            "remove it, or train a new model"
+            "remove this setting, or train a new model"
             for name, (value, source) in _merge_layers(*self._requested).items()
             if name in checkpoint.fixed and value != checkpoint.values[name]
         ]
@@ -213,7 +215,7 @@ class ConfigLoader:
 
     def _read_legacy(self, path: Path) -> Layer:
         values = self._read(path, LEGACY_FILE) if path.exists() else {}
-        if "format_version" in values:  # a bundle's: the working directory is a bundle
+        if "format_version" in values:  # a bundle's config.json: the working directory is a bundle
             return {}
         return _check_layer(values, LEGACY_FILE, self.problems)
 
@@ -254,13 +256,15 @@ def _merge_layers(*layers: Layer) -> Layer:
 
 
 def _complete_layer(layer: Layer) -> Layer:
-    """Return a layer with all the settings that it decides.
+    """Return a layer with the nulls that it implies, and without those that count as unset.
 
-    max_iters, epochs and max_minutes all set the number of steps: a source that sets one of them
-    sets the others to null, so that `--epochs 2` does not conflict with a default. A null for a
+    max_iters, epochs and max_minutes all set the number of steps: a source that sets any of them
+    sets the rest to null, so that `--epochs 2` does not conflict with a default. A null for a
     setting that depends on the architecture counts as unset.
     """
-    layer = {n: each for n, each in layer.items() if each.value is not None or n not in DERIVED}
+    layer = {
+        n: each for n, each in layer.items() if each.value is not None or n not in BY_ARCHITECTURE
+    }
     for name in LENGTH_SETTINGS:
         if name in layer and layer[name].value is not None:
             unset = Setting(None, layer[name].source)
@@ -330,6 +334,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _reject_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return key-value pairs (of JSON, or YAML's nodes) as a dict; reject duplicate keys."""
     for key, count in Counter(getattr(key, "value", key) for key, _ in pairs).items():
         if count > 1:
             raise ValueError(f"duplicate key {key}: remove one")
@@ -339,13 +344,13 @@ def _reject_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     """Read a flat YAML or JSON file without validation.
 
-    Raises `UserError` if it is missing, unreadable, or not a mapping; `shown` is its name there.
+    Raises `UserError`, which calls the file `shown`, if it is missing, unreadable or not a mapping.
     """
     shown = shown or str(path)
     if problem := find_text_file_problem(path):
         raise UserError(f"{shown}: {problem}")
     if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UserError(f"{shown}: a configuration file ends in .yaml, .yml or .json")
+        raise UserError(f"{shown}: a configuration file's name must end in .yaml, .yml or .json")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":

@@ -25,8 +25,8 @@ DEFAULT_FILE = "input.txt"
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and targets, both `(B, T)` int64; `targets[b, t]` follows `inputs[b, t]` in the text."""
 
-# Separate random streams, so that the evaluation interval does not affect training. Evaluation
-# ignores the run's seed, so that runs are compared on the same windows.
+# Separate random streams, so that evaluation and training with seed 0 draw different windows.
+# Evaluation ignores the run's seed, so that runs are compared on the same windows.
 _TRAINING_STREAM, _EVALUATION_STREAM, _SHUFFLING_STREAM = 0, 1, 2
 _EVALUATION_SEED = 0
 _FEISTEL_ROUNDS = 6
@@ -39,7 +39,7 @@ class Dataset:
 
     `splits` maps train, val and test (if `test_split` is set) to `(N,)` arrays of the tokenizer's
     `dtype`, in memory or memory-mapped. `bytes_per_token` is each split's average, in UTF-8 bytes.
-    `sha256` is of the text's bytes, decompressed. `left_out` counts the characters dropped.
+    `sha256` is that of the text's bytes, decompressed. `left_out` counts each dropped character.
     """
 
     name: str
@@ -61,7 +61,7 @@ def load_dataset(
     *,
     tokenizer: Tokenizer | None = None,
     may_extend: bool = False,
-    sample: bool = False,
+    use_sample_corpus: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read and encode the text that `config` names, and split it.
@@ -72,8 +72,8 @@ def load_dataset(
         config: the settings.
         tokenizer: the tokenizer of the model that is resumed or fine-tuned; None to create one.
             `config.on_new_chars` decides on characters that it lacks.
-        may_extend: whether the vocabulary may be extended.
-        sample: read the sample corpus even if there is an `input.txt`.
+        may_extend: whether `on_new_chars` extend is allowed: only for a new model.
+        use_sample_corpus: read it even if there is an `input.txt`.
         on_progress: is called with a line before each slow step.
 
     Raises:
@@ -82,7 +82,7 @@ def load_dataset(
         RunError: the cache's disk is full.
     """
     data = config.data
-    if data is None and not sample and Path(DEFAULT_FILE).exists():
+    if data is None and not use_sample_corpus and Path(DEFAULT_FILE).exists():
         data = DEFAULT_FILE
     text = open_corpus(
         data,
@@ -109,7 +109,7 @@ def load_dataset(
     ranges = _split(encoded, config)
     return Dataset(
         name=text.name,
-        path=text.path and resolve_data_path(text.path),  # records work from any directory
+        path=text.path and resolve_data_path(text.path),  # to work from any directory when recorded
         sha256=text.sha256,
         tokenizer=tokenizer,
         splits={split: encoded.tokens[start:stop] for split, (start, stop) in ranges.items()},
@@ -131,7 +131,7 @@ def _split(encoded: EncodedCorpus, config: ModelConfig) -> dict[str, tuple[int, 
                 f"the text is too short: its {split} split has {stop - start} of "
                 f"{encoded.tokens.size} {encoded.tokenizer.unit}s, and block_size "
                 f"{config.block_size} needs {needed}: lower block_size, change train_split, or "
-                "take a longer text"
+                "use a longer text"
             )
     return {split: (start, stop) for split, (start, stop) in ranges.items() if stop > start}
 
@@ -144,14 +144,14 @@ def get_batch(tokens: Tokens, step: int, config: ModelConfig, rows: slice = slic
     """Return rows of the training batch of `step`, counted from 0, on the CPU.
 
     A pure function: a row does not depend on which others are selected. With `window_order` random,
-    windows are drawn uniformly from `tokens`. With shuffled, adjacent windows come once in each
-    pass over the split, in another order in each; a batch may have the last windows of a pass and
-    the first of the next.
+    windows are drawn uniformly from `tokens`. With shuffled, `tokens` are cut into adjacent
+    windows, which every pass visits once, in a new order; a batch may have the last windows of one
+    pass and the first of the next.
     """
     T, seed, batch_size = config.block_size, config.seed, config.batch_size
     if config.window_order == "shuffled":
-        numbers = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
-        starts = _shuffle_windows(numbers, count_windows(tokens, config), seed) * T
+        positions = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
+        starts = _shuffle_windows(positions, count_windows(tokens, config), seed) * T
     else:
         starts = _draw_starts(tokens.size - T, step, seed, batch_size, _TRAINING_STREAM)[rows]
     return _get_windows(tokens, starts, T)
@@ -168,32 +168,31 @@ def _draw_starts(count: int, step: int, seed: int, batch_size: int, stream: int)
     """Draw `batch_size` of `count` possible starts of a window, `(B,)` int64.
 
     Philox is a function from (key, counter) to random bits (Salmon et al. 2011,
-    doi.org/10.1145/2063384.2063405). Its raw output is the same in every release of NumPy, which
-    does not promise that of `integers`. The remainder's bias is below count / 2^64.
+    doi.org/10.1145/2063384.2063405). NumPy keeps its raw output the same in every release, but not
+    that of `integers`. The modulo bias is below count / 2^64.
     """
     bits = np.random.Philox(key=[seed, stream], counter=[0, step, 0, 0])
     return (bits.random_raw(batch_size) % np.uint64(count)).astype(np.int64)
 
 
-def _shuffle_windows(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the windows, of `count`, at these positions of an endless sequence of passes, int64.
+def _shuffle_windows(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return the windows, below `count`, at `positions` of an endless series of shuffled passes.
 
-    Shuffle the windows of a pass with a Feistel permutation, so that no index array is stored. The
-    network permutes the next power of 2 and is applied again to results beyond the last window
-    (Black and Rogaway 2002, doi.org/10.1007/3-540-45760-7_9). Its keys depend on seed and pass.
+    A Feistel network, keyed by seed and pass, shuffles each pass without an array of indices. It
+    permutes the numbers below a power of 2; results that are not below `count` are permuted again
+    (cycle walking: Black and Rogaway 2002, doi.org/10.1007/3-540-45760-7_9).
     """
     bits = max(_MIN_FEISTEL_BITS, (count - 1).bit_length())
-    windows = np.empty_like(numbers)
-    for number in np.unique(numbers // count).tolist():
-        philox = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, number, 0, 0])
+    passes, places = np.divmod(positions, count)
+    windows = np.empty_like(positions)
+    for pass_number in np.unique(passes).tolist():
+        philox = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, pass_number, 0, 0])
         keys = philox.random_raw(_FEISTEL_ROUNDS)
-        here = numbers // count == number
-        places = (numbers[here] % count).astype(np.uint64)
-        outside = np.ones(places.shape, dtype=bool)
-        while outside.any():
-            places[outside] = _permute(places[outside], bits, keys)
-            outside = places >= count
-        windows[here] = places.astype(np.int64)
+        in_pass = passes == pass_number
+        indices = _permute(places[in_pass].astype(np.uint64), bits, keys)
+        while (outside := indices >= count).any():
+            indices[outside] = _permute(indices[outside], bits, keys)
+        windows[in_pass] = indices.astype(np.int64)
     return windows
 
 
@@ -212,13 +211,14 @@ def _permute(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
 
 
 def iter_evaluation_batches(
-    tokens: Tokens, config: ModelConfig, *, rows: int = 1, most: int | None = None
+    tokens: Tokens, config: ModelConfig, min_rows: int = 1, max_windows: int | None = None
 ) -> Iterator[Batch]:
     """Yield the fixed batches on which a split is evaluated, as `get_batch` returns them.
 
-    These are `config.eval_iters` batches of random windows; or, for 0, the whole split in adjacent
-    windows, so that every token but the first is a target once. `most` limits the latter to so
-    many windows, spread evenly. A batch has `rows` windows or a micro-batch, the larger of both.
+    These are `config.eval_iters * config.batch_size` random windows; or, for 0, the whole split in
+    adjacent windows, so that every token but the first is a target once. `max_windows` limits the
+    latter to that many, spread evenly. A batch has `min_rows` windows or as many as a micro-batch,
+    whichever is more.
     """
     T = config.block_size
     windows = count_windows(tokens, config)
@@ -228,8 +228,8 @@ def iter_evaluation_batches(
         chosen = np.concatenate([_draw_starts(tokens.size - T, step, *draw) for step in steps])
         total = chosen.size
     else:
-        total = windows if most is None else min(windows, most)
-    size = max(rows, min(config.micro_batch_size or config.batch_size, config.batch_size))
+        total = windows if max_windows is None else min(windows, max_windows)
+    size = max(min_rows, min(config.micro_batch_size or config.batch_size, config.batch_size))
     for first in range(0, total, size):
         numbers = np.arange(first, min(first + size, total))
         starts = chosen[numbers] if config.eval_iters else numbers * windows // total * T

@@ -2,13 +2,13 @@
 
 The dimensions, here and in the whole project:
 
-    B  batch: sequences in a batch           H  attention heads
+    B  batch: sequences in a batch             H  attention heads
     T  context: tokens in a sequence           D  head size, C / H
     C  channels: the width (n_embd)            L  layers
     V  vocabulary size
 
-Norms stand before each sub-layer, which adds to a residual stream; a last norm precedes the head.
-`architecture` chooses the other parts:
+A norm precedes each sub-layer, whose output is added to the residual stream (pre-norm); a final
+norm precedes the LM head. `architecture` chooses the other parts:
 
                     modern: Qwen3's (arxiv.org/abs/2505.09388)   gpt2 (Radford et al. 2019)
     positions       rotary, in each attention                    learned, added to the tokens
@@ -17,7 +17,8 @@ Norms stand before each sub-layer, which adds to a residual stream; a last norm 
     MLP             gated                                        plain
     initialization  residual projections start at zero           normal, std 0.02
 
-Given the weights of either kind of model in Transformers, the logits are that model's.
+With the weights of a Qwen3 or GPT-2 model of Transformers that has this shape, the logits are its
+logits.
 """
 
 import math
@@ -48,11 +49,11 @@ class KVCache(Protocol):
         """Return each layer's part, for new tokens at `positions`, `(t,)`."""
 
 
-def create_norm(config: ModelConfig, size: int) -> nn.Module:
-    """Return the architecture's norm over `size` channels."""
+def create_norm(config: ModelConfig) -> nn.Module:
+    """Return the architecture's norm over the C channels."""
     if config.architecture == "modern":
-        return RMSNorm(size)
-    return nn.LayerNorm(size, bias=config.bias)
+        return RMSNorm(config.n_embd)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +89,8 @@ class NormedRotary(nn.Module):
 
     The norm (arxiv.org/abs/2010.04245) bounds the attention scores. Rotary embedding
     (arxiv.org/abs/2104.09864) rotates each pair of channels d and d + D/2 by an angle proportional
-    to the position, so that a query's product with a key depends on their distance.
+    to the position, so that positions enter the dot product of a query and a key only through
+    their difference.
     """
 
     def __init__(self, config: ModelConfig):
@@ -112,13 +114,13 @@ class NormedRotary(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention to the present and the past (arxiv.org/abs/1706.03762)."""
+    """Multi-head causal self-attention (arxiv.org/abs/1706.03762)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head = config.n_head
         is_modern = config.architecture == "modern"
-        # Only gpt2 has attention dropout: no fused kernel for the CPU supports it.
+        # modern has no attention dropout, as no fused kernel for the CPU supports it.
         self.dropout = 0.0 if is_modern else config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.queries_and_keys = NormedRotary(config) if is_modern else NoPositions()
@@ -134,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         (q, k), v = self.queries_and_keys(qkv[:2], positions), qkv[2]  # each (B, H, T, D)
         if cache is None:
-            # q and k are float32 after the norm, v has the autocast dtype: the kernel aligns them.
+            # In modern, q and k are float32 and v has the autocast dtype: the kernel casts them.
             y = apply_causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
             y = cache.attend(q, k, v, positions)
@@ -186,13 +188,13 @@ def create_activation(config: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """One layer, with norms before the sub-layers (arxiv.org/abs/2002.04745)."""
+    """A pre-norm transformer block (arxiv.org/abs/2002.04745)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = create_norm(config, config.n_embd)
+        self.attention_norm = create_norm(config)
         self.attention = CausalSelfAttention(config)
-        self.mlp_norm = create_norm(config, config.n_embd)
+        self.mlp_norm = create_norm(config)
         self.mlp = GatedMLP(config) if config.architecture == "modern" else MLP(config)
 
     def forward(
@@ -210,7 +212,7 @@ class LanguageModel(nn.Module):
     Args:
         config: only the settings of the architecture are read.
         vocab_size: V, the number of rows of the embedding.
-        num_tokens: the tokenizer's number of tokens; ids from there on are never generated.
+        num_tokens: number of ids that stand for text; those above are padding, never generated.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, num_tokens: int | None = None):
@@ -225,15 +227,15 @@ class LanguageModel(nn.Module):
         )
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = create_norm(config, config.n_embd)
+        self.final_norm = create_norm(config)
         # A tied head (arxiv.org/abs/1608.05859) has no parameter of its own: loading, moving and
         # saving the weights need no special case.
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)
-            else:
+            if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=get_init_std(name, parameter, config))
+            elif name.endswith("bias"):  # the norms' weights are ones already
+                nn.init.zeros_(parameter)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Compute the logits and, given `targets`, the mean cross-entropy in nats.
@@ -264,7 +266,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.final_norm(x), head.weight)
 
     def compute_next_logits(self, idx: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Compute the logits `(B, V)` of the token after `idx`, which follows those in the cache.
+        """Compute the logits `(B, V)` of the token after `idx`; `idx` itself follows the cache.
 
         Args:
             idx: token ids, `(B, t)` int64: a prompt, or the token generated last.
@@ -315,9 +317,10 @@ class LanguageModel(nn.Module):
 def get_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     """Return the standard deviation with which a matrix is initialized.
 
-    GPT-2 scales residual projections, so that the 2 L branches add up to the variance of one.
-    `modern` starts with these and an untied head at 0, so that the first steps train the embeddings
-    alone (reasons in arxiv.org/abs/2203.03466), and scales the others by their number of inputs.
+    GPT-2 scales residual projections, so that the 2 L branches together have the variance of one.
+    `modern` starts with these and an untied head at 0 (reasons in arxiv.org/abs/2203.03466): each
+    block is the identity at first, and with an untied head all tokens are equally likely. The std
+    of the blocks' other matrices is 0.7 / sqrt(inputs).
     """
     if config.architecture == "gpt2":
         return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02

@@ -44,12 +44,12 @@ def create_optimizer(
 class AdamW(torch.optim.Optimizer):
     """AdamW (arxiv.org/abs/1711.05101), using PyTorch's fused kernel if the device has one.
 
-    The arithmetic is `torch.optim.AdamW`'s, which is not used as its step imports torch._dynamo.
-    Each of `groups` has a `weight_decay`.
+    It computes what `torch.optim.AdamW` does, whose `step` would import torch._dynamo. Each of
+    `groups` has a `weight_decay`.
     """
 
-    # PyTorch (read from 2.13) excludes these methods from torch.compile by a decorator that imports
-    # torch._dynamo: 1.3 to 2 s at the start of each run. Optimizers are not compiled here.
+    # The undecorated methods: PyTorch (as of 2.13) excludes them from torch.compile by a decorator
+    # that imports torch._dynamo, which takes 1.3 to 2 s. Optimizers are not compiled here.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -97,9 +97,9 @@ class Muon(AdamW):
     """Muon for groups of matrices with a `momentum`, and AdamW for the others.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces each matrix's Nesterov
-    momentum by the nearest semi-orthogonal matrix. PyTorch's takes one matrix at a time; here those
-    of one shape are batched, which makes it cheap on a CPU, with matrix products in `dtype`. Its
-    groups also have `stacked`, the number of matrices that are stacked in each parameter.
+    momentum by approximately the nearest semi-orthogonal matrix, with matrix products in `dtype`.
+    PyTorch's Muon takes one matrix at a time; batching those of one shape makes it cheap on a CPU.
+    Its groups also have `stacked`, the number of matrices that are stacked in each parameter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, dtype: torch.dtype, **settings: Any):
@@ -112,23 +112,23 @@ class Muon(AdamW):
             return
         updates: list[tuple[nn.Parameter, Tensor, float]] = []
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-        for p, number in zip(group["params"], group["stacked"], strict=True):
+        for p, stacked in zip(group["params"], group["stacked"], strict=True):
             if p.grad is None:
                 continue
-            gradient, mean = to_local(p.grad), to_local(self._get_state(p, "momentum"))
-            mean.lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(mean, group["momentum"])  # Nesterov momentum
+            gradient, momentum = to_local(p.grad), to_local(self._get_state(p, "momentum"))
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
             # Orthogonalization needs all rows of a matrix: gather its shards.
             update = gather_full_tensor(update, p)
-            matrices = update.chunk(number)
+            matrices = update.chunk(stacked)
             by_shape.setdefault(tuple(sorted(matrices[0].shape)), []).extend(matrices)
             # Scale so that the change of the output does not depend on the shape.
             outputs, inputs = matrices[0].shape
             updates.append((p, update, group["lr"] * max(1.0, outputs / inputs) ** 0.5))
         for matrices in by_shape.values():
             wide = torch.stack([as_wide(matrix) for matrix in matrices])
-            for matrix, update in zip(matrices, orthogonalize(wide, self._dtype), strict=True):
-                as_wide(matrix).copy_(update)
+            for matrix, orthogonal in zip(matrices, orthogonalize(wide, self._dtype), strict=True):
+                as_wide(matrix).copy_(orthogonal)  # in place: each matrix is a view of an update
         for p, update, rate in updates:
             weight = to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
             if is_sharded(p):
@@ -148,7 +148,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     Five iterations bring them to between 0.7 and 1.2, which trains as well as exactly 1. Wide
     matrices are cheaper than tall ones, as X Xᵀ is rows x rows.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's
+    a, b, c = 3.4445, -4.7750, 2.0315  # coefficients from Muon's reference code
     X = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         A = X @ X.mT
@@ -160,9 +160,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 def learning_rate_at(step: int, config: ModelConfig) -> float:
     """Return the learning rate of `step`, counted from 0; a pure function of step and config.
 
-    Linear warmup to `learning_rate` over `warmup_iters` updates, then decay by `lr_schedule` to
-    `min_lr` at `lr_decay_iters`, and `min_lr` afterwards. "cosine" is arxiv.org/abs/1608.03983
-    without restarts; "wsd" stays at the peak first (arxiv.org/abs/2404.06395).
+    Linear warmup to `learning_rate` over `warmup_iters` steps, then decay by `lr_schedule` to
+    `min_lr` at `lr_decay_iters`, and `min_lr` afterwards; "constant" does not decay. "cosine" is
+    arxiv.org/abs/1608.03983 without restarts; "wsd" stays at the peak first
+    (arxiv.org/abs/2404.06395).
     """
     peak = config.learning_rate
     floor = peak / 10 if config.min_lr is None else config.min_lr

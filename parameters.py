@@ -103,7 +103,7 @@ class Data(Settings):
     """char: one token per character of the text. gpt2: GPT-2's BPE (extra gpt2)."""
 
     on_new_chars: Literal["error", "drop", "extend"] = "error"
-    """Characters not in the loaded vocabulary: error, drop them, or extend it."""
+    """Characters the model's vocabulary lacks: error, drop, or (to fine-tune) extend it by them."""
 
 
 class Training(Settings):
@@ -113,7 +113,7 @@ class Training(Settings):
     """Sequences per optimizer step, over all devices."""
 
     micro_batch_size: Positive | None = None
-    """Sequences per forward and backward pass; gradients accumulate over them. null: all."""
+    """Sequences per forward and backward pass; gradients are accumulated. null: the whole batch."""
 
     max_iters: Positive | None = 880
     """Optimizer steps. null: determined by epochs or max_minutes."""
@@ -122,7 +122,7 @@ class Training(Settings):
     """Train for this many epochs instead of max_iters."""
 
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Train for about this long instead of max_iters. With max_iters or epochs: a time limit."""
+    """Train for about this many minutes. With max_iters or epochs set too: stop at this limit."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
@@ -131,7 +131,7 @@ class Training(Settings):
     """Peak learning rate of AdamW; Muon's is twice as large."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
-    """Decay to min_lr after warmup. wsd (warmup-stable-decay): constant, then linear decay."""
+    """Shape of the decay to min_lr after warmup. wsd: constant, then linear. constant: no decay."""
 
     warmup_iters: Count = 20
     """Steps of linear warmup to learning_rate."""
@@ -143,7 +143,7 @@ class Training(Settings):
     """Step at which the schedule reaches min_lr. null: max_iters."""
 
     lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """wsd: the final fraction of the schedule in which the learning rate decays."""
+    """wsd: the last fraction of the steps after warmup, in which the learning rate decays."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
@@ -177,13 +177,13 @@ class Saving(Settings):
     """Which checkpoints are saved, and which of them are kept."""
 
     checkpoint_interval: Count = 220
-    """Steps between checkpoints, beside each new best, the last step and signals. 0: only these."""
+    """Steps between checkpoints, besides a new best, the last step and signals. 0: only these."""
 
     keep_checkpoints: Positive | None = 2
     """How many checkpoints to keep in addition to the best; older ones are removed. null: all."""
 
     keep_every: Count = 0
-    """Also save every this many steps, and never remove these checkpoints. 0: none."""
+    """Also save at multiples of this many steps, and never remove those checkpoints. 0: none."""
 
 
 class Runtime(Settings):
@@ -215,7 +215,7 @@ class Tracking(Settings):
     """Steps between printed lines; metrics.jsonl has every step."""
 
     sample_interval: Count = 500
-    """Print a sample at the first evaluation this many steps after the last. 0: at the end only."""
+    """Print a sample at an evaluation if the last is this many steps old. 0: at the end only."""
 
     histogram_interval: Count = 250
     """Steps between histograms of weights and gradients. 0: none."""
@@ -243,7 +243,7 @@ class Run(Settings):
     """Directory of the named models."""
 
     cache_dir: str | None = Field(default=None, min_length=1)
-    """Cache of token stores and standard input. null: the user's cache."""
+    """Directory that caches token stores and standard input. null: the user's cache directory."""
 
 
 class Initialization(Settings):
@@ -259,27 +259,27 @@ GROUPS: dict[str, type[Settings]] = {
 }
 ALIASES = {"input_file": "data"}
 # Architecture-specific defaults of settings that are null.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     "modern": {"tie_weights": False, "activation": "silu"},
     "gpt2": {"tie_weights": True, "activation": "gelu"},
 }
-DERIVED = frozenset(name for own in ARCHITECTURES.values() for name in own)
+BY_ARCHITECTURE = frozenset(name for own in ARCHITECTURE_DEFAULTS.values() for name in own)
 
 
 class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data, Architecture):
-    """Every setting of a run, checked. Bases are reversed, as pydantic starts with the last."""
+    """Every setting of a run, validated. pydantic takes fields from the last base to the first."""
 
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> "ModelConfig":
         """Set the defaults that depend on other settings, and check all settings together."""
         # A single source is checked alone; conflicts with other sources are found after merging.
-        if info.context and info.context.get("one_layer"):
+        if info.context and info.context.get("single_source"):
             return self
-        own = ARCHITECTURES[self.architecture].items()
+        own = ARCHITECTURE_DEFAULTS[self.architecture].items()
         defaults = {name: value for name, value in own if getattr(self, name) is None}
-        if self.epochs is not None or self.max_minutes is not None:
-            if "max_iters" not in self.model_fields_set:
-                defaults["max_iters"] = None
+        is_limited = self.epochs is not None or self.max_minutes is not None
+        if is_limited and "max_iters" not in self.model_fields_set:
+            defaults["max_iters"] = None
         # Bypass `frozen`, and keep these out of `model_fields_set`.
         self.__dict__.update(defaults)
         if problems := [problem for _, problem in find_conflicts(self.model_dump())]:
@@ -288,7 +288,7 @@ class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (settings, problem) for each invalid combination of valid values of all settings."""
+    """Yield (names, problem) for each invalid combination of settings that are valid one by one."""
     architecture, n_embd, n_head = (values[n] for n in ("architecture", "n_embd", "n_head"))
     if n_embd % n_head:
         yield ("n_embd", "n_head"), f"n_embd {n_embd} is not divisible by n_head {n_head}"

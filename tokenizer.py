@@ -18,10 +18,10 @@ _CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay
 
 
 class CharTokenizer:
-    """One token a character (a Unicode code point); `chars` are in the order of the ids.
+    """One token per character (Unicode code point); `chars` are in the order of the ids.
 
-    `vocab_size` is V, of which `num_tokens` ids stand for text: the others are padding. `dtype` is
-    the smallest unsigned integer type that holds every id, and V for unknown characters.
+    All `vocab_size` ids, V, stand for text: `num_tokens` is the same. `dtype` is the smallest
+    unsigned integer type that holds every id, and V, which stands for unknown characters.
 
     Raises `UserError` if `chars` is empty, or an entry is not one character or is repeated.
     """
@@ -40,8 +40,8 @@ class CharTokenizer:
         self.dtype = np.min_scalar_type(self.vocab_size)
         self.default_prompt = "\n" if "\n" in self.chars else self.chars[0]
         self._code_points = _code_points("".join(self.chars))
-        # A table from code point to id, so that one gather encodes a chunk. Unknown code points
-        # have the id V; so has the last slot, to which larger ones are clipped.
+        # Maps code points to ids, so that one gather encodes a chunk. Unknown code points map to V,
+        # and larger ones are clipped to the last entry, which is V too.
         self._ids = np.full(int(self._code_points.max()) + 2, self.vocab_size, dtype=self.dtype)
         self._ids[self._code_points] = np.arange(self.vocab_size)
         # The same for ASCII text, as a table for `bytes.translate`, if an id is a byte too.
@@ -56,8 +56,8 @@ class CharTokenizer:
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
         """Return the ids of `text`, `(len(text),)` of `dtype`.
 
-        Raises `UserError` with a list of the characters that the vocabulary lacks, or, if `drop` is
-        set, leaves them out.
+        Characters that the vocabulary lacks are left out if `drop` is set; otherwise they raise
+        `UserError`, which lists them.
         """
         ids = self._look_up(text)
         if not ids.size or ids.max() != self.vocab_size:
@@ -92,7 +92,7 @@ class CharTokenizer:
         return self.decode
 
     def get_state(self) -> dict[str, Any]:
-        """Return the arguments of `restore_tokenizer`, as plain JSON values."""
+        """Return the state, in plain JSON values, that `restore_tokenizer` takes."""
         return {"token_kind": self.token_kind, "chars": self.chars}
 
     def count_unknown(self, text: str) -> dict[str, int]:
@@ -113,7 +113,7 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
-    vocab_size = 50_304  # the next multiple of 64: such sizes are faster on tensor cores
+    vocab_size = 50_304  # num_tokens rounded up to a multiple of 64, for faster tensor cores
     num_tokens = 50_257
     dtype = np.dtype(np.uint16)
     default_prompt = "\n"
@@ -127,7 +127,7 @@ class GPT2Tokenizer:
             ) from None
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of the network, the disk or the file
+        except Exception as error:  # a failure of the network or the disk, or a damaged file
             raise UserError(
                 f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}): tiktoken downloads "
                 "it once; without a network, set TIKTOKEN_CACHE_DIR to a copy of its cache"
@@ -141,7 +141,7 @@ class GPT2Tokenizer:
         return np.array(lengths + [0] * (self.vocab_size - self.num_tokens), dtype=np.int64)
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
-        """Return the ids of `text`, `(N,)` uint16; no text is unknown."""
+        """Return the ids of `text`, `(N,)` uint16; `drop` has no effect, as none are unknown."""
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -158,11 +158,11 @@ class GPT2Tokenizer:
         return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
 
     def count_unknown(self, text: str) -> dict[str, int]:
-        """Return none: bytes encode any text."""
+        """Return an empty dict: a byte-level vocabulary lacks no character."""
         return {}
 
     def get_state(self) -> dict[str, Any]:
-        """Return the arguments of `restore_tokenizer`, as plain JSON values."""
+        """Return the state, in plain JSON values, that `restore_tokenizer` takes."""
         return {"token_kind": self.token_kind}
 
 

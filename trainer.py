@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import platform
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,18 +130,18 @@ def train(
 
     Args:
         config: the settings.
-        loaded: the settings with their sources, for the record; None if made in Python.
-        plan: what the run starts from, by `resume.plan_run`; None: scratch, or `init_from`.
+        loaded: the settings and their sources, for the record. None: `config` was made in Python.
+        plan: what the run starts from, by `resume.plan_run`. None: `init_from`, else scratch.
         argv: the command line, for the record.
         output: the console; `Output(quiet=True)` prints nothing.
         callbacks: functions of the settings that return a callback (callbacks.py), by name.
 
     Raises:
-        UserError: the device, the text, `runs_dir` or the start model cannot be used, a callback
+        UserError: the device, the text, `runs_dir` or the initial model cannot be used, a callback
             cannot be created, Aim is requested but not installed, or another process trains the
             named model. Raised before a run directory is created.
         NothingToDo: the model to resume has been trained for `max_iters` steps. Nothing changed.
-        RunError: the run cannot continue: non-finite loss, full disk, no memory, a dead process.
+        RunError: the run cannot go on: non-finite loss, full disk, out of memory, a dead process.
         EndedOnAnotherRank: another rank raised one of these.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
@@ -176,9 +177,9 @@ class Trainer:
         plan: what the training starts from.
         callbacks: factories of the user's callbacks, by name.
         model: the network, not compiled: for evaluation, sampling and saving, whose shapes vary.
-        train_model: the same model as the training step calls it: compiled, or wrapped in DDP.
+        train_model: what the training step calls: the model, possibly compiled and wrapped in DDP.
         scaler: the loss scaler of fp16; disabled otherwise.
-        precision: of matrix products: fp32, bf16 or fp16.
+        precision: that of matrix products: fp32, bf16 or fp16.
         compile_result: the outcome of torch.compile.
     """
 
@@ -197,8 +198,8 @@ class Trainer:
     ):
         """Create a model and its optimizer, and load the plan's bundle. All ranks call this.
 
-        `bundle` has the bytes of its weights, which the caller frees. `on_progress` is called with
-        a line before the model is compiled.
+        `bundle` is the plan's with the bytes of its files, which stay in memory while the caller
+        keeps it. `on_progress` is called with a line before the model is compiled.
         """
         self.config, self.data, self.device, self.world = config, data, device, world
         self.plan = plan or resume.ResumePlan()
@@ -231,7 +232,7 @@ class Trainer:
         if world.size > 1 and config.parallel == "fsdp":
             return self.model, CompileResult("off", "parallel is fsdp")
         tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-        # Of the whole run (arxiv.org/abs/2001.08361).
+        # FLOPs of the whole run: 6 per parameter and token (arxiv.org/abs/2001.08361).
         flops = 6.0 * self.model.count_parameters() * tokens
         if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
             flops = 0.0
@@ -274,8 +275,7 @@ class Trainer:
             val_loss = losses["val"] if step == last_evaluated else None
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
-        initial_state = self.get_state(run, self.plan.start_step, None, best)
-        checkpoints.create_named_model(initial_state)
+        checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
         with output.show_progress(config.max_iters):
             for index in range(self.plan.start_step, config.max_iters):
                 loss, grad_norm = self.training_step(index)
@@ -289,32 +289,30 @@ class Trainer:
                     Step(step, loss, grad_norm, learning_rate, run.path, config)
                 )
                 if stop_reason is None and time.monotonic() - start_time > time_limit:
-                    limit = f"max_minutes {config.max_minutes:g}"
-                    stop_reason = f"the time limit of {limit} is reached"
+                    stop_reason = f"the time limit of max_minutes {config.max_minutes:g} is reached"
                 interrupted, stop_reason = agree_to_stop(world, stop, stop_reason)
 
                 is_last = step == config.max_iters or stop_reason is not None
-                evaluates = is_last or is_due(step, config.eval_interval)
-                saves = is_due(step, config.checkpoint_interval) or is_due(step, config.keep_every)
-                if not (evaluates or saves or interrupted):
+                should_evaluate = is_last or is_due(step, config.eval_interval)
+                should_save = is_due(step, config.checkpoint_interval, config.keep_every)
+                if not (should_evaluate or should_save or interrupted):
                     continue
                 log.flush_steps()  # a non-finite loss among them ends the run before a save
                 if interrupted:
                     how = " (Ctrl-C again aborts)" if world.size == 1 else ""
                     output.print(f"Stopping after step {step}: saving{how}")
-                    if evaluates:
+                    if should_evaluate:
                         save(step)  # first: the user may not wait for the evaluation
-                if evaluates:
+                if should_evaluate:
                     last_evaluated = step
                     losses = self.evaluate()
                     best, reason = self.log_evaluation(step, losses, best, run, log, callbacks)
                     interrupted, stop_reason = agree_to_stop(world, stop, stop_reason or reason)
                     is_last = is_last or stop_reason is not None
-                if saves or is_last or interrupted or best.step == step:
+                if should_save or is_last or interrupted or best.step == step:
                     save(step)
-                sample_due = last_sampled + config.sample_interval
-                samples = is_last or (evaluates and config.sample_interval and step >= sample_due)
-                if samples and not interrupted:
+                is_sample_due = 0 < config.sample_interval <= step - last_sampled
+                if (is_last or (should_evaluate and is_sample_due)) and not interrupted:
                     last_sampled = step
                     length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
                     log.log_sample(step, sample_text(self.model, self.data, config, length))
@@ -342,7 +340,8 @@ class Trainer:
 
         Returns the mean loss over the whole batch and the gradient norm before clipping, scalars
         that stay on the device. The clipped gradients stay in `.grad` until the next step.
-        `phase(name)` returns a context manager around each of `PHASES`, for profiling.
+        `phase(name)` returns a context manager that is entered around that one of `PHASES`, for
+        profiling.
         """
         config, world = self.config, self.world
         batch_loss = torch.zeros((), device=self.device)
@@ -359,7 +358,7 @@ class Trainer:
             ):
                 with phase("forward"), autocast(self.device, self.precision):
                     _, loss = self.train_model(inputs, targets)
-                    # By its share of rows: accumulated gradients equal the whole batch's.
+                    # Weight it by its share of rows: gradients add up to those of the whole batch.
                     loss = loss * (inputs.size(0) / (own_rows.stop - own_rows.start))
                 with phase("backward"):
                     self.scaler.scale(loss).backward()
@@ -458,9 +457,9 @@ class Trainer:
         )
 
 
-def is_due(step: int, interval: int) -> bool:
-    """Return whether `step` is a multiple of `interval`; False if that is 0."""
-    return interval > 0 and step % interval == 0
+def is_due(step: int, *intervals: int) -> bool:
+    """Return whether `step` is a multiple of one of `intervals`; 0 is never due."""
+    return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
 def agree_to_stop(world: World, stop: StopRequest, reason: str | None) -> tuple[bool, str | None]:
@@ -494,7 +493,7 @@ def estimate_loss(
         for split in ("train", "val"):
             total, count = torch.zeros((), device=device), 0
             tokens = data.splits[split]
-            for inputs, targets in iter_evaluation_batches(tokens, config, rows=rows, most=most):
+            for inputs, targets in iter_evaluation_batches(tokens, config, rows, most):
                 count += targets.numel()
                 has_own = world.rank < len(inputs)
                 # All ranks must call a sharded model: one without a window repeats rank 0's.
@@ -508,8 +507,7 @@ def estimate_loss(
 
 def compute_bits_per_byte(losses: Mapping[str, float], data: Dataset) -> dict[str, float]:
     """Convert nats per token to bits per byte of text, comparable between tokenizers."""
-    bits = {split: loss / math.log(2) for split, loss in losses.items()}
-    return {split: value / data.bytes_per_token[split] for split, value in bits.items()}
+    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
 
 
 def collect_weights_and_gradients(
@@ -568,7 +566,7 @@ def prepare_trainer(
             tokenizer=load_tokenizer(bundle) if bundle else None,
             may_extend=not plan.is_resume,
             # A model trained on the sample corpus resumes on it, whatever input.txt is there now.
-            sample=plan.is_resume and sources["data"] == str(plan.bundle.path),
+            use_sample_corpus=plan.is_resume and sources["data"] == str(plan.bundle.path),
             on_progress=on_progress,
         )
 
@@ -607,7 +605,7 @@ def open_device(config: ModelConfig) -> torch.device:
 
 
 def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
-    """Return the best evaluation of a resumed training, and copy its model to the run's export.
+    """Return the best evaluation before a resumed run, and copy its model to the run's export.
 
     If that model is missing, or was evaluated differently, the best is reset.
     """
@@ -685,7 +683,7 @@ def measure_speed(
         trainer.training_step(len(seconds))
         synchronize(device)
         seconds.append(world.broadcast(time.perf_counter() - start))
-    median = sorted(seconds[1:])[len(seconds[1:]) // 2]  # without the first, a warmup
+    median = statistics.median_high(seconds[1:])  # without the first, a warmup
     return median, time_evaluation(trainer)
 
 
@@ -792,7 +790,7 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
 def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
     """Open metrics.jsonl, TensorBoard and, if requested, Aim, and log the settings.
 
-    Ranks above 0 log the same numbers to nowhere, as any rank must fail on a non-finite loss.
+    Ranks above 0 write to /dev/null, but log too: every rank must fail on a non-finite loss.
     """
     config, is_main = trainer.config, trainer.world.is_main
     trackers: Isolated[Tracker] = Isolated(output.print_warning, lambda tracker: tracker.close())
@@ -850,7 +848,7 @@ def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: O
 
 @contextlib.contextmanager
 def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[None]:
-    """Record a failure of the run, print how to resume it, and draw report.html.
+    """Record a failure of the run, print how to resume it, and write report.html.
 
     A `UserError` becomes a `RunError`: after the start, a mistake is a failure of the run. Ranks
     above 0 end without a message: rank 0 fails for the same reason.
@@ -868,7 +866,7 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
         if isinstance(error, Exception):  # not for KeyboardInterrupt and SystemExit
             with contextlib.suppress(OSError):  # a full disk must not hide the reason
                 write_result(run.meta / "result.json", {"error": format_reason(error)})
-            draw_report(run, output)
+            try_write_report(run, output)
         with contextlib.suppress(OSError):
             if checkpoints := list_checkpoints(run.path):
                 output.print(
@@ -878,16 +876,16 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
         if isinstance(error, UserError):
             raise RunError(str(error)) from error
         raise
-    draw_report(run, output)
+    try_write_report(run, output)
 
 
-def draw_report(run: RunDirectory, output: Output) -> None:
-    """Write report.html; a failure is a warning, and does not fail the run."""
+def try_write_report(run: RunDirectory, output: Output) -> None:
+    """Write report.html; if that fails, only print a warning."""
     try:
         write_report(run.report, run.path)
     except Exception as error:
         output.print_warning(
-            f"{run.report} cannot be drawn: {format_reason(error)}", traceback.format_exc()
+            f"{run.report} cannot be written: {format_reason(error)}", traceback.format_exc()
         )
 
 

@@ -34,7 +34,7 @@ from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step, load_callback_factories
 from config import ConfigLoader, LoadedConfig, read_config_file
 from corpus import open_corpus
-from parameters import ALIASES, DERIVED, GROUPS, ModelConfig, ModelName, Positive, Settings
+from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, ModelName, Positive, Settings
 from resume import ResumePlan, resolve_start
 from train import ACTIONS
 from utils.checks import format_name, format_value, suggest_name, validate_values
@@ -275,7 +275,7 @@ def open_study(search: Search) -> "Study":
 
 def check_study(search: Search, study: "Study") -> None:
     """Record space, text and fixed settings. Raises `UserError` if the study has others."""
-    derived = DERIVED if "architecture" in search.space else frozenset()
+    derived = BY_ARCHITECTURE if "architecture" in search.space else frozenset()
     fixed = search.base.model_dump(include=MEASURED - search.space.keys() - derived)
     data = search.base.data or ("input.txt" if Path("input.txt").exists() else None)
     options = {"cache_dir": search.base.cache_dir, "token_store": search.base.token_store}

@@ -414,7 +414,7 @@ def test_a_malicious_pickle_is_an_error_and_runs_nothing(bundle):
     ("change", "facts"),
     [
         (lambda s: s.update(optimizer="Muon"), "Muon.*AdamW"),
-        (lambda s: s.update(format_version=2), "format_version 2"),
+        (lambda s: s.update(format_version=2), "format_version.* 2"),
         (lambda s: s["state"].popitem(), "parameters"),
         (lambda s: s["generators"].clear(), "generators"),
         (lambda s: s["generators"].update(cpu=torch.zeros(3)), "RNG state must be"),

@@ -250,7 +250,7 @@ def test_the_memory_for_shuffling_does_not_depend_on_the_length_of_the_text():
     assert get_batch(Endless(), 10**9, SHUFFLED)[0].shape == (8, 10)
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
     assert next(iter_evaluation_batches(Endless(), config))[0].shape == (4, 10)
-    assert len(list(iter_evaluation_batches(Endless(), config, most=9))) == 3
+    assert len(list(iter_evaluation_batches(Endless(), config, max_windows=9))) == 3
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_an_evaluation_of_the_whole_split_has_every_target_once(micro, block_siz
 
 def test_a_limited_number_of_evaluation_windows_is_spread_evenly_over_the_split():
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
-    batches = list(iter_evaluation_batches(TOKENS, config, rows=3, most=5))
+    batches = list(iter_evaluation_batches(TOKENS, config, min_rows=3, max_windows=5))
     starts = [int(row[0]) for inputs, _ in batches for row in inputs]
     assert starts == [0, 30, 70, 110, 150]  # of 19 windows
     assert [inputs.shape for inputs, _ in batches] == [(4, 10), (1, 10)]
@@ -301,7 +301,7 @@ def test_a_limited_number_of_evaluation_windows_is_spread_evenly_over_the_split(
 @pytest.mark.parametrize("eval_iters", [0, 5])
 def test_evaluation_windows_do_not_depend_on_the_number_of_rows(eval_iters):
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=eval_iters)
-    few, many = (list(iter_evaluation_batches(TOKENS, config, rows=n)) for n in (1, 1000))
+    few, many = (list(iter_evaluation_batches(TOKENS, config, min_rows=n)) for n in (1, 1000))
     assert len(few) > len(many)
     for part in (0, 1):
         one, other = (torch.cat([batch[part].flatten() for batch in b]) for b in (few, many))

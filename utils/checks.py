@@ -75,11 +75,11 @@ def validate_values(
     validate = schema.model_validate_strings if strings else schema.model_validate
     wrong: dict[str, str] = {}
     try:
-        settings = validate(dict(values), strict=not strings, context={"one_layer": True})
+        settings = validate(dict(values), strict=not strings, context={"single_source": True})
     except ValidationError as failure:
         for error in failure.errors():
             wrong.setdefault(str(error["loc"][0]), _format_error(error))
         right = {name: value for name, value in values.items() if name not in wrong}
-        settings = validate(right, strict=not strings, context={"one_layer": True})
+        settings = validate(right, strict=not strings, context={"single_source": True})
     valid = {name: getattr(settings, name) for name in values if name not in wrong}
     return valid, [f"{label(name)} {problem}" for name, problem in wrong.items()]
