@@ -26,12 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Run
+from config import upgrade_settings
+from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Positive, Run
 from utils import files
+from utils.checks import validate_values
 from utils.errors import UserError
 
 FORMAT_VERSION = 1
@@ -57,23 +59,37 @@ TRAINING_SETTINGS = tuple(
     for name in group.model_fields
     if name not in ("batch_size", "device", "tokenizer")
 )
-# The other keys of `training_config`, which are no settings.
-TRAINING_FACTS = (
-    "start_step",  # of the run that saved this
-    "previous_runs",  # the resumed runs, oldest first: run_id and step of each
-    "best_step",
-    "evaluations_since_best",
-    "data_sha256",
-    "computed_in",  # the precision in effect
-    "compiled_by",  # torch.compile's backend in effect, or off
-    "processes",  # the world size
-    "model_name",
-    "run_tag",
-    "state_sha256",
-)
+MAX_JSON_BYTES = 1 << 26  # of a bundle's JSON file; a vocabulary of all characters takes 12 MB
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # in the terms of safetensors
 
 _OURS = re.compile(r"\.(?:tmp|next)-(?P<process>[0-9]+)-(?P<host>.*)")
 _T = TypeVar("_T")
+
+
+class PreviousRun(BaseModel, extra="forbid", frozen=True, strict=True):
+    """A run that was resumed, and the step at which it ended."""
+
+    run_id: str | None
+    step: Count
+
+
+class TrainingFacts(BaseModel, frozen=True, strict=True):
+    """The keys of `training_config` that are no settings. Older versions lack some of them."""
+
+    start_step: Count | None = None  # of the run that saved this
+    previous_runs: Annotated[list[PreviousRun], Field(max_length=10_000)] | None = None
+    best_step: Count | None = None
+    evaluations_since_best: Count | None = None
+    data_sha256: str | None = None
+    computed_in: Literal["fp32", "bf16", "fp16"] | None = None  # the precision in effect
+    compiled_by: str | None = None  # torch.compile's backend in effect, or off
+    processes: Positive | None = None  # the world size
+    model_name: str | None = None
+    run_tag: str | None = None
+    state_sha256: str | None = None
+
+
+TRAINING_FACTS = TrainingFacts.model_fields.keys()
 
 
 class Ancestor(BaseModel, extra="forbid", frozen=True, strict=True):
@@ -98,7 +114,7 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
     best_val_loss: float | None
     val_loss: float | None
     run_id: str | None
-    lineage: list[Ancestor]
+    lineage: Annotated[list[Ancestor], Field(max_length=10_000)]
     files: dict[str, str] = {}
     training_config: dict[str, Any]
 
@@ -177,7 +193,7 @@ def copy_bundle(source: Path, target: Path, *, with_optimizer: bool = True) -> N
     with _publish(target) as building:
         for name, digest in hashes.items():
             path, copied = find_file(source, name), None
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), files.open_regular(path) as file:
                 copied = files.copy_durable(file, building / name)
             if copied != digest:
                 raise DamageError(source / name)
@@ -214,7 +230,7 @@ def _publish(directory: Path) -> Iterator[Path]:
         with contextlib.suppress(UserError):  # damaged since: replaced like the old bundle
             _finish(directory, committed)
         _remove_files(committed)
-    clean_up(directory)
+    clean_up(directory.resolve())  # a named model's directory may be the user's own link
     building = directory / f".tmp-{os.getpid()}-{_host()}"
     committed = directory / f".next-{os.getpid()}-{_host()}"
     try:
@@ -230,8 +246,12 @@ def _publish(directory: Path) -> Iterator[Path]:
 
 
 def _find_committed(directory: Path) -> list[Path]:
-    """Return the `.next-PID-HOST/` in a bundle's directory: usually none, at most one of ours."""
-    return [path for path in files.glob_files(directory, ".next-*") if _OURS.fullmatch(path.name)]
+    """Return the `.next-PID-HOST/` in a bundle's directory: usually none, at most one of ours.
+
+    A link of that name was not made here: its files are never moved or removed.
+    """
+    found = files.glob_files(directory, ".next-*")
+    return [path for path in found if _OURS.fullmatch(path.name) and files.is_real_directory(path)]
 
 
 def _finish(directory: Path, committed: Path) -> None:
@@ -241,7 +261,8 @@ def _finish(directory: Path, committed: Path) -> None:
     """
     content = None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # moved last: else all were
-        content = (committed / STATE_FILE).read_bytes()
+        with files.open_regular(committed / STATE_FILE) as file:
+            content = file.read(MAX_JSON_BYTES)
     if content is not None:
         saved = _parse_state(committed / STATE_FILE, content).files
         files.sync(directory)  # the commit must be on the disk before the old bundle changes
@@ -269,7 +290,9 @@ def _remove_building(directory: Path) -> None:
 
 
 def remove_bundle(directory: Path) -> None:
-    """Remove a bundle, and its directory unless it has other files."""
+    """Remove a bundle, and its directory unless it has other files. A link is left alone."""
+    if not files.is_real_directory(directory):
+        return
     removed = directory / ".removed"
     places = [*_find_committed(directory), directory]
     for place in places:
@@ -283,8 +306,10 @@ def remove_bundle(directory: Path) -> None:
 def clean_up(directory: Path) -> None:
     """Finish or remove what ended processes left of saves and removals in a bundle's directory.
 
-    The work of running processes and the files of others are left alone.
+    The work of running processes, links, and the files of others are left alone.
     """
+    if not files.is_own_directory(directory):
+        return
     for path in files.glob_files(directory, ".tmp-*"):
         if _is_abandoned(path):
             _remove_building(path)
@@ -311,7 +336,7 @@ def _is_abandoned(temporary: Path) -> bool:
 
     Processes of other hosts cannot be checked: a day without a change is enough.
     """
-    if ours := _OURS.fullmatch(temporary.name):
+    if (ours := _OURS.fullmatch(temporary.name)) and files.is_own_directory(temporary):
         process = int(ours["process"])
         if ours["host"] == _host():
             return process == os.getpid() or not files.is_process_running(process)
@@ -362,8 +387,7 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
     Raises `UserError` that names the file that is missing, changed, damaged or too new.
     """
     state = read_state(directory)
-    if not files.is_file(find_file(directory, WEIGHTS_FILE)):
-        raise DamageError(directory / WEIGHTS_FILE)
+    header = read_weights_header(directory)
     contents = {}
     for name in (CONFIG_FILE, TOKENIZER_FILE, *names):
         contents[name] = _read(directory, name)
@@ -371,12 +395,72 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
             raise DamageError(directory / name)
     values = _parse_json(directory / CONFIG_FILE, contents[CONFIG_FILE])
     tokenizer = _parse_json(directory / TOKENIZER_FILE, contents[TOKENIZER_FILE])
+    tokenizer = _validate(directory / TOKENIZER_FILE, TokenizerState, tokenizer)
     vocab_size = values.pop("vocab_size", None)
     device = values.pop("device", None)  # recorded, never binding: a model loads on any
-    if not isinstance(vocab_size, int) or values.keys() | _ADDED_LATER != CONFIG_SETTINGS:
+    if type(vocab_size) is not int or values.keys() | _ADDED_LATER != CONFIG_SETTINGS:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
     config = _validate(directory / CONFIG_FILE, ModelConfig, values)
-    return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
+    _check_shapes(directory, config, vocab_size, header)
+    state_dict = tokenizer.model_dump(exclude_unset=True)
+    return Bundle(directory, config, vocab_size, str(device), state_dict, state, contents)
+
+
+class TokenizerState(BaseModel, extra="forbid", frozen=True, strict=True):
+    """The content of `tokenizer.json`; `chars` are those of a character tokenizer."""
+
+    token_kind: Literal["char", "gpt2"]
+    chars: list[str] | None = None
+
+
+def read_weights_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the dtype and the shape of each tensor in a bundle's `model.safetensors`, by name.
+
+    The file begins with the header's length in eight bytes, little-endian, and the header in JSON
+    (github.com/huggingface/safetensors#format). No tensor is read.
+
+    Raises `UserError` if the file is missing or has no such header.
+    """
+    path = find_file(directory, WEIGHTS_FILE)
+    try:
+        with files.open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_JSON_BYTES)))
+        header.pop("__metadata__", None)
+        found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
+        for dtype, shape in found.values():
+            if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError("a dtype is not a name, or a shape is not of sizes")
+        return found
+    except FileNotFoundError:
+        raise DamageError(directory / WEIGHTS_FILE) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
+
+
+def _check_shapes(
+    directory: Path,
+    config: ModelConfig,
+    vocab_size: int,
+    header: Mapping[str, tuple[str, list[int]]],
+) -> None:
+    """Raise `UserError` if the header has another number of layers or another size.
+
+    Before the model is built: `config.json` may say anything. Loading compares the rest.
+    """
+    layers = {match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, header) if match}
+    _, shape = header.get("token_embedding.weight", ("", []))
+    if (len(layers), shape) != (config.n_layer, [vocab_size, config.n_embd]):
+        raise UserError(
+            f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers and an embedding of {shape}, "
+            f"where {CONFIG_FILE} has n_layer {config.n_layer}, vocab_size {vocab_size} and n_embd "
+            f"{config.n_embd}: these files belong to different models"
+        )
+    if others := {dtype for dtype, _ in header.values() if dtype not in WEIGHT_DTYPES}:
+        raise UserError(
+            f"{directory / WEIGHTS_FILE}: weights are floating-point numbers, not "
+            f"{', '.join(sorted(others))}"
+        )
 
 
 @retry_if_published
@@ -388,6 +472,17 @@ def read_state(directory: Path) -> TrainingState:
 def _parse_state(path: Path, content: bytes) -> TrainingState:
     values = _parse_json(path, content)
     state = _validate(path, TrainingState, values)
+    _validate(path, TrainingFacts, state.training_config)
+    # A bundle may set what a resume needs, and not where a run writes or logs.
+    if foreign := state.settings.keys() - set(TRAINING_SETTINGS):
+        raise UserError(
+            f"{path}: training_config has {', '.join(sorted(foreign))}, which no bundle of this "
+            "version has: update Folio if a later one wrote it"
+        )
+    settings = upgrade_settings(state.settings)
+    _, problems = validate_values(ModelConfig, settings, label=lambda name: f"{path}: {name}")
+    if problems:
+        raise UserError(*problems)
     if state.get_fact("state_sha256") != compute_state_digest(values):
         raise UserError(f"{path}: damaged, or changed by hand: it does not match its SHA-256")
     if not set(MODEL_FILES) <= state.files.keys() <= set(BUNDLE_FILES):
@@ -404,8 +499,12 @@ def find_file(directory: Path, name: str) -> Path:
 
 
 def _read(directory: Path, name: str) -> bytes:
+    path = find_file(directory, name)
     try:
-        return find_file(directory, name).read_bytes()
+        with files.open_regular(path) as file:
+            if name.endswith(".json") and os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+                raise UserError(f"{directory / name}: larger than any that Folio writes")
+            return file.read()
     except FileNotFoundError:
         if name == STATE_FILE:
             raise UserError(f"{directory}: not a Folio model: it has no {STATE_FILE}") from None

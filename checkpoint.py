@@ -1,7 +1,9 @@
 """Save a training state as a bundle, and restore it bit for bit."""
 
 import io
+import math
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import Tokenizer, restore_tokenizer
 from utils.errors import RunError, UserError, format_reason
-from utils.files import glob_files
+from utils.files import glob_files, is_own_directory
 from utils.run_manager import RunDirectory
 
 # Saving -----------------------------------------------------------------------------------------
@@ -116,6 +118,8 @@ class CheckpointWriter:
         """Clean up after killed processes in all runs of `runs_dir`, as some never resume."""
         for path in list_runs(self.run.path.parent):
             run = RunDirectory(path)
+            if not all(map(is_own_directory, (path, run.export.parent, run.checkpoints))):
+                continue  # another user's, or not made by Folio
             for directory in (*glob_files(run.checkpoints, "step_*"), run.export):
                 clean_up(directory)
 
@@ -196,17 +200,19 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def load_weights(bundle: Bundle, model: LanguageModel) -> None:
-    """Load the bundle's weights into `model`, in place. Raises `UserError` if they do not fit.
+    """Load the bundle's weights into `model`, in place.
 
-    A model with a larger vocabulary keeps its own rows for the ids that the bundle lacks.
+    Raises `UserError` if they do not fit, and `RunError` if they are not finite. A model with a
+    larger vocabulary keeps its own rows for the ids that the bundle lacks.
     """
+    path = bundle.path / WEIGHTS_FILE
     try:
         model.load_safetensors(bundle.contents[WEIGHTS_FILE])
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"{bundle.path / WEIGHTS_FILE}: not this model's weights: {reason}"
-        ) from None
+        raise UserError(f"{path}: not this model's weights: {reason}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RunError(f"{path}: some weights are NaN or infinite: use an earlier checkpoint")
 
 
 def restore_training_state(
@@ -226,8 +232,13 @@ def restore_training_state(
     """
     try:
         saved = _read_optimizer_state(bundle.contents[OPTIMIZER_FILE], type(optimizer).__name__)
+        is_skipped = bool(saved.get("scaler"))  # fp16 may skip all steps so far
+        if not saved["state"] and bundle.state.step > 0 and not is_skipped:
+            raise ValueError("it has no state, and its model has been trained")
         optimizer.load_state_dict(_convert_to_indices(saved["state"], model, optimizer))
         if saved.get("scaler") and scaler.is_enabled():  # fp16 before and after
+            if not all(math.isfinite(value) for value in saved["scaler"].values()):
+                raise ValueError("its loss scale is not finite")
             scaler.load_state_dict(saved["scaler"])
         generators = [saved["generators"], *saved.get("other_generators", [])]
         if world.rank < len(generators):
@@ -239,6 +250,10 @@ def restore_training_state(
 
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # PyTorch compresses nothing: a small file may not unpack to gigabytes.
+        if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+            raise ValueError("it is compressed")
     with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
         # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -258,20 +273,37 @@ def _convert_to_indices(
 
     Raises ValueError if it is another model's.
     """
-    names = _list_parameter_names(model, optimizer)
     groups = optimizer.state_dict()["param_groups"]
     if not state:  # saved before the first step
         return {"state": {}, "param_groups": groups}
-    if state.keys() != set(names):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if state.keys() != set(names.values()):
         raise ValueError("its parameters are not those of this model")
-    for name, parameter in model.named_parameters():
-        for key, value in state[name].items():
-            if isinstance(value, Tensor) and value.dim() > 0:  # one number per weight
-                if value.shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape")
-                state[name][key] = shard_like(value, parameter)
-    by_index = {index: state[name] for index, name in enumerate(names)}
-    return {"state": by_index, "param_groups": groups}
+    for group in optimizer.param_groups:
+        keys = {"momentum"} if "momentum" in group else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter in group["params"]:
+            saved = state[names[parameter]]
+            if saved.keys() != keys:
+                raise ValueError(f"the state of {names[parameter]} is of another optimizer")
+            for key, value in saved.items():
+                shape = torch.Size() if key == "step" else parameter.shape
+                _check_tensor(f"{key} of {names[parameter]}", value, shape)
+                if key != "step":
+                    saved[key] = shard_like(value, parameter)
+    by_index = enumerate(_list_parameter_names(model, optimizer))
+    return {"state": {index: state[name] for index, name in by_index}, "param_groups": groups}
+
+
+def _check_tensor(name: str, value: object, shape: torch.Size) -> None:
+    """Raise ValueError unless `value` is a float32 tensor of `shape` with its own memory.
+
+    PyTorch's kernels do not check it: another layout or size corrupts the heap.
+    """
+    is_plain = type(value) is Tensor and value.layout == torch.strided
+    if not is_plain or value.dtype != torch.float32 or value.shape != shape:
+        raise ValueError(f"{name} is not a float32 tensor of shape {tuple(shape)}")
+    if not value.is_contiguous() or value.untyped_storage().nbytes() < 4 * value.numel():
+        raise ValueError(f"{name} is not contiguous")
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:

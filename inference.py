@@ -162,7 +162,8 @@ def load_model(
 
     `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
 
-    Raises `UserError` that names the file that is missing or does not fit.
+    Raises `UserError` that names the file that is missing or does not fit, and `RunError` if the
+    weights are not finite.
     """
     directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
     bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
@@ -173,10 +174,14 @@ def load_model_from_bundle(
     bundle: Bundle, device: "torch.device | str" = "cpu"
 ) -> tuple["LanguageModel", Tokenizer]:
     """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
-    from checkpoint import load_tokenizer, load_weights  # late: these bring torch
+    import torch  # late, as are these
+
+    from checkpoint import load_tokenizer, load_weights
     from model import LanguageModel
+    from utils.memory import check_memory
 
     tokenizer = load_tokenizer(bundle)
+    check_memory(bundle.config, bundle.vocab_size, torch.device(device), is_training=False)
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return model.to(device).eval(), tokenizer

@@ -19,7 +19,6 @@ from typing import Any
 from bundle import (
     CONFIG_SETTINGS,
     STATE_FILE,
-    WEIGHTS_FILE,
     DamageError,
     find_directory,
     find_file,
@@ -28,6 +27,7 @@ from bundle import (
     is_bundle,
     list_runs,
     read_bundle,
+    read_weights_header,
     retry_if_published,
 )
 from parameters import Settings
@@ -114,25 +114,16 @@ def _collect_model_info(directory: Path) -> dict[str, Any]:
 
 
 def _count_parameters(directory: Path) -> dict[str, int]:
-    """Count parameters, in total and by part, from the safetensors header alone.
-
-    The file begins with the header's length in eight bytes, little-endian, and the header in JSON
-    (github.com/huggingface/safetensors#format).
-    """
-    try:
-        with open(find_file(directory, WEIGHTS_FILE), "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 1 << 27)))  # a damaged length may be huge
-        shapes = {k: tensor["shape"] for k, tensor in header.items() if k != "__metadata__"}
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / WEIGHTS_FILE}: no safetensors file: {error}") from None
+    """Count parameters, in total and by part, from the safetensors header alone."""
+    header = read_weights_header(directory)
+    sizes = {name: math.prod(shape) for name, (_, shape) in header.items()}
     parts = {"total": sum(sizes.values()), "token_embedding": 0, "position_embedding": 0}
     parts |= {"attention": 0, "mlp": 0, "norms": 0}  # in the order of model.py
     for name, size in sizes.items():
         # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
         words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]
-        part = "norms" if words[0].endswith("norm") else words[0]
+        part = words[0] if words else name
+        part = "norms" if part.endswith("norm") else part
         parts[part] = parts.get(part, 0) + size
     return parts
 

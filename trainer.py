@@ -93,6 +93,7 @@ from utils.device import (
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.isolation import Isolated
+from utils.memory import check_memory
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.report import write_report
@@ -571,6 +572,8 @@ def prepare_trainer(
         )
 
     data = world.run_on_all_ranks(load)
+    if world.size == 1 or config.parallel == "ddp":
+        check_memory(config, data.tokenizer.vocab_size, device, is_training=True)
     if loaded is not None:
         resume.check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)

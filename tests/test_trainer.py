@@ -506,7 +506,16 @@ def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):
         assert name in str(caught.value)
 
 
-def test_a_failed_allocation_is_an_out_of_memory_error(tiny, quiet):
+@pytest.mark.parametrize("sizes", [{"n_layer": 2**31 - 1}, {"n_embd": 2**21}])
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(tiny, quiet, sizes):
+    (name,) = sizes
+    with pytest.raises(UserError, match=rf"{name} {sizes[name]}.*memory"):
+        train(tiny(**sizes), output=quiet)
+    assert not Path("runs").exists()
+
+
+def test_a_failed_allocation_is_an_out_of_memory_error(tiny, quiet, monkeypatch):
+    monkeypatch.setattr(trainer_module, "check_memory", lambda *_, **options: None)
     with pytest.raises(RunError, match="out of memory"):
         train(tiny(n_embd=2**21), output=quiet)
     assert not Path("runs").exists()

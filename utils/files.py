@@ -5,8 +5,10 @@ Everything that must survive a crash is written by the functions below, one syst
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -31,17 +33,40 @@ def find_text_file_problem(path: Path) -> str | None:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
+def is_real_directory(path: Path) -> bool:
+    """Return whether `path` is a directory, and not a link to one."""
+    with contextlib.suppress(OSError, ValueError):
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    return False
+
+
+def is_own_directory(path: Path) -> bool:
+    """Return whether `path` is a directory of this user, and not a link to one."""
+    get_user = getattr(os, "geteuid", None)  # Windows has none
+    return is_real_directory(path) and (get_user is None or os.lstat(path).st_uid == get_user())
+
+
 def glob_files(directory: Path, pattern: str) -> list[Path]:
-    """Return the paths in a directory that match `pattern`; none if there is no directory."""
+    """Return the paths in a directory that match `pattern`; none if it cannot be read."""
     try:
         return list(directory.glob(pattern))
-    except FileNotFoundError:  # removed just after pathlib had seen it (Python 3.11)
+    except OSError:  # removed just after pathlib had seen it (Python 3.11), or another user's
         return []
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read. Raises OSError if it is a pipe (which would block) or a device."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
+from utils.files import is_file
 from utils.ranks import Ranks
 
 TORCHRUN_GRACE = 10.0  # seconds that the other ranks leave torchrun to end them
@@ -173,7 +174,7 @@ def format_command(program: str) -> str:
     path = python if is_script else python.parent / program
     name = "python" if is_script else program
     is_active = Path(shutil.which(name) or "").parent == path.parent
-    command = name if is_active or not path.exists() else _format_path(path)
+    command = name if is_active or not is_file(path) else _format_path(path)
     script = Path(__file__).resolve().parent.parent / program
     return f"{command} {_format_path(script)}" if is_script else command
 

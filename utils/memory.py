@@ -1,0 +1,60 @@
+"""The memory that a model needs, compared with what there is before anything is allocated."""
+
+import os
+
+import torch
+
+from parameters import ModelConfig
+from utils.errors import UserError
+from utils.output import format_bytes
+
+# Bytes of activations per channel, layer and token that a training step keeps for its backward
+# pass: 70 were measured in bf16 (docs/SCALING.md), so less than this is impossible.
+MIN_ACTIVATION_BYTES = 40
+MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
+
+
+def check_memory(
+    config: ModelConfig, vocab_size: int, device: torch.device, *, is_training: bool
+) -> None:
+    """Raise `UserError` if the model cannot fit into the memory of the device.
+
+    The estimate is a lower bound: what it refuses is impossible, what it accepts may still fail.
+    """
+    available = _get_total_memory(device)
+    needed = _estimate_bytes(config, vocab_size, is_training)
+    if available is not None and needed > available:
+        sizes = ("n_layer", "n_embd", "block_size", *(["micro_batch_size"] if is_training else []))
+        values = ", ".join(f"{name} {getattr(config, name)}" for name in sizes)
+        verb = "train" if is_training else "use"
+        raise UserError(
+            f"to {verb} a model with {values} and a vocabulary of {vocab_size} takes at least "
+            f"{format_bytes(needed)} of memory, and there are {format_bytes(available)}: lower "
+            "one of them"
+        )
+
+
+def _estimate_bytes(config: ModelConfig, vocab_size: int, is_training: bool) -> int:
+    """Return a lower bound of the bytes for weights and, in training, gradients and activations."""
+    L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
+    embeddings = (1 if config.tie_weights else 2) * V * C
+    if config.architecture == "gpt2":
+        embeddings += T * C
+    weights = 12 * L * C * C + embeddings
+    tables = 8 * L * T * (C // config.n_head) if config.architecture == "modern" else 0
+    needed = 4 * weights + tables + MIN_LAYER_BYTES * L
+    if is_training:
+        rows = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        # Gradients and one moment, in float32; logits and their gradient.
+        needed += 8 * weights + rows * T * (MIN_ACTIVATION_BYTES * L * C + 8 * V)
+    return needed
+
+
+def _get_total_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory of the device, or None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
