@@ -25,6 +25,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -554,16 +555,36 @@ def is_run(directory: Path) -> bool:
 
 
 def list_runs(runs_dir: Path) -> list[Path]:
-    """Return the run directories in `runs_dir`, newest first."""
-    started = {}
-    for run in filter(is_run, files.glob_files(runs_dir, "*")):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            made = run.stat().st_mtime_ns
-            # A run's name begins with its start time, unless a user has renamed it.
-            is_named = re.match(r"\d{8}_\d{6}", run.name)
-            date = time.strftime("%Y%m%d_%H%M%S", time.localtime(made / 1e9))
-            started[run] = (run.name[:15] if is_named else date, made)
-    return sorted(started, key=started.__getitem__, reverse=True)
+    """Return the run directories in `runs_dir`, newest first.
+
+    By the instant of the start that each run recorded, as local times repeat and differ between
+    time zones. A run is newer than the one that it resumed, whatever the clock said.
+    """
+    starts = {run: _read_start(run) for run in filter(is_run, files.glob_files(runs_dir, "*"))}
+
+    def rank(run: Path, seen: tuple[Path, ...] = ()) -> tuple[float, int]:
+        started, resumed = starts[run]
+        parent = runs_dir / resumed if resumed else run
+        if parent in (run, *seen) or parent not in starts:
+            return started, 0
+        instant, depth = rank(parent, (*seen, run))
+        return max((started, 0), (instant, depth + 1))
+
+    return sorted(starts, key=lambda run: (*rank(run), run.name), reverse=True)
+
+
+def _read_start(run: Path) -> tuple[float, str | None]:
+    """Return when a run started, in seconds since 1970, and the id of the run that it resumed."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        with files.open_regular(run / "meta" / "full_config.json") as file:
+            record = json.loads(file.read(MAX_JSON_BYTES))["run"]
+        resumed = record.get("resumed_from") or {}
+        return datetime.fromisoformat(record["started"]).timestamp(), resumed.get("run_id")
+    with contextlib.suppress(ValueError):  # killed before it wrote its record, or damaged since
+        return datetime.strptime(run.name[:15], "%Y%m%d_%H%M%S").timestamp(), None
+    with contextlib.suppress(OSError):  # removed meanwhile
+        return run.stat().st_mtime, None
+    return 0.0, None
 
 
 def find_run_of(bundle: Path) -> Path | None:

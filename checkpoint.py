@@ -24,7 +24,6 @@ from bundle import (
     copy_bundle,
     is_bundle,
     list_checkpoints,
-    list_runs,
     parse_step,
     remove_bundle,
     write_bundle,
@@ -116,7 +115,7 @@ class CheckpointWriter:
 
     def _clean_up_runs(self) -> None:
         """Clean up after killed processes in all runs of `runs_dir`, as some never resume."""
-        for path in list_runs(self.run.path.parent):
+        for path in glob_files(self.run.path.parent, "*"):
             run = RunDirectory(path)
             if not all(map(is_own_directory, (path, run.export.parent, run.checkpoints))):
                 continue  # another user's, or not made by Folio

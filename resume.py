@@ -37,7 +37,7 @@ from parameters import NAME_PATTERN, Architecture, ModelConfig
 from utils.errors import NothingToDo, UserError
 from utils.files import is_file, make_directory, remove_if_empty
 from utils.output import pluralize
-from utils.run_manager import RunDirectory, sanitize_tag
+from utils.run_manager import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -343,13 +343,12 @@ def _find_newest_checkpoint(
 
     Only runs with this tag, and children of this parent, count, if these are given.
     """
-    word = sanitize_tag(tag)
     for run in list_runs(runs_dir):
         for checkpoint in reversed(list_checkpoints(run)):
             state = _read_state_if_valid(checkpoint)
             if state is None:
                 continue
-            has_tag = not word or sanitize_tag(state.get_fact("run_tag")) == word
+            has_tag = not tag or state.get_fact("run_tag") == tag
             hashes = [ancestor.weights_sha256 for ancestor in state.lineage[:1]]
             if has_tag and (parent is None or hashes == [parent.state.files[WEIGHTS_FILE]]):
                 return checkpoint

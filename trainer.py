@@ -770,7 +770,7 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
         "run_id": run_id,
         "argv": list(argv),
         "callbacks": describe_callbacks(trainer.callbacks),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "resumed_from": resumed_from,
         "model_name": plan.named_model.name if plan.named_model else None,
         "lineage": [ancestor.model_dump() for ancestor in plan.lineage],

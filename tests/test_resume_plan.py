@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 
 import checkpoint as checkpoint_module
 import trainer as trainer_module
-from bundle import BUNDLE_FILES, Ancestor
+from bundle import BUNDLE_FILES, Ancestor, list_runs
 from callbacks import TrainResult
 from config import ConfigLoader, Setting
 from inference import load_model
@@ -548,6 +549,42 @@ def test_auto_compares_whole_tags_and_a_resume_keeps_the_tag(start_run):
     assert read_training_state(resumed.checkpoint)["training_config"]["run_tag"] == "lr"
     _, plan = plan_run(ConfigLoader({"max_iters": 9, "run_tag": "lr"}), resume="auto")
     assert plan.start_step == 5
+
+
+@pytest.mark.parametrize(("one", "other"), [("🚀", "???"), ("lr+1", "lr-1"), ("a/b", "a-b")])
+def test_auto_compares_tags_as_they_were_given(start_run, one, other):
+    start_run("auto", fresh=True, max_iters=2, run_tag=one)
+    assert start_run("auto", fresh=True, max_iters=3, run_tag=other).step == 3
+    for tag, step in ((one, 2), (other, 3)):
+        _, plan = plan_run(ConfigLoader({"max_iters": 9, "run_tag": tag}), resume="auto")
+        assert plan.start_step == step
+
+
+def test_auto_resumes_the_last_run_whatever_the_time_zone(start_run, monkeypatch):
+    """Also in the hour that a change of the clock repeats."""
+    with monkeypatch.context() as patch:
+        for number, zone in enumerate(("Asia/Tokyo", "UTC", "America/Los_Angeles", "UTC")):
+            patch.setenv("TZ", zone)
+            time.tzset()
+            result = start_run("auto", fresh=number == 0, max_iters=2 + number, run_tag="job")
+            assert result.step == 2 + number
+    time.tzset()
+    assert len(list(Path("runs").iterdir())) == 4
+
+
+def test_a_run_is_newer_than_the_one_it_resumed_though_the_clock_went_back(start_run):
+    first = start_run(fresh=True, max_iters=2)
+    second = start_run("auto", max_iters=3)
+    record = first.run_dir / "meta" / "full_config.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    content["run"]["started"] = "2999-01-01T00:00:00+00:00"
+    record.write_text(json.dumps(content), encoding="utf-8")
+    assert list_runs(Path("runs")) == [second.run_dir, first.run_dir]
+    # A forged circle of runs ends.
+    record = second.run_dir / "meta" / "full_config.json"
+    content["run"]["resumed_from"] = {"run_id": second.run_dir.name}
+    (first.run_dir / "meta" / "full_config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert set(list_runs(Path("runs"))) == {second.run_dir, first.run_dir}
 
 
 def test_auto_with_a_parent_resumes_children_of_that_parent_only(start_run, purgatorio):
