@@ -38,6 +38,7 @@ Change = Callable[[Path], None]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A checkpoint after four steps with Muon, whose text is still there."""
+    torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("trained")
     text = place / "play.txt"
     text.write_text(LINES * 30, encoding="utf-8")
@@ -240,6 +241,15 @@ def test_a_forged_bundle_is_refused_with_a_line(name, bundle, capsys):
             assert str(bundle) in error or "memory" in error, error
     assert time.monotonic() - start < 10
     assert {path.name for path in Path().iterdir()} <= {"sent", "runs", "text.txt"}
+
+
+def test_one_bad_bundle_among_many_is_a_warning(bundle, capsys):
+    shutil.copytree(bundle, "checkpoints/good")
+    for number, (change, _, _) in enumerate(REFUSED.values()):
+        change(Path(shutil.copytree(bundle, f"checkpoints/bad{number}")))
+    assert run_command(inspect_model.main, []) == 0
+    out, error = capsys.readouterr()
+    assert "good" in out and "bad0" in error and "error: " not in error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
