@@ -276,7 +276,7 @@ class Trainer:
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
-        with output.show_progress(config.max_iters):
+        with output.show_progress(config.max_iters, self.plan.start_step):
             for index in range(self.plan.start_step, config.max_iters):
                 loss, grad_norm = self.training_step(index)
                 step = index + 1  # the number of steps done
@@ -880,7 +880,9 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
 
 
 def try_write_report(run: RunDirectory, output: Output) -> None:
-    """Write report.html; if that fails, only print a warning."""
+    """Write report.html, unless the run was deleted; if that fails, only print a warning."""
+    if not run.path.exists():
+        return
     try:
         write_report(run.report, run.path)
     except Exception as error:
