@@ -4,8 +4,10 @@ python -m pytest tests/test_output.py
 """
 
 import io
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -229,6 +231,30 @@ def test_a_console_file_that_is_deleted_or_replaced_goes_on_in_a_new_one(tmp_pat
     assert (lines[0], lines[-1], len(lines)) == ("other", "three", 3)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and all(str(path) in line for line in warnings)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_log_file_that_became_a_pipe_is_an_error_that_names_it(tmp_path):
+    log = LogFile(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=str(tmp_path / "metrics.jsonl")):
+        log.reopen_if_lost()
+    log.close()
+
+
+def test_a_log_file_whose_drive_is_away_goes_on(tmp_path, monkeypatch):
+    log = LogFile(tmp_path / "metrics.jsonl")
+
+    def fail(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", fail)
+        assert log.reopen_if_lost() is None
+    log.write("one\n")
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
 
 
 def test_a_log_file_of_a_deleted_run_is_an_error_that_names_the_run(tmp_path):

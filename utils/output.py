@@ -89,13 +89,16 @@ class LogFile:
     def reopen_if_lost(self) -> str | None:
         """Append to a new file, and return a warning, if the file was deleted or replaced.
 
-        Raises `RunError` if the run's directory was deleted.
+        Raises `RunError` if the run's directory was deleted, or no file stands at the path.
         """
         try:
-            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
-                return None
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            is_lost = not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError as error:  # others may be a network drive that is away for a while
+            is_lost = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if not is_lost:
+            return None
+        if self._path.exists() and not self._path.is_file():  # opening a pipe would block
+            raise RunError(f"{self._path} is no file any more, so the run cannot go on")
         logs = self._path.parent
         try:
             logs.mkdir(exist_ok=True)
