@@ -793,7 +793,12 @@ def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
     Ranks above 0 write to /dev/null, but log too: every rank must fail on a non-finite loss.
     """
     config, is_main = trainer.config, trainer.world.is_main
-    trackers: Isolated[Tracker] = Isolated(output.print_warning, lambda tracker: tracker.close())
+
+    def warn(text: str, details: str) -> None:
+        if run.path.exists():  # else the run ends with an error that says so
+            output.print_warning(text, details)
+
+    trackers: Isolated[Tracker] = Isolated(warn, lambda tracker: tracker.close())
     if is_main:
         trackers.add("TensorBoard", lambda: TensorBoardTracker(run.tensorboard))
         if config.aim_logging:

@@ -524,7 +524,11 @@ def test_a_run_directory_that_is_deleted_meanwhile_is_one_line(text_file, monkey
             shutil.rmtree("runs")
         return REAL_STEP(trainer, index)
 
+    def close(tracker):  # as it does if it has events left to write
+        raise FileNotFoundError("events.out.tfevents")
+
     monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(TensorBoardTracker, "close", close)
     flags = [*TINY_FLAGS, f"--data={text_file}", "--max-iters=20", "--checkpoint-interval=1"]
     assert run_command(train_command.main, flags) == 1
     (line,) = capsys.readouterr().err.splitlines()
