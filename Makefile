@@ -14,7 +14,9 @@ help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(VENV)/.train ## Train; pass arguments on with ARGS="--run-tag baseline --max-iters 500"
-	$(BIN)/python train.py $(ARGS)
+# Ctrl-C ends the run, and then make as the signal would, without "Error 130".
+	@trap : INT; $(BIN)/python train.py $(ARGS) || { \
+		status=$$?; [ $$status -eq 130 ] && kill -INT $$PPID || exit $$status; }
 
 test: $(VENV)/.dev ## Run the default tests on all cores: minutes, no network
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)

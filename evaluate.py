@@ -18,10 +18,10 @@ import json
 import math
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,7 +38,7 @@ from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.data_files import find_data_problem
 from utils.errors import UserError
-from utils.output import Output, pluralize, run_command
+from utils.output import Output, escape_control, pluralize, run_command
 from utils.tables import align_columns
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class EvaluateConfig(ModelChoice):
     """Tokens from one window to the next, at most the model's block_size. null: block_size."""
 
     show: Count = 0
-    """Show the surprise, in bits, of each of the first so many characters. 0: don't."""
+    """Evaluate the first so many characters only, and show each one's surprise in bits. 0: all."""
 
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
@@ -86,7 +86,7 @@ OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL"
 
 @dataclass(frozen=True)
 class Passage:
-    """A text or one split of it, as ids `(N,)` of the tokenizer's dtype, with N at least 2."""
+    """A text or a part of it, as ids `(N,)` of the tokenizer's dtype, with N at least 2."""
 
     name: str
     split: str | None
@@ -254,14 +254,19 @@ def format_json(facts: Mapping[str, Any]) -> str:
     return json.dumps({**facts, **dict.fromkeys(is_infinite)}, indent=2)
 
 
-def format_rows(facts: Mapping[str, Any], windows: int, unit: str) -> str:
-    """Format as aligned lines of key and value; `unit` is the tokenizer's."""
+def format_rows(facts: Mapping[str, Any], windows: int, unit: str, shown: int = 0) -> str:
+    """Format as aligned lines of key and value; `unit` is the tokenizer's.
+
+    `shown` is the number of characters if only the first ones were evaluated, else 0.
+    """
     sizes = [pluralize(facts["tokens"], unit)]
     if unit != "character":
         sizes.append(pluralize(facts["characters"], "character"))
     if facts["bytes"] != facts["characters"]:
         sizes.append(pluralize(facts["bytes"], "byte"))
     split = f", its {facts['split']} split" if facts["split"] else ""
+    whole = f"whole {facts['split']} split" if facts["split"] else "whole text"
+    part = f"first {pluralize(shown, 'character')}" if shown else whole
     rows = [
         ("model", f"{facts['model']}, step {facts['step']:,}"),
         ("text", f"{format_name(facts['data'])}{split}"),
@@ -270,7 +275,7 @@ def format_rows(facts: Mapping[str, Any], windows: int, unit: str) -> str:
             f"{', '.join(sizes)}; {pluralize(windows, 'window')} of {facts['block_size']}, "
             f"stride {facts['stride']}, {facts['seconds']:.1f} s",
         ),
-        ("loss", f"{facts['loss']:.4f} nats per {unit}"),
+        ("loss", f"{facts['loss']:.4f} nats per {unit} ({part})"),
         ("perplexity", f"{facts['perplexity']:.4f}"),
         ("bits per character", f"{facts['bits_per_character']:.4f}"),
         ("bits per byte", f"{facts['bits_per_byte']:.4f}"),
@@ -296,24 +301,28 @@ class Piece:
     bits: float
 
 
-def split_pieces(
-    ids: Tokens, losses: np.ndarray, tokenizer: Tokenizer, characters: int
-) -> list[Piece]:
-    """Return the tokens of the first `characters` characters, each with its bits.
+def count_first_tokens(ids: Tokens, tokenizer: Tokenizer, characters: int) -> int:
+    """Return the number of tokens that hold the first `characters` characters, at least 2."""
+    decode, number, length = tokenizer.create_stream_decoder(), 0, 0
+    while number < ids.size and (length < characters or number < 2):
+        length += len(decode([int(ids[number])]))
+        number += 1
+    return number
+
+
+def split_pieces(ids: Tokens, losses: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:
+    """Return the text of the tokens, each with its bits.
 
     A character that spans several tokens of BPE is one piece.
     """
     found: list[Piece] = []
-    decode = tokenizer.create_stream_decoder()
-    length, bits = 0, 0.0
+    decode, bits = tokenizer.create_stream_decoder(), 0.0
     for token, cost in zip(ids, np.concatenate(([math.nan], losses / math.log(2))), strict=True):
-        if length >= characters:
-            break
         text = decode([int(token)])
         bits += float(cost)
         if text:  # else the character continues in the next token
             found.append(Piece(text, bits))
-            length, bits = length + len(text), 0.0
+            bits = 0.0
     return found
 
 
@@ -324,16 +333,17 @@ def print_surprise(output: Output, pieces: Sequence[Piece], unit: str) -> None:
     if not console.is_terminal or console.color_system is None or console.no_color:
         output.print(format_surprise_table(pieces, unit))
         return
-    with console.capture() as captured:
-        console.print(draw_surprise(pieces), soft_wrap=True)
-    output.print(captured.get().rstrip("\n"))
+    output.print_drawing(draw_surprise(pieces))
 
 
 def draw_surprise(pieces: Sequence[Piece]) -> Text:
     """Return the text with each piece on the colour of its bits, and a legend."""
     view = Text()
-    for piece in pieces:
-        view.append(escape_control(piece.text).replace("\n", "↵\n"), get_heat_style(piece.bits))
+    for piece, following in zip_longest(pieces, pieces[1:]):
+        text = piece.text
+        if text.endswith("\r") and following and following.text.startswith("\n"):
+            text = text[:-1] + "\\r"  # half of a line end, which has bits of its own
+        view.append(escape_control(text).replace("\n", "↵\n"), get_heat_style(piece.bits))
     view.append("\n\nsurprise: 0 bits ")
     for half_bits in range(int(2 * MAX_BITS) + 1):
         view.append(" ", get_heat_style(half_bits / 2))
@@ -373,12 +383,6 @@ def format_cell(text: str) -> str:
     return escape_control(text).replace("\n", "↵").replace("\t", "\\t")
 
 
-def escape_control(text: str) -> str:
-    """Escape characters that could drive a terminal; keep line ends, tabs and all spaces."""
-    safe = {char for char in text if char in "\n\t" or unicodedata.category(char) == "Zs"}
-    return "".join(c if c in safe or c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def main(argv: Sequence[str]) -> int:
     """Evaluate: resolve the settings, load model and text, compute the losses, print the score."""
     command_line = CommandLine(__doc__, EvaluateConfig, ACTIONS, operands=OPERAND)
@@ -396,6 +400,9 @@ def main(argv: Sequence[str]) -> int:
     if stride > T:
         raise UserError(f"--stride {stride} would leave tokens out: choose 1 to block_size {T}")
     passage = load_passage(config, bundle, tokenizer, output)
+    if config.show:
+        length = count_first_tokens(passage.ids, tokenizer, config.show)
+        passage = replace(passage, ids=passage.ids[:length])
 
     # These bring torch: imported once the settings are known to be good.
     from utils.device import choose_device
@@ -422,10 +429,10 @@ def main(argv: Sequence[str]) -> int:
         "quantize": config.quantize,
         "seconds": round(seconds, 3),
     }
-    output.print(format_json(facts) if is_json else format_rows(facts, windows, tokenizer.unit))
+    rows = format_rows(facts, windows, tokenizer.unit, config.show)
+    output.print(format_json(facts) if is_json else rows)
     if config.show:
-        pieces = split_pieces(passage.ids, losses, tokenizer, config.show)
-        print_surprise(output, pieces, tokenizer.unit)
+        print_surprise(output, split_pieces(passage.ids, losses, tokenizer), tokenizer.unit)
     return output.exit_status
 
 

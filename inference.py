@@ -314,17 +314,22 @@ class TextGenerator:
     def print_samples(self, prompt: str) -> None:
         """Print the first sample token by token, then the others."""
         prompt, ids, samples = self._prepare(prompt)
-        pieces = (text for _, text in self._generate(ids, samples))
+        self._print_sample(prompt, (text for _, text in self._generate(ids, samples)))
+        for sample in samples[1:]:
+            self.output.print("---")
+            self._print_sample(prompt, [sample.text])
+
+    def _print_sample(self, prompt: str, pieces: Iterable[str]) -> None:
+        """Print the prompt, in bold on a terminal, and its continuation piece by piece."""
+        style = "bold" if prompt.strip("\n") else ""
         try:
             for piece in strip_new_lines(itertools.chain([prompt], pieces)):
-                self.output.print_piece(piece)
+                self.output.print_piece(piece, style)
+                style = ""
                 if self.output.quiet:  # standard output was closed
                     return
         finally:
             self.output.print()
-        for sample in samples[1:]:
-            self.output.print("---")
-            self.output.print((prompt + sample.text).strip("\n"))
 
     def generate_json(self, prompt: str) -> dict[str, Any]:
         """Generate the samples; return the first one's fields, and a list if there are several."""

@@ -277,7 +277,7 @@ class Trainer:
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
-        with output.show_progress(config.max_iters):
+        with output.show_progress(config.max_iters, self.plan.start_step):
             for index in range(self.plan.start_step, config.max_iters):
                 loss, grad_norm = self.training_step(index)
                 step = index + 1  # the number of steps done
@@ -796,7 +796,12 @@ def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
     Ranks above 0 write to /dev/null, but log too: every rank must fail on a non-finite loss.
     """
     config, is_main = trainer.config, trainer.world.is_main
-    trackers: Isolated[Tracker] = Isolated(output.print_warning, lambda tracker: tracker.close())
+
+    def warn(text: str, details: str) -> None:
+        if run.path.exists():  # else the run ends with an error that says so
+            output.print_warning(text, details)
+
+    trackers: Isolated[Tracker] = Isolated(warn, lambda tracker: tracker.close())
     if is_main:
         trackers.add("TensorBoard", lambda: TensorBoardTracker(run.tensorboard))
         if config.aim_logging:
@@ -883,7 +888,9 @@ def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[
 
 
 def try_write_report(run: RunDirectory, output: Output) -> None:
-    """Write report.html; if that fails, only print a warning."""
+    """Write report.html, unless the run was deleted; if that fails, only print a warning."""
+    if not run.path.exists():
+        return
     try:
         write_report(run.report, run.path)
     except Exception as error:

@@ -26,8 +26,8 @@ from evaluate import (
     Piece,
     compute_score,
     compute_token_losses,
+    count_first_tokens,
     draw_surprise,
-    escape_control,
     find_window_starts,
     format_surprise_table,
     get_heat_style,
@@ -39,6 +39,7 @@ from tokenizer import CharTokenizer, create_tokenizer
 from trainer import estimate_loss, train
 from utils.errors import UserError
 from utils.output import Output
+from utils.tables import align_columns
 
 KEYS = (
     "model step data split tokens characters bytes loss perplexity bits_per_character "
@@ -395,7 +396,8 @@ def test_the_score_is_printed_as_aligned_rows_of_key_and_value(saved, abc_file, 
     assert lines[0] == f"model               {model}, step 7"
     assert lines[1] == f"text                {abc_file}"
     assert lines[2].startswith("predicted           89 characters; 23 windows of 4, stride 4, ")
-    assert lines[3] == f"loss                {result['loss']:.4f} nats per character"
+    assert lines[3].startswith(f"loss                {result['loss']:.4f} nats per character")
+    assert "whole text" in lines[3]
     assert lines[4] == f"perplexity          {result['perplexity']:.4f}"
     assert lines[5] == f"bits per character  {result['bits_per_character']:.4f}"
     assert lines[6] == f"bits per byte       {result['bits_per_byte']:.4f}"
@@ -543,35 +545,40 @@ def test_every_colour_has_wcag_contrast_to_black_letters():
 
 
 def test_control_characters_are_escaped():
-    text = "\x1b]0;title\x07\r\x9b31m\u202e\x00\x7f"
-    assert escape_control(text) == "\\x1b]0;title\\x07\\r\\x9b31m\\u202e\\x00\\x7f"
-    assert escape_control("é 漢\u00a0🙂\t\n") == "é 漢\u00a0🙂\t\n"
+    text = "\x1b]0;title\x07\x9b31m\u202e\x00\x7f"
     shown = [Piece(char, 1.0) for char in text]
-    assert draw_surprise(shown).plain.startswith("\\x1b]0;title\\x07\\r\\x9b31m\\u202e\\x00\\x7f\n")
+    assert draw_surprise(shown).plain.startswith("\\x1b]0;title\\x07\\x9b31m\\u202e\\x00\\x7f\n")
     assert format_surprise_table(shown, "character").replace("\n", "").isprintable()
 
 
-def test_pieces_are_the_first_characters_with_their_bits():
+@pytest.mark.parametrize(("text", "shown"), [("a\rb", "a↵\nb"), ("a\r\nb", "a\\r↵\nb")])
+def test_a_cr_is_shown_as_a_line_end_and_before_one_by_its_name(text, shown):
+    assert draw_surprise([Piece(char, 1.0) for char in text]).plain.startswith(shown + "\n\n")
+
+
+def test_pieces_are_characters_with_their_bits():
     tokenizer = CharTokenizer(["a", "b", "\ufffd"])
     ids = tokenizer.encode("ab\ufffdba")
     losses = np.array([1, 2, 3, 4]) * math.log(2)
-    found = split_pieces(ids, losses, tokenizer, 4)
-    assert [piece.text for piece in found] == ["a", "b", "\ufffd", "b"]
+    found = split_pieces(ids, losses, tokenizer)
+    assert [piece.text for piece in found] == ["a", "b", "\ufffd", "b", "a"]
     assert math.isnan(found[0].bits)
-    assert [piece.bits for piece in found[1:]] == pytest.approx([1, 2, 3])
-    assert len(split_pieces(ids, losses, tokenizer, 99)) == 5
+    assert [piece.bits for piece in found[1:]] == pytest.approx([1, 2, 3, 4])
+    counts = [count_first_tokens(ids, tokenizer, characters) for characters in (1, 2, 4, 99)]
+    assert counts == [2, 2, 4, 5]
 
 
 def test_a_character_of_several_bpe_tokens_is_one_piece_with_the_sum_of_their_bits(gpt2_vocabulary):
     tokenizer = create_tokenizer("", "gpt2")
     text = "Hello world 漢🙂!"
     ids = tokenizer.encode(text)
-    found = split_pieces(ids, np.full(ids.size - 1, math.log(2)), tokenizer, 99)
+    found = split_pieces(ids, np.full(ids.size - 1, math.log(2)), tokenizer)
     assert "".join(piece.text for piece in found) == text
     assert found[1].text == " world"
     assert all(piece.text for piece in found)
     assert len(found) < ids.size
     assert sum(piece.bits for piece in found[1:]) == pytest.approx(ids.size - 1)
+    assert tokenizer.decode(ids[: count_first_tokens(ids, tokenizer, 13)]) == "Hello world 漢"
 
 
 def test_show_prints_the_table_after_the_score(saved, abc_file, capsys):
@@ -580,3 +587,21 @@ def test_show_prints_the_table_after_the_score(saved, abc_file, capsys):
     assert lines[7] == ""
     assert "first 40 characters" in lines[8]
     assert len(lines) == 20
+
+
+def test_show_evaluates_only_what_it_shows(saved, abc_file, capsys, monkeypatch):
+    read, compute = [], evaluate.compute_token_losses
+
+    def compute_and_note(model, tokens, *arguments):
+        read.append(tokens.size)
+        return compute(model, tokens, *arguments)
+
+    monkeypatch.setattr(evaluate, "compute_token_losses", compute_and_note)
+    assert evaluate.main([saved(), f"--data={abc_file}", "--show=40", "--device=cpu"]) == 0
+    assert read == [40]
+    assert "first 40 characters" in capsys.readouterr().out.splitlines()[3]
+
+
+def test_a_table_with_wide_characters_is_aligned():
+    before, after = align_columns([("日本", "a"), ("x", "b")]).splitlines()
+    assert (before, after) == ("日本  a", "x     b")

@@ -237,11 +237,30 @@ def test_a_sample_ends_before_the_first_stop_sequence(run, generate):
 
 def test_characters_are_printed_as_they_are_generated(run, monkeypatch):
     pieces = []
-    monkeypatch.setattr(Output, "print_piece", lambda self, piece: pieces.append(piece))
+    monkeypatch.setattr(Output, "print_piece", lambda self, piece, style: pieces.append(piece))
     inference.main(["--device=cpu", "--prompt", "To be", "--max-new-tokens=20", "--seed=2"])
     assert pieces[0] == "To be"
     assert len(pieces) > 15
     assert all(len(piece.strip("\n")) == 1 for piece in pieces[1:])
+
+
+def test_on_a_terminal_the_prompt_is_bold_and_control_characters_are_escaped(
+    tiny, quiet, text_file, capsys, monkeypatch
+):
+    text_file.write_bytes(b"a\x1b[2J\rb\r\n" * 300)
+    train(tiny(max_iters=60, learning_rate=1e-2), output=quiet)
+    flags = ["--device=cpu", "--prompt=a", "--temperature=0", "--max-new-tokens=9"]
+    flags.append("--num-samples=2")
+    assert inference.main(flags) == 0
+    piped = capsys.readouterr().out
+    assert piped == "a\x1b[2J\rb\r\na\n---\na\x1b[2J\rb\r\na\n"
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert inference.main(flags) == 0
+    shown = "\x1b[1ma\x1b[0m\\x1b[2J\nb\na\n"
+    assert stream.getvalue() == f"{shown}---\n{shown}"
 
 
 def test_each_of_several_samples_is_the_one_of_its_seed_alone(run, generate):

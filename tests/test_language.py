@@ -30,7 +30,7 @@ VERBS = set(
     "perform permute pick plan plot pluralize poll pop predict prefill prepare preserve print "
     "process profile prompt propose prune publish pull push put quantize query queue quiet "
     "quote raise read rebuild receive record redirect reduce refresh register release reload "
-    "remove rename render repeat replace reply report request require reset reshape resize "
+    "remove rename render reopen repeat replace reply report request require reset reshape resize "
     "resolve restart restore resume retry return reuse rewrite rotate round run sample sanitize "
     "save scale scan schedule score search select send serialize set settle shard share show "
     "shuffle shut sign skip slice smooth sort split spool stack start step stop store stream "
@@ -43,7 +43,7 @@ VERBS = set(
 VERBS |= {"from", "to", "as", "all"}
 NAMES = {
     *("main", "forward", "backward", "dry_run", "training_step", "autocast", "learning_rate_at"),
-    *("error", "astype"),  # overrides methods of argparse and numpy
+    *("error", "astype", "isatty"),  # overrides methods of argparse, numpy and files
     *("after_step", "after_evaluation", "at_end"),  # the hooks of a callback
 }
 

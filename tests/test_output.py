@@ -1,16 +1,28 @@
-"""utils/output.py: text is printed and recorded unchanged, and errors become an exit status.
+"""utils/output.py: what is printed and recorded, and how errors become an exit status.
 
 python -m pytest tests/test_output.py
 """
 
 import io
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from utils.errors import EndedOnAnotherRank, RunError, UserError
-from utils.output import Output, format_bytes, format_command, format_duration, run_command
+from utils.output import (
+    LogFile,
+    Output,
+    escape_control,
+    format_bytes,
+    format_command,
+    format_duration,
+    run_command,
+)
 
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\x08\0\u202eabc\u2066"
 AWKWARD = "[bold]not markup[/bold] :smile: " + "long " * 80 + "\x1b[0m 'quoted' https://x.org 😀"
 
 
@@ -28,7 +40,7 @@ def test_the_record_contains_text_printed_before_and_after_it_was_opened(tmp_pat
     output.print_step("a step")
     output.close()
     recorded = (tmp_path / "console.txt").read_text(encoding="utf-8")
-    assert recorded == f"before\n{AWKWARD}\na step\n"
+    assert recorded == f"before\n{escape_control(AWKWARD)}\na step\n"
 
 
 def test_quiet_prints_nothing_and_records_everything(tmp_path, capsys):
@@ -76,6 +88,62 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_control_characters_are_escaped_and_all_else_stays():
+    escaped = "\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\x7f\\x08\\x00\\u202eabc\\u2066"
+    assert escape_control(HOSTILE) == escaped
+    assert escape_control("é 漢\u00a0👨\u200d👩\u200c\t\n") == "é 漢\u00a0👨\u200d👩\u200c\t\n"
+    assert escape_control("a\rb\r\nc\r") == "a\nb\nc\n"
+
+
+def print_everywhere(output: Output) -> None:
+    output.print(HOSTILE)
+    output.print_piece(HOSTILE)
+    output.print_piece(HOSTILE, style="bold")
+    for print_line in (output.print_note, output.print_warning, output.print_error):
+        print_line(f"{HOSTILE}: no such file")
+    with output.show_progress(9):
+        output.print(HOSTILE)
+        output.print_note(HOSTILE)
+        output.advance(1, "loss 1.0000")
+
+
+def test_no_control_character_reaches_a_terminal_or_the_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    output = Output()
+    output.record_to(tmp_path / "console.txt")
+    print_everywhere(output)
+    output.close()
+    shown = sys.stdout.getvalue() + sys.stderr.getvalue()
+    for sequence in ("\x1b]", "\x1b[2J", "\x9b", "\x7f", "\x08", "\x07", "\0", "\u202e"):
+        assert sequence not in shown
+    assert shown.count(escape_control(HOSTILE)) == 8
+    recorded = (tmp_path / "console.txt").read_text(encoding="utf-8")
+    assert recorded == escape_control(recorded)
+    assert recorded.count("x1b]0") == 6
+
+
+def test_a_pipe_receives_the_text_unchanged():
+    stream = io.StringIO()
+    output = Output(stream=stream)
+    output.print_piece(HOSTILE + "\r", style="bold")
+    output.print_piece("\n\r")
+    assert stream.getvalue() == HOSTILE + "\r\n\r"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [(["a\r", "\nb"], "a\nb\n"), (["a\r", "b"], "a\nb\n"), (["a", "\r"], "a\n\n")],
+)
+def test_a_cr_at_the_border_of_two_pieces_is_one_line_end(pieces, shown):
+    output = Output(stream=Terminal())
+    for piece in pieces:
+        output.print_piece(piece)
+    output.print()
+    assert output._stream.getvalue() == shown
+
+
 def test_a_terminal_shows_the_progress_bar_and_step_lines_are_only_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -90,6 +158,113 @@ def test_a_terminal_shows_the_progress_bar_and_step_lines_are_only_recorded(tmp_
     assert "loss 1.0000" in stream.getvalue()
     assert "step 5/10" not in stream.getvalue()
     assert (tmp_path / "console.txt").read_text(encoding="utf-8") == "step 5/10\neval\n"
+
+
+def test_a_resumed_run_begins_its_bar_at_its_first_step(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    output = Output(stream=Terminal())
+    with output.show_progress(10, start=4):
+        pass
+    assert "4/10" in output._stream.getvalue() and "0/10" not in output._stream.getvalue()
+
+
+class GoneTerminal(Terminal):
+    """A terminal whose window was closed after so many writes."""
+
+    def __init__(self, writes: int, error: Exception):
+        super().__init__()
+        self.writes, self.error = writes, error
+
+    def write(self, text):
+        self.writes -= 1
+        if self.writes < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("error", [OSError(5, "EIO"), BrokenPipeError(), ValueError("closed")])
+def test_a_terminal_that_goes_away_ends_neither_the_bar_nor_the_record(
+    tmp_path, monkeypatch, writes, error
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", GoneTerminal(0, error))
+    output = Output(stream=GoneTerminal(writes, error))
+    output.record_to(tmp_path / "console.txt")
+    with output.show_progress(10):
+        output.advance(5, "loss 1.0000")
+        output._progress.refresh()
+        output.print("sample")
+        output.print_warning("a tracker")
+        output._progress.refresh()
+    output.print("done")
+    output.close()
+    recorded = (tmp_path / "console.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in recorded if "standard output" not in line] == [
+        "sample",
+        "warning: a tracker",
+        "done",
+    ]
+
+
+def test_closed_standard_streams_end_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    output = Output()
+    print_everywhere(output)
+    assert output.exit_status == 1
+
+
+def test_a_console_file_that_is_deleted_or_replaced_goes_on_in_a_new_one(tmp_path, capsys):
+    path, other = tmp_path / "logs" / "console.txt", tmp_path / "other"
+    path.parent.mkdir()
+    output = Output()
+    output.record_to(path)
+    output.print("one")
+    path.unlink()
+    output.print("two")
+    other.write_text("other\n")
+    other.replace(path)
+    output.print("three")
+    output.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("other", "three", 3)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(str(path) in line for line in warnings)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_log_file_that_became_a_pipe_is_an_error_that_names_it(tmp_path):
+    log = LogFile(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=str(tmp_path / "metrics.jsonl")):
+        log.reopen_if_lost()
+    log.close()
+
+
+def test_a_log_file_whose_drive_is_away_goes_on(tmp_path, monkeypatch):
+    log = LogFile(tmp_path / "metrics.jsonl")
+
+    def fail(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", fail)
+        assert log.reopen_if_lost() is None
+    log.write("one\n")
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+
+
+def test_a_log_file_of_a_deleted_run_is_an_error_that_names_the_run(tmp_path):
+    run = tmp_path / "runs" / "job"
+    (run / "logs").mkdir(parents=True)
+    log = LogFile(run / "logs" / "metrics.jsonl")
+    shutil.rmtree(run)
+    with pytest.raises(RunError, match=str(run)):
+        log.reopen_if_lost()
+    log.close()
 
 
 def test_a_full_disk_behind_stdout_is_one_warning(tmp_path, capsys):

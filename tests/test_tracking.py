@@ -3,6 +3,7 @@
 python -m pytest tests/test_tracking.py
 """
 
+import html
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -21,11 +23,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from parameters import ModelConfig
 from utils.errors import RunError
 from utils.isolation import Isolated
-from utils.output import Output
+from utils.output import Output, escape_control
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import METRICS, get_tag
 from utils.tracking.run_logger import MAX_OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
-from utils.tracking.tensorboard import TensorBoardTracker
+from utils.tracking.tensorboard import TensorBoardTracker, format_cell, format_literal
 
 CALLS = ("make", "log_config", "log_metrics", "log_histograms", "log_text", "flush", "close")
 LOSSES = {"train": 1.0, "val": 2.0}
@@ -127,6 +129,30 @@ def test_tensorboard_has_every_number_and_text_once(tmp_path):
     assert read_text(text) == "    # no *markup*\n    second line"
 
 
+MARKUP = (
+    "\r![x](http://a.b/c.png)",
+    "\r\n\r\n<img src=http://a.b/c.png>",
+    "```\r<b>bold</b>\r```",
+    "~~~\x0b# title\x0c- item\x85**bold**\u2028> quote\x1c[a](http://a.b)",
+    "\x02wzxhzdk:0\x03\x00<!-- <script>x</script>",
+    "| a | b |\n|---|---|\n| c | `d` |\n\n[a]: http://a.b\n<http://a.b> &amp; \\* _x_",
+)
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_tensorboard_shows_any_text_literally(text):
+    shown = markdown_to_safe_html(format_literal("x" + text))
+    code = re.fullmatch(r"<pre><code>([^<]*)</code></pre>", shown)[1]
+    assert html.unescape(code).split() == escape_control("x" + text).split()
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_tensorboard_shows_any_setting_literally(text):
+    table = f"| setting | value |\n|---|---|\n| data | {format_cell(text)} |"
+    name, cell = re.findall(r"<td>([^<]*)</td>", markdown_to_safe_html(table))
+    assert (name, html.unescape(cell).split()) == ("data", escape_control(text).split())
+
+
 def test_tensorboard_has_the_histograms_as_counted(tmp_path):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     tracker = TensorBoardTracker(tmp_path / "tb")
@@ -154,7 +180,7 @@ def test_tensorboard_has_the_config_as_text_and_as_hparams_in_the_same_run(tmp_p
     events = read_events(tmp_path / "tb")
     table = read_text(events.Tensors("config/text_summary")[0])
     assert "| learning_rate | 0.001 |  |" in table
-    assert "| data | a\\|b.txt | --data |" in table
+    assert "| data | a&#124;b.txt | --data |" in table
     assert '"run_id": "r"' in read_text(events.Tensors("run/text_summary")[0])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -380,11 +406,37 @@ def test_histograms_go_to_the_trackers_and_nonfinite_counts_to_the_metrics(make_
     assert (line["step"], line["nonfinite"]) == (6, 1)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_log_file_that_is_deleted_goes_on_in_a_new_one_with_a_warning(tmp_path, capsys, name):
+    log = create_logger(tmp_path, Isolated(lambda *words: None), Output(), 2)
+    for number in range(1, 9):
+        step(log, number)
+        if number == 3:
+            (tmp_path / name).unlink()
+    log.log_sample(8, "To be")
+    log.close()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / name) in warning
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == (list(range(3, 9)) if name == "metrics.jsonl" else list(range(1, 9)))
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["text"] == "To be"
+
+
+def test_the_bar_shows_a_loss_from_the_first_step(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Output, "advance", lambda self, *values: shown.append(values))
+    log = create_logger(tmp_path, Isolated(lambda *words: None), Output(quiet=True), 50)
+    step(log, 1, loss=4.25)
+    log.close()
+    ((number, status),) = shown
+    assert number == 1 and "4.25" in status
+
+
 def test_closing_the_logger_closes_its_trackers_and_files(make_logger):
     log, recorder, _ = make_logger()
     log.close()
     assert recorder.calls[-1] == ("close",)
-    assert log._metrics.closed
+    assert log._metrics._file.closed
 
 
 # Loss spikes ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ python -m pytest tests/test_trainer.py
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from helpers import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train as train_command
 import trainer as trainer_module
 from bundle import BUNDLE_FILES
 from callbacks import TrainResult
@@ -37,6 +39,7 @@ from resume import plan_run
 from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
 from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
+from utils.output import run_command
 from utils.run_manager import RunDirectory, create_run_directory
 from utils.tracking.tensorboard import TensorBoardTracker
 
@@ -455,7 +458,10 @@ def signal_at(monkeypatch, at: int, number: int, times: int = 1):
     monkeypatch.setattr(Trainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize(("number", "status"), STATUSES.items())
 def test_a_signal_finishes_the_step_saves_and_closes_the_run(
     tiny, quiet, monkeypatch, number, status
 ):
@@ -493,6 +499,41 @@ def test_a_second_signal_aborts(tiny, quiet, monkeypatch, number, raised):
     assert getattr(caught.value, "code", 143) == 143
     (run_dir,) = Path("runs").iterdir()
     assert "error: interrupted" in read_console(run_dir)
+
+
+def test_a_second_sighup_does_not_abort(tiny, quiet, monkeypatch):
+    signal_at(monkeypatch, 1, signal.SIGHUP, times=2)
+    result = train(tiny(), output=quiet)
+    assert (result.step, result.exit_status) == (2, 129)
+    assert loaded_step(result.checkpoint) == 2
+
+
+def test_a_sighup_that_nohup_ignores_stays_ignored(tiny, quiet, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_at(monkeypatch, 1, signal.SIGHUP)
+        result = train(tiny(), output=quiet)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.step, result.exit_status) == (6, 0)
+
+
+def test_a_run_directory_that_is_deleted_meanwhile_is_one_line(text_file, monkeypatch, capsys):
+    def training_step(trainer, index):
+        if index == 3:
+            shutil.rmtree("runs")
+        return REAL_STEP(trainer, index)
+
+    def close(tracker):  # as it does if it has events left to write
+        raise FileNotFoundError("events.out.tfevents")
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(TensorBoardTracker, "close", close)
+    flags = [*TINY_FLAGS, f"--data={text_file}", "--max-iters=20", "--checkpoint-interval=1"]
+    assert run_command(train_command.main, flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "runs/" in line and "deleted" in line and "intact" not in line
+    assert not Path("runs").exists()
 
 
 def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):

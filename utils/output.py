@@ -1,28 +1,117 @@
 """Console output: lines, warnings, a progress bar, and the exit status of a command.
 
-Text goes to the terminal and, within a run, to its `console.txt`. It is never parsed as markup,
-wrapped or truncated: a sample may contain any character.
+Text goes to the terminal and, within a run, to its `console.txt`, both without control characters.
+A pipe receives it unchanged. It is never parsed as markup, wrapped or truncated: a sample may
+contain any character.
 """
 
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
 from utils.files import is_file
 from utils.ranks import Ranks
 
 TORCHRUN_GRACE = 10.0  # seconds that the other ranks leave torchrun to end them
+
+
+# C0 but tab and new line, DEL, C1; Unicode's line separators and controls of writing direction.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escape_control(text: str) -> str:
+    r"""Escape characters that could drive a terminal, as `\x1b`; CR and CRLF become new lines."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class Stream:
+    """Standard output or error. After a write fails, as on a closed terminal, text is dropped.
+
+    `failure` is the first error, None as long as there is none.
+    """
+
+    def __init__(self, stream: IO[str] | None):
+        self.failure = None if stream is not None else ValueError("the stream is closed")
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, and flush, unless a write has failed."""
+        if self.failure is None:
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError) as error:  # ValueError: Python has closed it
+                self.failure = error
+
+    def isatty(self) -> bool:
+        """Return whether this is a terminal."""
+        try:
+            return self.failure is None and self._stream.isatty()
+        except ValueError:
+            return False
+
+    def flush(self) -> None:
+        """Do nothing: `write` flushes."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the stream that rich asks for: its encoding or its descriptor."""
+        return getattr(self._stream, name)
+
+
+class LogFile:
+    """A text file that a run appends to, line by line, so that a kill loses no line."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> IO[str]:
+        # A lone surrogate is written as an escape, which is also valid JSON.
+        return open(path, "a", 1, encoding="utf-8", errors="backslashreplace")
+
+    def write(self, text: str) -> None:
+        """Append text that ends with a new line."""
+        self._file.write(text)
+
+    def reopen_if_lost(self) -> str | None:
+        """Append to a new file, and return a warning, if the file was deleted or replaced.
+
+        Raises `RunError` if the run's directory was deleted, or no file stands at the path.
+        """
+        try:
+            is_lost = not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError as error:  # others may be a network drive that is away for a while
+            is_lost = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if not is_lost:
+            return None
+        if self._path.exists() and not self._path.is_file():  # opening a pipe would block
+            raise RunError(f"{self._path} is no file any more, so the run cannot go on")
+        logs = self._path.parent
+        try:
+            logs.mkdir(exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"{logs.parent} was deleted or moved, so the run cannot go on") from None
+        self.close()
+        self._file = self._open(self._path)
+        return f"{self._path} was deleted or replaced: what follows goes into a new file"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Output:
@@ -34,11 +123,15 @@ class Output:
 
     def __init__(self, *, quiet: bool = False, stream: IO[str] | None = None):
         self.quiet = quiet
-        self.exit_status = 1 if stream is None and sys.stdout is None else 0
-        self.console = Console(file=stream, markup=False, emoji=False, highlight=False)
-        if isinstance(self.console.file, io.TextIOWrapper):  # perhaps a terminal that is not UTF-8
-            self.console.file.reconfigure(errors="replace")
-        self._record = io.StringIO()  # until there is a file
+        stream = sys.stdout if stream is None else stream
+        if isinstance(stream, io.TextIOWrapper):  # perhaps a terminal that is not UTF-8
+            stream.reconfigure(errors="replace")
+        self._stream = Stream(stream)
+        self.exit_status = 1 if self._stream.failure else 0
+        self.console = Console(file=self._stream, markup=False, emoji=False, highlight=False)
+        self._new_lines = io.IncrementalNewlineDecoder(None, translate=True)
+        self._unfiled = io.StringIO()  # the record until there is a file
+        self._record: LogFile | None = None
         self._progress: Progress | None = None
 
     def print(self, text: str = "") -> None:
@@ -46,9 +139,15 @@ class Output:
         self._print(text)
         self.record(text)
 
-    def print_piece(self, piece: str) -> None:
-        """Print a piece of text without a line break, and flush."""
-        self._print(piece, end="")
+    def print_piece(self, piece: str, style: str = "") -> None:
+        """Print a piece of text without a line break, in a style of rich's on a terminal."""
+        self._print(piece, end="", style=style)
+
+    def print_drawing(self, text: Text) -> None:
+        """Print lines in colour, without control characters."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True)
+            self._check_stream()
 
     def print_step(self, text: str) -> None:
         """Record a step line, and print it unless a progress bar shows the same."""
@@ -58,11 +157,11 @@ class Output:
 
     def print_note(self, text: str) -> None:
         """Print to standard error, and record, a line that is not part of a command's result."""
-        if self._progress is not None:  # above the bar, not through it
+        if self._progress is not None and not self.quiet:  # above the bar, not through it
             self._print(text)
-        elif sys.stderr is not None:  # else print() would take standard output
-            with contextlib.suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
+        else:
+            stream = Stream(sys.stderr)
+            stream.write((escape_control(text) if stream.isatty() else text) + "\n")
         self.record(text)
 
     def print_warning(self, text: str, details: str = "") -> None:
@@ -78,22 +177,29 @@ class Output:
 
     def record(self, text: str) -> None:
         """Record `text` without printing it."""
-        self._record.write(text + "\n")
-        self._record.flush()
+        line = escape_control(text) + "\n"
+        if self._record is None:
+            self._unfiled.write(line)
+            return
+        with contextlib.suppress(RunError):  # raised where the run logs its next step
+            if warning := self._record.reopen_if_lost():
+                self.print_warning(warning)
+        self._record.write(line)
 
     def record_to(self, path: Path) -> None:
         """Write everything recorded so far, and from now on, to `path`."""
-        file = open(path, "a", encoding="utf-8", errors="backslashreplace")
-        file.write(self._record.getvalue())
-        self._record = file
+        self._record = LogFile(path)
+        self._record.write(self._unfiled.getvalue())
+        self._unfiled = io.StringIO()
 
     def close(self) -> None:
         """Close the record."""
-        record, self._record = self._record, io.StringIO()
-        record.close()
+        record, self._record = self._record, None
+        if record is not None:
+            record.close()
 
     @contextlib.contextmanager
-    def show_progress(self, total: int) -> Iterator[None]:
+    def show_progress(self, total: int, start: int = 0) -> Iterator[None]:
         """Show a progress bar within the block, if on a terminal; `advance` moves it."""
         if self.quiet or not self.console.is_terminal:
             yield
@@ -104,7 +210,7 @@ class Output:
             TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
-            bar.add_task("train", total=total, status="")
+            bar.add_task("train", total=total, completed=start, status="")
             self._progress = bar
             try:
                 yield
@@ -116,20 +222,29 @@ class Output:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, status=status)
 
-    def _print(self, text: str, end: str = "\n") -> None:
+    def _print(self, text: str, end: str = "\n", style: str = "") -> None:
         if self.quiet:
             return
-        try:
-            if self._progress is not None:  # rich then redraws the bar below the text
-                self.console.out(text, highlight=False)
-            else:
-                self.console.file.write(text + end)
-                self.console.file.flush()
-        except BrokenPipeError:  # as in `python train.py | head`: the run continues
-            self.quiet = True
-        except OSError as error:  # standard output is a file on a full disk
-            self.quiet, self.exit_status = True, 1
-            self.print_warning(f"standard output cannot be written: {error.strerror}")
+        if is_terminal := self._stream.isatty():
+            # The next piece may show whether a CR at the end of this one is half of a CRLF.
+            text = escape_control(self._new_lines.decode(text, final=end != ""))
+        if self._progress is not None or (is_terminal and style):
+            # rich then redraws the bar below the text
+            self.console.out(text, end=end, style=style or None, highlight=False)
+        else:
+            self._stream.write(text + end)
+        self._check_stream()
+
+    def _check_stream(self) -> None:
+        """Print nothing more if standard output could not be written."""
+        failure = self._stream.failure
+        if failure is None or self.quiet:
+            return
+        self.quiet = True
+        if not isinstance(failure, BrokenPipeError):  # as in `python train.py | head`
+            self.exit_status = 1
+            reason = getattr(failure, "strerror", None) or failure
+            self.print_warning(f"standard output cannot be written: {reason}")
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Stop a run between two steps on Ctrl-C or SIGTERM."""
+"""Stop a run between two steps on Ctrl-C, SIGTERM or SIGHUP."""
 
 import signal
 import threading
@@ -8,7 +8,10 @@ from utils.errors import Aborted
 
 
 class StopRequest:
-    """Within the block, the first Ctrl-C or SIGTERM requests a stop and the second aborts.
+    """Within the block, the first Ctrl-C, SIGTERM or SIGHUP requests a stop and the second aborts.
+
+    SIGHUP means that the terminal was closed. It never aborts, as the shell and the system may both
+    send it, and stays ignored where `nohup` has set it so.
 
     The loop reads `requested` after each step. Outside the main thread, where Python allows no
     signal handlers, nothing changes.
@@ -20,7 +23,8 @@ class StopRequest:
             handled after the block: a process can still print how the run ended.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 
     def __init__(self, *, is_one_of_several: bool = False) -> None:
         self._is_one_of_several = is_one_of_several
@@ -30,7 +34,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if number != self.HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,7 +50,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """0, or as in a shell: 130 for Ctrl-C, 143 for SIGTERM."""
+        """0, or as in a shell: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal if self.requested else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -53,5 +58,5 @@ class StopRequest:
             self.signal = self.signal or number
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
+        elif number != self.HANGUP:
             raise Aborted(128 + number)

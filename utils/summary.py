@@ -132,7 +132,8 @@ def format_result(
     rows = []
     if result.best_val_loss is not None:
         heading += (
-            f" Best val loss {result.best_val_loss:.4f} ({best_bits:.3f} bits per byte) at step "
+            f" Best val loss {result.best_val_loss:.4f} "
+            f"({_format_evaluation_size(trainer.config)}; {best_bits:.3f} bits per byte) at step "
             f"{result.best_step:,}."
         )
         rows.append(("Best model:", str(result.export_dir)))
@@ -157,6 +158,12 @@ def format_result(
     places = [f"{label:<17} {place}" for label, place in rows]
     lines = [f"  {command}{f'   # {what}' if what else ''}" for command, what in commands]
     return "\n".join([heading, *places, "", "Next:", *lines])
+
+
+def _format_evaluation_size(config: ModelConfig) -> str:
+    """Return how much of a split training's evaluation reads: `20 batches` or `whole split`."""
+    batches = config.eval_iters
+    return f"{batches:,} batch{'' if batches == 1 else 'es'}" if batches else "whole split"
 
 
 def format_resume_command(trainer: "Trainer", run_dir: Path) -> str:

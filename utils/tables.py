@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows of cells as lines with aligned columns, those in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """Return rows of cells as lines with aligned columns, those in `right` to the right.
 
-    def align(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(f"{c:{'>' if i in right else '<'}{w}}" for i, (c, w) in enumerate(cells))
+    A Chinese character or an emoji is two columns of a terminal wide, an accent none.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
 
-    return "\n".join(align(row).rstrip() for row in rows)
+    def pad(index: int, cell: str) -> str:
+        space = " " * (widths[index] - cell_len(cell))
+        return space + cell if index in right else cell + space
+
+    lines = ("  ".join(pad(index, cell) for index, cell in enumerate(row)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

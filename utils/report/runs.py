@@ -112,7 +112,7 @@ def _format_status(step: int, max_iters: Any, result: _Result | None) -> str:
     done = pluralize(step, "step") + (f" of {max_iters:,}" if is_early else "")
     if result is None:
         return f"{done}: still running, or killed"
-    signal = "stopped by Ctrl-C or SIGTERM" if result.exit_status else None
+    signal = "stopped by Ctrl-C or a signal" if result.exit_status else None
     reason = result.error or result.stopped_by or signal
     return f"{done}: {reason}" if reason else done
 

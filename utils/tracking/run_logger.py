@@ -12,7 +12,7 @@ import torch
 from parameters import ModelConfig
 from utils.errors import RunError
 from utils.isolation import Isolated
-from utils.output import Output, format_duration
+from utils.output import LogFile, Output, format_duration
 from utils.tracking import Tracker
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import get_tag
@@ -63,10 +63,7 @@ class RunLogger:
     may_overflow: bool = False  # the gradient, as with fp16, which skips that step
 
     def __post_init__(self) -> None:
-        # Line by line (1), so that a kill loses no step that was fetched.
-        self._metrics = open(self.metrics, "a", 1, encoding="utf-8")
-        # A lone surrogate is written as an escape, which is valid JSON.
-        self._samples = open(self.samples, "a", 1, encoding="utf-8", errors="backslashreplace")
+        self._metrics, self._samples = LogFile(self.metrics), LogFile(self.samples)
         self._queued: list[tuple[int, float, float]] = []  # (step, seconds, learning rate)
         self._on_device: list[torch.Tensor] = []  # loss, gradient norm, loss, …
         self._status = ""
@@ -83,6 +80,7 @@ class RunLogger:
         """
         self._queued.append((step, self._elapsed(), learning_rate))
         self._on_device += [loss, grad_norm]
+        self._status = self._status or f"loss {loss:.4f}"  # of the first step, until there is more
         if len(self._queued) >= self.config.log_interval:
             self.flush_steps()
         self.output.advance(step, self._status)
@@ -90,8 +88,9 @@ class RunLogger:
     def flush_steps(self) -> None:
         """Fetch and log all queued steps, and print a line for the last of them.
 
-        Raises `RunError` if a loss or a gradient norm is not finite.
+        Raises `RunError` if a loss or a gradient norm is not finite, or the run was deleted.
         """
+        self._reopen_lost_files()
         if not self._queued:
             return
         values = torch.stack(self._on_device).tolist()  # waits for the device
@@ -138,6 +137,7 @@ class RunLogger:
         self, step: int, losses: Mapping[str, float], bits: Mapping[str, float], *, is_best: bool
     ) -> None:
         """Log and print an evaluation: each split's mean loss, and its bits per byte."""
+        self._reopen_lost_files()
         both = {split: {"eval_loss": losses[split], "bits_per_byte": bits[split]} for split in bits}
         self._record(step, self._elapsed(), both)
         self.trackers.call_each(lambda tracker: tracker.flush())
@@ -158,6 +158,7 @@ class RunLogger:
 
     def log_sample(self, step: int, text: str) -> None:
         """Log and print generated text."""
+        self._reopen_lost_files()
         self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
         self.trackers.call_each(lambda tracker: tracker.log_text("sample", text, step))
         self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
@@ -171,6 +172,11 @@ class RunLogger:
         self.trackers.close_each(lambda tracker: tracker.close())
         self._samples.close()
         self._metrics.close()
+
+    def _reopen_lost_files(self) -> None:
+        for file in (self._metrics, self._samples):
+            if warning := file.reopen_if_lost():
+                self.output.print_warning(warning)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._start

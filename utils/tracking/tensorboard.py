@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.output import escape_control
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import get_tag
 
@@ -49,7 +51,7 @@ class TensorBoardTracker:
         sources = others.pop("sources", {})
         rows = ["| setting | value | from |", "|---|---|---|"]
         rows += [
-            f"| {name} | {_format_cell(value)} | {_format_cell(sources.get(name, ''))} |"
+            f"| {name} | {format_cell(value)} | {format_cell(sources.get(name, ''))} |"
             for name, value in config.items()
         ]
         self._writer.add_text("config", "\n".join(rows), 0)
@@ -81,8 +83,8 @@ class TensorBoardTracker:
             )
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Add a text, indented so that it is not parsed as Markdown."""
-        self._writer.add_text(name, "\n".join("    " + line for line in text.split("\n")), step)
+        """Add a text, shown as it is."""
+        self._writer.add_text(name, format_literal(text), step)
 
     def flush(self) -> None:
         """Write the events that are still queued."""
@@ -93,6 +95,12 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def _format_cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|")
+def format_literal(text: str) -> str:
+    """Return Markdown that shows a text: indented lines without control characters."""
+    return "\n".join(f"    {line}" for line in escape_control(text).split("\n"))
+
+
+def format_cell(value: Any) -> str:
+    """Return Markdown that shows a value in a table: HTML entities for what may be markup."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^\w .,:/-]|_", lambda match: f"&#{ord(match[0])};", escape_control(text))
