@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import zipfile
@@ -133,6 +134,7 @@ COMMANDS = {
 def call(name: str, bundle: Path, capsys) -> tuple[int, str]:
     """Run a command for a bundle; return its status and stderr. A traceback fails the test."""
     command, flags = COMMANDS[name]
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python does; pytest's replaces it
     status = run_command(command, [*flags, str(bundle)])
     error = capsys.readouterr().err
     assert status in (0, 1, 2), error
