@@ -553,7 +553,9 @@ def test_auto_compares_whole_tags_and_a_resume_keeps_the_tag(start_run):
 
 @pytest.mark.parametrize(("one", "other"), [("🚀", "???"), ("lr+1", "lr-1"), ("a/b", "a-b")])
 def test_auto_compares_tags_as_they_were_given(start_run, one, other):
-    start_run("auto", fresh=True, max_iters=2, run_tag=one)
+    result = start_run("auto", fresh=True, max_iters=2, run_tag=one)
+    has_note = f"the run directory is named {sanitize_tag(one)}" in read_console(result)
+    assert has_note == (one != sanitize_tag(one))
     assert start_run("auto", fresh=True, max_iters=3, run_tag=other).step == 3
     for tag, step in ((one, 2), (other, 3)):
         _, plan = plan_run(ConfigLoader({"max_iters": 9, "run_tag": tag}), resume="auto")

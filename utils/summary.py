@@ -20,7 +20,7 @@ from utils.output import (
     pluralize,
 )
 from utils.ranks import Ranks
-from utils.run_manager import RunDirectory
+from utils.run_manager import RunDirectory, sanitize_tag
 from utils.tracking.aim import get_aim_repo
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def list_notes(
 
     `rerun_of` is the record that the run repeats, `last_rate` the learning rate of its last step.
     """
-    config, result = trainer.config, trainer.compile_result
+    config, result, tag = trainer.config, trainer.compile_result, trainer.plan.run_tag
+    if tag and (name := sanitize_tag(tag)) != tag:
+        yield f"the run directory is named {name or 'without a tag'}, for the tag {tag}"
     had = [each["name"] for each in (rerun_of or {}).get("callbacks") or [] if each.get("name")]
     if missing := [name for name in had if name not in trainer.callbacks]:
         yield f"the repeated run had {', '.join(missing)}: add it to repeat the run exactly"
