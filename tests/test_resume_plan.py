@@ -36,6 +36,7 @@ from inspect_model import get_model_info
 from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
+from utils.run_manager import sanitize_tag
 from utils.stop import StopRequest
 
 DANTE = Path("checkpoints/dante")
