@@ -13,6 +13,7 @@ are reported together. Nothing here imports torch, so that a typo is reported at
 
 import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, find_conflicts
-from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
 from utils.errors import UserError, format_reason
-from utils.files import find_text_file_problem
+from utils.files import find_text_file_problem, read_regular
 from utils.run_manager import RECORD_VERSION
 
 CHECKOUT = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ VALUES_BEFORE_SETTING = {
     "split_by": "position",
     "window_order": "random",
 }
+MAX_FILE_BYTES = 1 << 20  # of a configuration file
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -202,7 +204,7 @@ class ConfigLoader:
         """Read the files of configs/ as one source; a key may appear in only one file."""
         merged: Layer = {}
         for name in CONFIG_FILES:
-            if not (directory / name).exists():
+            if not os.path.lexists(directory / name):
                 continue
             shown = f"configs/{name}"
             layer = _check_layer(self._read(directory / name, shown), shown, self.problems)
@@ -214,7 +216,7 @@ class ConfigLoader:
         return merged
 
     def _read_legacy(self, path: Path) -> Layer:
-        values = self._read(path, LEGACY_FILE) if path.exists() else {}
+        values = self._read(path, LEGACY_FILE) if os.path.lexists(path) else {}
         if "format_version" in values:  # a bundle's config.json: the working directory is a bundle
             return {}
         return _check_layer(values, LEGACY_FILE, self.problems)
@@ -230,18 +232,19 @@ class ConfigLoader:
 def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) -> Layer:
     """Check the keys and values of one source, and resolve aliases."""
     known: dict[str, Any] = {}
+    unknown: list[tuple[Any, Any]] = []
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if key == "$schema":
             continue
         if name not in ModelConfig.model_fields:
-            hint = suggest_name(str(key), ModelConfig.model_fields)
-            problems.append(f"{source}: unknown key {format_name(key)}{hint}")
+            unknown.append((key, value))
         elif name in known:
             alias = next(alias for alias, target in ALIASES.items() if target == name)
             problems.append(f"{source}: {alias} is an alias of {name}: remove one")
         else:
             known[name] = value
+    problems += describe_unknown(f"{source}: unknown key", unknown, ModelConfig.model_fields)
     valid, wrong = validate_values(ModelConfig, known, label=lambda name: f"{source}: {name}")
     problems += wrong
     return {name: Setting(value, source) for name, value in valid.items()}
@@ -332,12 +335,21 @@ class _Loader(yaml.SafeLoader):
         _reject_duplicates([each for each in node.value if isinstance(each[0], yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Reject merge keys: nested ones grow exponentially, and flat settings need none."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem="merge keys (<<) are not supported", problem_mark=key.start_mark
+                )
+        super().flatten_mapping(node)
+
 
 def _reject_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return key-value pairs (of JSON, or YAML's nodes) as a dict; reject duplicate keys."""
     for key, count in Counter(getattr(key, "value", key) for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"duplicate key {key}: remove one")
+            raise ValueError(f"duplicate key {format_name(key)}: remove one")
     return dict(pairs)
 
 
@@ -352,7 +364,10 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise UserError(f"{shown}: a configuration file's name must end in .yaml, .yml or .json")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = read_regular(path, MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_reject_duplicates)
         else:

@@ -223,7 +223,7 @@ def read_prompt(config: InferenceConfig) -> str:
 def decode_text(raw: bytes, name: str) -> str:
     """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(

@@ -37,7 +37,7 @@ from corpus import open_corpus
 from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, ModelName, Positive, Settings
 from resume import ResumePlan, resolve_start
 from train import ACTIONS
-from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import CommandLine, format_flag
 from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
@@ -111,16 +111,18 @@ def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) 
     if not declared:
         problems.append(f"{file}: no setting to search")
     space: Space = {}
+    unknown = []
     for name, values in declared.items():
         label, flag = f"{file}: {format_name(name)}", format_flag(str(name))
-        if name not in SEARCHABLE:
-            is_setting = name in ModelConfig.model_fields
-            hint = f", only set: {flag}" if is_setting else suggest_name(str(name), SEARCHABLE)
-            problems.append(f"{label} cannot be searched{hint}")
+        if name not in ModelConfig.model_fields:
+            unknown.append((name, values))
+        elif name not in SEARCHABLE:
+            problems.append(f"{label} cannot be searched, only set: {flag}")
         elif name in flags:
             problems.append(f"{label} is searched, and {flag} fixes it: remove one")
         else:
             space[name] = _check_values(name, values, label, problems)
+    problems += describe_unknown(f"{file}: unknown key", unknown, SEARCHABLE)
     return space
 
 
