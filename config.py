@@ -11,6 +11,7 @@ Every value is checked against the schema in `parameters.py`, whatever its sourc
 are reported together. Nothing here imports torch, so that a typo is reported at once.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -159,6 +160,9 @@ class ConfigLoader:
             is_recorded = checkpoint is not None and sources["data"] == checkpoint.path
             remedy = "; give the text's path with --data FILE" if is_recorded else ""
             problems.append(f"{format_name(values['data'])} ({sources['data']}): {problem}{remedy}")
+        directory, name = Path(values["checkpoints_dir"]), values["model_name"]
+        if name is not None and (problem := find_case_problem(directory, name)):
+            problems.append(f"model_name {name} ({sources['model_name']}): {problem}")
         if problems:
             raise UserError(*problems)
         config = ModelConfig(**values)
@@ -285,6 +289,19 @@ def _list_changes(
         if new != old and not (is_path and resolve_data_path(new) == resolve_data_path(old)):
             changes.append(f"{name} {format_value(old)} → {format_value(new)} ({sources[name]})")
     return changes
+
+
+def find_case_problem(directory: Path, name: str) -> str | None:
+    """Return why a new file or directory must not have this name, or None."""
+    with contextlib.suppress(OSError):
+        names = [path.name for path in directory.iterdir()]
+        for other in [] if name in names else names:
+            if other.lower() == name.lower():
+                return (
+                    f"{directory / other} differs from it in upper and lower case only, which "
+                    "some systems take for the same name: choose another one"
+                )
+    return None
 
 
 def format_settings(loaded: LoadedConfig) -> str:

@@ -34,7 +34,16 @@ from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step, load_callback_factories
 from config import ConfigLoader, LoadedConfig, read_config_file
 from corpus import open_corpus
-from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, ModelName, Positive, Settings
+from parameters import (
+    ALIASES,
+    BY_ARCHITECTURE,
+    GROUPS,
+    ModelConfig,
+    ModelName,
+    PathText,
+    Positive,
+    Settings,
+)
 from resume import ResumePlan, resolve_start
 from train import ACTIONS
 from utils.checks import describe_unknown, format_name, format_value, validate_values
@@ -78,7 +87,7 @@ Space = dict[str, list[Any] | dict[str, Any]]  # choices, or arguments of Optuna
 class StudySettings(Settings):
     """The study, and where it is stored."""
 
-    space: str | None = None
+    space: PathText | None = None
     """The YAML file of the settings to search and their ranges: configs/search/ has one."""
 
     study: ModelName | None = None
@@ -87,10 +96,10 @@ class StudySettings(Settings):
     trials: Positive = 20
     """Complete or pruned trials of the whole study, over all workers."""
 
-    storage: str | None = None
+    storage: PathText | None = None
     """SQLite file, or a database URL for several machines. null: studies/<study>.db in runs_dir."""
 
-    output: str | None = None
+    output: PathText | None = None
     """File for the best trial's settings. null: studies/<study>.yaml in runs_dir."""
 
 

@@ -367,6 +367,23 @@ def test_an_unknown_key_in_the_legacy_file_names_the_file(sources):
     assert problem.startswith("config.json: unknown key n_layers")
 
 
+def test_a_model_name_that_differs_from_another_only_in_case_is_an_error(sources):
+    (sources.cwd / "models" / "dante").mkdir(parents=True)
+    flags = {"checkpoints_dir": str(sources.cwd / "models")}
+    assert sources.load({**flags, "model_name": "dante"}).config.model_name == "dante"
+    assert sources.load({**flags, "model_name": "dante2"})
+    (problem,) = sources.problems({**flags, "model_name": "Dante"})
+    assert "model_name Dante" in problem
+    assert "models/dante" in problem
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+@pytest.mark.parametrize("path", ["a\\u0000b", "a\\ud800"])
+def test_a_path_that_no_file_can_have_is_one_line(sources, name, path):
+    (problem,) = sources.problems(config_file=sources.write(name, f'{{"runs_dir": "{path}"}}'))
+    assert "runs_dir" in problem or "line 1" in problem or "read" in problem
+
+
 def test_a_key_in_two_files_of_configs_is_an_error(sources):
     sources.write("configs/model.json", '{"seed": 1}')
     sources.write("configs/train.yaml", "seed: 2")

@@ -93,7 +93,7 @@ def _format_error(error: Mapping[str, Any]) -> str:
         name: format(limit, "g") if isinstance(limit, float) else str(limit).replace("'", "")
         for name, limit in limits.items()
     }
-    message = template.format(**shown) if template else error["msg"]
+    message = template.format(**shown) if template else error["msg"].removeprefix("Value error, ")
     return f"{message}, got {format_value(error['input'])}"
 
 
