@@ -54,14 +54,9 @@ def _check_name(name: str) -> str:
 
 
 def _check_path(path: Any) -> Any:
-    """Reject text that no file name can hold; bytes that are no text are escaped, as by Python."""
-    if isinstance(path, str):
-        if "\0" in path:
-            raise ValueError("must not have a NUL character")
-        try:
-            path.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise ValueError("must not have half of a surrogate pair") from None
+    """Reject text that no file name can hold."""
+    if isinstance(path, str) and re.search(r"[\0\ud800-\udfff]", path):
+        raise ValueError("must not have a NUL character or half of a surrogate pair")
     return path
 
 

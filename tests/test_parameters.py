@@ -107,10 +107,6 @@ def test_an_ordinary_name_of_a_model_is_accepted(name):
     assert ModelConfig(model_name=name).model_name == name
 
 
-def test_bytes_that_are_no_text_are_a_path(tmp_path):
-    assert ModelConfig(runs_dir="a\udcff").runs_dir == "a\udcff"  # as Python reads file names
-
-
 def test_epochs_or_max_minutes_alone_replace_the_default_max_iters():
     assert ModelConfig(epochs=2.0).max_iters is None
     assert ModelConfig(max_minutes=1.0).max_iters is None
