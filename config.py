@@ -14,7 +14,6 @@ are reported together. Nothing here imports torch, so that a typo is reported at
 import contextlib
 import copy
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from utils.checks import describe_unknown, format_name, format_value, validate_v
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
 from utils.errors import UserError, format_reason
-from utils.files import find_text_file_problem, read_regular
+from utils.files import find_text_file_problem, is_present, read_regular
 from utils.run_manager import RECORD_VERSION
 
 CHECKOUT = Path(__file__).resolve().parent
@@ -208,7 +207,7 @@ class ConfigLoader:
         """Read the files of configs/ as one source; a key may appear in only one file."""
         merged: Layer = {}
         for name in CONFIG_FILES:
-            if not os.path.lexists(directory / name):
+            if not is_present(directory / name):
                 continue
             shown = f"configs/{name}"
             layer = _check_layer(self._read(directory / name, shown), shown, self.problems)
@@ -220,7 +219,7 @@ class ConfigLoader:
         return merged
 
     def _read_legacy(self, path: Path) -> Layer:
-        values = self._read(path, LEGACY_FILE) if os.path.lexists(path) else {}
+        values = self._read(path, LEGACY_FILE) if is_present(path) else {}
         if "format_version" in values:  # a bundle's config.json: the working directory is a bundle
             return {}
         return _check_layer(values, LEGACY_FILE, self.problems)

@@ -322,6 +322,18 @@ def test_a_file_without_permission_is_one_line(shared_directory, place):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize("closed", ["configs", "work"])
+def test_a_directory_without_permission_is_one_line(shared_directory, closed):
+    for name in ("configs", "work"):
+        Path(name).mkdir()
+    Path(closed).chmod(0)
+    directories = {"configs_dir": Path("configs"), "working_dir": Path("work")}
+    error = call_as_other_user(lambda: str(ConfigLoader(**directories).load()))
+    Path(closed).chmod(0o700)
+    assert error.startswith("UserError")
+    assert "Permission denied" in error
+
+
 def test_a_byte_order_mark_is_ignored_and_needs_no_codec_that_is_loaded_late(sources):
     assert sources.load(config_file=sources.write("a.yaml", "\ufeffseed: 1")).config.seed == 1
     modules = [*CHECKOUT.glob("*.py"), *CHECKOUT.glob("utils/**/*.py")]

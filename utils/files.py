@@ -21,6 +21,17 @@ DIRECTORY = "a directory, where a file is wanted"
 DEVICE = "a device or a pipe, where a file is wanted"
 
 
+def is_present(path: Path) -> bool:
+    """Return whether there is anything of this name, or it is unknown for lack of permission."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # reading it will raise the reason
+    return True
+
+
 def find_text_file_problem(path: Path) -> str | None:
     """Return why `path` cannot be read as a text file, or None. Opens it, but reads nothing."""
     try:
