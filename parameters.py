@@ -56,7 +56,7 @@ def _check_name(name: str) -> str:
 def _check_path(path: Any) -> Any:
     """Reject text that no file name can hold."""
     if isinstance(path, str) and re.search(r"[\0\ud800-\udfff]", path):
-        raise ValueError("must not have a NUL character or half of a surrogate pair")
+        raise ValueError("must be valid Unicode text without NUL characters")
     return path
 
 
@@ -195,7 +195,7 @@ class Training(Settings):
     eval_interval: Count = 220
     """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
-    eval_iters: Count = 20
+    eval_iters: Annotated[int, Field(ge=0, le=1_000_000)] = 20
     """Fixed evaluation batches per split. 0: all of val, and as many windows of train."""
 
     early_stopping_patience: Count = 0

@@ -3,6 +3,7 @@
 python -m pytest tests/test_command_line.py
 """
 
+import os
 import subprocess
 import sys
 from typing import get_args
@@ -166,11 +167,13 @@ def test_many_unknown_flags_are_counted(command_line):
     assert "980" in problems[-1]
 
 
-def test_help_works_without_docstrings():
+@pytest.mark.parametrize("options", [["-OO"], ["-P"]])  # no docstrings; PYTHONSAFEPATH
+def test_help_works_with_options_of_python(options):
     done = subprocess.run(
-        [sys.executable, "-OO", str(CHECKOUT / "train.py"), "--help"],
+        [sys.executable, *options, str(CHECKOUT / "train.py"), "--help"],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )
     assert done.returncode == 0, done.stderr
     for info in ModelConfig.model_fields.values():

@@ -42,6 +42,7 @@ def test_the_defaults_do_not_conflict():
         ("learning_rate", float("inf")),
         ("learning_rate", 0.0),
         ("learning_rate", 1e300),
+        ("eval_iters", 2**31 - 1),
         ("min_lr", 1e300),
         ("weight_decay", 1e300),
         ("grad_clip", 1e300),
