@@ -255,9 +255,12 @@ def test_each_file_is_read_once_whatever_links_there_are(write, lines, link, dat
     write("d/sub/a.txt", "some text")
     LINKS[link]()
     assert open_corpus(data, on_progress=lines).texts == ["some text"]
-    if "file" in link:
+    if link in ("a file", "a hard link"):
         assert "d" in lines[0]
         assert "1 link" in lines[0]
+    else:
+        assert "not followed" in lines[0]
+        assert "d/" in lines[0]
 
 
 def test_a_pattern_of_any_directories_is_that_of_glob_without_links(write):

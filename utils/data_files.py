@@ -56,7 +56,7 @@ def find_data_problem(data: str) -> str | None:
     if not is_directory(Path(data)) and not is_pattern(data):
         return files.find_text_file_problem(Path(data))
     try:
-        has_text = any(path.stat().st_size for path in _iter_files(data))
+        has_text = any(path.stat().st_size for path in _iter_files(data, set()))
     except (OSError, ValueError) as error:  # ValueError: a null character in the pattern
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
     return None if has_text else "no file of this directory or pattern has text"
@@ -66,14 +66,15 @@ def find_files(data: str, on_progress: Callable[[str], None] = lambda line: None
     """Return the files of a text, sorted by path; hidden files of directories are skipped.
 
     A file that has several names, by links, is read once: its first name counts. `on_progress` is
-    called with a line about the others.
+    called with a line about the others, and about links to directories, which are not followed.
 
     Raises `UserError` if a directory cannot be read or a file's name is not text.
     """
     if not is_directory(Path(data)) and not is_pattern(data):
         return [Path(data)]
     try:
-        paths = sorted(_iter_files(data), key=str)
+        links: set[Path] = set()
+        paths = sorted(_iter_files(data, links), key=str)
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
     if wrong := [name for name in map(str, paths) if not name.isprintable()]:
@@ -85,21 +86,31 @@ def find_files(data: str, on_progress: Callable[[str], None] = lambda line: None
         unique.setdefault(key, path)
     if more := len(stats) - len(unique):
         on_progress(f"{data}: {pluralize(more, 'link')} to files that are read already: left out")
+    if links:
+        count = pluralize(len(links), "link")
+        on_progress(f"{data}: {count} to directories not followed, such as {min(links)!s:.99}")
     return list(unique.values())
 
 
-def _iter_files(data: str) -> Iterator[Path]:
-    """Yield the files of a directory or a glob, in any order."""
+def _iter_files(data: str, links: set[Path]) -> Iterator[Path]:
+    """Yield the files of a directory or a glob, in any order; see `_walk`."""
     if is_directory(Path(data)):
-        for folder, folders, names in os.walk(data, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        for folder, names in _walk(data, links):
             shown = (name for name in names if not name.startswith("."))
             yield from filter(is_file, (Path(folder, name) for name in shown))
     else:
-        yield from filter(is_file, map(Path, _iter_matches(data)))
+        yield from filter(is_file, map(Path, _iter_matches(data, links)))
 
 
-def _iter_matches(pattern: str) -> Iterator[str]:
+def _walk(root: str, links: set[Path]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each directory, but hidden ones, and its names; add links to directories to `links`."""
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links.update(filter(Path.is_symlink, (Path(folder, name) for name in folders)))
+        yield folder, names
+
+
+def _iter_matches(pattern: str, links: set[Path]) -> Iterator[str]:
     """Yield the paths that match a glob, as `glob.iglob` does, but let `**` follow no links."""
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -107,10 +118,9 @@ def _iter_matches(pattern: str) -> Iterator[str]:
         return
     index = parts.index("**")
     start, rest = (str(Path(*each)) for each in (parts[:index], parts[index + 1 :] or ("*",)))
-    for root in filter(is_directory, _iter_matches(start)):
-        for folder, folders, _ in os.walk(root, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from _iter_matches(str(Path(glob.escape(folder), rest)))
+    for root in filter(is_directory, _iter_matches(start, links)):
+        for folder, _ in _walk(root, links):
+            yield from _iter_matches(str(Path(glob.escape(folder), rest)), links)
 
 
 def _raise(error: OSError) -> None:
