@@ -40,7 +40,7 @@ Switch = Annotated[
 # A portable directory name without path separators.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RESERVED_NAME = r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?"  # on Windows, with any suffix
-FLAG_WORDS = ("auto", "last", "best", "null", "none")  # mean something else as a flag's value
+FLAG_WORDS = ("auto", "last", "null")  # mean something else as a flag's value
 
 
 def _check_name(name: str) -> str:
