@@ -103,7 +103,7 @@ def format_name(key: Any) -> str:
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean …?` for a misspelt name, or nothing if no known name is similar."""
+    """Return `; did you mean …?` for a misspelt name or a synonym, or nothing if none is known."""
     # Without their dashes, as these would make all flags similar.
     bare = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in known}
     word = name.lstrip("-").replace("-", "_").lower()
