@@ -54,8 +54,8 @@ def _check_name(name: str) -> str:
 
 
 def _check_path(path: Any) -> Any:
-    """Reject text that no file name can hold."""
-    if isinstance(path, str) and re.search(r"[\0\ud800-\udfff]", path):
+    """Reject text that no file name can hold. Python escapes other bytes as U+DC80 to U+DCFF."""
+    if isinstance(path, str) and re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", path):
         raise ValueError("must be valid Unicode text without NUL characters")
     return path
 
