@@ -262,8 +262,7 @@ def _finish(directory: Path, committed: Path) -> None:
     """
     content = None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # moved last: else all were
-        with files.open_regular(committed / STATE_FILE) as file:
-            content = file.read(MAX_JSON_BYTES)
+        content = files.read_regular(committed / STATE_FILE, MAX_JSON_BYTES)
     if content is not None:
         saved = _parse_state(committed / STATE_FILE, content).files
         files.sync(directory)  # the commit must be on the disk before the old bundle changes
@@ -576,8 +575,8 @@ def list_runs(runs_dir: Path) -> list[Path]:
 def _read_start(run: Path) -> tuple[float, str | None]:
     """Return when a run started, in seconds since 1970, and the id of the run that it resumed."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        with files.open_regular(run / "meta" / "full_config.json") as file:
-            record = json.loads(file.read(MAX_JSON_BYTES))["run"]
+        path = run / "meta" / "full_config.json"
+        record = json.loads(files.read_regular(path, MAX_JSON_BYTES))["run"]
         resumed = record.get("resumed_from") or {}
         return datetime.fromisoformat(record["started"]).timestamp(), resumed.get("run_id")
     with contextlib.suppress(ValueError):  # killed before it wrote its record, or damaged since

@@ -11,6 +11,7 @@ Every value is checked against the schema in `parameters.py`, whatever its sourc
 are reported together. Nothing here imports torch, so that a typo is reported at once.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, find_conflicts
-from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
 from utils.errors import UserError, format_reason
-from utils.files import find_text_file_problem
+from utils.files import find_text_file_problem, is_present, read_regular
 from utils.run_manager import RECORD_VERSION
 
 CHECKOUT = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ VALUES_BEFORE_SETTING = {
     "split_by": "position",
     "window_order": "random",
 }
+MAX_FILE_BYTES = 1 << 20  # of a configuration file
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -157,6 +159,9 @@ class ConfigLoader:
             is_recorded = checkpoint is not None and sources["data"] == checkpoint.path
             remedy = "; give the text's path with --data FILE" if is_recorded else ""
             problems.append(f"{format_name(values['data'])} ({sources['data']}): {problem}{remedy}")
+        directory, name = Path(values["checkpoints_dir"]), values["model_name"]
+        if name is not None and (problem := find_case_problem(directory, name)):
+            problems.append(f"model_name {name} ({sources['model_name']}): {problem}")
         if problems:
             raise UserError(*problems)
         config = ModelConfig(**values)
@@ -202,7 +207,7 @@ class ConfigLoader:
         """Read the files of configs/ as one source; a key may appear in only one file."""
         merged: Layer = {}
         for name in CONFIG_FILES:
-            if not (directory / name).exists():
+            if not is_present(directory / name):
                 continue
             shown = f"configs/{name}"
             layer = _check_layer(self._read(directory / name, shown), shown, self.problems)
@@ -214,7 +219,7 @@ class ConfigLoader:
         return merged
 
     def _read_legacy(self, path: Path) -> Layer:
-        values = self._read(path, LEGACY_FILE) if path.exists() else {}
+        values = self._read(path, LEGACY_FILE) if is_present(path) else {}
         if "format_version" in values:  # a bundle's config.json: the working directory is a bundle
             return {}
         return _check_layer(values, LEGACY_FILE, self.problems)
@@ -230,18 +235,19 @@ class ConfigLoader:
 def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) -> Layer:
     """Check the keys and values of one source, and resolve aliases."""
     known: dict[str, Any] = {}
+    unknown: list[tuple[Any, Any]] = []
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if key == "$schema":
             continue
         if name not in ModelConfig.model_fields:
-            hint = suggest_name(str(key), ModelConfig.model_fields)
-            problems.append(f"{source}: unknown key {format_name(key)}{hint}")
+            unknown.append((key, value))
         elif name in known:
             alias = next(alias for alias, target in ALIASES.items() if target == name)
             problems.append(f"{source}: {alias} is an alias of {name}: remove one")
         else:
             known[name] = value
+    problems += describe_unknown(f"{source}: unknown key", unknown, ModelConfig.model_fields)
     valid, wrong = validate_values(ModelConfig, known, label=lambda name: f"{source}: {name}")
     problems += wrong
     return {name: Setting(value, source) for name, value in valid.items()}
@@ -282,6 +288,19 @@ def _list_changes(
         if new != old and not (is_path and resolve_data_path(new) == resolve_data_path(old)):
             changes.append(f"{name} {format_value(old)} → {format_value(new)} ({sources[name]})")
     return changes
+
+
+def find_case_problem(directory: Path, name: str) -> str | None:
+    """Return why a new file or directory must not have this name, or None."""
+    with contextlib.suppress(OSError):
+        names = [path.name for path in directory.iterdir()]
+        for other in [] if name in names else names:
+            if other.lower() == name.lower():
+                return (
+                    f"{directory / other} differs from it in upper and lower case only, which "
+                    "some systems take for the same name: choose another one"
+                )
+    return None
 
 
 def format_settings(loaded: LoadedConfig) -> str:
@@ -332,12 +351,21 @@ class _Loader(yaml.SafeLoader):
         _reject_duplicates([each for each in node.value if isinstance(each[0], yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Reject merge keys: nested ones grow exponentially, and flat settings need none."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem="merge keys (<<) are not supported", problem_mark=key.start_mark
+                )
+        super().flatten_mapping(node)
+
 
 def _reject_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return key-value pairs (of JSON, or YAML's nodes) as a dict; reject duplicate keys."""
     for key, count in Counter(getattr(key, "value", key) for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"duplicate key {key}: remove one")
+            raise ValueError(f"duplicate key {format_name(key)}: remove one")
     return dict(pairs)
 
 
@@ -352,7 +380,10 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise UserError(f"{shown}: a configuration file's name must end in .yaml, .yml or .json")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = read_regular(path, MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_reject_duplicates)
         else:

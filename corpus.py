@@ -1,7 +1,7 @@
 """Files -> token ids, in memory or memory-mapped.
 
 `open_corpus` opens the text that a `data` setting names. Several files are one text: they follow
-one another in the order of their paths, each without its byte order mark. A small text is read into
+one another in the order of their paths, without byte order marks. A small text is read into
 memory and encoded in every run. A large one is encoded once, into a directory of the cache, with
 memory use that does not depend on its length:
 
@@ -41,22 +41,30 @@ from utils import files
 from utils.checks import format_name
 from utils.data_files import (
     BLOCK_BYTES,
+    SPACE_INTERVAL,
     STANDARD_INPUT,
+    check_space,
     find_data_problem,
     find_files,
     find_overlap_problem,
+    format_conversion,
     get_cache_dir,
     get_stat,
+    guess_encoding,
     has_bytes,
     iter_blocks,
     keep_standard_input,
     resolve_data_path,
 )
 from utils.errors import RunError, UserError
+from utils.output import format_bytes, pluralize
 
 SPLITS = ("train", "val", "test")
 LARGE_BYTES = 64 << 20  # `token_store` auto encodes texts of this size or more into the cache
 BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
+MAX_WORD = 16 << 20
+_MARK = "\ufeff"  # byte order mark
+_SAMPLE = 1 << 16  # bytes from which an encoding is guessed
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
@@ -77,10 +85,14 @@ class Chunk(NamedTuple):
 
 @dataclass
 class TextHash:
-    """SHA-256 of a text's bytes, decompressed, and the number of bytes of each file."""
+    """SHA-256 of a text's bytes, decompressed, and the number of bytes of each file.
+
+    `marks` counts the byte order marks within files, as of files that were concatenated.
+    """
 
     sha256: Any = field(default_factory=hashlib.sha256)
     file_bytes: list[int] = field(default_factory=list)
+    marks: int = 0
 
     def compute_identity(self) -> str:
         """Return a digest of the bytes and the files' lengths, which fix where files end."""
@@ -92,30 +104,40 @@ def iter_chunks(
 ) -> Iterator[Chunk]:
     """Yield the text of the files in chunks of about `BLOCK_BYTES`, and update `text_hash`.
 
-    With `whole_words`, a chunk ends only before a space or a line end that follows a word. GPT-2's
-    pattern never matches across such a place, so the tokens are those of the whole text.
+    Byte order marks are dropped. With `whole_words`, a chunk ends only before a space or a line end
+    that follows a word. GPT-2's pattern never matches across such a place, so the tokens are those
+    of the whole text. Only a word of more than `MAX_WORD` characters, a damaged file's, is cut.
 
     Raises `UserError` if a file cannot be read, is damaged, or is not UTF-8.
     """
     text_hash = text_hash or TextHash()
     for number, path in enumerate(paths):
-        decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+        decoder, rest, is_start = codecs.getincrementaldecoder("utf-8")(), "", True
         text_hash.file_bytes.append(0)
         for block in chain(iter_blocks(path, BLOCK_BYTES), [b""]):  # an empty one is the last
+            if not text_hash.file_bytes[-1] and (encoding := guess_encoding(block[:_SAMPLE])):
+                command = format_conversion(path, encoding)
+                raise UserError(f"{path}: not UTF-8 text, but {encoding}: convert it: {command}")
             text_hash.sha256.update(block)
             text_hash.file_bytes[-1] += len(block)
             try:
-                text = rest + decoder.decode(block, final=not block)
+                text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 line = _find_line(path, text_hash.file_bytes[-1] - len(error.object) + error.start)
+                byte = error.object[error.start]
+                command = format_conversion(path, "WINDOWS-1252" if byte < 0xA0 else "ISO-8859-1")
                 raise UserError(
-                    f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} in line "
-                    f"{line}): convert it to UTF-8 first, for example with iconv"
+                    f"{path}: not UTF-8 text (byte {byte:#04x} in line {line}): convert it, for "
+                    f"example from Latin-1: {command}"
                 ) from None
+            if _MARK in text:
+                text_hash.marks += text.count(_MARK) - (is_start and text[0] == _MARK)
+            is_start = is_start and not text
+            text = rest + text.replace(_MARK, "")
             cut = len(text)
             if whole_words and block:
                 match = _UP_TO_LAST_WORD_END.match(text)
-                cut = match.end() if match else 0
+                cut = match.end() if match else (cut if cut > MAX_WORD else 0)
             rest = text[cut:]
             if cut:
                 yield Chunk(number, text[:cut])
@@ -233,7 +255,7 @@ def open_corpus(
     if data == STANDARD_INPUT:
         path, name = str(keep_standard_input(cache)), "standard input"
         on_progress(f"Copied standard input to {path}")
-    paths = find_files(path)
+    paths = find_files(path, on_progress)
     places = [("cache_dir", cache / "texts"), ("cache_dir", cache / "stdin")]
     places += [(setting, Path(place)) for setting, place in (written or {}).items()]
     if problem := find_overlap_problem(path, paths, places):
@@ -244,6 +266,7 @@ def open_corpus(
     texts: list[list[str]] = [[] for _ in paths]
     for chunk in iter_chunks(paths, text_hash):
         texts[chunk.file].append(chunk.text)
+    _report_marks(name, text_hash, on_progress)
     if not any(texts):
         raise UserError(f"{format_name(name)}: the text is empty")
     return MemoryCorpus(name, path, list(map("".join, texts)), text_hash.sha256.hexdigest())
@@ -276,6 +299,12 @@ class MemoryCorpus:
         ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
         ends = np.cumsum([part.size for part in ids]).tolist()
         return EncodedCorpus(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
+
+
+def _report_marks(name: str, text_hash: TextHash, on_progress: Callable[[str], None]) -> None:
+    if text_hash.marks:
+        marks = pluralize(text_hash.marks, "byte order mark")
+        on_progress(f"{format_name(name)}: {marks} (U+FEFF) within the text: left out")
 
 
 def _describe_change(name: str) -> UserError:
@@ -341,6 +370,7 @@ class StoredCorpus:
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
         self._manifest_path = self.directory / "manifest.json"
+        self._num_characters = 0
         self._manifest = self._load_manifest()
         if self._manifest is None or self._manifest.sources != self._list_sources():
             with self._lock():
@@ -381,7 +411,8 @@ class StoredCorpus:
 
     def _load_manifest(self) -> Manifest | None:
         with contextlib.suppress(OSError, ValidationError):
-            return Manifest.model_validate_json(self._manifest_path.read_bytes())
+            manifest = Manifest.model_validate_json(files.read_regular(self._manifest_path))
+            return None if _MARK in manifest.characters else manifest  # of an earlier version
         return None
 
     def _update_manifest(self) -> None:
@@ -395,7 +426,8 @@ class StoredCorpus:
         elif known is None:
             self._on_progress(f"Reading {self.name}, which takes a while the first time …")
         text_hash = TextHash()
-        characters = collect_chars(chunk.text for chunk in iter_chunks(self._paths, text_hash))
+        characters = collect_chars(self._iter_texts(text_hash, sum(size for _, size, _ in sources)))
+        _report_marks(self.name, text_hash, self._on_progress)
         if not characters:
             raise UserError(f"{format_name(self.name)}: the text is empty")
         self._check_unchanged(sources)
@@ -409,6 +441,17 @@ class StoredCorpus:
         if known is not None and known.identity != manifest.identity:
             self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
         self._write_manifest(manifest)
+
+    def _iter_texts(self, text_hash: TextHash, size: int) -> Iterator[str]:
+        """Yield the text; report when it is 100, 1,000, … times its `size` on the disk."""
+        self._num_characters, factor = 0, 100
+        for chunk in iter_chunks(self._paths, text_hash):
+            self._num_characters += len(chunk.text)
+            if self._num_characters >= factor * size:
+                expanded = f"{format_bytes(size)} have expanded {factor:,} times"
+                self._on_progress(f"{self.name}: {expanded} so far; Ctrl-C stops this")
+                factor *= 10
+            yield chunk.text
 
     def _list_sources(self) -> list[tuple[str, int, int]]:
         stats = [(os.path.relpath(path, self.path), get_stat(path)) for path in self._paths]
@@ -472,12 +515,19 @@ class StoredCorpus:
         whole_words = tokenizer.token_kind == GPT2Tokenizer.token_kind
         text_hash = TextHash()
         ends, blocks, tokens, size = [0] * len(self._paths), [(0, 0)], 0, 0
+        # The number of characters is known if this process has just read the text.
+        needed, checked = self._num_characters * dtype.itemsize, 0
+        if needed >= SPACE_INTERVAL and not (whole_words or left_out):
+            check_space(path, needed)
         try:
             with open(path, "wb") as file:
                 for chunk in iter_chunks(self._paths, text_hash, whole_words=whole_words):
                     ids = tokenizer.encode(chunk.text, bool(left_out))
                     file.write(ids.astype(dtype, copy=False).data)
                     tokens += ids.size
+                    if (tokens - checked) * dtype.itemsize >= SPACE_INTERVAL:
+                        check_space(path)
+                        checked = tokens
                     size += int(token_bytes[ids].sum()) if left_out else len(chunk.text.encode())
                     ends[chunk.file] = tokens
                     if tokens - blocks[-1][0] >= BLOCK_TOKENS:

@@ -18,6 +18,7 @@ from parameters import ModelConfig
 from tokenizer import Tokenizer
 from utils.data_files import resolve_data_path
 from utils.errors import UserError
+from utils.files import is_present
 from utils.output import format_char_counts
 
 DEFAULT_FILE = "input.txt"
@@ -82,7 +83,7 @@ def load_dataset(
         RunError: the cache's disk is full.
     """
     data = config.data
-    if data is None and not use_sample_corpus and Path(DEFAULT_FILE).exists():
+    if data is None and not use_sample_corpus and is_present(Path(DEFAULT_FILE)):
         data = DEFAULT_FILE
     text = open_corpus(
         data,

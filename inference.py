@@ -36,7 +36,7 @@ from bundle import (
 )
 from inspect_model import find_named_model
 from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, normalize_for
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
 from utils.files import find_text_file_problem
@@ -74,8 +74,8 @@ class InferenceConfig(ModelChoice):
     prompt_file: Annotated[str, Field(min_length=1)] | None = None
     """A file with the text to continue, taken as it is."""
 
-    on_unknown: Literal["error", "skip", "replace"] = "error"
-    """For characters missing from the vocabulary: error, skip, or replace (by a space if known)."""
+    on_unknown: Literal["error", "skip", "replace", "normalize"] = "error"
+    """Characters the vocabulary lacks: error, skip, replace (by a space), normalize (Unicode)."""
 
     max_new_tokens: Count = 500
     """Tokens to generate for each sample."""
@@ -228,7 +228,7 @@ def read_prompt(config: InferenceConfig) -> str:
 def decode_text(raw: bytes, name: str) -> str:
     """Decode UTF-8 without its byte order mark. Raises `UserError` if it is invalid or empty."""
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -349,7 +349,11 @@ class TextGenerator:
     def _prepare(self, prompt: str) -> tuple[str, np.ndarray, list[Sample]]:
         """Return the prompt without unknown characters, its ids, and samples; note all changes."""
         tokenizer, note = self.tokenizer, self.output.print_note
-        if self.config.on_unknown != "error":
+        if self.config.on_unknown == "normalize":
+            prompt, form = normalize_for(tokenizer, prompt)
+            if form:
+                note(f"normalized the prompt to {form}")
+        elif self.config.on_unknown != "error":
             is_replaced = self.config.on_unknown == "replace"
             prompt, number = remove_unknown(tokenizer, prompt, is_replaced)
             if number:

@@ -7,12 +7,22 @@ and its description in the schema.
     python parameters.py > configs/schema.json     # the JSON Schema that editors use
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 MAX_COUNT = 2**31 - 1  # reject larger counts as typos
+MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -29,7 +39,29 @@ Switch = Annotated[
 ]
 # A portable directory name without path separators.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
+RESERVED_NAME = r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?"  # on Windows, with any suffix
+FLAG_WORDS = ("auto", "last", "null")  # mean something else as a flag's value
+
+
+def _check_name(name: str) -> str:
+    if re.fullmatch(RESERVED_NAME, name) or name.endswith("."):
+        raise ValueError(
+            "must be a name that every system can hold, not a device's or one with a final dot"
+        )
+    if name.lower() in FLAG_WORDS:
+        raise ValueError("must not be a word that flags such as --resume give another meaning")
+    return name
+
+
+def _check_path(path: Any) -> Any:
+    """Reject text that no file name can hold. Python escapes other bytes as U+DC80 to U+DCFF."""
+    if isinstance(path, str) and re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", path):
+        raise ValueError("must be valid Unicode text without NUL characters")
+    return path
+
+
+ModelName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100), AfterValidator(_check_name)]
+PathText = Annotated[str, Field(min_length=1), BeforeValidator(_check_path)]
 
 
 class Settings(BaseModel):
@@ -81,7 +113,7 @@ class Architecture(Settings):
 class Data(Settings):
     """The text, and how it is split."""
 
-    data: Annotated[str, Field(min_length=1)] | None = None
+    data: PathText | None = None
     """UTF-8 text: file, directory, glob or - (stdin). null: input.txt, else Shakespeare."""
 
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -127,7 +159,7 @@ class Training(Settings):
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    learning_rate: Annotated[float, Field(gt=0, le=MAX_RATE)] = 1e-2
     """Peak learning rate of AdamW; Muon's is twice as large."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
@@ -136,7 +168,7 @@ class Training(Settings):
     warmup_iters: Count = 20
     """Steps of linear warmup to learning_rate."""
 
-    min_lr: Annotated[float, Field(ge=0)] | None = 0.0
+    min_lr: Annotated[float, Field(ge=0, le=MAX_RATE)] | None = 0.0
     """Learning rate at the end of the schedule. null: learning_rate / 10."""
 
     lr_decay_iters: Positive | None = None
@@ -145,7 +177,7 @@ class Training(Settings):
     lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
     """wsd: the last fraction of the steps after warmup, in which the learning rate decays."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
 
     beta1: Fraction = 0.8
@@ -157,13 +189,13 @@ class Training(Settings):
     muon_momentum: Fraction = 0.95
     """Muon's momentum."""
 
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    grad_clip: Annotated[float, Field(ge=0, le=MAX_RATE)] = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
     eval_interval: Count = 220
     """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
-    eval_iters: Count = 20
+    eval_iters: Annotated[int, Field(ge=0, le=1_000_000)] = 20
     """Fixed evaluation batches per split. 0: all of val, and as many windows of train."""
 
     early_stopping_patience: Count = 0
@@ -227,29 +259,29 @@ class Tracking(Settings):
 class Run(Settings):
     """Names and directories. Not part of a run's record: a rerun has its own."""
 
-    run_tag: str | None = None
+    run_tag: Annotated[str, BeforeValidator(_check_path)] | None = None
     """Suffix of the run directory's name, after the timestamp."""
 
-    runs_dir: str = Field(default="runs", min_length=1)
+    runs_dir: PathText = "runs"
     """Directory of the runs."""
 
-    aim_repo: str | None = Field(default=None, min_length=1)
+    aim_repo: PathText | None = None
     """Aim's repository: a directory, or aim://host:port. null: .aim beside runs_dir."""
 
     model_name: ModelName | None = None
     """Train this named model in checkpoints_dir: resume it if it exists, else create it."""
 
-    checkpoints_dir: str = Field(default="checkpoints", min_length=1)
+    checkpoints_dir: PathText = "checkpoints"
     """Directory of the named models."""
 
-    cache_dir: str | None = Field(default=None, min_length=1)
+    cache_dir: PathText | None = None
     """Directory that caches token stores and standard input. null: the user's cache directory."""
 
 
 class Initialization(Settings):
     """The source of a new model's weights. To resume, use --resume."""
 
-    init_from: str | None = Field(default=None, min_length=1)
+    init_from: PathText | None = None
     """Fine-tune: start from the weights and tokenizer of this named model, run or bundle."""
 
 

@@ -6,6 +6,7 @@ normalization. A tokenizer's state is saved as `tokenizer.json` in each bundle.
 
 import codecs
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -66,9 +67,11 @@ class CharTokenizer:
             return ids[ids != self.vocab_size]
         unknown = list(self.count_unknown(text))
         more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+        form = normalize_for(self, text)[1]
+        hint = f" in Unicode normalization {form}: see --on-unknown normalize" if form else ""
         raise UserError(
             f"the model's vocabulary lacks {' '.join(map(repr, unknown[:20]))}{more}: "
-            f"it has the {self.vocab_size} characters of the text it was trained on"
+            f"it has the {self.vocab_size} characters of the text it was trained on{hint}"
         )
 
     def _look_up(self, text: str) -> np.ndarray:
@@ -177,6 +180,15 @@ def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
     return CharTokenizer(collect_chars([text] if isinstance(text, str) else text))
+
+
+def normalize_for(tokenizer: Tokenizer, text: str) -> tuple[str, str | None]:
+    """Return `text` in the Unicode normalization that the tokenizer lacks fewest characters of.
+
+    And that normalization, NFC (é is one character) or NFD (two); None if `text` is unchanged.
+    """
+    forms = [(text, None), *((unicodedata.normalize(form, text), form) for form in ("NFC", "NFD"))]
+    return min(forms, key=lambda each: sum(tokenizer.count_unknown(each[0]).values()))
 
 
 def collect_chars(texts: Iterable[str]) -> list[str]:

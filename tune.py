@@ -24,7 +24,6 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +31,27 @@ import yaml
 
 from bundle import list_checkpoints
 from callbacks import CallbackFactory, Evaluation, Step, load_callback_factories
-from config import ConfigLoader, LoadedConfig, read_config_file
+from config import ConfigLoader, LoadedConfig, find_case_problem, read_config_file
 from corpus import open_corpus
-from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, ModelName, Positive, Settings
+from parameters import (
+    ALIASES,
+    BY_ARCHITECTURE,
+    GROUPS,
+    ModelConfig,
+    ModelName,
+    PathText,
+    Positive,
+    Settings,
+)
 from resume import ResumePlan, resolve_start
 from train import ACTIONS
-from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import CommandLine, format_flag
 from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
 from utils.output import Output, format_command, pluralize, run_command
 from utils.ranks import Ranks
+from utils.search_space import check_values, list_values
 from utils.tables import align_columns
 
 if TYPE_CHECKING:  # Optuna is imported once the settings are known to be good
@@ -78,7 +87,7 @@ Space = dict[str, list[Any] | dict[str, Any]]  # choices, or arguments of Optuna
 class StudySettings(Settings):
     """The study, and where it is stored."""
 
-    space: str | None = None
+    space: PathText | None = None
     """The YAML file of the settings to search and their ranges: configs/search/ has one."""
 
     study: ModelName | None = None
@@ -87,10 +96,10 @@ class StudySettings(Settings):
     trials: Positive = 20
     """Complete or pruned trials of the whole study, over all workers."""
 
-    storage: str | None = None
+    storage: PathText | None = None
     """SQLite file, or a database URL for several machines. null: studies/<study>.db in runs_dir."""
 
-    output: str | None = None
+    output: PathText | None = None
     """File for the best trial's settings. null: studies/<study>.yaml in runs_dir."""
 
 
@@ -111,54 +120,19 @@ def read_space(file: str | None, flags: Mapping[str, Any], problems: list[str]) 
     if not declared:
         problems.append(f"{file}: no setting to search")
     space: Space = {}
+    unknown = []
     for name, values in declared.items():
         label, flag = f"{file}: {format_name(name)}", format_flag(str(name))
-        if name not in SEARCHABLE:
-            is_setting = name in ModelConfig.model_fields
-            hint = f", only set: {flag}" if is_setting else suggest_name(str(name), SEARCHABLE)
-            problems.append(f"{label} cannot be searched{hint}")
+        if name not in ModelConfig.model_fields:
+            unknown.append((name, values))
+        elif name not in SEARCHABLE:
+            problems.append(f"{label} cannot be searched, only set: {flag}")
         elif name in flags:
             problems.append(f"{label} is searched, and {flag} fixes it: remove one")
         else:
-            space[name] = _check_values(name, values, label, problems)
+            space[name] = check_values(name, values, label, problems)
+    problems += describe_unknown(f"{file}: unknown key", unknown, SEARCHABLE)
     return space
-
-
-def _check_values(name: str, values: Any, label: str, problems: list[str]) -> Any:
-    """Return choices or a range with values of the setting's type; append to `problems`."""
-    is_range, found = isinstance(values, dict), []
-    checked = {"low": None, "high": None, **values} if is_range else values
-    keys = ("low", "high") if is_range else range(len(values) if isinstance(values, list) else 0)
-    for key in keys:
-        where = f"{label}: {key}" if is_range else label
-        value = {name: checked[key]}
-        settings, wrong = validate_values(ModelConfig, value, label=lambda _, w=where: w)
-        checked[key] = settings.get(name)
-        found += wrong
-    if is_range:
-        checked = {k: v for k, v in checked.items() if v is not None and v is not False}
-    if not found and not (
-        _is_range(checked) if is_range else 1 < len(keys) == len({*map(format_value, checked)})
-    ):
-        found = [
-            f"{label} must be a list of two or more different choices, or numbers {{low: …, high: "
-            f"…}}, with log: true if low is above 0, or a step that leads from low to high; got "
-            f"{format_value(values)}; a value for all trials is a flag: {format_flag(name)}"
-        ]
-    problems += found
-    return checked
-
-
-def _is_range(values: Mapping[str, Any]) -> bool:
-    low, high, log, step = (values.get(key) for key in ("low", "high", "log", "step"))
-    is_known = values.keys() <= {"low", "high", "log", "step"} and isinstance(log, bool | None)
-    if not is_known or type(low) not in (int, float) or type(high) is not type(low) or low >= high:
-        return False
-    if step is None or log:
-        return not log or (low > 0 and step is None)
-    # Exact decimals: 0.1 + 3 * 0.2 is more than 0.7 in binary.
-    is_size = type(step) in (int, type(low)) and 0 < step <= high - low
-    return is_size and (Fraction(str(high)) - Fraction(str(low))) % Fraction(str(step)) == 0
 
 
 @dataclass(frozen=True)
@@ -203,6 +177,8 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     problems += validate_values(StudySettings, {"study": study}, label=format_flag)[1]
     studies = Path(loader.get("runs_dir").value) / "studies"
     storage = order.storage or str(studies / f"{study}.db")
+    if order.storage is None and (problem := find_case_problem(studies, f"{study}.db")):
+        problems.append(f"study {study}: {problem}")
     journal = Path(storage).with_suffix(".log")
     is_default = order.storage is None and not Path(storage).exists()
     if Path(storage) == journal or (is_default and journal.is_file()):
@@ -229,14 +205,6 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     if is_listed:
         search = replace(search, combinations=legal, trials=min(order.trials, len(legal)))
     return replace(search, base=base, example=example)
-
-
-def list_values(values: list | dict[str, Any]) -> Sequence[Any]:
-    """Return all values of a setting, or the two ends of real numbers as a tuple."""
-    if isinstance(values, list):
-        return values
-    low, high = values["low"], values["high"]
-    return range(low, high + 1, values.get("step", 1)) if isinstance(low, int) else (low, high)
 
 
 def open_study(search: Search) -> "Study":
@@ -303,6 +271,17 @@ def select_trials(study: "Study", *states: str) -> list["FrozenTrial"]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.name in states]
 
 
+def list_failed(study: "Study") -> list[dict[str, Any]]:
+    """Return the settings that failed and are not retried; a trial that withdrew has not run."""
+    alive = [trial.params for trial in select_trials(study, *ALIVE)]
+    return [
+        trial.params
+        for trial in select_trials(study, "FAIL")
+        if trial.params not in alive
+        and not str(trial.user_attrs.get("reason")).startswith("withdrawn")
+    ]
+
+
 def _suggest_values(trial: Any, space: Space) -> None:
     for name, values in space.items():
         if isinstance(values, list):
@@ -340,6 +319,7 @@ def create_sampler(search: Search) -> Any:
 
         def sample_relative(self, study: "Study", trial: "FrozenTrial", space: dict) -> dict:
             tried = [t.params for t in select_trials(study, *ALIVE) if t.number != trial.number]
+            tried += list_failed(study)  # they would fail again
             options = {"multivariate": True, "constant_liar": True}  # which keeps workers apart
             for attempt in range(DRAWS):
                 seed = zlib.crc32(f"{search.base.seed} {trial.number} {attempt}".encode())
@@ -366,8 +346,11 @@ def wait_for_place(search: Search, study: "Study", output: Output) -> bool:
     for polls in itertools.count():
         optuna.storages.fail_stale_trials(study)
         done, running = len(select_trials(study, *DONE)), select_trials(study, "RUNNING")
-        if done >= search.trials or done + len(running) < search.trials:
-            return done < search.trials
+        wanted, failed = search.trials, list_failed(study)
+        if search.combinations is not None:
+            wanted = min(wanted, sum(each not in failed for each in search.combinations))
+        if done >= wanted or done + len(running) < wanted:
+            return done < wanted
         if polls == 0:
             output.print(f"Waiting for {pluralize(len(running), 'trial')} of other workers")
         time.sleep(POLL_SECONDS)
@@ -583,10 +566,15 @@ def main(argv: Sequence[str]) -> int:
                 return trial.exit_status
             failures = failures + 1 if failure else 0
             if failures == MAX_FAILURES:
-                raise type(failure)(f"{MAX_FAILURES} trials failed in a row, the last: {failure}")
+                break
             if "torch._dynamo" in sys.modules:  # which compiles a function only so many times
                 sys.modules["torch"].compiler.reset()
-        output.print(format_results(search, study))
+        if has_result := bool(select_trials(study, "COMPLETE")):
+            output.print(format_results(search, study))
+        if failures == MAX_FAILURES:
+            raise type(failure)(f"{MAX_FAILURES} trials failed in a row, the last: {failure}")
+        if not has_result:
+            raise RunError("no trial is complete: all combinations failed: change the space")
         return 0
     except (OSError, SQLAlchemyError, OptunaError) as error:
         raise RunError(

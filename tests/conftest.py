@@ -10,7 +10,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,15 @@ def gpt2_vocabulary(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def shared_directory(monkeypatch) -> Iterator[Path]:
+    """Return a new working directory that every user can enter and write."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        monkeypatch.chdir(name)
+        yield Path(name)
+
+
+@pytest.fixture
 def quiet() -> Output:
     return Output(quiet=True)
 
@@ -123,7 +133,7 @@ def folio() -> Callable[..., subprocess.CompletedProcess[str]]:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=options.pop("timeout", 120),
             env=environment,
             **options,
         )

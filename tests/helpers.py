@@ -205,6 +205,35 @@ def list_temporary_directories(*places: Path) -> list[Path]:
     return [path for place in places for path in place.rglob(".[tn]*") if path.is_dir()]
 
 
+def call_as_other_user(work: Callable[[], str]) -> str:
+    """Return the result of `work`, or the error it raises, in a process of a user without rights.
+
+    That user cannot enter pytest's directories: create files for it in a `shared_directory`.
+    """
+    if os.name == "nt":
+        pytest.skip("no setuid")
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            signal.alarm(20)  # a blocked process ends
+            result = work()
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        os.write(writer, result.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        result = file.read()
+    _, status = os.waitpid(process, 0)
+    assert not status, f"ended by signal {status}"
+    return result
+
+
 # Faults -----------------------------------------------------------------------------------------
 
 CALLS = (

@@ -3,11 +3,16 @@
 python -m pytest tests/test_command_line.py
 """
 
+import os
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
+from helpers import CHECKOUT
 
 from parameters import ALIASES, GROUPS, ModelConfig
+from utils.checks import SYNONYMS
 from utils.command_line import Action, CommandLine
 
 
@@ -99,6 +104,16 @@ def test_actions_are_returned_apart_from_the_settings(command_line):
         (["--max-itres=5"], ["--max-itres", "--max-iters"]),
         (["--max-iter", "5"], ["unknown flag", "--max-iters"]),  # no abbreviations
         (["--zzz"], ["--zzz"]),
+        (["--lr", "1"], ["--lr", "did you mean --learning-rate?"]),
+        (["--bs=1"], ["--bs", "did you mean --batch-size?"]),
+        (["--context=1"], ["--context", "did you mean --block-size?"]),
+        (["--num_heads=1"], ["--num-heads", "did you mean --n-head?"]),
+        (["--layers=1"], ["--layers", "did you mean --n-layer?"]),
+        (["--embd=1"], ["--embd", "did you mean --n-embd?"]),
+        (["--dim=1"], ["--dim", "did you mean --n-embd?"]),
+        (["--epochs=2x"], ["--epochs", "number", '"2x"']),
+        (["--vocab-size=65"], ["--vocab-size", "derived from the text"]),
+        (["--data", "a.txt", __file__, __file__], ["1 more", "quote", "--data '"]),
         (["5"], ['"5"', "--flags"]),
         (["--max-iters"], ["--max-iters needs a value"]),
         (["--config"], ["--config needs a value"]),
@@ -138,3 +153,28 @@ def test_help_is_generated_from_the_schema(command_line, capsys):
         assert " ".join(info.description.split()) in page
     for group in GROUPS:
         assert f"{group} settings" in page
+
+
+def test_every_synonym_is_one_settings_and_no_setting_itself():
+    words = [word for others in SYNONYMS.values() for word in others.split()]
+    assert len(words) == len(set(words))
+    assert not set(words) & ModelConfig.model_fields.keys()
+
+
+def test_many_unknown_flags_are_counted(command_line):
+    problems = command_line.parse([f"--n-laye{i}" for i in range(1000)])[2]
+    assert len(problems) == 21
+    assert "980" in problems[-1]
+
+
+@pytest.mark.parametrize("options", [["-OO"], ["-P"]])  # no docstrings; PYTHONSAFEPATH
+def test_help_works_with_options_of_python(options):
+    done = subprocess.run(
+        [sys.executable, *options, str(CHECKOUT / "train.py"), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+    )
+    assert done.returncode == 0, done.stderr
+    for info in ModelConfig.model_fields.values():
+        assert info.description.split()[0] in done.stdout

@@ -5,11 +5,15 @@ python -m pytest tests/test_config.py
 
 import itertools
 import json
+import os
 import re
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import yaml
-from helpers import CHECKOUT
+from helpers import CHECKOUT, call_as_other_user
 
 from config import CONFIG_FILES, ConfigLoader, format_settings, read_config_file
 from parameters import GROUPS, ModelConfig
@@ -48,6 +52,12 @@ def sources(tmp_path):
             return list(caught.value.problems)
 
     return Sources()
+
+
+def write_config(name: str, content: str) -> None:
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content, encoding="utf-8")
 
 
 # Priorities ---------------------------------------------------------------------------------------
@@ -258,7 +268,13 @@ def test_scientific_notation_in_yaml_is_a_float(sources, number):
         ("a.yaml", "device: gpu", ["device", "auto, cpu, mps, cuda or cuda:N"]),
         ("a.yaml", "lr_schedule: cos", ["lr_schedule", "constant, linear, cosine or wsd"]),
         ("a.yaml", "run_tag: 2026-01-01", ["run_tag", "text"]),
-        ("a.yaml", "training:\n  n_layer: 3", ["unknown key training"]),
+        ("a.yaml", "training:\n  n_layer: 3", ["unknown key training", "flat"]),
+        ("a.yaml", "vocab_size: 65", ["vocab_size", "derived from the text"]),
+        ("a.yaml", "lr: 1e-3", ["unknown key lr", "did you mean learning_rate?"]),
+        ("a.json", '{"context": 64}', ["unknown key context", "did you mean block_size?"]),
+        ("a.yaml", "n_layer: &a [*a]", ["n_layer", "["]),
+        ("a.json", '{"seed": 1' + "0" * 5000 + "}", ["a.json"]),
+        ("a.yaml", f"seed: {'x' * 2_000_000}", ["bytes"]),
         ("a.yaml", "- n_layer", ["expected"]),
         ("a.yaml", "n_layer: [1", ["line 1", "YAML"]),
         ("a.yaml", "!!python/object:os.system {}", ["YAML"]),
@@ -283,6 +299,73 @@ def test_an_unreadable_file_is_one_line(sources, tmp_path):
     assert "a directory" in sources.problems(config_file=str(tmp_path))[0]
 
 
+@pytest.mark.parametrize("place", ["pipe.yaml", "/dev/zero", "/proc/kmsg"])
+def test_only_a_regular_file_is_read(sources, place):
+    os.mkfifo("pipe.yaml")
+    signal.alarm(20)  # ends a process that waits
+    (problem,) = sources.problems(config_file=place)
+    signal.alarm(0)
+    assert problem.startswith(place)
+    assert re.search("device or a pipe|empty|permitted|denied|no such file", problem)
+
+
+@pytest.mark.parametrize("place", ["closed/a.yaml", "closed.yaml", "closed"])
+def test_a_file_without_permission_is_one_line(shared_directory, place):
+    write_config("closed/a.yaml", "seed: 1")
+    write_config("closed.yaml", "seed: 1")
+    Path("closed").chmod(0)
+    Path("closed.yaml").chmod(0)
+    error = call_as_other_user(lambda: str(read_config_file(Path(place))))
+    Path("closed").chmod(0o700)
+    assert error.startswith("UserError")
+    assert place in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("closed", ["configs", "work"])
+def test_a_directory_without_permission_is_one_line(shared_directory, closed):
+    for name in ("configs", "work"):
+        Path(name).mkdir()
+    Path(closed).chmod(0)
+    directories = {"configs_dir": Path("configs"), "working_dir": Path("work")}
+    error = call_as_other_user(lambda: str(ConfigLoader(**directories).load()))
+    Path(closed).chmod(0o700)
+    assert error.startswith("UserError")
+    assert "Permission denied" in error
+
+
+def test_a_byte_order_mark_is_ignored_and_needs_no_codec_that_is_loaded_late(sources):
+    assert sources.load(config_file=sources.write("a.yaml", "\ufeffseed: 1")).config.seed == 1
+    modules = [*CHECKOUT.glob("*.py"), *CHECKOUT.glob("utils/**/*.py")]
+    late = [path.name for path in modules if "-sig" in path.read_text(encoding="utf-8")]
+    assert not late
+
+
+def test_a_message_about_nested_anchors_is_short_and_immediate(sources):
+    anchors = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    path = sources.write("a.yaml", "\n".join(["a0: &a0 [x, 2020-01-01]", *anchors, "seed: *a9"]))
+    start = time.process_time()
+    problems = sources.problems(config_file=path)
+    assert time.process_time() - start < 1
+    assert "seed" in problems[-1]
+    assert all(len(problem) < 200 for problem in problems)
+
+
+def test_merge_keys_which_grow_exponentially_are_an_error(sources):
+    (problem,) = sources.problems(config_file=sources.write("a.yaml", "<<: {seed: 1}"))
+    assert "line 1" in problem
+    assert "<<" in problem
+
+
+def test_many_unknown_keys_are_counted(sources):
+    path = sources.write("a.json", json.dumps({f"n_laye{i}": 0 for i in range(50_000)}))
+    start = time.process_time()
+    problems = sources.problems(config_file=path)
+    assert time.process_time() - start < 2
+    assert len(problems) == 21
+    assert "49,980" in problems[-1]
+
+
 @pytest.mark.parametrize("name", ["model.json", "data.yaml"])
 def test_an_unknown_key_in_configs_names_the_file(sources, name):
     sources.write(f"configs/{name}", '{"n_layers": 3}')
@@ -294,6 +377,23 @@ def test_an_unknown_key_in_the_legacy_file_names_the_file(sources):
     sources.write("config.json", '{"n_layers": 3}')
     (problem,) = sources.problems()
     assert problem.startswith("config.json: unknown key n_layers")
+
+
+def test_a_model_name_that_differs_from_another_only_in_case_is_an_error(sources):
+    (sources.cwd / "models" / "dante").mkdir(parents=True)
+    flags = {"checkpoints_dir": str(sources.cwd / "models")}
+    assert sources.load({**flags, "model_name": "dante"}).config.model_name == "dante"
+    assert sources.load({**flags, "model_name": "dante2"})
+    (problem,) = sources.problems({**flags, "model_name": "Dante"})
+    assert "model_name Dante" in problem
+    assert "models/dante" in problem
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+@pytest.mark.parametrize("path", ["a\\u0000b", "a\\ud800"])
+def test_a_path_that_no_file_can_have_is_one_line(sources, name, path):
+    (problem,) = sources.problems(config_file=sources.write(name, f'{{"runs_dir": "{path}"}}'))
+    assert "runs_dir" in problem or "line 1" in problem or "read" in problem
 
 
 def test_a_key_in_two_files_of_configs_is_an_error(sources):

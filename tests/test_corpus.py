@@ -5,6 +5,7 @@ python -m pytest tests/test_corpus.py
 
 import contextlib
 import errno
+import glob
 import gzip
 import hashlib
 import importlib.util
@@ -15,17 +16,20 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zstandard
 from filelock import FileLock
+from helpers import call_as_other_user
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,9 +47,11 @@ from corpus import (
 )
 from parameters import Data
 from tokenizer import CharTokenizer, create_tokenizer
+from utils import data_files
 from utils.data_files import (
     find_data_problem,
     find_files,
+    guess_encoding,
     has_bytes,
     keep_standard_input,
     resolve_data_path,
@@ -53,6 +59,7 @@ from utils.data_files import (
 from utils.errors import RunError, UserError
 
 TEXT = "Être, ou ne pas être:\nc'est là la question. 漢字 🙂\n" * 20
+UTF_WITHOUT_MARK = ("utf-16le", "utf-16be", "utf-32le", "utf-32be")
 OTHER_TEXT = TEXT.translate(str.maketrans("et", "te"))  # as long, and of the same characters
 
 
@@ -233,6 +240,82 @@ def test_files_that_folio_writes_are_never_part_of_a_text(write):
         open_corpus(pattern, written=written)
 
 
+LINKS = {
+    "a loop": lambda: Path("d/loop").symlink_to("."),
+    "two loops": lambda: [Path("d", name).symlink_to("..") for name in ("x", "y")],
+    "a directory": lambda: Path("d/other").symlink_to("sub"),
+    "a file": lambda: Path("d/other.txt").symlink_to("sub/a.txt"),
+    "a hard link": lambda: os.link("d/sub/a.txt", "d/other.txt"),
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("data", ["d", "d/**", "d/**/*.txt", "**", "**/*.txt", "d/**/*"])
+def test_each_file_is_read_once_whatever_links_there_are(write, lines, link, data):
+    write("d/sub/a.txt", "some text")
+    LINKS[link]()
+    assert open_corpus(data, on_progress=lines).texts == ["some text"]
+    if link in ("a file", "a hard link"):
+        assert "d" in lines[0]
+        assert "1 link" in lines[0]
+    else:
+        assert "not followed" in lines[0]
+        assert "d/" in lines[0]
+
+
+def test_a_pattern_of_any_directories_is_that_of_glob_without_links(write):
+    for name in ("a/b/c/x.txt", "a/x.txt", "x.txt", "a/.h/x.txt", "a/b/.x.txt", "e/f.md", "[a]/y"):
+        write(name, name)
+    for data in ("**", "**/*", "*/**", "**/*.txt", "a/**/x.txt", "**/b/**/*", "**/c", "**/.h/*"):
+        expected = sorted(filter(os.path.isfile, set(glob.glob(data, recursive=True))))  # noqa: PTH207
+        assert [str(path) for path in find_files(data)] == expected
+        absolute = str(Path.cwd() / data)
+        assert [str(path.relative_to(Path.cwd())) for path in find_files(absolute)] == expected
+
+
+@pytest.mark.parametrize(
+    "data", ["pipe", "pipe.gz", "pipe.zst", "/dev/zero", "/dev/stdin", "/proc/kmsg"]
+)
+def test_a_text_that_is_no_regular_file_is_refused_and_never_waited_for(data):
+    for name in ("pipe", "pipe.gz", "pipe.zst"):
+        os.mkfifo(name)
+    signal.alarm(20)  # ends a process that waits
+    with pytest.raises(UserError) as caught:
+        open_corpus(data)
+    with pytest.raises(UserError):
+        join_chunks([Path(data)] if "proc" not in data else [Path("none")])
+    signal.alarm(0)
+    assert data in str(caught.value)
+
+
+def test_pipes_in_a_directory_are_no_part_of_the_text(write):
+    write("d/a.txt", "a")
+    os.mkfifo("d/pipe.txt")
+    for data in ("d", "d/*", "d/**"):
+        assert open_corpus(data).texts == ["a"]
+
+
+@pytest.mark.parametrize(
+    "data", ["closed.txt", "closed", "closed/a.txt", "d", "d/**", "d/**/*.txt"]
+)
+@pytest.mark.parametrize("token_store", ["on", "off"])
+def test_a_text_without_permission_is_one_line(shared_directory, data, token_store):
+    for name in ("closed.txt", "closed/a.txt", "d/a.txt", "d/closed/a.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("text", encoding="utf-8")
+    closed = [Path(name) for name in ("closed.txt", "closed", "d/closed")]
+    for path in closed:
+        path.chmod(0)
+    options = {"cache_dir": "cache", "token_store": token_store}
+    error = call_as_other_user(lambda: str(open_corpus(data, **options)))
+    for path in closed:
+        path.chmod(0o700)
+    assert error.startswith("UserError")
+    assert data in error
+    assert "Permission denied" in error
+    assert "\n" not in error
+
+
 # Standard input -------------------------------------------------------------------------------
 
 
@@ -296,7 +379,7 @@ def test_chunks_of_any_size_are_the_text_without_its_byte_order_mark(
 
 def test_several_files_are_one_text_each_without_its_byte_order_mark(write):
     paths = [write("a", "\ufeffone\r\n"), write("b", ""), write("c.gz", "\ufefftwo \ufeff")]
-    assert join_chunks(paths) == "one\r\ntwo \ufeff"
+    assert join_chunks(paths) == "one\r\ntwo "
     assert [chunk.file for chunk in iter_chunks(paths)] == [0, 2]
 
 
@@ -323,6 +406,82 @@ def test_a_text_that_is_not_utf8_is_an_error_with_file_byte_and_line(write, name
 def test_half_a_character_at_the_end_of_a_file_is_not_utf8(write):
     with pytest.raises(UserError, match=r"0xc3 in line 2"):
         join_chunks([write("a.txt", b"a\nb\xc3"), write("b.txt", b"\xa9")], size=2)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", *UTF_WITHOUT_MARK])
+@pytest.mark.parametrize("text", [TEXT, "Ну что ж, мой друг,\n", "To be\n", "漢字、平仮名\n" * 9])
+def test_another_unicode_encoding_is_an_error_with_the_command_that_converts_it(
+    write, encoding, text
+):
+    path = write("a b.txt", text.encode(encoding))
+    with pytest.raises(UserError) as caught:
+        open_corpus(str(path))
+    command = str(caught.value).partition("convert it: ")[2]
+    if encoding in UTF_WITHOUT_MARK[:2] and text[0] == "漢":  # has too few NUL bytes
+        return
+    assert f"iconv -f {encoding.upper()} " in command
+    subprocess.run(command, shell=True, check=True)
+    assert open_corpus("a b.utf8.txt").texts == [text]
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.zst", "a.txt"])
+@pytest.mark.parametrize(("byte", "encoding"), [(b"\xe9", "ISO-8859-1"), (b"\x93", "WINDOWS-1252")])
+def test_a_text_in_latin_1_is_an_error_with_the_command_that_converts_it(
+    write, name, byte, encoding
+):
+    path = write(name, b"caf" + byte + b" au lait")
+    with pytest.raises(UserError) as caught:
+        open_corpus(str(path))
+    command = str(caught.value).partition("Latin-1: ")[2]
+    assert f"iconv -f {encoding} " in command
+    if name != "a.zst" or shutil.which("zstd"):
+        subprocess.run(command, shell=True, check=True)
+        assert open_corpus("a.utf8.txt").texts == [f"caf{byte.decode('cp1252')} au lait"]
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1))
+def test_utf8_without_nulls_is_never_taken_for_another_encoding(text):
+    assert guess_encoding(text.encode()) is None
+
+
+def test_a_text_with_a_few_nulls_is_still_a_text():
+    assert guess_encoding(b"one\0two and more\0three") is None
+    assert guess_encoding(b"\0") is None
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.usefixtures("small_chunks")
+def test_byte_order_marks_within_a_text_are_left_out_with_a_line(
+    write, lines, kind, gpt2_vocabulary
+):
+    path = write("a.txt", f"\ufeff{TEXT}\ufeff{TEXT}\ufeff")
+    tokens = []
+    for token_store in ("on", "off"):
+        text = open_corpus(str(path), token_store=token_store, on_progress=lines)
+        encoded = text.encode(text.create_tokenizer(kind))
+        tokens.append(encoded.tokens.tolist())
+        assert encoded.tokenizer.decode(encoded.tokens) == TEXT * 2
+        assert encoded.count_bytes(0, encoded.tokens.size) == len((TEXT * 2).encode())
+        assert any("2 byte order marks" in line and "a.txt" in line for line in lines)
+        lines.clear()
+    assert tokens[0] == tokens[1]
+
+
+def test_an_encoding_of_an_earlier_version_with_byte_order_marks_is_replaced(write, cache):
+    path = write("a.txt", f"{TEXT}\ufeff{TEXT}")
+    encode(path)
+    manifest = get_only(cache, "manifest.json")
+    content = json.loads(manifest.read_bytes())
+    content["characters"] += "\ufeff"
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert decode(encode(path)) == TEXT * 2
+
+
+def test_memory_for_a_text_without_a_space_is_bounded(write, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_WORD", 100)
+    chunks = read_chunks([write("a.txt", "0" * 10_000)], 60, whole_words=True)
+    assert "".join(chunk.text for chunk in chunks) == "0" * 10_000
+    assert max(len(chunk.text) for chunk in chunks) < 200
 
 
 @pytest.mark.parametrize("name", ["a.gz", "a.zst"])
@@ -749,6 +908,46 @@ def test_a_write_that_exceeds_the_file_size_limit_is_a_run_error(write, cache, t
     assert not list(cache.rglob("*.bin"))
     assert not list(cache.rglob("*.tmp"))
     assert decode(encode(path)) == TEXT * 100
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.zst"])
+def test_a_small_file_that_expands_is_reported_while_it_is_read(write, lines, name):
+    path = write(name, "0" * 3_000_000)
+    open_stored(path, lines)
+    assert any(name in line and "100 times" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.txt"])
+@pytest.mark.parametrize("free", [0, 1_500])
+def test_the_disk_is_never_filled_by_a_text(write, cache, monkeypatch, name, free):
+    path = write(name, "0" * 2_000)
+    text = open_stored(path)  # before the disk is nearly full
+    monkeypatch.setattr(corpus, "SPACE_INTERVAL", 100)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 60)
+    monkeypatch.setattr(data_files, "SPARE_BYTES", 1_000)
+    disk = SimpleNamespace(free=free)
+    monkeypatch.setattr(data_files.shutil, "disk_usage", lambda place: disk)
+    for known in (True, False):  # this process has read the text, or an earlier one has
+        if not known:
+            text = open_stored(path)
+            disk.free = 999
+        with pytest.raises(RunError) as caught:
+            text.encode(text.create_tokenizer("char"))
+        assert "are free" in str(caught.value)
+        assert "--cache-dir" in str(caught.value)
+        assert not list(cache.rglob("*.tmp"))
+        assert not list(cache.rglob("*.bin"))
+    disk.free = 5_000
+    assert decode(encode(path)) == "0" * 2_000
+
+
+def test_the_disk_is_never_filled_by_standard_input(give_stdin, tmp_path, monkeypatch):
+    give_stdin(TEXT.encode())
+    monkeypatch.setattr(data_files, "SPACE_INTERVAL", 100)
+    monkeypatch.setattr(data_files.shutil, "disk_usage", lambda place: SimpleNamespace(free=5))
+    with pytest.raises(UserError, match=r"5 B are free.*--cache-dir"):
+        keep_standard_input(tmp_path / "cache")
+    assert list((tmp_path / "cache" / "stdin").iterdir()) == []
 
 
 def test_a_full_disk_leaves_the_encoding_of_the_earlier_text(text, cache):

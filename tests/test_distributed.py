@@ -284,7 +284,7 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(flags, ra
 
 
 def test_a_non_finite_loss_ends_all_ranks_with_one_line(flags):
-    results = run_ranks(2, run_train, [*flags, "--learning-rate=1e30", "--max-iters=9"])
+    results = run_ranks(2, run_train, [*flags, "--learning-rate=1e20", "--max-iters=9"])
     assert [process.status for process in results] == [1, 1]
     assert len(results[0].error.splitlines()) == 1 and "step" in results[0].error
     assert results[1] == ProcessResult(1, "", "")

@@ -125,7 +125,7 @@ def test_a_sample_is_never_interpreted_as_markup(tiny, quiet, generate, text_fil
         (["--repetition-penalty", "0"], "--repetition-penalty"),
         (["--run", ""], "--run"),
         (["--num-samples", "100001"], "100000"),
-        (["--on-unknown", "drop"], "error, skip or replace"),
+        (["--on-unknown", "drop"], "error, skip, replace or normalize"),
         (["--stop="], "--stop"),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file"),
         (["--prompt-file", "nowhere"], "nowhere"),
@@ -198,6 +198,8 @@ def test_unknown_characters_are_skipped_or_replaced_on_request(run, generate, ca
     assert (out, "skipped 2 characters" in err) == ("To be\n", True)
     out, err = prompted("--prompt", "To#be", "--on-unknown", "replace")
     assert (out, "replaced 1 character" in err) == ("To be\n", True)
+    with pytest.raises(UserError):  # it is unknown in every normalization
+        prompted("--prompt", "To#be", "--on-unknown", "normalize")
     out, err = prompted("--prompt", "##", "--on-unknown", "skip")
     assert "no prompt" in err
 

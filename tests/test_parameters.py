@@ -10,7 +10,12 @@ import pytest
 from helpers import CHECKOUT
 from pydantic import ValidationError
 
-from parameters import GROUPS, ModelConfig, Settings, build_json_schema, find_conflicts
+from parameters import GROUPS, MAX_RATE, ModelConfig, Settings, build_json_schema, find_conflicts
+from trainer import train
+from utils.errors import RunError
+
+PATHS = ("data", "runs_dir", "checkpoints_dir", "cache_dir", "aim_repo", "init_from", "run_tag")
+ALMOST_1 = 1 - 2**-53
 
 
 def test_every_setting_has_a_description_a_default_and_one_group():
@@ -36,6 +41,13 @@ def test_the_defaults_do_not_conflict():
         ("dropout", float("nan")),
         ("learning_rate", float("inf")),
         ("learning_rate", 0.0),
+        ("learning_rate", 1e300),
+        ("eval_iters", 2**31 - 1),
+        ("min_lr", 1e300),
+        ("weight_decay", 1e300),
+        ("grad_clip", 1e300),
+        *((name, bad) for name in PATHS for bad in ("a\0b", "a\ud800")),
+        *(("model_name", name) for name in ("con", "NUL", "com1.x", "dante.", "last", "Auto")),
         ("bias", 1),
         ("lr_schedule", "cos"),
         ("seed", -1),
@@ -74,6 +86,26 @@ def test_conflicting_values_are_an_error(settings, facts):
     with pytest.raises(ValidationError) as caught:
         ModelConfig(**settings)
     assert all(fact in str(caught.value) for fact in facts)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_greatest_legal_rates_are_in_the_range_of_an_optimizer_step(tiny, quiet, optimizer):
+    greatest = {
+        "learning_rate": MAX_RATE,
+        "min_lr": MAX_RATE,
+        "weight_decay": 1e6,
+        "beta1": ALMOST_1,
+    }
+    greatest |= {"beta2": ALMOST_1, "muon_momentum": ALMOST_1, "grad_clip": MAX_RATE}
+    with pytest.raises(RunError, match="loss"):  # it diverges, with one line
+        train(tiny(**greatest, optimizer=optimizer, warmup_iters=0), output=quiet)
+
+
+@pytest.mark.parametrize(
+    "name", ["dante", "Dante-2", "context", "com10", "nullx", "a.con", "lasting"]
+)
+def test_an_ordinary_name_of_a_model_is_accepted(name):
+    assert ModelConfig(model_name=name).model_name == name
 
 
 def test_epochs_or_max_minutes_alone_replace_the_default_max_iters():

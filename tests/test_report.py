@@ -4,8 +4,10 @@ python -m pytest tests/test_report.py
 """
 
 import json
+import os
 import re
 import shutil
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from report import write_comparison
 from resume import plan_run
 from trainer import train
 from utils.errors import RunError, UserError
-from utils.report import render, write_report
+from utils.report import render, runs, write_report
 from utils.report.charts import Line, compute_chart
 from utils.report.runs import STEP_LOSS, VAL, Run
 from utils.run_manager import RunDirectory
@@ -467,3 +469,50 @@ def test_ticks_are_round_numbers():
     assert "4" in labels
     assert "2000" in labels
     assert len(labels) < 25
+
+
+# Files that cost much -----------------------------------------------------------------------------
+
+
+def test_a_long_metrics_file_is_thinned_but_for_its_evaluations_and_its_end(
+    tiny, quiet, monkeypatch
+):
+    result = train(tiny(), output=quiet)
+    evaluations = sum(VAL in line for line in Run(result.run_dir).metrics)
+    with open(RunDirectory(result.run_dir).metrics, "a", encoding="utf-8") as file:
+        for step in range(7, 5_000):
+            file.write(json.dumps({"step": step, STEP_LOSS: 1.0, "seconds": step}) + "\n")
+    monkeypatch.setattr(runs, "MAX_LINES", 100)
+    run = Run(result.run_dir)
+    assert 100 <= len(run.metrics) < 300
+    assert run.last_step == run.get_points(STEP_LOSS)[-1][0] == 4_999
+    assert sum(VAL in line for line in run.metrics) == evaluations
+
+
+@pytest.mark.parametrize("name", ["metrics", "samples", "console"])
+def test_memory_for_a_file_without_line_ends_is_bounded(tiny, quiet, name):
+    result = train(tiny(), output=quiet)
+    os.truncate(getattr(RunDirectory(result.run_dir), name), 1 << 28)  # sparse
+    tracemalloc.start()
+    try:
+        Run(result.run_dir)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        *(("meta/full_config.json", 2), ("meta/git.txt", 0), ("meta/env.txt", 0)),
+        *(("meta/result.json", 0), ("logs/metrics.jsonl", 0), ("logs/samples.jsonl", 0)),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_of_a_run_does_not_block(tiny, quiet, folio, name, status):
+    path = train(tiny(), output=quiet).run_dir / name
+    path.unlink()
+    os.mkfifo(path)
+    done = folio("report.py", timeout=60)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (path.name in done.stderr) == (status != 0)

@@ -5,6 +5,7 @@ python -m pytest tests/test_tokenizer.py
 
 import json
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer, restore_tokenizer
+from tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    create_tokenizer,
+    normalize_for,
+    restore_tokenizer,
+)
 from utils.errors import UserError
 
 TEXTS = {
@@ -81,6 +88,20 @@ def test_an_unknown_character_is_listed(unknown):
 def test_unknown_characters_beyond_twenty_are_counted_not_listed():
     with pytest.raises(UserError, match="6 more"):
         create_tokenizer("é").encode("abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.mark.parametrize(("known", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_text_in_another_unicode_normalization_is_named_and_normalized(known, other):
+    text = "Être là, François"
+    tokenizer = create_tokenizer(unicodedata.normalize(known, text))
+    with pytest.raises(UserError, match=rf"{known}.*--on-unknown normalize"):
+        tokenizer.encode(unicodedata.normalize(other, text))
+    expected = unicodedata.normalize(known, text)
+    assert normalize_for(tokenizer, unicodedata.normalize(other, text)) == (expected, known)
+    assert normalize_for(tokenizer, expected) == (expected, None)
+    with pytest.raises(UserError) as caught:
+        tokenizer.encode("§")
+    assert "normal" not in str(caught.value)
 
 
 def test_a_tokenizer_is_restored_from_its_state_in_json():

@@ -348,6 +348,54 @@ def test_a_failed_trial_is_recorded_and_replaced(command, trained, capsys):
     assert "loss is not finite at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_a_combination_that_failed_is_never_run_again(command, trained, capsys, failing):
+    failed = [(heads, rate) for rate in (0.02, 0.01) for heads in (1, 2)][:failing]
+
+    def before(number, config):
+        if (config.n_head, config.learning_rate) in failed:
+            raise RunError("the loss is nan")
+
+    trained.before = before
+    space = "n_head: [1, 2]\nlearning_rate: [0.01, 0.02]\n"
+    status = command("--trials", "9", "--n-embd", "8", space=space)
+    runs = [(config.n_head, config.learning_rate) for config, *_ in trained.calls]
+    assert len(runs) == len(set(runs))
+    printed = capsys.readouterr()
+    if failing < 3:  # else three failures in a row may end it before all have run
+        assert len(runs) == 4
+        assert status == 0
+        assert Path("runs/studies/space.yaml").exists()
+        assert command("--trials", "9", "--n-embd", "8") == 0  # there is nothing left to run
+        assert len(trained.calls) == 4
+    else:
+        assert status == 1
+        assert "failed" in printed.err
+
+
+def test_the_results_are_printed_before_failures_end_the_worker(command, trained, capsys):
+    def before(number, config):
+        if number:
+            raise RunError("the loss is nan")
+
+    trained.before = before
+    assert command("--trials", "9") == 1
+    printed = capsys.readouterr()
+    assert "1 complete, 0 pruned, 3 fail" in printed.out
+    assert Path("runs/studies/space.yaml").exists()
+
+
+def test_the_name_of_a_study_that_some_systems_cannot_hold_is_refused(command, trained, capsys):
+    Path("runs/studies").mkdir(parents=True)
+    Path("runs/studies/Dante.db").touch()
+    for name in ("dante", "con", "last", "dante."):
+        assert command("--study", name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "study" in line
+        assert name in line
+    assert not trained.calls
+
+
 @pytest.mark.parametrize("error, status", [(RunError, 1), (UserError, 2)])
 def test_three_failures_in_a_row_end_the_worker(command, trained, capsys, error, status):
     def before(number, config):

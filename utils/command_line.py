@@ -9,8 +9,9 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from parameters import Settings
-from utils.checks import format_name, format_value, suggest_name, validate_values
+from utils.checks import describe_unknown, format_value, validate_values
 from utils.errors import UserError
+from utils.files import is_file
 
 _NO_VALUE = object()
 _BOOL, _TEXT = "true|false", "TEXT"
@@ -75,7 +76,7 @@ class CommandLine:
 
     def __init__(
         self,
-        description: str,
+        description: str | None,
         schema: type[Settings],
         actions: Sequence[Action] = (),
         groups: Mapping[str, type[Settings]] | None = None,
@@ -87,7 +88,7 @@ class CommandLine:
         self._flags = ["--help"]
         usage = "python %(prog)s [--setting VALUE ...]"
         self._parser = _Parser(
-            description=description.strip().partition("\n\n")[0],
+            description=(description or "").strip().partition("\n\n")[0],  # None by python -OO
             usage=usage + (f" [{operands.metavar} ...]" if operands else ""),
             formatter_class=partial(_HelpFormatter, max_help_position=36, width=100),
             allow_abbrev=False,
@@ -172,14 +173,19 @@ class CommandLine:
         return words
 
     def _find_unknown_flags(self, unknown: Sequence[str]) -> list[str]:
-        problems, after_unknown_flag = [], False
+        flags, words, after_unknown_flag = [], [], False
         for word in unknown:
             name, equals, _ = word.partition("=")
             is_flag = word.startswith("-")
             if is_flag:
-                hint = suggest_name(name, self._flags)
-                problems.append(f"unknown flag {format_name(name)}{hint}")
+                flags.append((name, None))
             elif not after_unknown_flag:  # otherwise it is that flag's value
-                problems.append(f"unexpected argument {format_value(word)}: settings are --flags")
+                words.append(word)
             after_unknown_flag = is_flag and not equals
+        problems = describe_unknown("unknown flag", flags, self._flags)
+        if words:
+            more = f" and {len(words) - 1:,} more" if words[1:] else ""
+            hint = "; quote a pattern: --data 'texts/*.txt'" if is_file(words[0]) else ""
+            shown = f"unexpected argument {format_value(words[0])}{more}"
+            problems.append(f"{shown}: settings are --flags{hint}")
         return problems

@@ -16,21 +16,58 @@ from typing import IO
 # They return False also for an invalid path and without permission, where pathlib's raise.
 is_directory = os.path.isdir
 is_file = os.path.isfile
+DIRECTORY = "a directory, where a file is wanted"
+DEVICE = "a device or a pipe, where a file is wanted"
+
+
+def is_present(path: Path) -> bool:
+    """Return whether there is anything of this name, or it is unknown for lack of permission."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # reading it will raise the reason
+    return True
 
 
 def find_text_file_problem(path: Path) -> str | None:
-    """Return why `path` cannot be read as a text file, or None. Reads its first byte only."""
+    """Return why `path` cannot be read as a text file, or None. Opens it, but reads nothing."""
     try:
-        if path.is_dir():
-            return "a directory, where a file is wanted"
-        if path.exists() and not path.is_file():  # a pipe would block, or be used up
-            return "a device or a pipe, where a file is wanted"
-        with open(path, "rb") as file:
-            return None if file.read(1) else "the file is empty"
+        with open_regular(path) as file:  # the kernel's files, which may block, have no size
+            return None if os.fstat(file.fileno()).st_size else "the file is empty"
     except FileNotFoundError:
         return "no such file"
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        reason = getattr(error, "strerror", None) or str(error)
+        return reason if reason in (DIRECTORY, DEVICE) else f"cannot be read: {reason}"
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file to read its bytes.
+
+    Raises `OSError` for anything else. A pipe or a device could block, have no end or be used up.
+    """
+
+    def check(mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, DIRECTORY if stat.S_ISDIR(mode) else DEVICE, str(path))
+
+    check(os.stat(path).st_mode)  # opening a device may have an effect
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    try:
+        check(os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, limit: int = -1) -> bytes:
+    """Read a regular file, at most `limit` bytes. Raises `OSError` for anything else."""
+    with open_regular(path) as file:
+        return file.read(limit)
 
 
 def is_real_directory(path: Path) -> bool:
@@ -52,16 +89,6 @@ def glob_files(directory: Path, pattern: str) -> list[Path]:
         return list(directory.glob(pattern))
     except OSError:  # removed just after pathlib had seen it (Python 3.11), or another user's
         return []
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """Open a file to read. Raises OSError if it is a pipe (which would block) or a device."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def hash_file(path: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from parameters import GROUPS, ModelConfig
 from utils.errors import UserError, format_reason
-from utils.files import make_directory, sync, write_atomic
+from utils.files import make_directory, read_regular, sync, write_atomic
 
 RECORD_VERSION = 1  # of full_config.json
 GIT_SECONDS = 10  # time limit of one git command
@@ -140,14 +140,14 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "meta" / "full_config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_regular(path).decode("utf-8"))
         parts = {name: dict(record[name]) for name in ("config", "sources", "run")}
     except OSError as error:
         raise UserError(f"{run_dir} is not a run: {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     try:
-        content = path.with_name("git.txt").read_bytes().decode("utf-8", "replace")
+        content = read_regular(path.with_name("git.txt")).decode("utf-8", "replace")
     except OSError as error:
         content = f"git: unavailable: {error.strerror}"
     heading, _, diff = content.partition("\n\n")

@@ -5,9 +5,12 @@ runs, or cut off by a kill: what cannot be read is left out.
 """
 
 import contextlib
+import io
 import json
+import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.output import pluralize
 from utils.run_manager import RunDirectory, read_record
 from utils.tracking.metrics import get_tag
@@ -23,6 +27,9 @@ TRAIN, VAL = get_tag("eval_loss", "train"), get_tag("eval_loss", "val")
 STEP_LOSS, SPEED = get_tag("loss", "train"), get_tag("tokens_per_second", "train")
 MAX_CHARS = 200_000  # of a diff and of the console output in a report
 MAX_VALUE = 1e30  # larger numbers in metrics.jsonl are garbage
+MAX_LINES = 20_000  # of metrics.jsonl, with an evaluation and without one, from which it is thinned
+MAX_LENGTH = 1 << 16  # of a line
+MAX_BYTES = 1 << 20  # of a text file
 
 Metrics = Mapping[str, float]  # a line of metrics.jsonl
 
@@ -84,9 +91,10 @@ class Run:
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
-        self.console = _read_if_file(files.console)[-MAX_CHARS:]
-        samples = [(line.get("step"), line.get("text")) for line in _read_jsonl(files.samples)]
-        self.samples = [(s, t) for s, t in samples if isinstance(s, int) and isinstance(t, str)]
+        self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
+        samples = _parse_lines(_thin_lines(_read_lines(files.samples)))
+        texts = [(line.get("step"), line.get("text")) for line in samples]
+        self.samples = [(s, t) for s, t in texts if isinstance(s, int) and isinstance(t, str)]
         # After those of the runs that it resumed, whose ids are listed, the oldest first.
         self.metrics, self.resumed_runs = _read_metrics(path.resolve(), self.facts)
         evaluations = [line for line in self.metrics if VAL in line]
@@ -163,25 +171,54 @@ def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], l
 
 
 def _read_numbers(run: Path) -> list[dict[str, float]]:
-    """Return the numbers in each line of metrics.jsonl that has a step."""
+    """Return the numbers in each line of metrics.jsonl that has a step; a long file is thinned."""
     numbers = [
         {k: v for k, v in line.items() if isinstance(v, (int, float)) and abs(v) <= MAX_VALUE}
-        for line in _read_jsonl(RunDirectory(run).metrics)
+        for line in _parse_lines(_thin_lines(_read_lines(RunDirectory(run).metrics)))
     ]
     return [line for line in numbers if "step" in line]
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a JSON-lines file, without lines that are damaged or cut off."""
-    for text in _read_if_file(path).split("\n"):
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a JSON-lines file that begin as an object does, cut to `MAX_LENGTH`."""
+    with contextlib.suppress(OSError), open_regular(path) as raw:
+        file = io.TextIOWrapper(io.BufferedReader(raw), "utf-8", "replace", newline="\n")
+        lines = iter(lambda: file.readline(MAX_LENGTH), "")
+        yield from (line for line in lines if line.startswith("{"))
+
+
+def _thin_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines; of more than `MAX_LINES` of one kind, every n-th and the last two.
+
+    The two kinds are lines with a val loss, which are few, and all others.
+    """
+    kept: tuple[dict[int, str], dict[int, str]] = ({}, {})
+    counts, every, last = [0, 0], [1, 1], deque(maxlen=2)  # the last one may be cut off by a kill
+    for number, text in enumerate(lines):
+        kind = f'"{VAL}"' in text
+        last.append((number, text))
+        if counts[kind] % every[kind] == 0:
+            kept[kind][number] = text
+        counts[kind] += 1
+        if len(kept[kind]) > 2 * MAX_LINES:
+            every[kind] *= 2
+            for old in list(kept[kind])[1::2]:
+                del kept[kind][old]
+    return [text for _, text in sorted({**kept[0], **kept[1], **dict(last)}.items())]
+
+
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the objects in JSON lines, without lines that are damaged or cut off."""
+    for text in lines:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict):
                 yield line
 
 
-def _read_if_file(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        # A device in the place of the file may have no end.
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _read_if_file(path: Path, *, end: bool = False) -> str:
+    """Return the text of a file, or only its beginning or `end` if it is long; "" without one."""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_BYTES) if end else 0)
+        return (io.BufferedReader(file).read(MAX_BYTES) or b"").decode("utf-8", "replace")
     return ""
