@@ -7,6 +7,7 @@ Everything that must survive a crash is written by the functions below, one syst
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def find_text_file_problem(path: Path) -> str | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file to read its bytes.
+    """Open a regular file to read its bytes, unbuffered.
 
     Raises `OSError` for anything else. A pipe or a device could block, have no end or be used up.
     """
@@ -55,7 +56,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
     check(os.stat(path).st_mode)  # opening a device may have an effect
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(path, flags), "rb")
+    file = os.fdopen(os.open(path, flags), "rb", buffering=0)
     try:
         check(os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
     except OSError:
@@ -67,7 +68,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def read_regular(path: Path, limit: int = -1) -> bytes:
     """Read a regular file, at most `limit` bytes. Raises `OSError` for anything else."""
     with open_regular(path) as file:
-        return file.read(limit)
+        return io.BufferedReader(file).read(limit) or b""
 
 
 def is_real_directory(path: Path) -> bool:
