@@ -44,6 +44,7 @@ def timed(text_file, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_time_to_loss_runs_every_seed_and_records_the_median_on_request(timed, capsys):
     status, leaderboard = timed("--target=9", "--seeds=2", "--record", "a first row")
     assert status == 0
@@ -68,6 +69,7 @@ def test_a_row_needs_a_clean_checkout(timed, monkeypatch, capsys):
     assert "--record" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_above_the_target_exits_with_1_and_adds_no_row(timed, capsys):
     status, leaderboard = timed("--target=0.1", "--record", "too good to be true")
     assert status == 1
@@ -80,6 +82,7 @@ def test_a_failed_training_prints_the_message_of_train(timed):
         timed("--", "--n-embd", "15")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "is_reached"), [("9", True), ("0.1", False)])
 def test_the_gpu_benchmark_measures_a_whole_training(text_file, capsys, target, is_reached):
     preset = text_file.with_suffix(".yaml")
@@ -95,6 +98,7 @@ def test_the_gpu_benchmark_measures_a_whole_training(text_file, capsys, target, 
     assert (0 < seconds < facts["seconds"]) if is_reached else seconds is None
 
 
+@pytest.mark.slow
 def test_generation_speed_is_measured(monkeypatch, capsys):
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
     monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "": shape})

@@ -360,6 +360,7 @@ def test_a_callback_is_created_once_with_the_resolved_config(tiny, quiet):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_the_flag_imports_from_the_working_directory_and_is_recorded(my_module, folio, text_file):
     flags = ["--callback=my_callbacks:Mine", "--callback", "my_callbacks:Mine"]
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, *flags)

@@ -44,6 +44,7 @@ def test_show_config_and_a_missing_text_do_not_import_torch():
         assert subprocess.run([sys.executable, "-c", code]).returncode == status
 
 
+@pytest.mark.slow
 def test_a_run_in_a_pipe_prints_plain_lines_and_commands_that_work(folio, text_file):
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--run_tag", "x")
     assert (done.returncode, done.stderr) == (0, "")
@@ -209,6 +210,7 @@ def test_parameters_py_prints_the_json_schema(folio):
 BROKEN = {"CXX": "/nowhere/c++"}
 
 
+@pytest.mark.slow
 def test_torch_compile_on_with_a_broken_compiler_is_an_error(folio, text_file, tmp_path):
     env = {**BROKEN, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     flags = ["--data", text_file, *TINY_FLAGS, "--torch-compile"]

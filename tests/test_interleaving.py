@@ -233,6 +233,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("before", "work", "other", "check"),
     [pytest.param(*each, id="-".join(step.__name__ for step in each[:3])) for each in PAIRS],

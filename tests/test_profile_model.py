@@ -135,6 +135,7 @@ def test_prefill_and_decode_are_separate_sections(small):
         assert not any("backward" in name or "loss" in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aim_logging", [False, True])
 def test_a_profile_leaves_no_files(small, tmp_path, aim_logging):
     if aim_logging:
@@ -183,6 +184,7 @@ def test_the_tables_and_the_json_have_the_same_numbers(small):
     assert values["peak_memory"] > 1_000_000
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_takes_all_settings(folio, text_file):
     done = folio("profile_model.py", "--data", text_file, *TINY_FLAGS, "--steps", "3")
     assert (done.returncode, done.stderr) == (0, "")

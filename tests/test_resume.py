@@ -177,6 +177,7 @@ def test_another_eval_interval_after_a_resume_does_not_change_the_training(
     assert {key: both[key] for key in trained} == {key: one[key] for key in trained}
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit(tiny, quiet, train_uninterrupted, resume):
     compiled = {"torch_compile": "on", "compile_backend": "aot_eager", "dropout": 0.2}
     uninterrupted = train_uninterrupted(**compiled)

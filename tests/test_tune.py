@@ -270,6 +270,7 @@ def test_the_seed_determines_the_proposals(command, trained):
 # Trials
 
 
+@pytest.mark.slow
 def test_a_study_ends_with_a_preset_of_its_best_trial(command, trained, capsys):
     flags = ["--max-iters", "30", "--trials", "8"]
     assert command(*flags) == 0
@@ -348,6 +349,7 @@ def test_a_failed_trial_is_recorded_and_replaced(command, trained, capsys):
     assert "loss is not finite at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [1, 2, 4])
 def test_a_combination_that_failed_is_never_run_again(command, trained, capsys, failing):
     failed = [(heads, rate) for rate in (0.02, 0.01) for heads in (1, 2)][:failing]
@@ -434,6 +436,7 @@ def test_torchrun_is_an_error(command, monkeypatch, capsys):
 # Workers
 
 
+@pytest.mark.slow
 def test_workers_share_the_trials_and_none_runs_twice(command, trained):
     trained.before = lambda number, config: time.sleep(0.02)
     statuses = []
@@ -476,6 +479,7 @@ def test_a_trial_with_the_settings_of_another_withdraws(command, trained):
     assert len(trained.calls) == 2
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_retried(command, trained, capsys):
     trained.before = kill_in(3)
     with pytest.raises(Killed):
@@ -637,6 +641,7 @@ def test_a_study_of_another_program_is_an_error(command, trained, capsys):
     assert "--study" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_storage_that_cannot_be_opened_is_one_line(command, trained, capsys):
     Path("directory.db").mkdir()
     Path("file").write_text("", encoding="utf-8")
@@ -675,6 +680,7 @@ def test_an_old_journal_is_one_line_that_says_how_to_read_it(command, trained, c
 # Real trainings
 
 
+@pytest.mark.slow
 def test_a_retried_trial_resumes_from_its_checkpoint(command, monkeypatch):
     """Real trainings: the same values as without the kill, and no step twice."""
     flags = [*TINY_FLAGS, "--max-iters=8", "--checkpoint-interval=2", "--histogram-interval=0"]
