@@ -24,7 +24,8 @@ def check_memory(
     available = _get_total_memory(device)
     needed = _estimate_bytes(config, vocab_size, is_training)
     if available is not None and needed > available:
-        sizes = ("n_layer", "n_embd", "block_size", *(["micro_batch_size"] if is_training else []))
+        batch = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
+        sizes = ("n_layer", "n_embd", "block_size", *([batch] if is_training else []))
         values = ", ".join(f"{name} {getattr(config, name)}" for name in sizes)
         verb = "train" if is_training else "use"
         raise UserError(
