@@ -181,7 +181,7 @@ def load_model_from_bundle(
     from utils.memory import check_memory
 
     tokenizer = load_tokenizer(bundle)
-    check_memory(bundle.config, bundle.vocab_size, torch.device(device), is_training=False)
+    check_memory(bundle.config, bundle.vocab_size, torch.device(device))
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return model.to(device).eval(), tokenizer

@@ -573,7 +573,8 @@ def prepare_trainer(
 
     data = world.run_on_all_ranks(load)
     if world.size == 1 or config.parallel == "ddp":
-        check_memory(config, data.tokenizer.vocab_size, device, is_training=True)
+        rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
+        check_memory(config, data.tokenizer.vocab_size, device, rows.stop - rows.start)
     if loaded is not None:
         resume.check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)

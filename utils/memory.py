@@ -15,19 +15,20 @@ MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
 
 
 def check_memory(
-    config: ModelConfig, vocab_size: int, device: torch.device, *, is_training: bool
+    config: ModelConfig, vocab_size: int, device: torch.device, training_rows: int = 0
 ) -> None:
     """Raise `UserError` if the model cannot fit into the memory of the device.
 
     The estimate is a lower bound: what it refuses is impossible, what it accepts may still fail.
+    `training_rows` is the number of sequences in one forward and backward pass, 0 for inference.
     """
     available = _get_total_memory(device)
-    needed = _estimate_bytes(config, vocab_size, is_training)
+    needed = _estimate_bytes(config, vocab_size, training_rows)
     if available is not None and needed > available:
         batch = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
-        sizes = ("n_layer", "n_embd", "block_size", *([batch] if is_training else []))
+        sizes = ("n_layer", "n_embd", "block_size", *([batch] if training_rows else []))
         values = ", ".join(f"{name} {getattr(config, name)}" for name in sizes)
-        verb = "train" if is_training else "use"
+        verb = "train" if training_rows else "use"
         raise UserError(
             f"to {verb} a model with {values} and a vocabulary of {vocab_size} takes at least "
             f"{format_bytes(needed)} of memory, and there are {format_bytes(available)}: lower "
@@ -35,7 +36,7 @@ def check_memory(
         )
 
 
-def _estimate_bytes(config: ModelConfig, vocab_size: int, is_training: bool) -> int:
+def _estimate_bytes(config: ModelConfig, vocab_size: int, training_rows: int) -> int:
     """Return a lower bound of the bytes for weights and, in training, gradients and activations."""
     L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
     embeddings = (1 if config.tie_weights else 2) * V * C
@@ -44,10 +45,9 @@ def _estimate_bytes(config: ModelConfig, vocab_size: int, is_training: bool) -> 
     weights = 12 * L * C * C + embeddings
     tables = 8 * L * T * (C // config.n_head) if config.architecture == "modern" else 0
     needed = 4 * weights + tables + MIN_LAYER_BYTES * L
-    if is_training:
-        rows = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    if training_rows:
         # Gradients and one moment, in float32; logits and their gradient.
-        needed += 8 * weights + rows * T * (MIN_ACTIVATION_BYTES * L * C + 8 * V)
+        needed += 8 * weights + training_rows * T * (MIN_ACTIVATION_BYTES * L * C + 8 * V)
     return needed
 
 
