@@ -560,16 +560,16 @@ def list_runs(runs_dir: Path) -> list[Path]:
     time zones. A run is newer than the one that it resumed, whatever the clock said.
     """
     starts = {run: _read_start(run) for run in filter(is_run, files.glob_files(runs_dir, "*"))}
-
-    def rank(run: Path, seen: tuple[Path, ...] = ()) -> tuple[float, int]:
-        started, resumed = starts[run]
-        parent = runs_dir / resumed if resumed else run
-        if parent in (run, *seen) or parent not in starts:
-            return started, 0
-        instant, depth = rank(parent, (*seen, run))
-        return max((started, 0), (instant, depth + 1))
-
-    return sorted(starts, key=lambda run: (*rank(run), run.name), reverse=True)
+    ranks: dict[Path, tuple[float, int]] = {}
+    for newest in starts:
+        run, chain = newest, dict[Path, None]()  # the run, the one that it resumed, and so on
+        while run in starts and run not in ranks and run not in chain:
+            chain[run] = None
+            run = runs_dir / str(starts[run][1])
+        for each in reversed(chain):
+            instant, depth = ranks.get(runs_dir / str(starts[each][1]), (0.0, 0))
+            ranks[each] = max((starts[each][0], 0), (instant, depth + 1))
+    return sorted(ranks, key=lambda run: (*ranks[run], run.name), reverse=True)
 
 
 def _read_start(run: Path) -> tuple[float, str | None]:

@@ -590,6 +590,17 @@ def test_a_run_is_newer_than_the_one_it_resumed_though_the_clock_went_back(start
     assert set(list_runs(Path("runs"))) == {second.run_dir, first.run_dir}
 
 
+def test_a_long_chain_of_resumed_runs_is_listed_at_once(tmp_path):
+    names = [f"20260101_000000_{number}" for number in range(3000)]
+    for number, name in enumerate(names):
+        (tmp_path / name / "artifacts").mkdir(parents=True)
+        (tmp_path / name / "meta").mkdir()
+        resumed_from = {"run_id": names[number - 1]} if number else None
+        record = {"run": {"started": "2026-01-01T00:00:00+00:00", "resumed_from": resumed_from}}
+        (tmp_path / name / "meta" / "full_config.json").write_text(json.dumps(record), "utf-8")
+    assert [run.name for run in list_runs(tmp_path)] == names[::-1]
+
+
 def test_auto_with_a_parent_resumes_children_of_that_parent_only(start_run, purgatorio):
     start_run(fresh=True, model_name="base", max_iters=2)
     start_run(fresh=True, max_iters=3)
