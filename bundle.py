@@ -574,7 +574,7 @@ def list_runs(runs_dir: Path) -> list[Path]:
 
 def _read_start(run: Path) -> tuple[float, str | None]:
     """Return when a run started, in seconds since 1970, and the id of the run that it resumed."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+    with contextlib.suppress(Exception):  # a stranger's record may hold anything
         path = run / "meta" / "full_config.json"
         record = json.loads(files.read_regular(path, MAX_JSON_BYTES))["run"]
         resumed = record.get("resumed_from") or {}

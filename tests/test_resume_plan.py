@@ -588,6 +588,13 @@ def test_a_run_is_newer_than_the_one_it_resumed_though_the_clock_went_back(start
     content["run"]["resumed_from"] = {"run_id": second.run_dir.name}
     (first.run_dir / "meta" / "full_config.json").write_text(json.dumps(content), encoding="utf-8")
     assert set(list_runs(Path("runs"))) == {second.run_dir, first.run_dir}
+    for forged in (
+        {"run": []},
+        {"run": {"started": 5}},
+        {"run": {**content["run"], "resumed_from": "x"}},
+    ):
+        record.write_text(json.dumps(forged), encoding="utf-8")
+        assert set(list_runs(Path("runs"))) == {second.run_dir, first.run_dir}
 
 
 def test_a_long_chain_of_resumed_runs_is_listed_at_once(tmp_path):
