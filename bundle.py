@@ -129,6 +129,13 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
         return self.training_config.get(name)
 
 
+class TokenizerState(BaseModel, extra="forbid", frozen=True, strict=True):
+    """The content of `tokenizer.json`; `chars` are those of a character tokenizer."""
+
+    token_kind: Literal["char", "gpt2"]
+    chars: list[str] | None = None
+
+
 class DamageError(UserError):
     """A file of a bundle is missing, damaged, or comes from another bundle."""
 
@@ -395,22 +402,14 @@ def read_bundle(directory: Path, *names: str) -> Bundle:
             raise DamageError(directory / name)
     values = _parse_json(directory / CONFIG_FILE, contents[CONFIG_FILE])
     tokenizer = _parse_json(directory / TOKENIZER_FILE, contents[TOKENIZER_FILE])
-    tokenizer = _validate(directory / TOKENIZER_FILE, TokenizerState, tokenizer)
+    _validate(directory / TOKENIZER_FILE, TokenizerState, tokenizer)
     vocab_size = values.pop("vocab_size", None)
     device = values.pop("device", None)  # recorded, never binding: a model loads on any
     if type(vocab_size) is not int or values.keys() | _ADDED_LATER != CONFIG_SETTINGS:
         raise UserError(f"{directory / CONFIG_FILE}: not the architecture of a Folio model")
     config = _validate(directory / CONFIG_FILE, ModelConfig, values)
     _check_shapes(directory, config, vocab_size, header)
-    state_dict = tokenizer.model_dump(exclude_unset=True)
-    return Bundle(directory, config, vocab_size, str(device), state_dict, state, contents)
-
-
-class TokenizerState(BaseModel, extra="forbid", frozen=True, strict=True):
-    """The content of `tokenizer.json`; `chars` are those of a character tokenizer."""
-
-    token_kind: Literal["char", "gpt2"]
-    chars: list[str] | None = None
+    return Bundle(directory, config, vocab_size, str(device), tokenizer, state, contents)
 
 
 def read_weights_header(directory: Path) -> dict[str, tuple[str, list[int]]]:

@@ -250,9 +250,12 @@ def restore_training_state(
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # PyTorch compresses nothing: a small file may not unpack to gigabytes.
-        if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
-            raise ValueError("it is compressed")
+        # PyTorch compresses nothing: a small file may not unpack to gigabytes, neither by
+        # compression nor by entries that share their bytes.
+        sizes = [file.file_size for file in archive.infolist()]
+        is_stored = all(file.compress_type == zipfile.ZIP_STORED for file in archive.infolist())
+        if not is_stored or sum(sizes) > len(content):
+            raise ValueError("it is compressed, or its entries overlap")
     with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
         # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ python -m pytest tests/test_forged_bundles.py
 python -m pytest -m stress tests/test_forged_bundles.py     # 2,000 random ones
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -273,6 +274,20 @@ def test_an_optimizer_file_that_unpacks_to_more_is_refused(bundle, capsys):
     write(bundle, OPTIMIZER_FILE, packed.getvalue())
     status, error = call("resume", bundle, capsys)
     assert status == 2 and OPTIMIZER_FILE in error and "compressed" in error
+
+
+def test_an_optimizer_file_whose_entries_share_their_bytes_is_refused(bundle, capsys):
+    packed = io.BytesIO((bundle / OPTIMIZER_FILE).read_bytes())
+    with zipfile.ZipFile(packed, "a") as archive:
+        largest = max(archive.infolist(), key=lambda each: each.file_size)
+        for number in range(len(packed.getvalue()) // largest.file_size + 1):
+            twin = copy.copy(largest)  # at the same place in the file
+            twin.filename = f"{largest.filename}_{number}"
+            archive.filelist.append(twin)
+        archive._didModify = True
+    write(bundle, OPTIMIZER_FILE, packed.getvalue())
+    status, error = call("resume", bundle, capsys)
+    assert status == 2 and OPTIMIZER_FILE in error and "overlap" in error
 
 
 @pytest.mark.parametrize("lineage", [100_000])

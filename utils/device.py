@@ -151,12 +151,13 @@ def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 # ----------------------------------------------------------------------------------------------
