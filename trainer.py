@@ -106,6 +106,7 @@ from utils.run_manager import (
     write_result,
 )
 from utils.stop import StopRequest
+from utils.threads import CoreBinding
 from utils.tracking import Tracker
 from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
 from utils.tracking.run_logger import RunLogger
@@ -277,7 +278,9 @@ class Trainer:
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
-        with output.show_progress(config.max_iters, self.plan.start_step):
+        alone_on_cpu = world.size == 1 and self.device.type == "cpu"
+        cores = CoreBinding(torch.get_num_threads() if alone_on_cpu else 0, output.print)
+        with output.show_progress(config.max_iters, self.plan.start_step), cores:
             for index in range(self.plan.start_step, config.max_iters):
                 loss, grad_norm = self.training_step(index)
                 step = index + 1  # the number of steps done
@@ -286,6 +289,7 @@ class Trainer:
                     # Before log_step, which ends the run on a non-finite loss.
                     log.log_histograms(step, collect_weights_and_gradients(self.model, world))
                 log.log_step(step, loss, grad_norm, learning_rate)
+                cores.update()
                 stop_reason = callbacks.after_step(
                     Step(step, loss, grad_norm, learning_rate, run.path, config)
                 )
