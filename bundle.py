@@ -622,15 +622,35 @@ def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Pat
     return next((place for place in found if is_bundle(place) or is_run(place)), found[0])
 
 
-def find_usable_bundle(directory: Path) -> Path:
+def find_usable_bundle(directory: Path, *, last: bool = False) -> Path:
     """Return the bundle to generate with: `directory` itself, or a run's export, or its newest.
 
-    Raises `UserError` if there is none.
+    An export is a run's best model; `last` prefers its newest checkpoint. Raises `UserError` if
+    there is none.
     """
+    newest = list_checkpoints(directory)[::-1]
     export = directory / "artifacts" / "export"
-    for place in (directory, export, *list_checkpoints(directory)[::-1]):
+    for place in (directory, *(newest if last else ()), export, *newest):
         if is_bundle(place):
             return place
     if is_run(directory):
         raise UserError(f"{directory}: this run has saved no model yet")
     raise UserError(f"{directory}: not a Folio model: {STATE_FILE} is not there")
+
+
+def find_best_bundle(named_model: Path, runs_dir: Path) -> Path | None:
+    """Return the best model of the run that saved a named model, which holds the last step.
+
+    None if the last step is the best, or if the run has not kept the best.
+    """
+    state = read_state(named_model)
+    best_step, run_id = state.get_fact("best_step"), state.run_id
+    if best_step in (None, state.step) or not run_id or run_id != Path(run_id).name:
+        return None
+    checkpoint = f"artifacts/checkpoints/step_{best_step:08d}"
+    for place in (runs_dir / run_id / "artifacts/export", runs_dir / run_id / checkpoint):
+        with contextlib.suppress(UserError):  # damaged, or just removed by its run
+            found = read_state(place)
+            if (found.step, found.best_val_loss) == (best_step, state.best_val_loss):
+                return place
+    return None

@@ -393,7 +393,10 @@ def main(argv: Sequence[str]) -> int:
     if config.show and is_json:
         raise UserError("--show draws, and --json prints one object only: choose one")
     output = Output()
-    bundle = read_bundle(find_model(config, actions["model"]), WEIGHTS_FILE)
+    chosen = find_model(config, actions["model"])
+    bundle = read_bundle(chosen.path, WEIGHTS_FILE)
+    if chosen.reason:
+        output.print_note(f"{chosen.path}: {chosen.reason}")
     tokenizer = restore_tokenizer(bundle.tokenizer)
     T = bundle.config.block_size
     stride = config.stride or T

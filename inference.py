@@ -27,10 +27,10 @@ from pydantic import Field
 from bundle import (
     WEIGHTS_FILE,
     Bundle,
+    find_best_bundle,
     find_directory,
     find_run_of,
     find_usable_bundle,
-    list_checkpoints,
     list_runs,
     read_bundle,
 )
@@ -56,7 +56,10 @@ class ModelChoice(Settings):
     """A run's id or directory, or a bundle anywhere. null: the newest run in runs_dir."""
 
     model_name: ModelName | None = None
-    """A named model, instead of a run."""
+    """A named model, instead of a run: its best step, if its run has kept that."""
+
+    last: bool = False
+    """Use the last step of a run or a named model, not the best."""
 
     runs_dir: str = "runs"
     """The directory of the runs."""
@@ -123,7 +126,15 @@ OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL"
 # The model and the prompt
 
 
-def find_model(config: ModelChoice, operands: Sequence[str]) -> Path:
+@dataclass(frozen=True)
+class ChosenModel:
+    """A bundle, and why it was chosen among those of a run or a named model; "" if it is clear."""
+
+    path: Path
+    reason: str = ""
+
+
+def find_model(config: ModelChoice, operands: Sequence[str]) -> ChosenModel:
     """Return the bundle that the settings, or a word without a flag, name.
 
     Raises `UserError` if there is none, or if more than one is named.
@@ -134,21 +145,42 @@ def find_model(config: ModelChoice, operands: Sequence[str]) -> Path:
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} name more than one model: choose one")
     if not named:
-        return find_newest_usable_bundle(runs_dir)
+        return find_newest_usable_bundle(runs_dir, last=config.last)
     if config.model_name is not None:
-        return find_usable_bundle(find_named_model(config.model_name, checkpoints_dir))
-    return find_usable_bundle(find_directory(config.run or operands[0], runs_dir, checkpoints_dir))
+        directory = find_named_model(config.model_name, checkpoints_dir)
+    else:
+        directory = find_directory(config.run or operands[0], runs_dir, checkpoints_dir)
+    return choose_bundle(directory, runs_dir, checkpoints_dir, last=config.last)
 
 
-def find_newest_usable_bundle(runs_dir: Path) -> Path:
+def find_newest_usable_bundle(runs_dir: Path, *, last: bool = False) -> ChosenModel:
     """Return the model of the newest run that has one. Raises `UserError` if there is none."""
     for run in list_runs(runs_dir):
         with contextlib.suppress(UserError):
-            return find_usable_bundle(run)
+            return choose_bundle(run, runs_dir, last=last)
     raise UserError(
         f"{runs_dir}: no trained model in there yet; train one with `python train.py`, "
         "or name one with --run or --model-name"
     )
+
+
+def choose_bundle(
+    directory: Path, runs_dir: Path, checkpoints_dir: Path | None = None, *, last: bool = False
+) -> ChosenModel:
+    """Return the best bundle of a run or a named model, or with `last` its last step.
+
+    Raises `UserError` if there is none.
+    """
+    bundle = find_usable_bundle(directory, last=last)
+    run = find_run_of(bundle)
+    if run is not None:
+        if bundle == directory or last or (run / "artifacts" / "export").exists():
+            return ChosenModel(bundle)
+        return ChosenModel(bundle, "its run has no export yet, so this is its newest checkpoint")
+    is_named = checkpoints_dir and bundle.absolute().parent == checkpoints_dir.absolute()
+    if is_named and not last and (best := find_best_bundle(bundle, runs_dir)):
+        return ChosenModel(best, f"the best of {bundle}; --last uses its last step")
+    return ChosenModel(bundle)
 
 
 def load_model(
@@ -160,13 +192,15 @@ def load_model(
 ) -> tuple["LanguageModel", Tokenizer]:
     """Load a model, in eval mode, and its tokenizer.
 
-    `reference` is a named model's name, a run's id or directory (its best model), or a bundle.
+    `reference` is a named model's name or a run's id or directory, of which the best step is
+    loaded if it was kept, or a bundle.
 
     Raises `UserError` that names the file that is missing or does not fit, and `RunError` if the
     weights are not finite.
     """
-    directory = find_directory(str(reference), Path(runs_dir), Path(checkpoints_dir))
-    bundle = read_bundle(find_usable_bundle(directory), WEIGHTS_FILE)
+    places = Path(runs_dir), Path(checkpoints_dir)
+    chosen = choose_bundle(find_directory(str(reference), *places), *places)
+    bundle = read_bundle(chosen.path, WEIGHTS_FILE)
     return load_model_from_bundle(bundle, device)
 
 
@@ -185,16 +219,6 @@ def load_model_from_bundle(
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return model.to(device).eval(), tokenizer
-
-
-def format_source(directory: Path, step: int) -> str:
-    """Describe the bundle, and whether it is a checkpoint in the place of an export."""
-    run, note = find_run_of(directory), f"{directory}, step {step}"
-    if run is None or (run / "artifacts" / "export").exists():
-        return note
-    if directory != list_checkpoints(run)[-1]:  # an older one, named by the user
-        return note
-    return f"{note}: its run has no export yet, so this is its newest checkpoint"
 
 
 def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:
@@ -445,7 +469,7 @@ def main(argv: Sequence[str]) -> int:
     if problems := problems + find_conflicts(flags, actions):
         raise UserError(*problems)
     config = InferenceConfig(**flags)
-    directory = find_model(config, actions["model"])
+    chosen = find_model(config, actions["model"])
     is_interactive = "interactive" in actions
     prompt = "" if is_interactive else read_prompt(config)
     stops = [unescape(text) for text in actions.get("stop", [])]
@@ -459,9 +483,10 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         device = choose_device(config.device)
-        bundle = read_bundle(directory, WEIGHTS_FILE)
+        bundle = read_bundle(chosen.path, WEIGHTS_FILE)
         model, tokenizer = load_model_from_bundle(bundle, device)
-        output.print_note(format_source(directory, bundle.state.step))
+        reason = f": {chosen.reason}" if chosen.reason else ""
+        output.print_note(f"{chosen.path}, step {bundle.state.step:,}{reason}")
         if config.quantize == "int8":
             quantize(model)
         names = {field.name for field in fields(SamplingParams)}
@@ -481,7 +506,7 @@ def main(argv: Sequence[str]) -> int:
             stream, tokenizer, model.block_size, config, stops, output, config.seed
         )
         if "json" in actions:
-            facts = {"model": str(directory), "step": bundle.state.step, **asdict(sampling)}
+            facts = {"model": str(chosen.path), "step": bundle.state.step, **asdict(sampling)}
             facts |= {"quantize": config.quantize, "compiled_by": compiled.mode}
             output.print(json.dumps({**facts, **generator.generate_json(prompt)}))
         elif is_interactive:

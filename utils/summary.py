@@ -145,7 +145,7 @@ def format_result(
     rows.append(("Report:", str(RunDirectory(result.run_dir).report)))
     run = shlex.quote(str(result.run_dir))
     commands = [
-        (f"{format_command('inference.py')} --run {run}", ""),
+        (f"{format_command('inference.py')} {_format_model_flags(trainer, run)}", ""),
         (f"{format_command('tensorboard')} --logdir {shlex.quote(trainer.config.runs_dir)}", ""),
     ]
     if trainer.config.aim_logging:
@@ -160,6 +160,18 @@ def format_result(
     places = [f"{label:<17} {place}" for label, place in rows]
     lines = [f"  {command}{f'   # {what}' if what else ''}" for command, what in commands]
     return "\n".join([heading, *places, "", "Next:", *lines])
+
+
+def _format_model_flags(trainer: "Trainer", run: str) -> str:
+    """Return the flags of inference.py that name the trained model, as the user named it."""
+    config, named_model = trainer.config, trainer.plan.named_model
+    if named_model is None or named_model.parent != Path(config.checkpoints_dir):
+        return f"--run {run}"
+    flags = f"--model-name {shlex.quote(named_model.name)}"
+    for name in ("runs_dir", "checkpoints_dir"):
+        if (value := getattr(config, name)) != ModelConfig.model_fields[name].default:
+            flags += f" {format_flag(name)} {shlex.quote(value)}"
+    return flags
 
 
 def _format_evaluation_size(config: ModelConfig) -> str:
