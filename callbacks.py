@@ -27,6 +27,10 @@ if TYPE_CHECKING:  # a wrong --callback is reported before torch is imported
     from torch import Tensor
 
 
+OVERFITTING_AFTER = 2  # evaluations with a higher val loss than the best
+MIN_RISE = 0.01  # nats
+
+
 @dataclass(frozen=True)
 class Best:
     """The lowest val loss so far, in nats per token, and its step.
@@ -69,12 +73,30 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Overfitting:
+    """Val loss has risen by `rise` nats since step `since`, while train loss is lower than it."""
+
+    since: int
+    rise: float
+
+
+def find_overfitting(best: Best, train: float | None, val: float | None) -> Overfitting | None:
+    """Return how much val loss has risen, if it has for some evaluations, else None."""
+    if best.loss is None or val is None or best.evaluations_since < OVERFITTING_AFTER:
+        return None
+    rise = val - best.loss
+    # If train loss has risen too, the run diverges.
+    return Overfitting(best.step, rise) if rise > MIN_RISE and train < best.loss else None
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """The result of a run.
 
     Losses are means in nats per token, or None if nothing was evaluated; `seconds` is the loop's
     time. `checkpoint` is the bundle to resume from, `export_dir` that of the best model.
-    `stopped_by` is the reason if the run ended before its last step, else None.
+    `stopped_by` is the reason if the run ended before its last step, else None. `longest_overlap`
+    is the longest stretch of the last sample that stands verbatim in the training text.
     """
 
     run_dir: Path
@@ -88,6 +110,8 @@ class TrainResult:
     seconds: float
     exit_status: int
     stopped_by: str | None
+    overfitting: "Overfitting | None" = None
+    longest_overlap: str | None = None
 
 
 class Callback:

@@ -192,10 +192,10 @@ class Training(Settings):
     grad_clip: Annotated[float, Field(ge=0, le=MAX_RATE)] = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
-    eval_interval: Count = 220
+    eval_interval: Count = 88
     """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
-    eval_iters: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    eval_iters: Annotated[int, Field(ge=0, le=1_000_000)] = 10
     """Fixed evaluation batches per split. 0: all of val, and as many windows of train."""
 
     early_stopping_patience: Count = 0
@@ -208,7 +208,7 @@ class Training(Settings):
 class Saving(Settings):
     """Which checkpoints are saved, and which of them are kept."""
 
-    checkpoint_interval: Count = 220
+    checkpoint_interval: Count = 440
     """Steps between checkpoints, besides a new best, the last step and signals. 0: only these."""
 
     keep_checkpoints: Positive | None = 2
@@ -246,7 +246,7 @@ class Tracking(Settings):
     log_interval: Positive = 50
     """Steps between printed lines; metrics.jsonl has every step."""
 
-    sample_interval: Count = 500
+    sample_interval: Count = 1
     """Print a sample at an evaluation if the last is this many steps old. 0: at the end only."""
 
     histogram_interval: Count = 250

@@ -34,9 +34,11 @@ from bundle import (
     is_bundle,
     list_checkpoints,
     parse_step,
+    read_bundle,
     read_state,
 )
 from callbacks import (
+    OVERFITTING_AFTER,
     Best,
     CallbackFactory,
     Callbacks,
@@ -45,6 +47,7 @@ from callbacks import (
     Step,
     TrainResult,
     describe_callbacks,
+    find_overfitting,
 )
 from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
 from config import CHECKOUT, LoadedConfig, format_settings, upgrade_settings
@@ -95,6 +98,7 @@ from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.isolation import Isolated
 from utils.memory import check_memory
 from utils.output import Output
+from utils.overlap import find_longest_overlap
 from utils.ranks import Ranks
 from utils.report import write_report
 from utils.run_manager import (
@@ -113,8 +117,9 @@ from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a training step
-SAMPLE_TOKENS = 200  # during training
-LAST_SAMPLE_TOKENS = 400  # at the end of a run
+SAMPLE_TOKENS = 50  # during training: all samples take less than 1 % of a run
+LAST_SAMPLE_TOKENS = 400  # of the best model, at the end of a run
+MIN_OVERLAP = {"character": 8}  # tokens of a sample that stand verbatim in the training text
 SAMPLE_TEMPERATURE = 0.8
 MIN_MINUTES_TO_COMPILE = 4.0  # below this time limit, compiling takes longer than it saves
 
@@ -163,6 +168,9 @@ def train(
                     with record_end(trainer, run, output):
                         with contextlib.closing(open_log(trainer, run, output)) as log:
                             result = trainer.run_loop(run, log, called, output, stop)
+                            result = world.broadcast_from_main(
+                                log_best_sample, trainer, result, log
+                            )
                         called.at_end(result)
                         world.broadcast_from_main(conclude, trainer, result, run, output)
             return result
@@ -278,6 +286,9 @@ class Trainer:
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
+        if config.sample_interval and self.plan.start_step == 0:
+            note = "" if self.plan.bundle else summary.format_guess(self.data.tokenizer)
+            log.log_sample(0, self.sample_text(SAMPLE_TOKENS), note)
         alone_on_cpu = world.size == 1 and self.device.type == "cpu"
         cores = CoreBinding(torch.get_num_threads() if alone_on_cpu else 0, output.print)
         with output.show_progress(config.max_iters, self.plan.start_step), cores:
@@ -317,10 +328,9 @@ class Trainer:
                 if should_save or is_last or interrupted or best.step == step:
                     save(step)
                 is_sample_due = 0 < config.sample_interval <= step - last_sampled
-                if (is_last or (should_evaluate and is_sample_due)) and not interrupted:
+                if should_evaluate and is_sample_due and not interrupted:
                     last_sampled = step
-                    length = LAST_SAMPLE_TOKENS if is_last else SAMPLE_TOKENS
-                    log.log_sample(step, sample_text(self.model, self.data, config, length))
+                    log.log_sample(step, self.sample_text(SAMPLE_TOKENS))
                 if is_last or interrupted:
                     break
                 log.reset_timer()
@@ -336,6 +346,7 @@ class Trainer:
             seconds=time.monotonic() - start_time,
             exit_status=stop.exit_status,
             stopped_by=stop_reason if step < config.max_iters else None,
+            overfitting=find_overfitting(best, losses["train"], losses["val"]),
         )
 
     def training_step(
@@ -389,6 +400,19 @@ class Trainer:
         """Return the mean loss of the train and val splits, in nats per token."""
         return estimate_loss(self.model, self.data, self.config, self.precision, self.world)
 
+    def sample_text(self, length: int, model: LanguageModel | None = None) -> str:
+        """Generate `length` tokens from the default prompt, with the run's seed.
+
+        `model` replaces the trained one. All ranks call this if the model is sharded.
+        """
+        tokenizer = self.data.tokenizer
+        prompt = tokenizer.encode(tokenizer.default_prompt)
+        sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
+        ids = generate_tokens(
+            model or self.model, prompt, length, sampling, seeds=[self.config.seed]
+        )
+        return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
+
     def log_evaluation(
         self,
         step: int,
@@ -409,6 +433,8 @@ class Trainer:
             best = Best(step, losses["val"])
         else:
             best = replace(best, evaluations_since=best.evaluations_since + 1)
+            if best.evaluations_since == OVERFITTING_AFTER and find_overfitting(best, **losses):
+                log.output.print(summary.format_overfitting(best, losses["val"]))
         evaluation = Evaluation(
             step=step,
             train_loss=losses["train"],
@@ -524,15 +550,6 @@ def collect_weights_and_gradients(
     tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
     collected = {name: gather_to_main(tensor, world) for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in collected.items() if tensor is not None}
-
-
-def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
-    """Generate `length` tokens from the default prompt, with the run's seed."""
-    tokenizer = data.tokenizer
-    prompt = tokenizer.encode(tokenizer.default_prompt)
-    sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
-    ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
-    return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -845,6 +862,24 @@ def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
 
 # ----------------------------------------------------------------------------------------------
 # Finishing and failing
+
+
+def log_best_sample(trainer: Trainer, result: TrainResult, log: RunLogger) -> TrainResult:
+    """Log a sample of the exported model, unless the run was interrupted.
+
+    Returns the result with the longest stretch that the sample shares with the training text.
+    """
+    if result.exit_status or not is_bundle(result.export_dir):
+        return result
+    trainer.optimizer.zero_grad(set_to_none=True)  # makes room for another model
+    bundle, tokenizer = read_bundle(result.export_dir, WEIGHTS_FILE), trainer.data.tokenizer
+    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+    load_weights(bundle, model)
+    text = trainer.sample_text(LAST_SAMPLE_TOKENS, model.to(trainer.device))
+    log.log_best_sample(bundle.state.step, text)
+    ids, training = tokenizer.encode(text), trainer.data.splits["train"]
+    shared = find_longest_overlap(ids, training, MIN_OVERLAP.get(tokenizer.unit, 2))
+    return replace(result, longest_overlap=tokenizer.decode(ids[shared]))
 
 
 def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: Output) -> None:

@@ -3,6 +3,7 @@
 Functions take the run's `Trainer`, and return lines without printing them.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from utils.run_manager import RunDirectory, sanitize_tag
 from utils.tracking.aim import get_aim_repo
 
 if TYPE_CHECKING:
-    from callbacks import TrainResult
+    from callbacks import Best, TrainResult
+    from tokenizer import Tokenizer
     from trainer import Trainer
 
 
@@ -120,6 +122,20 @@ def _compare_computation(trainer: "Trainer") -> str | None:
     return ", ".join(changes) or None
 
 
+def format_guess(tokenizer: "Tokenizer") -> str:
+    """Describe the loss of a model that has learned nothing."""
+    tokens = tokenizer.num_tokens
+    return f"untrained: guessing among {tokens:,} {tokenizer.unit}s has loss {math.log(tokens):.2f}"
+
+
+def format_overfitting(best: "Best", val_loss: float) -> str:
+    """Describe how val loss has risen, and what helps."""
+    return (
+        f"Note: overfitting: val loss has risen since step {best.step:,}, from {best.loss:.4f} to "
+        f"{val_loss:.4f}, while the model learns the training text by heart"
+    )
+
+
 def format_result(
     trainer: "Trainer", result: "TrainResult", best_bits: float | None, *, stopped_early: bool
 ) -> str:
@@ -143,6 +159,8 @@ def format_result(
     if trainer.plan.named_model is not None:
         rows.append(("Named model:", f"{trainer.plan.named_model} (step {result.step:,})"))
     rows.append(("Report:", str(RunDirectory(result.run_dir).report)))
+    places = [f"{label:<17} {place}" for label, place in rows]
+    findings = list(_list_findings(trainer, result))
     run = shlex.quote(str(result.run_dir))
     commands = [
         (f"{format_command('inference.py')} {_format_model_flags(trainer, run)}", ""),
@@ -157,9 +175,23 @@ def format_result(
     elif not trainer.plan.is_resume:
         record = f"{run}/meta/full_config.json{_format_callback_flags(trainer)}"
         commands.append((f"{_format_train_command()} --config {record}", "repeat this run"))
-    places = [f"{label:<17} {place}" for label, place in rows]
     lines = [f"  {command}{f'   # {what}' if what else ''}" for command, what in commands]
-    return "\n".join([heading, *places, "", "Next:", *lines])
+    return "\n".join([heading, *findings, *places, "", "Next:", *lines])
+
+
+def _list_findings(trainer: "Trainer", result: "TrainResult") -> Iterator[str]:
+    """Yield what the run shows about overfitting and about text learned by heart."""
+    if (found := result.overfitting) is not None:
+        yield (
+            f"Overfitting: val loss has risen by {found.rise:.2f} since step {found.since:,}. What "
+            "helps: more text, --dropout 0.3, a smaller model (--n-embd 64), "
+            "--early-stopping-patience 3, --config configs/presets/small_text.yaml."
+        )
+    if text := result.longest_overlap:
+        yield (
+            f"Longest stretch of the sample that stands in the training text: {len(text)} "
+            f"characters: {json.dumps(text, ensure_ascii=False)}"
+        )
 
 
 def _format_model_flags(trainer: "Trainer", run: str) -> str:

@@ -156,12 +156,24 @@ class RunLogger:
         if nonfinite := sum(histogram.nonfinite for histogram in histograms.values()):
             self._record(step, self._elapsed(), {"train": {"nonfinite": nonfinite}})
 
-    def log_sample(self, step: int, text: str) -> None:
-        """Log and print generated text."""
-        self._reopen_lost_files()
-        self._samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+    def log_sample(self, step: int, text: str, note: str = "") -> None:
+        """Log generated text, and print it in one line, with a note below."""
+        self._write_sample({"step": step, "text": text})
         self.trackers.call_each(lambda tracker: tracker.log_text("sample", text, step))
-        self.output.print(f"\n--- Sample at step {step} ---\n{text.strip()}\n---")
+        shown = text.strip().replace("\n", "↵")
+        self.output.print(f"sample {self._format_step(step)}  {shown}{note and f'  ({note})'}")
+
+    def log_best_sample(self, step: int, text: str) -> None:
+        """Log and print generated text of the exported model, that of `step`."""
+        self._write_sample({"step": step, "text": text, "exported": True})
+        self.trackers.call_each(lambda tracker: tracker.log_text("sample_exported", text, step))
+        self.output.print(
+            f"\n--- Sample of the best model (step {step:,}) ---\n{text.strip()}\n---"
+        )
+
+    def _write_sample(self, line: Mapping[str, object]) -> None:
+        self._reopen_lost_files()
+        self._samples.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def reset_timer(self) -> None:
         """Exclude the time since the last fetch (an evaluation, a save) from the speed."""
