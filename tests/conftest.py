@@ -6,6 +6,7 @@ python -m pytest -m slow            # the slow one
 
 import importlib
 import importlib.util
+import math
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import torch
 
 import trainer
 from parameters import ModelConfig
+from utils import threads
 from utils.output import Output
 
 pytest.register_assert_rewrite("helpers")
@@ -34,7 +36,9 @@ def _isolated_environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.set_num_threads(1)
+    monkeypatch.setattr(trainer, "SAMPLE_TOKENS", FEW_TOKENS // 4)
     monkeypatch.setattr(trainer, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
+    monkeypatch.setattr(threads, "COMPETING", math.inf)  # other tests run on the same cores
 
     connect = socket.socket.connect
 

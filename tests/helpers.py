@@ -519,6 +519,6 @@ def run_train(
         return REAL_STEP(trainer, index)
 
     trainer_module.Trainer.training_step = training_step
-    trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS
+    trainer_module.SAMPLE_TOKENS, trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS // 4, FEW_TOKENS
     output_module.TORCHRUN_GRACE = 0.0  # no torchrun here that would end the others
     return run_command(train.main, [*flags, *(own[rank] if own else [])])

@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 from helpers import CHECKOUT
 
+import evaluate
 import inference
-from trainer import train
+from bundle import compute_state_digest
+from trainer import Trainer, train
 from utils.errors import UserError
 from utils.output import Output
+from utils.run_manager import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -424,3 +427,78 @@ def test_the_speed_in_json_excludes_the_prefill(run, generate, monkeypatch):
     result = json.loads(generate("--json", "--max-new-tokens=10", "--num-samples=3"))
     assert result["tokens_per_second"] == pytest.approx(3)  # 3 texts, a clock that ticks each token
     assert json.loads(generate("--json", "--max-new-tokens=1"))["tokens_per_second"] is None
+
+
+# The best step of a named model ------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(tiny, quiet, monkeypatch):
+    """A run of the named model `play`, whose best val loss is that of step 2 of 4."""
+    losses = iter([2.5, 2.0, 2.2, 2.3])
+    monkeypatch.setattr(Trainer, "evaluate", lambda _: {"train": 1.0, "val": next(losses)})
+    return train(tiny(model_name="play", max_iters=4, eval_interval=1), output=quiet)
+
+
+def read_step(capsys, *flags: str) -> int:
+    assert inference.main(["--device=cpu", "--max-new-tokens=2", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)["step"]
+
+
+@pytest.mark.parametrize("reference", ["--model-name=play", "play", "checkpoints/play"])
+def test_a_named_model_generates_with_its_best_step_or_the_last(named, capsys, reference):
+    assert read_step(capsys, reference) == 2
+    assert read_step(capsys, reference, "--last") == 4
+    inference.main(["--device=cpu", "--max-new-tokens=2", reference])
+    note = capsys.readouterr().err
+    assert str(named.export_dir) in note and "--last" in note
+
+
+def test_a_run_generates_with_its_best_step_or_the_last(named, capsys):
+    for flags in ([], ["--run", named.run_dir.name], [str(named.run_dir)]):
+        assert read_step(capsys, *flags) == 2
+        assert read_step(capsys, *flags, "--last") == 4
+
+
+def test_the_best_step_of_a_named_model_is_found_in_a_checkpoint_too(named, capsys):
+    shutil.rmtree(named.export_dir)
+    assert read_step(capsys, "play") == 2
+
+
+@pytest.mark.parametrize("lost", ["run", "best", "another"])
+def test_a_named_model_whose_best_step_is_lost_generates_with_its_last(named, capsys, lost):
+    if lost == "run":
+        shutil.rmtree("runs")
+    elif lost == "best":
+        shutil.rmtree(named.export_dir)
+        shutil.rmtree(RunDirectory(named.run_dir).get_checkpoint(2))
+    else:  # models of other steps in their places
+        for place in (named.export_dir, RunDirectory(named.run_dir).get_checkpoint(2)):
+            shutil.rmtree(place)
+            shutil.copytree("checkpoints/play", place)
+    assert read_step(capsys, "play") == 4
+
+
+def test_a_named_model_cannot_name_a_directory_elsewhere_as_its_run(named, capsys, tmp_path):
+    shutil.move("runs", tmp_path / "elsewhere")
+    path = Path("checkpoints/play/training_state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["run_id"] = f"../../elsewhere/runs/{named.run_dir.name}"
+    state["training_config"]["state_sha256"] = compute_state_digest(state)
+    path.write_text(json.dumps(state), encoding="utf-8")
+    assert read_step(capsys, "play") == 4
+
+
+def test_evaluate_measures_the_best_step_of_a_named_model(named, capsys):
+    for flags, step in (([], 2), (["--last"], 4)):
+        assert evaluate.main(["--device=cpu", "--json", "play", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == step
+
+
+def test_load_model_loads_the_best_step_of_a_named_model(named):
+    best, _ = inference.load_model("play")
+    expected, _ = inference.load_model(named.export_dir)
+    last, _ = inference.load_model(named.checkpoint)
+    weights = [model.token_embedding.weight for model in (best, expected, last)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])

@@ -19,6 +19,7 @@ class FakeSystem:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int = 2):
         self.now, self.times, self.bound = 0.0, {1: (0.0, 0.0), 2: (0.0, 0.0), 3: (0.0, 0.0)}, {}
         self.free = set(range(cores))
+        monkeypatch.setattr(threads, "COMPETING", 0.2)
         monkeypatch.setattr(threads, "read_threads", lambda: dict(self.times))
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: self.free, raising=False)

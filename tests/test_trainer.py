@@ -3,6 +3,7 @@
 python -m pytest tests/test_trainer.py
 """
 
+import itertools
 import json
 import math
 import os
@@ -28,8 +29,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as train_command
 import trainer as trainer_module
-from bundle import BUNDLE_FILES
-from callbacks import TrainResult
+from bundle import BUNDLE_FILES, read_bundle
+from callbacks import Best, Overfitting, TrainResult, find_overfitting
+from checkpoint import load_tokenizer
 from config import ConfigLoader, LoadedConfig
 from generate import generate_tokens
 from inference import load_model
@@ -374,16 +376,93 @@ def test_max_minutes_with_max_iters_is_a_time_limit(tiny, quiet):
 def test_console_txt_holds_banner_steps_evaluations_sample_and_next_commands(tiny, quiet):
     result = train(tiny(), output=quiet)
     text = read_console(result.run_dir)
-    for words in ("Model ", "Text ", "CPU", "step 2/6", "eval 6/6", "--- Sample at step 6"):
+    for words in (
+        "Model ",
+        "Text ",
+        "CPU",
+        "step 2/6",
+        "eval 6/6",
+        "sample 0/6",
+        "best model (step 6)",
+    ):
         assert words in text, words
-    assert text.count("--- Sample at") == 1
+    assert text.count("--- Sample of") == 1
     assert f"inference.py --run {result.run_dir}" in text
 
 
 def test_samples_are_printed_at_the_sample_interval(tiny, quiet):
     result = train(tiny(max_iters=9, eval_interval=2, sample_interval=4), output=quiet)
     text = read_console(result.run_dir)
-    assert [n for n in range(1, 10) if f"--- Sample at step {n} ---" in text] == [4, 8, 9]
+    assert [n for n in range(10) if f"sample {n}/9" in text] == [0, 4, 8]
+
+
+@pytest.fixture
+def rising(monkeypatch) -> None:
+    """Evaluations whose val loss rises from the second on, while train loss falls."""
+    numbers = itertools.count(1)
+
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        number = next(numbers)
+        return {"train": 2 - number / 10, "val": 2 + abs(number - 2) / 10}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+def test_the_last_sample_is_that_of_the_exported_model(tiny, quiet, rising):
+    result = train(tiny(max_iters=6, eval_interval=1, learning_rate=0.1), output=quiet)
+    lines = RunDirectory(result.run_dir).samples.read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [sample["step"] for sample in samples] == [*range(7), 2]
+    assert samples[-1]["exported"]
+    exported, at_step_2, last = (samples[k]["text"] for k in (-1, 2, 6))
+    assert exported[:10] == at_step_2[:10] != last[:10]
+
+
+def test_a_val_loss_that_has_risen_is_noted_once_and_with_remedies_at_the_end(tiny, quiet, rising):
+    result = train(tiny(max_iters=6, eval_interval=1), output=quiet)
+    assert result.overfitting == Overfitting(since=2, rise=pytest.approx(0.4))
+    lines = read_console(result.run_dir).splitlines()
+    (note,) = [line for line in lines if line.startswith("Note: overfitting")]
+    assert "since step 2" in note
+    (advice,) = [line for line in lines if line.startswith("Overfitting")]
+    assert "since step 2" in advice and "--dropout" in advice
+    recorded = json.loads((result.run_dir / "meta" / "result.json").read_text(encoding="utf-8"))
+    assert recorded["overfitting"]["since"] == 2
+
+
+@pytest.mark.parametrize(
+    ("best", "train_loss", "val_loss"),
+    [
+        (Best(5, 2.0, 1), 1.0, 3.0),  # one worse evaluation may be chance
+        (Best(5, 2.0, 4), 1.0, 2.005),  # no worse to speak of
+        (Best(5, 2.0, 4), 2.5, 3.0),  # train loss is up too: the run diverges
+        (Best(), None, None),
+    ],
+)
+def test_a_val_loss_that_is_not_higher_for_long_is_no_overfitting(best, train_loss, val_loss):
+    assert find_overfitting(best, train_loss, val_loss) is None
+    assert find_overfitting(Best(5, 2.0, 4), 1.0, 3.0) is not None
+
+
+def test_the_untrained_models_sample_stands_beside_the_loss_of_a_guess(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    tokens = load_tokenizer(read_bundle(result.export_dir)).num_tokens
+    assert f"loss {math.log(tokens):.2f}" in read_console(result.run_dir)
+    resumed = train(tiny(max_iters=8, init_from=str(result.run_dir)), output=quiet)
+    text = read_console(resumed.run_dir)
+    assert "sample 0/8" in text
+    assert "guessing" not in text
+
+
+def test_the_longest_stretch_that_a_sample_shares_with_the_training_text_is_recorded(
+    tiny, quiet, monkeypatch, text_file
+):
+    text = text_file.read_text(encoding="utf-8")
+    monkeypatch.setattr(Trainer, "sample_text", lambda *_: text[19::-1] + text[10:40] + text[9::-1])
+    result = train(tiny(), output=quiet)
+    assert text[10:40] in result.longest_overlap
+    assert result.longest_overlap in text
+    assert f"{len(result.longest_overlap)} characters" in read_console(result.run_dir)
 
 
 def test_a_run_that_ends_during_warmup_prints_a_note(tiny, quiet):
@@ -646,7 +725,8 @@ def test_tensorboard_has_everything_that_a_run_logs_once(tiny, quiet):
     for tag in expected:
         assert [event.step for event in events.Histograms(tag)] == [2, 4, 6]
     samples = events.Tensors("sample/text_summary")
-    assert [event.step for event in samples] == [3, 6]
+    assert [event.step for event in samples] == [0, 3, 6]
+    assert [event.step for event in events.Tensors("sample_exported/text_summary")] == [6]
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert all(f"| {name} |" in config for name in ("n_layer", "learning_rate", "seed"))
     about = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()

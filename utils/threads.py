@@ -16,7 +16,7 @@ from types import TracebackType
 # If the user has set one of these, threads stay where OpenMP puts them.
 OPENMP_PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 INTERVAL = 1.0  # seconds between two looks at the threads
-COMPETING = 0.2  # cores' time that threads wait for a core; alone it is 0.00 to 0.02
+COMPETING = 0.2  # share of the time that a thread waits for a core; alone it is 0.00 to 0.02
 ALONE = 0.02
 THREADS = Path("/proc/self/task")
 
@@ -74,7 +74,7 @@ class CoreBinding:
             return
         now = read_threads()
         since = {thread: self._before.get(thread, (0.0, 0.0)) for thread in now}
-        waiting = sum(now[thread][1] - since[thread][1] for thread in now) / seconds
+        waiting = max(now[thread][1] - since[thread][1] for thread in now) / seconds
         busiest = sorted(now, key=lambda thread: since[thread][0] - now[thread][0])
         self._before, self._time = now, time.monotonic()
         if waiting > COMPETING:
@@ -99,11 +99,10 @@ class CoreBinding:
         self._bound = []
 
     def _describe(self, waiting: float) -> str:
-        line = (
-            f"Note: another program is using the processor: threads wait {waiting:.0%} of the time"
-        )
+        line = "Note: another program is using the processor: "
+        line += f"a thread waits {waiting:.0%} of the time"
         if self._bound:
-            return f"{line}, and are now bound to a core each, which does not change results"
+            return f"{line}, so each is now bound to a core, which does not change results"
         if self._num_threads > 1:
             return f"{line}; fewer threads than {self._num_threads} (--num-threads) may wait less"
         return line
