@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from trainer import Trainer
 
 
+MANY_EPOCHS = 10  # without dropout, val loss rises long before (docs/LOG.md)
+ENOUGH_DROPOUT = 0.2
+
+
 def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     """Format what is trained, on what, and how; `changes` are the settings a resume changes."""
     config, data, plan = trainer.config, trainer.data, trainer.plan
@@ -55,8 +59,6 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
             rows.append(("", f"{pluralize(added, 'character')} added to the vocabulary"))
     if plan.named_model is not None:
         rows.append(("Name", str(plan.named_model)))
-    tokens = (config.max_iters - plan.start_step) * config.batch_size * config.block_size
-    epochs = tokens / data.splits["train"].size
     start = f"{plan.start_step:,} to " if plan.start_step else ""
     mode = trainer.compile_result.mode
     device = f"{describe_device(trainer.device)}, {trainer.precision}"
@@ -64,9 +66,18 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     if trainer.world.size > 1:
         device += f", {trainer.world.size} processes ({config.parallel})"
     batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
-    rows.append(("Steps", f"{start}{config.max_iters:,}, {batch} ({epochs:.2g} epochs)"))
+    rows.append(
+        ("Steps", f"{start}{config.max_iters:,}, {batch} ({_count_epochs(trainer):.2g} epochs)")
+    )
     rows.append(("Device", device))
     return "\n".join(f"{label:<7} {value}" for label, value in rows)
+
+
+def _count_epochs(trainer: "Trainer") -> float:
+    """Return how often the run reads the training split."""
+    config, steps = trainer.config, trainer.config.max_iters - trainer.plan.start_step
+    tokens = trainer.data.splits["train"].size
+    return steps * config.batch_size * config.block_size / tokens
 
 
 def format_text_warning(trainer: "Trainer") -> str | None:
@@ -99,6 +110,12 @@ def list_notes(
         yield f"{changed}: results after this point will not match the original run bitwise"
     if result.fell_back:
         yield f"training without torch.compile: {result.reason}"
+    epochs = _count_epochs(trainer)
+    if epochs > MANY_EPOCHS and config.dropout < ENOUGH_DROPOUT:
+        yield (
+            f"{epochs:.0f} epochs at dropout {config.dropout:g}: the model will learn so short a "
+            "text by heart; --config configs/presets/small_text.yaml is for texts of this size"
+        )
     if config.warmup_iters > config.max_iters:
         yield (
             f"the run ends during its warmup of {config.warmup_iters} steps, at learning rate "
