@@ -219,8 +219,13 @@ def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
     content = read_events(tmp_path / "tb").Tensors("custom_scalars__config__")[0]
     layout = Layout.FromString(content.tensor_proto.string_val[0])
     (category,) = layout.category
-    tags = [list(chart.multiline.tag) for chart in category.chart]
-    assert ["eval/train_loss", "eval/val_loss"] in tags
+    names = [get_chart(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
+    shown = [
+        {name for name in names if any(re.match(tag, name) for tag in chart.multiline.tag)}
+        for chart in category.chart
+    ]
+    assert {"eval/train_loss", "eval/val_loss"} in shown
+    assert {"loss/train", "eval/val_loss"} in shown
 
 
 def test_a_full_disk_raises_and_prints_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):

@@ -12,12 +12,16 @@ from utils.run_manager import get_run_tag
 from utils.tracking.histograms import Histogram
 from utils.tracking.metrics import get_chart
 
-VAL_LOSS = get_chart("eval_loss", "val")
+# Regular expressions of the charts' names, which must not match their bits per byte.
+STEP_LOSS, TRAIN_LOSS, VAL_LOSS = (
+    get_chart(*metric) + "$"
+    for metric in (("loss", "train"), ("eval_loss", "train"), ("eval_loss", "val"))
+)
 # Charts on the page "Custom Scalars", each with train and val loss together.
 LAYOUT = {
     "loss": {
-        "train and val, evaluated": ["Multiline", [get_chart("eval_loss", "train"), VAL_LOSS]],
-        "every step, and val": ["Multiline", [get_chart("loss", "train"), VAL_LOSS]],
+        "train and val, evaluated": ["Multiline", [TRAIN_LOSS, VAL_LOSS]],
+        "every step, and val": ["Multiline", [STEP_LOSS, VAL_LOSS]],
     }
 }
 
