@@ -210,7 +210,7 @@ def test_text_of_a_model_or_a_user_is_escaped(tiny, quiet, text_file):
     assert hostile in page.text.replace("'\"'\"'", "'")
 
 
-def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet):
+def test_the_report_of_a_resumed_run_shows_all_steps_and_samples_of_the_training(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
@@ -218,6 +218,7 @@ def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet
     assert list_steps(run) == [1, 2, 3, 4, 5, 6]
     seconds = [second for second, _ in run.get_points(STEP_LOSS, "seconds")]
     assert seconds == sorted(seconds)
+    assert {3, 6} <= {step for step, _ in run.samples}
     assert run.resumed_runs == [part.run_dir.name]
     assert f"resumed runs: {part.run_dir.name}" in page_of(rest).text
     assert f"run {part.run_dir.name}, step 3" in page_of(rest).text

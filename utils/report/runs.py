@@ -108,11 +108,8 @@ class Run:
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
         self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
-        samples = _parse_lines(_thin_lines(_read_lines(files.samples)))
-        texts = [(line.get("step"), line.get("text")) for line in samples]
-        self.samples = [(s, t) for s, t in texts if isinstance(s, int) and isinstance(t, str)]
         # After those of the runs that it resumed, whose ids are listed, the oldest first.
-        self.metrics, self.resumed_runs = _read_metrics(path.resolve(), self.facts)
+        self.metrics, self.samples, self.resumed_runs = _read_logs(path.resolve(), self.facts)
         evaluations = [line for line in self.metrics if VAL in line]
         self.best: Metrics = min(evaluations, key=itemgetter(VAL), default={})
         steps, times = (self.get_points(STEP_LOSS, x) for x in ("step", "seconds"))
@@ -173,9 +170,14 @@ def _translate_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {key}: {problem['msg']}") from None
 
 
-def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], list[str]]:
-    """Return a run's metrics after those of the runs that it resumed, and the ids of these."""
-    lines, runs = _read_numbers(run), [run]
+def _read_logs(
+    run: Path, facts: RunFacts
+) -> tuple[list[dict[str, float]], list[tuple[int, str]], list[str]]:
+    """Return the metrics and samples of a run and the runs that it resumed, and the ids of these.
+
+    The oldest run comes first.
+    """
+    lines, samples, runs = _read_numbers(run), _read_samples(run), [run]
     while facts.resumed_from is not None:
         resumed = facts.resumed_from
         # The resumed run is beside this one, or, if this one was moved, above its checkpoint.
@@ -193,7 +195,15 @@ def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], l
             if "seconds" in line:
                 line["seconds"] += spent
         lines, runs = past + lines, [earlier, *runs]
-    return lines, [run.name for run in runs[:-1]]
+        samples = [each for each in _read_samples(earlier) if each[0] <= resumed.step] + samples
+    return lines, samples, [run.name for run in runs[:-1]]
+
+
+def _read_samples(run: Path) -> list[tuple[int, str]]:
+    """Return the step and the text of each sample."""
+    lines = _parse_lines(_thin_lines(_read_lines(RunDirectory(run).samples)))
+    samples = [(line.get("step"), line.get("text")) for line in lines]
+    return [(s, text) for s, text in samples if isinstance(s, int) and isinstance(text, str)]
 
 
 def _read_numbers(run: Path) -> list[dict[str, float]]:
