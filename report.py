@@ -56,7 +56,7 @@ def find_run(reference: str, runs_dir: Path) -> Path:
 
 def write_picture(target: Path, run: Run) -> None:
     """Write an SVG of a run's loss curves and its last sample."""
-    sample = run.samples[-1][1].strip().splitlines() if run.samples else []
+    sample = run.samples[-1].text.strip().splitlines() if run.samples else []
     wrapped = [part for line in sample for part in textwrap.wrap(line, 46) or [""]]
     values = compute_losses(run, width=640, height=380)
     write_atomic(target, render("picture.svg.jinja", sample=wrapped[:20], **values))

@@ -163,7 +163,13 @@ def test_samples_are_shown_from_the_first_to_the_last_with_these_two_open(tiny, 
     source = Path("page.html").read_text(encoding="utf-8")
     details = re.findall(r"<details( open)?><summary>Step (\d+)", source)
     assert details == [(" open", "0"), ("", "1"), ("", "3"), (" open", "6")]
-    assert f"Step 6, val loss {dict(Run(result.run_dir).get_points(VAL))[6]:.4f}" in source
+    val_loss = f"{dict(Run(result.run_dir).get_points(VAL))[3]:.4f}"
+    assert f"Step 3, val loss {val_loss}" in source
+    with open(RunDirectory(result.run_dir).samples, "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "text": "To be", "exported": true}\n')
+    write_report(Path("page.html"), result.run_dir)
+    source = Path("page.html").read_text(encoding="utf-8")
+    assert f"<details open><summary>Best model: step 3, val loss {val_loss}" in source
 
 
 def test_the_report_has_the_longest_overlap_and_overfitting_if_they_were_recorded(tiny, quiet):
@@ -171,7 +177,7 @@ def test_the_report_has_the_longest_overlap_and_overfitting_if_they_were_recorde
     path = result.run_dir / "meta" / "result.json"
     record = json.loads(path.read_bytes())
     found = {
-        "longest_overlap": {"characters": 34, "text": "to be <or not>"},
+        "longest_overlap": "to be <or not>",
         "overfitting": {"since": 3, "rise": 0.125},
     }
 
@@ -184,8 +190,8 @@ def test_the_report_has_the_longest_overlap_and_overfitting_if_they_were_recorde
     assert "training text" not in plain
     assert "Overfitting" not in plain
     text = write({**record, **found})
-    overlap = text.partition("shared with the training text")[2]
-    assert "34 characters" in overlap
+    overlap = text.partition("training text")[2]
+    assert "14 characters" in overlap
     assert "to be <or not>" in overlap
     assert re.search(r"risen by 0\.125\d* since step 3", text)
 
@@ -212,13 +218,16 @@ def test_text_of_a_model_or_a_user_is_escaped(tiny, quiet, text_file):
 
 def test_the_report_of_a_resumed_run_shows_all_steps_and_samples_of_the_training(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
+    with open(RunDirectory(part.run_dir).samples, "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "text": "To be", "exported": true}\n')
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     run = Run(rest.run_dir)
     assert list_steps(run) == [1, 2, 3, 4, 5, 6]
     seconds = [second for second, _ in run.get_points(STEP_LOSS, "seconds")]
     assert seconds == sorted(seconds)
-    assert {3, 6} <= {step for step, _ in run.samples}
+    assert {3, 6} <= {sample.step for sample in run.samples}
+    assert [sample for sample in run.samples[:-1] if sample.is_best] == []
     assert run.resumed_runs == [part.run_dir.name]
     assert f"resumed runs: {part.run_dir.name}" in page_of(rest).text
     assert f"run {part.run_dir.name}, step 3" in page_of(rest).text

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -74,11 +74,6 @@ class RunFacts(BaseModel):
     torch_compile_reason: str | None = None
 
 
-class _Overlap(BaseModel):
-    characters: int
-    text: str
-
-
 class _Overfitting(BaseModel):
     since: int
     rise: float
@@ -89,8 +84,16 @@ class _Result(BaseModel):
     stopped_by: str | None = None
     exit_status: int | None = None
     error: str | None = None
-    longest_overlap: _Overlap | None = None
+    longest_overlap: str | None = None
     overfitting: _Overfitting | None = None
+
+
+class Sample(NamedTuple):
+    """Text that the model of a step generated; `is_best` for the exported model, at the end."""
+
+    step: int
+    text: str
+    is_best: bool
 
 
 class Run:
@@ -172,7 +175,7 @@ def _translate_damage(path: Path) -> Iterator[None]:
 
 def _read_logs(
     run: Path, facts: RunFacts
-) -> tuple[list[dict[str, float]], list[tuple[int, str]], list[str]]:
+) -> tuple[list[dict[str, float]], list[Sample], list[str]]:
     """Return the metrics and samples of a run and the runs that it resumed, and the ids of these.
 
     The oldest run comes first.
@@ -195,15 +198,15 @@ def _read_logs(
             if "seconds" in line:
                 line["seconds"] += spent
         lines, runs = past + lines, [earlier, *runs]
-        samples = [each for each in _read_samples(earlier) if each[0] <= resumed.step] + samples
+        made = [each for each in _read_samples(earlier) if not each.is_best]
+        samples = [each for each in made if each.step <= resumed.step] + samples
     return lines, samples, [run.name for run in runs[:-1]]
 
 
-def _read_samples(run: Path) -> list[tuple[int, str]]:
-    """Return the step and the text of each sample."""
+def _read_samples(run: Path) -> list[Sample]:
     lines = _parse_lines(_thin_lines(_read_lines(RunDirectory(run).samples)))
-    samples = [(line.get("step"), line.get("text")) for line in lines]
-    return [(s, text) for s, text in samples if isinstance(s, int) and isinstance(text, str)]
+    samples = [Sample(x.get("step"), x.get("text"), x.get("exported") is True) for x in lines]
+    return [each for each in samples if isinstance(each.step, int) and isinstance(each.text, str)]
 
 
 def _read_numbers(run: Path) -> list[dict[str, float]]:
