@@ -2,13 +2,14 @@
 
     python report.py last
     python report.py 20260131_235959_baseline
-    python report.py 20260131_235959_baseline 20260201_101500_wider --output comparison.html
+    python report.py 20260131_235959_baseline 20260201_101500_wider        # runs/comparison.html
     python report.py last --output picture.svg             # curves and sample, for a README
 
 Every run writes its page at its end: runs/<id>/report.html. This command draws it again from the
-run's files.
+run's files; a comparison is written beside the runs.
 """
 
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from utils.command_line import Action, CommandLine
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.output import Output, run_command
-from utils.report import compute_losses, render, write_report
-from utils.report.charts import Line, compute_chart
-from utils.report.runs import STEP_LOSS, VAL, Run
+from utils.report import NARROW, WIDE, compute_losses, render, write_report
+from utils.report.charts import COLORS, DASHES, Line, compute_chart
+from utils.report.runs import STEP_LOSS, VAL, VAL_BITS, Run
 from utils.run_manager import RunDirectory
 
-COLORS = 6  # colors of lines in the templates
+CLOCKS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 class ReportConfig(Settings):
@@ -55,36 +56,63 @@ def find_run(reference: str, runs_dir: Path) -> Path:
 
 def write_picture(target: Path, run: Run) -> None:
     """Write an SVG of a run's loss curves and its last sample."""
-    sample = run.samples[-1][1].strip().splitlines() if run.samples else []
+    sample = run.samples[-1].text.strip().splitlines() if run.samples else []
     wrapped = [part for line in sample for part in textwrap.wrap(line, 46) or [""]]
     values = compute_losses(run, width=640, height=380)
     write_atomic(target, render("picture.svg.jinja", sample=wrapped[:20], **values))
 
 
 def write_comparison(target: Path, runs: Sequence[Run]) -> None:
-    """Write a page of several runs. Each has its own color or dashes."""
-    names = [run.name for run in runs]
-    rows = []
-    for index, run in enumerate(runs):
-        label = run.name if names.count(run.name) == 1 else str(run.path)
-        color, dashed = index % COLORS + 1, index // COLORS % 2 == 1
-        rows.append((Line(label, [], color, dashed=dashed), run))
-    is_long = max(run.seconds or 0 for run in runs) > 300
-    unit, scale = ("minutes", 1 / 60) if is_long else ("seconds", 1)
+    """Write a page of several runs. Each has its own color and dashes."""
+    labels = choose_labels(runs)
+    rows = [
+        (Line(label, [], color=n % COLORS + 1, dash=(n + n // COLORS) % DASHES), run)
+        for n, (label, run) in enumerate(zip(labels, runs, strict=True))
+    ]
+    is_mixed = any(run.unit != runs[0].unit for run in runs)
+    unit = "token" if is_mixed else runs[0].unit
+    seconds = max(run.seconds or 0 for run in runs)
+    clock, scale = next(each for each in CLOCKS if seconds >= 5 * each[1] or each[1] == 1)
+    if is_mixed:  # losses per token are comparable only if the tokens are
+        val, measure = VAL_BITS, "bits per byte"
+    else:
+        val, measure = VAL, f"nats per {unit}"
+    kinds = [
+        ("Validation loss", val, "step", "step", 1),
+        ("Validation loss by time", val, clock, "seconds", 1 / scale),
+    ]
+    if not is_mixed:
+        kinds.append(("Training loss, each step", STEP_LOSS, "step", "step", 1))
     charts = []
-    for title, tag, x_label, x, x_scale in (
-        ("Validation loss", VAL, "step", "step", 1),
-        ("Validation loss by time", VAL, unit, "seconds", scale),
-        ("Training loss, each step", STEP_LOSS, "step", "step", 1),
-    ):
+    for title, tag, x_label, x, x_scale in kinds:
         noisy = tag == STEP_LOSS
         lines = [
             replace(key, points=run.get_points(tag, x, x_scale), noisy=noisy) for key, run in rows
         ]
-        charts.append(compute_chart(lines, title=title, x_label=x_label, logarithmic=True))
-    differences = find_differences(runs)
-    page = render("comparison.html.jinja", rows=rows, charts=charts, differences=differences)
-    write_atomic(target, page)
+        options = {"title": title, "x_label": x_label, "logarithmic": True, "labeled": True}
+        charts.append([compute_chart(lines, **options, **size) for size in (WIDE, NARROW)])
+    spec = ",".join(
+        f"{label}:{RunDirectory(run.path).tensorboard}"
+        for label, run in zip(labels, runs, strict=True)
+    )
+    values = {
+        "rows": rows,
+        "unit": unit,
+        "measure": measure,
+        "charts": charts,
+        "differences": find_differences(runs),
+        "tensorboard": f"tensorboard --logdir_spec {shlex.quote(spec)}",
+    }
+    write_atomic(target, render("comparison.html.jinja", **values))
+
+
+def choose_labels(runs: Sequence[Run]) -> list[str]:
+    """Return the tag of each run, or its id or path if another run has the same tag."""
+    tags, names = [run.tag or run.name for run in runs], [run.name for run in runs]
+    return [
+        tag if tags.count(tag) == 1 else run.name if names.count(run.name) == 1 else str(run.path)
+        for tag, run in zip(tags, runs, strict=True)
+    ]
 
 
 def find_differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
@@ -115,14 +143,15 @@ def main(argv: Sequence[str]) -> int:
     runs_dir = Path(ReportConfig(**flags).runs_dir)
     references = actions.get("runs") or ["last"]
     runs = list(dict.fromkeys(find_run(reference, runs_dir) for reference in references))
-    default = RunDirectory(runs[0]).report if len(runs) == 1 else "comparison.html"
+    is_one = len(runs) == 1
+    default = RunDirectory(runs[0]).report if is_one else runs[0].parent / "comparison.html"
     target = Path(actions.get("output", default))
-    if target.suffix == ".svg" and len(runs) > 1:
+    if target.suffix == ".svg" and not is_one:
         raise UserError(f"{target}: a picture shows one run; name an .html file for several")
     try:
         if target.suffix == ".svg":
             write_picture(target, Run(runs[0]))
-        elif len(runs) == 1:
+        elif is_one:
             write_report(target, runs[0])
         else:
             write_comparison(target, [Run(run) for run in runs])

@@ -800,6 +800,7 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
             "name": data.name,
             "sha256": data.sha256,
             "tokens": data.num_tokens,
+            "unit": data.tokenizer.unit,
             "vocab_size": data.tokenizer.vocab_size,
         },
         "parameters": trainer.model.count_parameters(),

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from helpers import CHECKOUT
 
@@ -20,15 +23,16 @@ import trainer as trainer_module
 from callbacks import TrainResult
 from config import ConfigLoader
 from parameters import ModelConfig
-from report import write_comparison
+from report import choose_labels, find_run, write_comparison
 from resume import plan_run
 from trainer import train
 from utils.errors import RunError, UserError
-from utils.report import render, runs, write_report
-from utils.report.charts import Line, compute_chart
+from utils.report import TEMPLATES, format_date, list_settings, render, runs, write_report
+from utils.report.charts import COLORS, DASHES, Line, _format_ticks, compute_chart
 from utils.report.runs import STEP_LOSS, VAL, Run
 from utils.run_manager import RunDirectory
 
+WIDTH, HEIGHT = 1040, 320  # of a chart
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -61,6 +65,14 @@ class Page(HTMLParser):
 
 def page_of(result: TrainResult) -> Page:
     return Page(RunDirectory(result.run_dir).report)
+
+
+def change_run(run_dir: Path, change: Callable[[dict], object]) -> None:
+    """Change the `run` part of a run's record."""
+    path = run_dir / "meta" / "full_config.json"
+    record = json.loads(path.read_bytes())
+    change(record["run"])
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def list_steps(run: Run) -> list[int]:
@@ -100,6 +112,90 @@ def test_a_run_ends_with_a_report_of_its_losses_settings_code_and_samples(tiny, 
         assert " ".join(sample["text"].split()) in page.text
 
 
+def test_the_report_has_the_model_the_text_and_the_date_as_people_write_them(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    change_run(result.run_dir, lambda run: run.update(started="2026-01-09T08:05:59.123+01:00"))
+    write_report(Path("page.html"), result.run_dir)
+    text = Page(Path("page.html")).text
+    for fact in ("2 layers, 2 heads, 16 channels, context 16", "play.txt", "9 January 2026, 08:05"):
+        assert fact in text
+    assert format_date("some day") == "some day"
+
+
+def test_losses_are_per_character_unless_tokens_are_longer(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    text = page_of(result).text.partition("Provenance")[0]
+    assert "nats per character" in text
+    assert "Characters per second" in text
+    assert "token" not in text
+    change_run(result.run_dir, lambda run: run["data"].update(unit="token"))
+    write_report(Path("page.html"), result.run_dir)
+    text = Page(Path("page.html")).text.partition("Provenance")[0]
+    assert "nats per token" in text
+    assert "nats per character" not in text
+
+
+def test_only_settings_that_differ_from_their_defaults_are_shown_unfolded(tiny, quiet):
+    page = page_of(train(tiny(learning_rate=2e-3), output=quiet))
+    shown, _, folded = page.text.rpartition("Settings")[2].partition("at their defaults")
+    field = ModelConfig.model_fields["learning_rate"]
+    for fact in ("learning_rate 0.002", f"default {field.default}", field.description):
+        assert fact in " ".join(shown.split())
+    assert "weight_decay" not in shown
+    assert "weight_decay 0.1" in folded
+    assert ModelConfig.model_fields["weight_decay"].description in folded
+
+
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+def test_nothing_that_follows_from_a_default_counts_as_changed(architecture):
+    config = ModelConfig(architecture=architecture).model_dump()
+    config["data"] = "/found/input.txt"
+    record = {"config": config, "sources": {"data": "default", "activation": "architecture"}}
+    changed = [setting.name for setting in list_settings(record) if setting.is_changed]
+    assert changed == (["architecture"] if architecture == "gpt2" else [])
+
+
+def test_samples_are_shown_from_the_first_to_the_last_with_these_two_open(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    lines = [json.dumps({"step": step, "text": f"text{step}"}) for step in (0, 1, 3, 6)]
+    RunDirectory(result.run_dir).samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_report(Path("page.html"), result.run_dir)
+    source = Path("page.html").read_text(encoding="utf-8")
+    details = re.findall(r"<details( open)?><summary>Step (\d+)", source)
+    assert details == [(" open", "0"), ("", "1"), ("", "3"), (" open", "6")]
+    val_loss = f"{dict(Run(result.run_dir).get_points(VAL))[3]:.4f}"
+    assert f"Step 3, val loss {val_loss}" in source
+    with open(RunDirectory(result.run_dir).samples, "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "text": "To be", "exported": true}\n')
+    write_report(Path("page.html"), result.run_dir)
+    source = Path("page.html").read_text(encoding="utf-8")
+    assert f"<details open><summary>Best model: step 3, val loss {val_loss}" in source
+
+
+def test_the_report_has_the_longest_overlap_and_overfitting_if_they_were_recorded(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    path = result.run_dir / "meta" / "result.json"
+    record = json.loads(path.read_bytes())
+    found = {
+        "longest_overlap": "to be <or not>",
+        "overfitting": {"since": 3, "rise": 0.125},
+    }
+
+    def write(result: dict) -> str:
+        path.write_text(json.dumps(result), encoding="utf-8")
+        write_report(Path("page.html"), path.parent.parent)
+        return Page(Path("page.html")).text.partition("Provenance")[0]
+
+    plain = write({name: value for name, value in record.items() if name not in found})
+    assert "training text" not in plain
+    assert "Overfitting" not in plain
+    text = write({**record, **found})
+    overlap = text.partition("training text")[2]
+    assert "14 characters" in overlap
+    assert "to be <or not>" in overlap
+    assert re.search(r"risen by 0\.125\d* since step 3", text)
+
+
 def test_a_report_refers_to_no_other_file_or_address(tiny, quiet):
     result = train(tiny(), output=quiet)
     source = RunDirectory(result.run_dir).report.read_text(encoding="utf-8")
@@ -120,14 +216,18 @@ def test_text_of_a_model_or_a_user_is_escaped(tiny, quiet, text_file):
     assert hostile in page.text.replace("'\"'\"'", "'")
 
 
-def test_the_report_of_a_resumed_run_shows_all_steps_of_the_training(tiny, quiet):
+def test_the_report_of_a_resumed_run_shows_all_steps_and_samples_of_the_training(tiny, quiet):
     part = train(tiny(max_iters=3), output=quiet)
+    with open(RunDirectory(part.run_dir).samples, "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "text": "To be", "exported": true}\n')
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     run = Run(rest.run_dir)
     assert list_steps(run) == [1, 2, 3, 4, 5, 6]
     seconds = [second for second, _ in run.get_points(STEP_LOSS, "seconds")]
     assert seconds == sorted(seconds)
+    assert {3, 6} <= {sample.step for sample in run.samples}
+    assert [sample for sample in run.samples[:-1] if sample.is_best] == []
     assert run.resumed_runs == [part.run_dir.name]
     assert f"resumed runs: {part.run_dir.name}" in page_of(rest).text
     assert f"run {part.run_dir.name}, step 3" in page_of(rest).text
@@ -305,15 +405,35 @@ def test_an_old_run_without_seconds_and_with_few_facts_has_a_report(tiny, quiet)
 # Several runs ----------------------------------------------------------------------------------
 
 
-def test_each_of_many_runs_has_its_own_color_or_dashes(tiny, quiet):
+def test_each_of_many_runs_has_its_own_color_and_dashes(tiny, quiet):
     result = train(tiny(), output=quiet)
     paths = [Path(shutil.copytree(result.run_dir, f"place{n}/same_name")) for n in range(8)]
     write_comparison(Path("many.html"), list(map(Run, paths)))
     source = Path("many.html").read_text(encoding="utf-8")
-    looks = re.findall(r'<polyline class="([^"]*)" style="--color: var\(--line-(\d)\)"', source)
-    assert len(set(looks[:8])) == 8
+    pattern = r'<polyline class="line dash-(\d)\W[^>]*--line-(\d)\)'
+    dashes, colors = zip(*re.findall(pattern, source)[:8], strict=True)
+    assert len(set(zip(dashes, colors, strict=True))) == 8
+    assert len(set(dashes[:6])) == DASHES == 6  # for who cannot see the colors
+    assert len(set(colors[:6])) == COLORS == 6
     for path in paths:
         assert f">{path}<" in source  # as their names are the same
+
+
+def test_runs_in_a_comparison_are_labeled_by_tag_if_it_is_unique(tiny, quiet):
+    run_dir = train(tiny(), output=quiet).run_dir
+    names = ("20260131_000000_wide", "20260131_000001_x", "20260131_000002_x", "20260131_000003")
+    paths = [Path(shutil.copytree(run_dir, name)) for name in names]
+    assert choose_labels(list(map(Run, paths))) == ["wide", *names[1:]]
+
+
+def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tiny, quiet):
+    one = train(tiny(), output=quiet).run_dir
+    other = Path(shutil.copytree(one, "other"))
+    change_run(other, lambda run: run["data"].update(unit="token"))
+    write_comparison(Path("page.html"), [Run(one), Run(other)])
+    text = Page(Path("page.html")).text
+    assert "bits per byte, logarithmic" in text
+    assert "nats per" not in text
 
 
 def test_a_comparison_shows_each_run_and_only_the_differences(tiny, quiet):
@@ -341,8 +461,10 @@ def test_the_command_writes_the_report_of_a_run_or_a_comparison(tiny, quiet, fol
     assert done.stdout.strip() == str(RunDirectory(runs[1]).report)
     assert RunDirectory(runs[1]).report.exists()
     done = folio("report.py", runs[0].name, runs[1])
-    assert done.stdout.strip() == "comparison.html"
-    assert Path("comparison.html").exists()
+    # Among the runs, where git ignores it.
+    assert done.stdout.strip() == str(runs[0].parent / "comparison.html")
+    assert (runs[0].parent / "comparison.html").exists()
+    assert find_run("last", runs[0].parent) == runs[1]
     done = folio("report.py", runs[0].name, "--output", "mine.html")
     assert Path(done.stdout.strip()).exists()
 
@@ -402,13 +524,14 @@ def test_an_output_that_cannot_be_written_is_an_error_of_one_line(tiny, quiet, f
 
 
 def draw(lines, **options) -> str:
-    chart = compute_chart(lines, title="Loss", x_label="step", **options)
+    size = {"width": WIDTH, "height": HEIGHT}
+    chart = compute_chart(lines, title="Loss", x_label="step", **{**size, **options})
     return render("chart.svg.jinja", chart=chart).decode()
 
 
 def chart(points, **options) -> ElementTree.Element:
     noisy = options.pop("noisy", False)
-    return ElementTree.fromstring(draw([Line("a", points, 1, noisy)], **options))
+    return ElementTree.fromstring(draw([Line("a", points, 1, noisy=noisy)], **options))
 
 
 def drawn(svg: ElementTree.Element) -> list[tuple[float, float]]:
@@ -433,8 +556,8 @@ def test_a_long_noisy_line_is_drawn_as_means_in_a_band():
     points = drawn(svg)
     assert 100 < len(points) < 1000
     assert svg.find("polygon") is not None
-    middle = {round(y) for _, y in points[5:-5]}
-    assert len(middle) == 1  # the mean of zeros and ones
+    heights = [y for _, y in points[5:-5]]
+    assert max(heights) - min(heights) < 2  # pixels, at the mean of zeros and ones
 
 
 @pytest.mark.parametrize(
@@ -458,8 +581,8 @@ def test_any_numbers_give_coordinates_within_the_chart(points, logarithmic):
     if "<svg" in svg:
         root = ElementTree.fromstring(svg)
         for x, y in drawn(root):
-            assert 0 <= x <= 1040
-            assert 0 <= y <= 320
+            assert 0 <= x <= WIDTH
+            assert 0 <= y <= HEIGHT
 
 
 def test_ticks_are_round_numbers():
@@ -467,8 +590,125 @@ def test_ticks_are_round_numbers():
     labels = [text.text for text in svg.findall("text")]
     assert "1.5" in labels
     assert "4" in labels
-    assert "2000" in labels
+    assert "2,000" in labels
     assert len(labels) < 25
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("ratio", [1.001, 1.2, 1.49, 1.7, 2.2, 2.99, 3.1, 7, 40, 1e5])
+@pytest.mark.parametrize("low", [0.31, 1.0, 1.43, 9.7, 17_300])
+def test_an_axis_of_a_small_chart_has_several_ticks_which_all_differ(low, ratio, logarithmic):
+    lines = [Line("a", [(1, low), (880, low * ratio)], 1)]
+    size = {"width": 340, "height": 220}
+    values = compute_chart(lines, title="a", x_label="step", logarithmic=logarithmic, **size)
+    for ticks in (values["x_ticks"], values["y_ticks"]):
+        labels = [label for _, label in ticks]
+        assert 2 <= len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 5000, 10_000], ["0", "5k", "10k"]),
+        ([0, 2500, 5000], ["0", "2,500", "5,000"]),
+        ([0, 2.5e-4, 5e-4], ["0", "2.5e-4", "5e-4"]),
+        ([0, 2e6, 20e6], ["0", "2M", "20M"]),
+    ],
+)
+def test_the_ticks_of_an_axis_have_one_unit_and_are_exact(values, labels):
+    assert _format_ticks(values) == labels
+
+
+def test_an_axis_can_start_at_0():
+    points = [(50, 16_000.0), (880, 17_000.0)]
+    assert _list_labels(chart(points)).count("0") == 1  # of the steps
+    assert _list_labels(chart(points, from_zero=True)).count("0") == 2
+
+
+def _list_labels(svg: ElementTree.Element) -> list[str]:
+    return [text.text for text in svg.findall("text")]
+
+
+def test_a_mark_has_its_value_beside_it():
+    points = [(1, 3.0), (2, 1.23456), (3, 2.0)]
+    svg = chart(points, mark=points[1])
+    (ring,) = [circle for circle in svg.findall("circle") if circle.get("class") == "mark"]
+    (text,) = [text for text in svg.findall("text") if "1.2346" in text.text]
+    assert abs(float(text.get("y")) - float(ring.get("cy"))) < 30
+
+
+def test_lines_have_labels_at_their_ends_which_do_not_overlap():
+    lines = [Line(f"run {n}", [(1, 3.0), (9, 2 + n / 100)], 1) for n in range(30)]
+    svg = ElementTree.fromstring(draw(lines, labeled=True))
+    labels = [text for text in svg.findall("text") if text.get("class") == "label"]
+    assert sorted(text.text for text in labels) == sorted(line.label for line in lines)
+    heights = sorted(float(text.get("y")) for text in labels)
+    assert all(b - a >= 12 for a, b in pairwise(heights))
+    height = float(svg.get("viewBox").split()[3])
+    assert heights[0] > 0 and heights[-1] < height
+    # The highest line has the highest label.
+    assert min(labels, key=lambda text: float(text.get("y"))).text == "run 29"
+
+
+# Machado, Oliveira, Fernandes 2009: full deficiency, on linear RGB.
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+TO_XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.072175],
+        [0.0193339, 0.119192, 0.9503041],
+    ]
+)
+
+
+def _to_linear(color: str) -> np.ndarray:
+    srgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def _to_lab(linear: np.ndarray) -> np.ndarray:
+    xyz = TO_XYZ @ linear.clip(0, 1) / (TO_XYZ @ np.ones(3))
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_colors_of_lines_differ_for_every_kind_of_color_vision(scheme, deficiency):
+    style = (TEMPLATES / "chart.css").read_text(encoding="utf-8")
+    part = style.partition("@media")[0 if scheme == "light" else 2]
+    colors = dict(re.findall(r"--(line-[1-6]|card): (#\w{6})", part))
+    card = (TO_XYZ @ _to_linear(colors.pop("card")))[1]
+    assert len(colors) == COLORS
+    for color in colors.values():
+        luminance = (TO_XYZ @ _to_linear(color))[1]
+        low, high = sorted((luminance, card))
+        assert (high + 0.05) / (low + 0.05) >= 3  # WCAG's contrast for graphics
+    seen = [_to_lab(DEFICIENCIES[deficiency] @ _to_linear(color)) for color in colors.values()]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 25  # CIELAB
 
 
 # Files that cost much -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from utils.errors import RunError
 from utils.isolation import Isolated
 from utils.output import Output, escape_control
 from utils.tracking.histograms import Histogram
-from utils.tracking.metrics import METRICS, get_tag
+from utils.tracking.metrics import METRICS, get_chart, get_tag
 from utils.tracking.run_logger import MAX_OVERFLOWS, SPIKE_AFTER, RunLogger, SpikeDetector
 from utils.tracking.tensorboard import TensorBoardTracker, format_cell, format_literal
 
@@ -120,7 +120,8 @@ def test_tensorboard_has_every_number_and_text_once(tmp_path):
     tracker.close()
     assert set(threading.enumerate()) == before
     events = read_events(tmp_path / "tb")
-    tags = ["loss/train", "learning_rate", "eval/val_loss", "eval/val_bits_per_byte"]
+    metrics = ("loss", "train"), ("learning_rate", "train"), ("eval_loss", "val")
+    tags = [get_chart(*metric) for metric in (*metrics, ("bits_per_byte", "val"))]
     assert events.Tags()["scalars"] == tags
     losses = [(event.step, event.value) for event in events.Scalars("loss/train")]
     assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 31)]
@@ -175,19 +176,42 @@ def test_tensorboard_has_the_histograms_as_counted(tmp_path):
 def test_tensorboard_has_the_config_as_text_and_as_hparams_in_the_same_run(tmp_path):
     tracker = TensorBoardTracker(tmp_path / "tb")
     config = {"learning_rate": 1e-3, "data": "a|b.txt", "epochs": None, "bias": False}
-    tracker.log_config(config, {"run_id": "r", "sources": {"data": "--data"}})
+    run_id = "20260131_235959_baseline_2"
+    tracker.log_config(config, {"run_id": run_id, "sources": {"data": "--data"}})
     tracker.close()
     events = read_events(tmp_path / "tb")
-    table = read_text(events.Tensors("config/text_summary")[0])
+    table = read_text(events.Tensors("settings/text_summary")[0])
     assert "| learning_rate | 0.001 |  |" in table
     assert "| data | a&#124;b.txt | --data |" in table
-    assert '"run_id": "r"' in read_text(events.Tensors("run/text_summary")[0])
+    assert run_id in read_text(events.Tensors("setup/text_summary")[0])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    session = HParamsPluginData.FromString(content).session_start_info
+    assert session.group_name.split() == ["baseline_2", "20260131_235959"]
+    hparams = session.hparams
     assert hparams["learning_rate"].number_value == 1e-3
     assert hparams["data"].string_value == "a|b.txt"
-    assert hparams["bias"].bool_value is False
+    assert hparams["bias"].WhichOneof("kind") == "bool_value"
     assert "epochs" not in hparams
+
+
+def test_tensorboard_which_sorts_by_name_shows_losses_and_samples_first(tmp_path):
+    tracker = TensorBoardTracker(tmp_path / "tb")
+    for name, metric in METRICS.items():
+        for subset in metric.subsets:
+            tracker.log_metrics({name: 1.0}, 1, subset)
+    histogram = Histogram.from_tensor(torch.ones(2))
+    tracker.log_histograms({"parameters/w": histogram, "gradients/w": histogram}, 1)
+    tracker.log_text("sample", "To be", 1)
+    tracker.log_config({}, {})
+    tracker.close()
+    tags = read_events(tmp_path / "tb").Tags()
+    charts = sorted(tags["scalars"] + tags["histograms"])
+    assert charts[0] == get_chart("eval_loss", "train")
+    groups = list(dict.fromkeys(chart.split("/")[0] for chart in charts))
+    losses = [get_chart("eval_loss", "val"), get_chart("loss", "train")]
+    assert {loss.split("/")[0] for loss in losses} == set(groups[:2])  # the page opens these
+    texts = [tag for tag in sorted(tags["tensors"]) if tag.endswith("/text_summary")]
+    assert texts[0] == "sample/text_summary"
 
 
 def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
@@ -195,8 +219,13 @@ def test_tensorboard_has_a_chart_with_train_and_val_loss_together(tmp_path):
     content = read_events(tmp_path / "tb").Tensors("custom_scalars__config__")[0]
     layout = Layout.FromString(content.tensor_proto.string_val[0])
     (category,) = layout.category
-    tags = [list(chart.multiline.tag) for chart in category.chart]
-    assert ["eval/train_loss", "eval/val_loss"] in tags
+    names = [get_chart(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
+    shown = [
+        {name for name in names if any(re.match(tag, name) for tag in chart.multiline.tag)}
+        for chart in category.chart
+    ]
+    assert {"eval/train_loss", "eval/val_loss"} in shown
+    assert {"loss/train", "eval/val_loss"} in shown
 
 
 def test_a_full_disk_raises_and_prints_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):
@@ -269,10 +298,11 @@ def test_a_histogram_takes_every_floating_type(dtype):
 
 
 def test_tags_are_declared_once_and_differ():
-    tags = [get_tag(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
-    assert len(tags) == len(set(tags))
-    with pytest.raises(KeyError):
-        get_tag("undeclared", "train")
+    for get in (get_tag, get_chart):
+        tags = [get(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
+        assert len(tags) == len(set(tags))
+        with pytest.raises(KeyError):
+            get("undeclared", "train")
 
 
 # The logger ------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
 from utils.output import run_command
 from utils.run_manager import RunDirectory, create_run_directory
+from utils.tracking.metrics import METRICS, get_chart, get_tag
 from utils.tracking.tensorboard import TensorBoardTracker
 
 REAL_STEP = Trainer.training_step
@@ -715,21 +716,24 @@ def test_tensorboard_has_everything_that_a_run_logs_once(tiny, quiet):
         for name, value in line.items():
             if name not in ("step", "seconds"):
                 logged.setdefault(name, []).append((line["step"], value))
-    assert set(events.Tags()["scalars"]) == logged.keys()
+    tags = [(n, subset) for n, metric in METRICS.items() for subset in metric.subsets]
+    charts = {get_tag(*tag): get_chart(*tag) for tag in tags}
+    assert set(events.Tags()["scalars"]) == {charts[tag] for tag in logged}
     for tag, values in logged.items():
-        read = [(event.step, event.value) for event in events.Scalars(tag)]
+        read = [(event.step, event.value) for event in events.Scalars(charts[tag])]
         assert read == [(step, pytest.approx(value)) for step, value in values], tag
     names = [name for name, _ in load_model(result.export_dir)[0].named_parameters()]
-    expected = {f"{kind}/{name}" for kind in ("parameters", "gradients") for name in names}
+    kinds = ("parameters", "parameter_gradients")
+    expected = {f"{kind}/{name}" for kind in kinds for name in names}
     assert set(events.Tags()["histograms"]) == expected
     for tag in expected:
         assert [event.step for event in events.Histograms(tag)] == [2, 4, 6]
     samples = events.Tensors("sample/text_summary")
     assert [event.step for event in samples] == [0, 3, 6]
     assert [event.step for event in events.Tensors("sample_exported/text_summary")] == [6]
-    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    config = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert all(f"| {name} |" in config for name in ("n_layer", "learning_rate", "seed"))
-    about = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    about = events.Tensors("setup/text_summary")[0].tensor_proto.string_val[0].decode()
     for word in ('"commit"', '"branch"', '"dirty"', '"python"', result.run_dir.name, '"lineage"'):
         assert word in about
 

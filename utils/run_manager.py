@@ -52,6 +52,11 @@ def sanitize_tag(tag: str | None) -> str:
     return re.sub(r"[^\w.-]+", "-", plain).strip("-._")[:60].rstrip("-._")
 
 
+def get_run_tag(run_id: str) -> str:
+    """Return the tag in a run id, `baseline` in `20260131_235959_baseline`, or "" without one."""
+    return re.sub(r"^\d{8}_\d{6}_?", "", run_id)
+
+
 class RunDirectory:
     """Paths in a run directory."""
 

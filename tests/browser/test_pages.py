@@ -144,7 +144,7 @@ def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
     backgrounds = []
     for scheme in ("light", "dark"):
         page = open_page(address, color_scheme=scheme)
-        charts = page.locator("svg.chart")
+        charts = page.locator("svg.chart:visible")
         assert charts.count() == 4
         length = page.evaluate("document.querySelector('polyline').getTotalLength()")
         assert length > 300  # pixels of a curve
@@ -164,12 +164,22 @@ def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
     assert backgrounds[0] != backgrounds[1]
 
 
-def test_the_report_fits_a_phone(run, open_page, picture):
-    address = RunDirectory(run.run_dir).report.resolve().as_uri()
-    page = open_page(address, screen={"width": 390, "height": 800})
-    page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    picture(page, "report_phone")
+def test_the_pages_fit_a_phone_without_a_chart_that_scrolls(run, open_page, picture):
+    compared = Path("comparison.html")
+    write_comparison(compared, [Run(run.run_dir)] * 6)
+    for path, charts in ((RunDirectory(run.run_dir).report, 4), (compared, 3)):
+        page = open_page(path.resolve().as_uri(), screen={"width": 390, "height": 800})
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.locator("svg.chart:visible").count() == charts
+        outside = page.evaluate(
+            """() => [...document.querySelectorAll("svg.chart, svg.chart text")].filter((each) => {
+                const box = each.getBoundingClientRect();
+                return box.left < 0 || box.right > window.innerWidth;
+            }).map((each) => each.textContent)"""
+        )
+        assert outside == []
+        picture(page, f"{path.stem}_phone")
 
 
 def test_the_picture_has_curves_and_text_inside_it_in_light_and_dark(run, open_page):
@@ -201,7 +211,7 @@ def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, pict
     target = Path("comparison.html")
     write_comparison(target, [Run(run.run_dir), Run(other.run_dir)])
     page = open_page(target.resolve().as_uri())
-    first = page.locator("svg.chart").first
+    first = page.locator("svg.chart:visible").first
     assert first.locator("polyline").count() == 2
     colors = {
         first.locator("polyline").nth(index).evaluate("line => getComputedStyle(line).stroke")
@@ -221,7 +231,7 @@ def test_tensorboard_shows_the_loss_curves_of_the_run(run, open_page, serve, pic
     address = serve("tensorboard", "--logdir", "runs")
     page = visit(open_page, f"{address}/?tagFilter=loss#timeseries")
     for tag in ("eval/train_loss", "eval/val_loss", "loss/train"):
-        card = page.locator("card-view", has_text=tag)
+        card = page.locator("card-view", has=page.get_by_text(tag, exact=True))
         card.scroll_into_view_if_needed(timeout=SECONDS)
         line = card.locator("line-chart svg path").first
         line.wait_for(state="attached", timeout=SECONDS)
@@ -240,7 +250,13 @@ def test_tensorboard_shows_train_and_val_loss_in_one_chart_and_the_settings(
     picture(page, "tensorboard_custom")
     page = open_page(f"{address}/#hparams")
     page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
+    page.get_by_text(re.compile("^seen ")).first.wait_for(timeout=SECONDS)  # its tag
     picture(page, "tensorboard_hparams")
+    page = open_page(f"{address}/#text")
+    names = page.locator(".heading .name")
+    names.first.wait_for(timeout=SECONDS)
+    assert names.first.inner_text() == "sample"
+    picture(page, "tensorboard_text")
 
 
 def test_aim_lists_the_run_with_its_parameters(run, open_page, serve, picture):

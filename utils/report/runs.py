@@ -13,17 +13,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
 from utils.files import open_regular
 from utils.output import pluralize
-from utils.run_manager import RunDirectory, read_record
+from utils.run_manager import RunDirectory, get_run_tag, read_record
 from utils.tracking.metrics import get_tag
 
 TRAIN, VAL = get_tag("eval_loss", "train"), get_tag("eval_loss", "val")
+VAL_BITS = get_tag("bits_per_byte", "val")
 STEP_LOSS, SPEED = get_tag("loss", "train"), get_tag("tokens_per_second", "train")
 MAX_CHARS = 200_000  # of a diff and of the console output in a report
 MAX_VALUE = 1e30  # larger numbers in metrics.jsonl are garbage
@@ -38,6 +39,7 @@ class _Data(BaseModel):
     name: str = "unknown"
     sha256: str = ""
     tokens: int | None = None
+    unit: str = "token"
     vocab_size: int | None = None
 
 
@@ -72,11 +74,26 @@ class RunFacts(BaseModel):
     torch_compile_reason: str | None = None
 
 
+class _Overfitting(BaseModel):
+    since: int
+    rise: float
+
+
 class _Result(BaseModel):
     seconds: float | None = None
     stopped_by: str | None = None
     exit_status: int | None = None
     error: str | None = None
+    longest_overlap: str | None = None
+    overfitting: _Overfitting | None = None
+
+
+class Sample(NamedTuple):
+    """Text that the model of a step generated; `is_best` for the exported model, at the end."""
+
+    step: int
+    text: str
+    is_best: bool
 
 
 class Run:
@@ -88,15 +105,14 @@ class Run:
     def __init__(self, path: Path):
         files = RunDirectory(path)
         self.path, self.name = path, path.resolve().name
+        self.tag = get_run_tag(self.name)
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
+        self.unit = self.facts.data.unit  # of the tokenizer: character or token
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
         self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
-        samples = _parse_lines(_thin_lines(_read_lines(files.samples)))
-        texts = [(line.get("step"), line.get("text")) for line in samples]
-        self.samples = [(s, t) for s, t in texts if isinstance(s, int) and isinstance(t, str)]
         # After those of the runs that it resumed, whose ids are listed, the oldest first.
-        self.metrics, self.resumed_runs = _read_metrics(path.resolve(), self.facts)
+        self.metrics, self.samples, self.resumed_runs = _read_logs(path.resolve(), self.facts)
         evaluations = [line for line in self.metrics if VAL in line]
         self.best: Metrics = min(evaluations, key=itemgetter(VAL), default={})
         steps, times = (self.get_points(STEP_LOSS, x) for x in ("step", "seconds"))
@@ -104,14 +120,24 @@ class Run:
         speeds = [speed for _, speed in self.get_points(SPEED)]
         self.speed = int(statistics.median(speeds)) if speeds else None  # tokens per second
         result = _read_result(files.meta / "result.json")
+        self.result = result or _Result()
         self.seconds = times[-1][0] if times else None  # of training
-        if result is not None and result.seconds is not None and not self.resumed_runs:
-            self.seconds = result.seconds
+        if self.result.seconds is not None and not self.resumed_runs:
+            self.seconds = self.result.seconds
         self.status = _format_status(self.last_step, self.record["config"].get("max_iters"), result)
+        self.shape = _format_shape(self.record["config"])
 
     def get_points(self, tag: str, x: str = "step", scale: float = 1) -> list[tuple[float, float]]:
         """Return a metric's values as points; `x`, step or seconds, is multiplied by `scale`."""
         return [(line[x] * scale, line[tag]) for line in self.metrics if {x, tag} <= line.keys()]
+
+
+def _format_shape(config: Mapping[str, Any]) -> str:
+    """Return `3 layers, 4 heads, 128 channels, context 256`."""
+    nouns = {"n_layer": "layer", "n_head": "head", "n_embd": "channel"}
+    sizes = {name: size for name, size in config.items() if isinstance(size, int)}
+    parts = [pluralize(sizes[name], noun) for name, noun in nouns.items() if name in sizes]
+    return ", ".join([*parts, f"context {sizes.get('block_size', 'unknown')}"])
 
 
 def _format_status(step: int, max_iters: Any, result: _Result | None) -> str:
@@ -147,9 +173,14 @@ def _translate_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {key}: {problem['msg']}") from None
 
 
-def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], list[str]]:
-    """Return a run's metrics after those of the runs that it resumed, and the ids of these."""
-    lines, runs = _read_numbers(run), [run]
+def _read_logs(
+    run: Path, facts: RunFacts
+) -> tuple[list[dict[str, float]], list[Sample], list[str]]:
+    """Return the metrics and samples of a run and the runs that it resumed, and the ids of these.
+
+    The oldest run comes first.
+    """
+    lines, samples, runs = _read_numbers(run), _read_samples(run), [run]
     while facts.resumed_from is not None:
         resumed = facts.resumed_from
         # The resumed run is beside this one, or, if this one was moved, above its checkpoint.
@@ -167,7 +198,15 @@ def _read_metrics(run: Path, facts: RunFacts) -> tuple[list[dict[str, float]], l
             if "seconds" in line:
                 line["seconds"] += spent
         lines, runs = past + lines, [earlier, *runs]
-    return lines, [run.name for run in runs[:-1]]
+        made = [each for each in _read_samples(earlier) if not each.is_best]
+        samples = [each for each in made if each.step <= resumed.step] + samples
+    return lines, samples, [run.name for run in runs[:-1]]
+
+
+def _read_samples(run: Path) -> list[Sample]:
+    lines = _parse_lines(_thin_lines(_read_lines(RunDirectory(run).samples)))
+    samples = [Sample(x.get("step"), x.get("text"), x.get("exported") is True) for x in lines]
+    return [each for each in samples if isinstance(each.step, int) and isinstance(each.text, str)]
 
 
 def _read_numbers(run: Path) -> list[dict[str, float]]:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 class Metric:
     """A number that is logged repeatedly.
 
-    `tag` is its name in TensorBoard and `metrics.jsonl`, with `{subset}` for one of `subsets`.
+    `tag` is its name in `metrics.jsonl`, with `{subset}` for one of `subsets`. `chart` is its name
+    in TensorBoard, which sorts charts by name: the losses come first.
     """
 
     unit: str
     meaning: str
     tag: str
     subsets: tuple[str, ...] = ("train",)
+    chart: str = "{tag}"
 
 
 METRICS = {
@@ -26,9 +28,12 @@ METRICS = {
         "loss/{subset}",
     ),
     "learning_rate": Metric(
-        "", "AdamW's rate, by the schedule; Muon's is twice it.", "learning_rate"
+        "",
+        "AdamW's rate, by the schedule; Muon's is twice it.",
+        "learning_rate",
+        chart="optimizer/{tag}",
     ),
-    "grad_norm": Metric("", "Gradient norm before clipping.", "grad_norm"),
+    "grad_norm": Metric("", "Gradient norm before clipping.", "grad_norm", chart="optimizer/{tag}"),
     "tokens_per_second": Metric(
         "tokens/s",
         "Mean speed since the last printed line; evaluations and saves do not count.",
@@ -45,6 +50,7 @@ METRICS = {
         "eval_loss for each byte of the text: comparable between tokenizers.",
         "eval/{subset}_bits_per_byte",
         ("train", "val"),
+        chart="eval/{subset}_loss_bits_per_byte",
     ),
     "nonfinite": Metric(
         "values",
@@ -57,3 +63,8 @@ METRICS = {
 def get_tag(name: str, subset: str) -> str:
     """Return the tag of a metric. Raises KeyError for an undeclared one."""
     return METRICS[name].tag.format(subset=subset)
+
+
+def get_chart(name: str, subset: str) -> str:
+    """Return the name of a metric's chart in TensorBoard. Raises KeyError for an undeclared one."""
+    return METRICS[name].chart.format(tag=get_tag(name, subset), subset=subset)
