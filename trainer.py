@@ -717,10 +717,10 @@ def dry_run(
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
-    settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
     banner = summary.format_banner(trainer, loaded.changes)
     estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
-    return f"{settings}\n\n{banner}\n{estimate}"
+    settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
+    return f"{banner}\n{estimate}" + (f"\n\n{settings}" if show_config else "")
 
 
 # ----------------------------------------------------------------------------------------------

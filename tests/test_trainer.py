@@ -405,12 +405,22 @@ def test_a_dry_run_does_not_cache_the_sample_corpus(tiny, tmp_path, sample_corpu
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_dry_run_prints_settings_memory_and_time_and_writes_nothing(tiny, tmp_path):
+def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_nothing(
+    tiny, tmp_path
+):
     before = sorted(tmp_path.rglob("*"))
     config = tiny()
-    text = dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
-    for words in ("n_layer", "parameters", "Memory ", "epochs", "Time ", " ms "):
-        assert words in text, words
+    loaded = LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default"))
+    lines = dry_run(loaded).splitlines()
+    heads = ["Model", "Text", "Steps", "Device", "Memory", "Time"]
+    assert [line.split()[0] for line in lines] == heads
+    for fact, line in zip(
+        ("parameters", "vocabulary", "epochs", "CPU", "B", " ms "), lines, strict=True
+    ):
+        assert fact in line
+    more = dry_run(loaded, show_config=True).splitlines()
+    assert [line.split()[0] for line in more[:6]] == heads
+    assert any(line.split()[:2] == ["n_layer", "2"] for line in more[6:])
     assert sorted(tmp_path.rglob("*")) == before
 
 
