@@ -14,6 +14,7 @@ are reported together. Nothing here imports torch, so that a typo is reported at
 import contextlib
 import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,18 @@ class ConfigLoader:
         self._requested = [flag_layer, file_layer]  # these override a checkpoint
         self._configs = self._read_configs(configs_dir)
         self._legacy = self._read_legacy(working_dir / LEGACY_FILE)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], source: str) -> "ConfigLoader":
+        """Return a loader whose settings of highest priority come from Python code.
+
+        They are checked as those of a file are, but may be paths and numbers of NumPy.
+        """
+        problems: list[str] = []
+        plain = {name: _to_plain(value) for name, value in settings.items()}
+        layer = _check_layer(plain, source, problems)
+        values = {name: setting.value for name, setting in layer.items()}
+        return cls(problems=problems).override(values, source)
 
     def get(self, name: str) -> Setting:
         """Return a setting, ignoring any checkpoint."""
@@ -251,6 +264,13 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
     valid, wrong = validate_values(ModelConfig, known, label=lambda name: f"{source}: {name}")
     problems += wrong
     return {name: Setting(value, source) for name, value in valid.items()}
+
+
+def _to_plain(value: Any) -> Any:
+    """Return a path as text, and a number of NumPy or PyTorch as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _merge_layers(*layers: Layer) -> Layer:

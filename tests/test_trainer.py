@@ -11,8 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -392,6 +396,41 @@ def test_a_run_that_ends_during_warmup_prints_a_note(tiny, quiet):
     assert "7" in note
     assert "warmup_iters" in note
     assert "Note:" not in read_console(train(tiny(warmup_iters=6), output=quiet).run_dir)
+
+
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a command line."""
+    return CommandLine(None, ModelConfig).parse(flags)[0]
+
+
+def test_settings_by_name_train_as_in_a_notebook_without_a_terminal_or_the_main_thread(
+    text_file, monkeypatch
+):
+    class Cell:
+        """A notebook's standard output: no file, and no terminal."""
+
+        written = ""
+
+        def write(self, text):
+            self.written += text
+
+        def flush(self):
+            pass
+
+    cell = Cell()
+    monkeypatch.setattr(sys, "stdout", cell)
+    settings = {**read_flags(TINY_FLAGS), "data": text_file, "seed": np.int64(5)}
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, **settings).result()
+    assert result.step == 4 and result.run_dir.parent == Path("runs")
+    assert cell.written == read_console(result.run_dir)
+    record = json.loads((result.run_dir / "meta/full_config.json").read_text(encoding="utf-8"))
+    assert (record["config"]["seed"], record["sources"]["seed"]) == (5, "train()")
+    assert record["sources"]["beta1"] == "configs/train.yaml"
+    with pytest.raises(UserError, match=r"n_layers.*n_layer"):
+        train(data=text_file, n_layers=2)
+    with pytest.raises(TypeError, match="n_layer"):
+        train(ModelConfig(), n_layer=2)
 
 
 def test_num_threads_sets_pytorchs_threads(tiny, quiet):
