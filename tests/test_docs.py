@@ -25,7 +25,7 @@ PAGES = [
         f"docs/{name}.md"
         for name in (
             *("resume", "configuration", "generation", "data", "tracking", "distributed"),
-            *("search", "reproducibility", "benchmarks", "development"),
+            *("search", "reproducibility", "benchmarks", "development", "teaching"),
         )
     ),
 ]
