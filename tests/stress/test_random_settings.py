@@ -43,93 +43,38 @@ SMALL = (
     "--aim-repo=null --no-aim-logging --init-from=null"
 ).split()
 
-RUNS_DIRS = [
-    "runs",
-    "a\nb",
-    "ü 😀",
-    "x" * 200,
-    "x" * 5000,
-    "-runs",
-    "it's",
-    "\x1b[31m",
-    "text.txt/x",
-]
-
-NUMBERS = [
-    0,
-    1,
-    -1,
-    2,
-    8,
-    1023,
-    2**31 - 1,
-    2**31,
-    2**63 - 1,
-    2**63,
-    -(2**63),
-    10**30,
-    10**400,
-    10**4999,
-]
-NUMBERS += [0.0, -0.0, 0.5, 1.0, 0.999, 1e-3, 5e-324, 1e-45, 1e20, 1e38, 1.7e308]
+NUMBERS = [0, 1, -1, 2, 8, 1023, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400]
+NUMBERS += [0.0, -0.0, 0.5, 1.0, 0.999, 1e-3, 5e-324, 1e-45, 1e20, 1e38, 1.7e308, 10**4999]
 NUMBERS += [math.inf, -math.inf, math.nan, True, False, None]
 TEXTS = ["", " ", "auto", "on", "off", "yes", "true", "True", "null", "~", "none", "last", "cpu"]
 TEXTS += ["cuda", "cuda:99", "cuda:01", "mps", "muon", "cosine", "gelu", "gpt2", "char", "file"]
-TEXTS += [
-    "1e3",
-    "1_000",
-    "0x10",
-    "0b1",
-    " 5 ",
-    "+5",
-    "05",
-    "5.0",
-    "1,000",
-    "٣",
-    "１２",
-    "½",
-    "1e999",
-]
-TEXTS += [
-    "nan",
-    "inf",
-    "-inf",
-    "-1",
-    "--seed",
-    "-",
-    "=",
-    "--",
-    "é",
-    "e\u0301",
-    "日本語",
-    "😀",
-    "🏳️‍🌈",
-]
-TEXTS += ["\0", "a\0b", "\x1b[31m", "a\nb", "\r", "\u2028", "\u202e", "\ufeff", "\udc80", "\ud800"]
-TEXTS += [
-    "../x",
-    "..",
-    ".",
-    "/",
-    "/nowhere/x",
-    "~/x",
-    "a/b",
-    "a\\b",
-    "con",
-    "a.",
-    "*",
-    "**",
-    "[",
-    "{x}",
-]
-TEXTS += ["x" * 300, "x" * 70_000, "%s %d {0}", "${HOME}", "&a", "*a", "!!python/object:os.system"]
+TEXTS += ["1e3", "1_000", "0x10", "0b1", " 5 ", "+5", "05", "5.0", "1,000", "1e999", "½"]
+TEXTS += ["nan", "inf", "-inf", "-1", "--seed", "-", "=", "--", "٣", "１２", "é", "e\u0301"]
+TEXTS += ["\0", "a\0b", "\x1b[31m", "\x9b", "\x7f", "a\nb", "\r", "\u2028", "\u202e", "\ufeff"]
+TEXTS += ["\udc80", "\ud800", "../x", "..", ".", "/", "/nowhere/x", "~/x", "a/b", "a\\b", "con"]
+TEXTS += ["*", "**", "[", "{x}", "%s %d {0}", "${HOME}", "&a", "*a", "!!python/object:os.system"]
+TEXTS += ["日本語", "😀", "🏳️‍🌈", "a.", "x" * 300, "x" * 70_000]
 NESTED: list[Any] = [[], [1], [[[]]], {}, {"a": 1}, {"n_layer": {"n_layer": 1}}, [None] * 1000]
 NESTED += [{1: 2}, [{"x": [math.nan]}]]
+WRONG_YAML = [
+    "- 1\n",
+    "x",
+    "&a [*a]",
+    "<<: {seed: 1}",
+    "a: *b",
+    "? [1]\n: 2",
+    "[" * 10_000,
+    "\t: 1",
+]
+WRONG_YAML += ["seed: 2020-13-45", "seed: !!binary x", "a: &a {b: 1}\nc: *a", "---\n---\n", "%X 1"]
+WRONG_YAML += [f"seed: !!int 0x{'f' * 5000}", f"!!int 0x{'f' * 5000}: 1"]
+WRONG_JSON = ["[" * 100_000, "[]", "3", '"x"', "null", "", '{"a": 1', "{,}"]
+RUNS_DIRS = ["runs", "a\nb", "ü 😀", "x" * 200, "x" * 5000, "-runs", "it's", "\x1b[31m"]
 ACTIONS = ["--resume", "--resume=last", "--resume=auto", "--overwrite", "--reset-optimizer"]
 ACTIONS += ["--resume=runs", "--callback=x", "--callback=os:getcwd", "--callback=", "--config"]
 ACTIONS += ["--config=none.yaml", "--config=.", "--config=/dev/zero", "--config=text.txt"]
-ACTIONS += ["--config=a\nb.yaml", "--resume=a\nb", "--callback=a\nb:c", "--init-from=a\nb", "a\nb"]
-ACTIONS += ["stray", "-x", "--", "--help=x", "--show-config=yes"]
+ACTIONS += ["--config=a\nb.yaml", "--resume=a\nb", "--callback=a\nb:c", "--init-from=a\nb"]
+ACTIONS += ["stray", "a\nb", "-x", "--", "--help=x", "--show-config=yes"]
 
 
 class Hang(BaseException):
@@ -194,8 +139,8 @@ def to_flags(draw: random.Random, settings: list[tuple[Any, Any]]) -> list[str]:
         else:
             text = "null" if value is None else to_text(value)
             flags += draw.choice([[flag, text], [f"{flag}={text}"], [f"{flag}={text}"]])
-    # Without the two that no operating system passes on.
-    return [flag.replace("\0", "").encode("utf-8", "ignore").decode() for flag in flags]
+    # Without the two characters that no command line can have.
+    return [flag.replace("\0", "").replace("\ud800", "") for flag in flags]
 
 
 def to_text(value: Any) -> str:
@@ -208,9 +153,9 @@ def to_json(draw: random.Random, settings: list[tuple[Any, Any]]) -> str:
     pairs = []
     for key, value in settings:
         shown = to_text(value) if isinstance(value, int) else json.dumps(value)
-        pairs.append(f"{json.dumps(str(key))}: {shown}".replace("None", "null"))
+        pairs.append(f"{json.dumps(str(key))}: {shown}")
     text = "{" + ", ".join(pairs) + "}"
-    return damage(draw, text, ["[" * 100_000, "[]", "3", '"x"', "null", "", '{"a": 1', "{,}"])
+    return damage(draw, text, WRONG_JSON)
 
 
 def to_yaml(draw: random.Random, settings: list[tuple[Any, Any]]) -> str:
@@ -221,35 +166,16 @@ def to_yaml(draw: random.Random, settings: list[tuple[Any, Any]]) -> str:
         is_huge = any(isinstance(v, int) and abs(v) > 10**4000 for _, v in settings)
         lines = [] if is_huge else [yaml.dump({key: value}).strip() for key, value in settings]
     text = "\n".join(lines) + "\n"
-    extras = [
-        "- 1\n",
-        "x",
-        "&a [*a]",
-        "<<: {seed: 1}",
-        "a: *b",
-        "? [1]\n: 2",
-        "[" * 10_000,
-        "\t: 1",
-    ]
-    extras += [
-        "seed: 2020-13-45",
-        "seed: !!binary x",
-        f"seed: !!int 0x{'f' * 5000}",
-        f"!!int 0x{'f' * 5000}: 1",
-        "a: &a {b: 1}\nc: *a",
-        "---\n---\n",
-        "%X 1",
-    ]
-    return damage(draw, text, extras)
+    return damage(draw, text, WRONG_YAML)
 
 
-def damage(draw: random.Random, text: str, extras: list[str]) -> str:
-    """Return the text of a file; in a few cases another, or with something added or cut off."""
+def damage(draw: random.Random, text: str, wrong: list[str]) -> str:
+    """Return the text of a file; in a few cases a wrong one, or with something added or cut off."""
     chance = draw.random()
     if chance < 0.03:
-        return draw.choice(extras)
+        return draw.choice(wrong)
     if chance < 0.06:
-        return text + draw.choice(extras)
+        return text + draw.choice(wrong)
     return text[: draw.randrange(len(text) + 1)] if chance < 0.08 else text
 
 
