@@ -43,7 +43,8 @@ VALUES_BEFORE_SETTING = {
     "split_by": "position",
     "window_order": "random",
 }
-MAX_FILE_BYTES = 1 << 20  # of a configuration file
+# Bytes of a configuration file. PyYAML reads a list at 50 KB a second; a run's record is JSON.
+MAX_JSON_BYTES, MAX_YAML_BYTES = 1 << 20, 1 << 17
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -400,9 +401,10 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise UserError(f"{shown}: a configuration file's name must end in .yaml, .yml or .json")
     try:
-        raw = read_regular(path, MAX_FILE_BYTES + 1)
-        if len(raw) > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+        limit = MAX_JSON_BYTES if path.suffix == ".json" else MAX_YAML_BYTES
+        raw = read_regular(path, limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
         text = raw.decode("utf-8").removeprefix("\ufeff")
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_reject_duplicates)

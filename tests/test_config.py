@@ -61,6 +61,17 @@ def write_config(name: str, content: str) -> None:
     path.write_text(content, encoding="utf-8")
 
 
+# Size --------------------------------------------------------------------------------------------
+
+
+def test_a_large_yaml_file_is_refused_before_it_is_parsed_which_takes_seconds():
+    Path("large.yaml").write_text(f"a: [{'1, ' * 100_000}]", encoding="utf-8")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"large\.yaml.*bytes"):
+        read_config_file(Path("large.yaml"))
+    assert time.monotonic() - start < 1
+
+
 # Priorities ---------------------------------------------------------------------------------------
 
 
