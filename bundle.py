@@ -34,7 +34,7 @@ from pydantic import BaseModel, Field, ValidationError
 from config import upgrade_settings
 from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Positive, Run
 from utils import files
-from utils.checks import validate_values
+from utils.checks import format_name, validate_values
 from utils.errors import UserError
 
 FORMAT_VERSION = 1
@@ -617,7 +617,8 @@ def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Pat
         places += [runs_dir / reference, checkpoints_dir / reference]
     found = [place for place in places if files.is_directory(place)]
     if not found:
-        raise UserError(f"{reference}: no such model; looked for {', '.join(map(str, places))}")
+        looked_for = ", ".join(format_name(str(place)) for place in places)
+        raise UserError(f"{format_name(reference)}: no such model; looked for {looked_for}")
     # A directory that merely has a model's name must not hide that model.
     return next((place for place in found if is_bundle(place) or is_run(place)), found[0])
 

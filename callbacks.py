@@ -8,6 +8,7 @@ string is the reason. docs/callbacks.md has two worked examples.
 """
 
 import importlib
+import json
 import pkgutil
 import re
 import sys
@@ -15,13 +16,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from parameters import ModelConfig
 from utils.errors import UserError, format_reason
 from utils.files import hash_file, is_file
 from utils.isolation import Isolated
 from utils.output import pluralize
+from utils.run_manager import RunDirectory
+from utils.tracking.metrics import get_tag
 
 if TYPE_CHECKING:  # a wrong --callback is reported before torch is imported
     from torch import Tensor
@@ -72,6 +75,23 @@ class Evaluation:
     config: ModelConfig
 
 
+# The columns of `TrainResult.history`, besides step and seconds: tags in metrics.jsonl, and names.
+HISTORY = {
+    "evaluations": {
+        get_tag("eval_loss", "train"): "train_loss",
+        get_tag("eval_loss", "val"): "val_loss",
+        get_tag("bits_per_byte", "train"): "train_bits_per_byte",
+        get_tag("bits_per_byte", "val"): "val_bits_per_byte",
+    },
+    "steps": {
+        get_tag("loss", "train"): "loss",
+        get_tag("learning_rate", "train"): "learning_rate",
+        get_tag("grad_norm", "train"): "grad_norm",
+        get_tag("tokens_per_second", "train"): "tokens_per_second",
+    },
+}
+
+
 @dataclass(frozen=True)
 class Overfitting:
     """Val loss has risen by `rise` nats since step `since`, while train loss is lower than it."""
@@ -112,6 +132,23 @@ class TrainResult:
     stopped_by: str | None
     overfitting: "Overfitting | None" = None
     longest_overlap: str | None = None
+
+    def history(
+        self, of: Literal["evaluations", "steps"] = "evaluations"
+    ) -> dict[str, list[float | None]]:
+        """Return the logged numbers of this run as columns of one length, for a table or a plot.
+
+        `of` chooses the rows, each with its `step` and `seconds`: the evaluations, or all steps.
+        They are two tables, as val losses exist at evaluations only, and a plot would have gaps.
+        None is a number that was not finite. The steps before a resume are in the run that made
+        them.
+        """
+        columns = HISTORY[of]
+        text = RunDirectory(self.run_dir).metrics.read_text(encoding="utf-8")
+        lines = map(json.loads, text.splitlines())
+        rows = [line for line in lines if columns.keys() <= line.keys()]
+        names = {"step": "step", "seconds": "seconds", **columns}
+        return {name: [row[key] for row in rows] for key, name in names.items()}
 
 
 class Callback:

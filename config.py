@@ -14,6 +14,7 @@ are reported together. Nothing here imports torch, so that a typo is reported at
 import contextlib
 import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ VALUES_BEFORE_SETTING = {
     "split_by": "position",
     "window_order": "random",
 }
-MAX_FILE_BYTES = 1 << 20  # of a configuration file
+# Bytes of a configuration file. PyYAML reads a list at 50 KB a second; a run's record is JSON.
+MAX_JSON_BYTES, MAX_YAML_BYTES = 1 << 20, 1 << 17
 LENGTH_SETTINGS = ("max_iters", "epochs", "max_minutes")
 
 
@@ -117,6 +119,18 @@ class ConfigLoader:
         self._requested = [flag_layer, file_layer]  # these override a checkpoint
         self._configs = self._read_configs(configs_dir)
         self._legacy = self._read_legacy(working_dir / LEGACY_FILE)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], source: str) -> "ConfigLoader":
+        """Return a loader whose settings of highest priority come from Python code.
+
+        They are checked as those of a file are, but may be paths and numbers of NumPy.
+        """
+        problems: list[str] = []
+        plain = {name: _to_plain(value) for name, value in settings.items()}
+        layer = _check_layer(plain, source, problems)
+        values = {name: setting.value for name, setting in layer.items()}
+        return cls(problems=problems).override(values, source)
 
     def get(self, name: str) -> Setting:
         """Return a setting, ignoring any checkpoint."""
@@ -253,6 +267,13 @@ def _check_layer(values: Mapping[str, Any], source: str, problems: list[str]) ->
     return {name: Setting(value, source) for name, value in valid.items()}
 
 
+def _to_plain(value: Any) -> Any:
+    """Return a path as text, and a number of NumPy or PyTorch as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _merge_layers(*layers: Layer) -> Layer:
     """Merge layers, the first of which has the highest priority."""
     merged: Layer = {}
@@ -380,9 +401,10 @@ def read_config_file(path: Path, shown: str | None = None) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise UserError(f"{shown}: a configuration file's name must end in .yaml, .yml or .json")
     try:
-        raw = read_regular(path, MAX_FILE_BYTES + 1)
-        if len(raw) > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+        limit = MAX_JSON_BYTES if path.suffix == ".json" else MAX_YAML_BYTES
+        raw = read_regular(path, limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
         text = raw.decode("utf-8").removeprefix("\ufeff")
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_reject_duplicates)

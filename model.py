@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from torch.nn import functional as F
 
 from parameters import ModelConfig
 from utils.kernels import apply_causal_attention, apply_rms_norm
+
+Ids = Tensor | np.ndarray | Sequence[int]
+"""Token ids, `(B, T)` or `(T,)`."""
 
 
 class LayerCache(Protocol):
@@ -237,16 +241,18 @@ class LanguageModel(nn.Module):
             elif name.endswith("bias"):  # the norms' weights are ones already
                 nn.init.zeros_(parameter)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Ids, targets: Ids | None = None) -> tuple[Tensor, Tensor | None]:
         """Compute the logits and, given `targets`, the mean cross-entropy in nats.
 
         Args:
-            idx: token ids, `(B, T)` int64, with T at most `block_size`.
-            targets: the id that follows each, `(B, T)` int64.
+            idx: token ids, `(B, T)`, with T at most `block_size`; or `(T,)`, as `encode` of a
+                tokenizer returns them, which is a batch of one.
+            targets: the id that follows each, in the same shape.
 
         Returns:
             logits `(B, T, V)`, and the loss, a scalar, or None.
         """
+        idx = as_batch(idx, self.token_embedding.weight.device)
         B, T = idx.shape
         assert self.block_size >= T, f"{T} tokens are more than block_size {self.block_size}"
         positions = slice(0, T)
@@ -257,6 +263,7 @@ class LanguageModel(nn.Module):
         logits = self._compute_logits(x)  # (B, T, V)
         if targets is None:
             return logits, None
+        targets = as_batch(targets, idx.device)
         loss = F.cross_entropy(logits.float().view(B * T, -1), targets.reshape(B * T))
         return logits, loss
 
@@ -312,6 +319,14 @@ class LanguageModel(nn.Module):
             if has_vocab and rows is not None and rows.size(0) < self.vocab_size:
                 tensors[name] = torch.cat((rows, tensor[rows.size(0) :].to(rows)))
         self.load_state_dict(tensors)
+
+
+def as_batch(ids: Ids, device: torch.device) -> Tensor:
+    """Return token ids as `(B, T)` int64; `(T,)` becomes a batch of one."""
+    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype == torch.int64:
+        return ids  # a batch of training
+    ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
+    return ids if ids.dim() == 2 else ids[None]
 
 
 def get_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:

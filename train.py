@@ -39,7 +39,11 @@ ACTIONS = (
     ),
     Action("overwrite", "Replace the named model if it exists."),
     Action("show_config", "Print every setting with its source, and exit."),
-    Action("dry_run", "Print the time and memory that the run would take, and exit."),
+    Action(
+        "dry_run",
+        "Print the size, memory and time of the run, measured with a few steps, and exit; with "
+        "--show-config, every setting too.",
+    ),
 )
 
 
@@ -56,15 +60,16 @@ def main(argv: Sequence[str]) -> int:
     output = Output(quiet=Ranks.from_environment().rank > 0)
     for note in loaded.notes:
         output.print(note)
-    if "show_config" in actions:
+    is_dry_run, show_config = "dry_run" in actions, "show_config" in actions
+    if show_config and not is_dry_run:
         output.print(format_settings(loaded))
         return 0
     callbacks = load_callback_factories(actions.get("callback", []))
 
     from trainer import dry_run, train  # late: imports torch, and the settings are valid by now
 
-    if "dry_run" in actions:
-        output.print(dry_run(loaded, plan, output.print))
+    if is_dry_run:
+        output.print(dry_run(loaded, plan, output.print, show_config=show_config))
         return 0
     result = train(
         loaded.config, loaded=loaded, plan=plan, argv=argv, output=output, callbacks=callbacks

@@ -50,7 +50,7 @@ from callbacks import (
     find_overfitting,
 )
 from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
-from config import CHECKOUT, LoadedConfig, format_settings, upgrade_settings
+from config import CHECKOUT, ConfigLoader, LoadedConfig, format_settings, upgrade_settings
 from data import (
     Batch,
     Dataset,
@@ -125,34 +125,46 @@ MIN_MINUTES_TO_COMPILE = 4.0  # below this time limit, compiling takes longer th
 
 
 def train(
-    config: ModelConfig,
+    config: ModelConfig | None = None,
     *,
     loaded: LoadedConfig | None = None,
     plan: resume.ResumePlan | None = None,
     argv: Sequence[str] = (),
     output: Output | None = None,
     callbacks: Mapping[str, CallbackFactory] | None = None,
+    **settings: Any,
 ) -> TrainResult:
     """Train a model in a new run directory. Under torchrun, all processes call this.
 
+    `train(data="dante.txt", max_iters=500)` is what the flags of these names are to train.py, and
+    works in a notebook too. Outside the main thread, no signal stops it after a step.
+
     Args:
-        config: the settings.
+        config: all settings. None: `settings`, and those of all other sources.
         loaded: the settings and their sources, for the record. None: `config` was made in Python.
         plan: what the run starts from, by `resume.plan_run`. None: `init_from`, else scratch.
         argv: the command line, for the record.
         output: the console; `Output(quiet=True)` prints nothing.
         callbacks: functions of the settings that return a callback (callbacks.py), by name.
+        settings: some settings, instead of `config`.
 
     Raises:
-        UserError: the device, the text, `runs_dir` or the initial model cannot be used, a callback
-            cannot be created, Aim is requested but not installed, or another process trains the
-            named model. Raised before a run directory is created.
+        UserError: a setting, the device, the text, `runs_dir` or the initial model cannot be used,
+            a callback cannot be created, Aim is requested but not installed, or another process
+            trains the named model. Raised before a run directory is created.
         NothingToDo: the model to resume has been trained for `max_iters` steps. Nothing changed.
         RunError: the run cannot go on: non-finite loss, full disk, out of memory, a dead process.
         EndedOnAnotherRank: another rank raised one of these.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
     output = output or Output()
+    if config is None:
+        loaded, plan = resume.plan_run(ConfigLoader.from_settings(settings, "train()"))
+        config = loaded.config
+        for note in loaded.notes:
+            output.print(note)
+    elif settings:
+        raise TypeError(f"give {', '.join(settings)} to ModelConfig(), or train() no config")
     try:
         with translate_failures(config, output), open_world(config) as world:
             trainer = prepare_trainer(
@@ -729,8 +741,10 @@ def dry_run(
     loaded: LoadedConfig,
     plan: resume.ResumePlan | None = None,
     on_progress: Callable[[str], None] | None = None,
+    *,
+    show_config: bool = False,
 ) -> str:
-    """Return every setting, and the time and memory that a run would take.
+    """Return the banner of a run and the memory and time it would take; or every setting, too.
 
     Writes only caches that the run reuses: an encoded text, or standard input.
     """
@@ -738,10 +752,10 @@ def dry_run(
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
-    settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
     banner = summary.format_banner(trainer, loaded.changes)
     estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
-    return f"{settings}\n\n{banner}\n{estimate}"
+    settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
+    return f"{banner}\n{estimate}" + (f"\n\n{settings}" if show_config else "")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ python -m benchmarks                  # all that need no data file
 python -m benchmarks startup encoding
 python -m benchmarks nanogpt_cpu --data tinyshakespeare.txt
 python -m benchmarks.time_to_loss --data tinyshakespeare.txt       # has its own flags
+
+docs/benchmarks.md has the command that downloads tinyshakespeare.txt.
 """
 
 import argparse
@@ -28,7 +30,9 @@ BENCHMARKS = (
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--data", help="the text for nanogpt_cpu: Tiny Shakespeare")
+    parser.add_argument(
+        "--data", help="the text for nanogpt_cpu: Tiny Shakespeare, see docs/benchmarks.md"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(unknown)}")

@@ -53,7 +53,9 @@ class Recorder(Callback):
 def main(argv: Sequence[str] | None = None) -> int:
     """Train each preset, generate with its model, and print the figures."""
     parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="FILE", help="Tiny Shakespeare")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="Tiny Shakespeare, see docs/benchmarks.md"
+    )
     parser.add_argument("--presets", nargs="+", default=["workstation_gpu"], metavar="NAME|FILE")
     parser.add_argument("--target", type=float, default=TARGET, metavar="LOSS", help=f"[{TARGET}]")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="seeds per preset [1]")

@@ -21,7 +21,7 @@ SEEDS = (1337, 1338, 1339)
 
 def run(data: str | None) -> None:
     if data is None:
-        print("  skipped: it needs --data tinyshakespeare.txt")
+        print("  skipped: it needs --data tinyshakespeare.txt (docs/benchmarks.md)")
         return
     losses = []
     for seed in SEEDS:

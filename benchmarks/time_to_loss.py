@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="Tiny Shakespeare")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="Tiny Shakespeare, see docs/benchmarks.md"
+    )
     parser.add_argument("--target", type=float, default=1.898, metavar="LOSS", help="[1.898]")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many [1]")
     parser.add_argument(

@@ -75,6 +75,23 @@ def test_a_callback_is_called_after_each_step_each_evaluation_and_at_the_end(tin
     assert evaluation.config.max_iters == 6
 
 
+def test_the_history_of_a_run_is_a_table_without_gaps_for_evaluations_and_for_steps(tiny, quiet):
+    recorder = Recorder()
+    result = train(tiny(), output=quiet, callbacks={"recorder": lambda _: recorder})
+    evaluations, steps = result.history(), result.history("steps")
+    assert evaluations["step"][-2:] == [3, 6] and steps["step"] == [1, 2, 3, 4, 5, 6]
+    assert evaluations["train_loss"][-1] == recorder.last_evaluation.train_loss
+    assert evaluations["val_loss"][-1] == result.val_loss
+    assert evaluations["val_bits_per_byte"][-1] == recorder.last_evaluation.val_bits_per_byte
+    assert steps["loss"][-1] == pytest.approx(float(recorder.last_step.loss))
+    assert steps["grad_norm"][-1] == pytest.approx(float(recorder.last_step.grad_norm))
+    assert steps["learning_rate"][-1] == recorder.last_step.learning_rate
+    for table in (evaluations, steps):
+        assert {len(column) for column in table.values()} == {len(table["step"])}
+        assert all(math.isfinite(value) for column in table.values() for value in column)
+        assert table["seconds"] == sorted(table["seconds"])
+
+
 def test_an_object_needs_only_the_methods_it_uses(tiny, quiet):
     seen = []
     only_steps = SimpleNamespace(after_step=lambda step: seen.append(step.step))

@@ -6,14 +6,17 @@ python -m pytest tests/test_command_line.py
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from helpers import CHECKOUT
 
+import train
 from parameters import ALIASES, GROUPS, ModelConfig
 from utils.checks import SYNONYMS
 from utils.command_line import Action, CommandLine
+from utils.output import run_command
 
 
 @pytest.fixture
@@ -178,3 +181,42 @@ def test_help_works_with_options_of_python(options):
     assert done.returncode == 0, done.stderr
     for info in ModelConfig.model_fields.values():
         assert info.description.split()[0] in done.stdout
+
+
+# Names and values that anyone may type ----------------------------------------------------------
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\x1b[31m", "a\x9b", "a\u2028b", "a\u202eb", "a\udc80"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--device={}",
+        "--{}=1",
+        "{}",
+        "--config={}.yaml",
+        "--resume={}",
+        "--init-from={}",
+        "--data={}",
+    ],
+)
+def test_a_mistake_with_control_characters_is_one_printable_line(flags, text, capsys):
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's
+    assert run_command(train.main, [flags.format(text)]) == 2
+    (line,) = capsys.readouterr().err.removesuffix("\n").split("\n")
+    assert line.startswith("error: ") and line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "flags", [f"--{LONG}", f"--device={LONG}", f"--resume={LONG}", f"--init-from={LONG}", LONG]
+)
+def test_a_mistake_of_thousands_of_characters_is_a_short_line(flags, capsys):
+    assert run_command(train.main, [flags]) == 2
+    assert len(capsys.readouterr().err) < 400
+
+
+def test_an_unknown_key_of_thousands_of_characters_is_a_short_line(capsys):
+    Path("long.json").write_text(f'{{"{LONG}": 1}}', encoding="utf-8")
+    assert run_command(train.main, ["--config=long.json"]) == 2
+    assert len(capsys.readouterr().err) < 400

@@ -188,10 +188,18 @@ def test_a_note_names_shadowed_legacy_keys_and_the_flag_that_prefers_the_file(fo
 def test_dry_run_writes_nothing(folio, text_file, tmp_path):
     done = folio("train.py", "--data", text_file, *TINY_FLAGS, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Memory " in done.stdout
-    assert "Time " in done.stdout
+    assert done.stdout.startswith("Model ")
+    assert "\nMemory " in done.stdout and "\nTime " in done.stdout
+    assert "n_layer" not in done.stdout
     assert list(Path.cwd().iterdir()) == []
     assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_with_show_config_prints_the_settings_last(folio, text_file):
+    flags = ["--data", text_file, *TINY_FLAGS, "--dry-run", "--show-config"]
+    printed = folio("train.py", *flags, check=True).stdout
+    assert printed.startswith("Model ")
+    assert printed.index("\nTime ") < printed.index("\narchitecture\n") < printed.index(" n_layer ")
 
 
 def test_a_closed_pipe_is_not_an_error(text_file):

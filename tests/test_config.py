@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import CHECKOUT, call_as_other_user
@@ -60,6 +61,17 @@ def write_config(name: str, content: str) -> None:
     path.write_text(content, encoding="utf-8")
 
 
+# Size --------------------------------------------------------------------------------------------
+
+
+def test_a_large_yaml_file_is_refused_before_it_is_parsed_which_takes_seconds():
+    Path("large.yaml").write_text(f"a: [{'1, ' * 100_000}]", encoding="utf-8")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"large\.yaml.*bytes"):
+        read_config_file(Path("large.yaml"))
+    assert time.monotonic() - start < 1
+
+
 # Priorities ---------------------------------------------------------------------------------------
 
 
@@ -85,6 +97,27 @@ def test_the_source_of_higher_priority_wins_and_is_recorded(sources, upper, lowe
     }[upper]
     assert loaded.sources["n_layer"] == expected
     assert loaded.sources["n_head"] == "default"
+
+
+def test_settings_from_python_win_and_may_be_paths_and_numbers_of_numpy():
+    values = {"data": CHECKOUT / "LICENSE", "n_layer": np.int64(2), "min_lr": np.float32(0)}
+    loaded = ConfigLoader.from_settings({**values, "learning_rate": 1}, "train()").load()
+    assert loaded.config.data == str(CHECKOUT / "LICENSE")
+    assert (loaded.config.n_layer, loaded.config.learning_rate) == (2, 1.0)
+    assert {loaded.sources[name] for name in values} == {"train()"}
+    assert loaded.sources["n_head"] == "configs/model.json"
+
+
+def test_wrong_settings_from_python_are_reported_together():
+    loader = ConfigLoader.from_settings({"n_layers": 3, "seed": "one", "n_head": None}, "train()")
+    with pytest.raises(UserError) as caught:
+        loader.load()
+    unknown, *wrong = caught.value.problems
+    assert "n_layers" in unknown and "n_layer?" in unknown
+    assert sorted(re.findall(r"train\(\): (seed|n_head) must", "\n".join(wrong))) == [
+        "n_head",
+        "seed",
+    ]
 
 
 def test_false_and_null_in_a_file_are_values(sources):

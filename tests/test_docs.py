@@ -25,7 +25,7 @@ PAGES = [
         f"docs/{name}.md"
         for name in (
             *("resume", "configuration", "generation", "data", "tracking", "distributed"),
-            *("search", "reproducibility", "benchmarks", "development"),
+            *("search", "reproducibility", "benchmarks", "development", "teaching"),
         )
     ),
 ]
@@ -176,7 +176,16 @@ def test_every_other_documented_command_is_known(page):
             assert scripts
             assert (CHECKOUT / scripts[0]).exists(), command
         else:
-            assert words[0] in ("source", "tensorboard", "aim", "optuna-dashboard"), command
+            known = ("source", "tensorboard", "aim", "optuna-dashboard", "curl")
+            assert words[0] in known, command
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_page_that_needs_tiny_shakespeare_has_the_command_that_downloads_it(page):
+    blocks = "\n".join(find_blocks(page, "bash"))
+    downloaded = re.findall(r"^curl .*--output (\S+) https://", blocks, re.MULTILINE)
+    needed = re.findall(r"--data (\S*tinyshakespeare\S*\.txt)", blocks)
+    assert set(needed) <= set(downloaded)
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -45,6 +45,7 @@ NAMES = {
     *("main", "forward", "backward", "dry_run", "training_step", "autocast", "learning_rate_at"),
     *("error", "astype", "isatty"),  # overrides methods of argparse, numpy and files
     *("after_step", "after_evaluation", "at_end"),  # the hooks of a callback
+    "history",  # of a run's result, as Keras calls it
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from model import LanguageModel
 from parameters import ModelConfig
+from tokenizer import create_tokenizer
 
 V = 11
 GPT2 = {"architecture": "gpt2"}
@@ -47,6 +48,18 @@ def test_logits_and_loss_have_their_shapes_and_the_loss_is_the_mean_cross_entrop
     _, loss = model(idx, targets)
     chosen = logits.log_softmax(-1).gather(-1, targets[..., None])
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+
+
+def test_the_ids_that_a_tokenizer_returns_are_a_batch_of_one():
+    tokenizer = create_tokenizer("abcdefghijk")
+    model, ids = make(), tokenizer.encode("acbk")
+    batch = torch.tensor([[0, 2, 1, 10]])
+    logits, loss = model(batch[:, :-1], batch[:, 1:])
+    for form in (ids, ids.tolist(), batch[0], torch.from_numpy(ids), ids[None], batch.int()):
+        halves = [form[:-1], form[1:]] if len(form) > 1 else [form[:, :-1], form[:, 1:]]
+        found, found_loss = model(*halves)
+        assert torch.equal(found, logits) and torch.equal(found_loss, loss)
+    assert model(ids)[1] is None
 
 
 def test_the_loss_of_an_untrained_model_is_about_log_v(architecture):

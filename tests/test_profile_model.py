@@ -5,6 +5,7 @@ python -m pytest tests/test_profile_model.py
 
 import json
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from profile_model import profile
 from resume import plan_run
 from trainer import PHASES, train
 from utils import profiling
-from utils.profiling import measure_phases
+from utils.profiling import get_category, measure_phases
 from utils.tracking.run_logger import RunLogger
 
 
@@ -108,6 +109,26 @@ def test_every_category_of_operators_has_a_share(small):
     names = [operator.name for operator in section.operators]
     assert "aten::mm" in names
     assert len(names) == profiling.TOP
+
+
+@pytest.mark.parametrize(
+    ("callers", "category"),
+    [
+        (["aten::mul", "backward", "evaluate_function: MulBackward0"], "element-wise backward"),
+        (["aten::add", "forward"], "element-wise forward"),
+        (["aten::copy_", "aten::_to_copy", "aten::to", "forward"], "copy forward"),
+        (["aten::cat", "backward"], "copy backward"),
+        (["aten::mul", "FusedRMSNorm", "forward"], "norm forward"),
+        (["aten::copy_", "aten::linear", "forward"], "linear forward"),
+        (["aten::mul_", "optimizer"], "optimizer"),
+        (["forward"], "other"),
+    ],
+)
+def test_an_operator_has_the_category_of_its_name_or_of_its_callers(callers, category):
+    event = None
+    for name in reversed(callers):
+        event = SimpleNamespace(name=name, cpu_parent=event)
+    assert get_category(event) == category
 
 
 def test_periodic_work_is_shown_with_its_share_of_a_run(small):

@@ -72,6 +72,12 @@ def test_a_run_directory_has_the_documented_structure(tmp_path):
     assert {path.name for path in run.path.iterdir()} == {"artifacts", "logs", "meta"}
 
 
+def test_a_runs_dir_of_thousands_of_characters_is_a_short_line():
+    with pytest.raises(UserError, match="--runs-dir") as caught:
+        create_run_directory(Path("x" * 5000), "r")
+    assert len(str(caught.value)) < 400
+
+
 def test_a_runs_dir_that_cannot_be_written_is_a_users_mistake(tmp_path):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "runs"

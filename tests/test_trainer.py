@@ -12,8 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -474,6 +478,41 @@ def test_a_run_that_ends_during_warmup_prints_a_note(tiny, quiet):
     assert "Note:" not in read_console(train(tiny(warmup_iters=6), output=quiet).run_dir)
 
 
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a command line."""
+    return CommandLine(None, ModelConfig).parse(flags)[0]
+
+
+def test_settings_by_name_train_as_in_a_notebook_without_a_terminal_or_the_main_thread(
+    text_file, monkeypatch
+):
+    class Cell:
+        """A notebook's standard output: no file, and no terminal."""
+
+        written = ""
+
+        def write(self, text):
+            self.written += text
+
+        def flush(self):
+            pass
+
+    cell = Cell()
+    monkeypatch.setattr(sys, "stdout", cell)
+    settings = {**read_flags(TINY_FLAGS), "data": text_file, "seed": np.int64(5)}
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, **settings).result()
+    assert result.step == 4 and result.run_dir.parent == Path("runs")
+    assert cell.written == read_console(result.run_dir)
+    record = json.loads((result.run_dir / "meta/full_config.json").read_text(encoding="utf-8"))
+    assert (record["config"]["seed"], record["sources"]["seed"]) == (5, "train()")
+    assert record["sources"]["beta1"] == "configs/train.yaml"
+    with pytest.raises(UserError, match=r"n_layers.*n_layer"):
+        train(data=text_file, n_layers=2)
+    with pytest.raises(TypeError, match="n_layer"):
+        train(ModelConfig(), n_layer=2)
+
+
 def test_num_threads_sets_pytorchs_threads(tiny, quiet):
     train(tiny(num_threads=2), output=quiet)
     assert torch.get_num_threads() == 2
@@ -485,12 +524,22 @@ def test_a_dry_run_does_not_cache_the_sample_corpus(tiny, tmp_path, sample_corpu
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_dry_run_prints_settings_memory_and_time_and_writes_nothing(tiny, tmp_path):
+def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_nothing(
+    tiny, tmp_path
+):
     before = sorted(tmp_path.rglob("*"))
     config = tiny()
-    text = dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
-    for words in ("n_layer", "parameters", "Memory ", "epochs", "Time ", " ms "):
-        assert words in text, words
+    loaded = LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default"))
+    lines = dry_run(loaded).splitlines()
+    heads = ["Model", "Text", "Steps", "Device", "Memory", "Time"]
+    assert [line.split()[0] for line in lines] == heads
+    for fact, line in zip(
+        ("parameters", "vocabulary", "epochs", "CPU", "B", " ms "), lines, strict=True
+    ):
+        assert fact in line
+    more = dry_run(loaded, show_config=True).splitlines()
+    assert [line.split()[0] for line in more[:6]] == heads
+    assert any(line.split()[:2] == ["n_layer", "2"] for line in more[6:])
     assert sorted(tmp_path.rglob("*")) == before
 
 

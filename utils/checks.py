@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from parameters import DEVICE_PATTERN, NAME_PATTERN, Settings
+from utils.errors import escape_unprintable
 
 # The end of a message that begins with the setting's name, by the type of pydantic's error.
 REQUIREMENTS = {
@@ -30,6 +31,7 @@ REQUIREMENTS = {
 }
 
 MAX_UNKNOWN = 20  # names that are reported one by one
+MAX_NAME = 300  # characters of a name that is shown as it is
 # Names of the same settings in other programs.
 SYNONYMS = {
     "learning_rate": "lr max_lr peak_lr eta",
@@ -69,7 +71,7 @@ SYNONYMS = {
 
 
 def format_value(value: Any) -> str:
-    """Return a value as JSON (true, null, "text"), cut to 60 characters.
+    """Return a value as JSON (true, null, "text"), cut to 60 characters, all of them printable.
 
     No more of it is formatted, as a few nested YAML anchors stand for billions of values.
     """
@@ -80,8 +82,8 @@ def format_value(value: Any) -> str:
             if len(text) > 60:
                 break
         else:
-            return text
-    return text[:57] + "..."
+            return escape_unprintable(text)
+    return escape_unprintable(text[:57]) + "..."
 
 
 def _format_error(error: Mapping[str, Any]) -> str:
@@ -98,8 +100,9 @@ def _format_error(error: Mapping[str, Any]) -> str:
 
 
 def format_name(key: Any) -> str:
-    """Return a key or a path for a one-line message: unchanged if printable, else as JSON."""
-    return key if isinstance(key, str) and key and key.isprintable() else format_value(key)
+    """Return a key or a path for a one-line message; as JSON unless it is short, printable text."""
+    is_plain = isinstance(key, str) and key.isprintable() and 0 < len(key) <= MAX_NAME
+    return key if is_plain else format_value(key)
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,8 @@ class UserError(ValueError):
     exit_status = 2
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(escape_unprintable, problems))  # a path may have a line break
+        super().__init__("\n".join(self.problems))
 
 
 class RunError(RuntimeError):
@@ -36,6 +36,11 @@ class EndedOnAnotherRank(Exception):
     def __init__(self, exit_status: int):
         super().__init__(f"ended in another process, with status {exit_status}")
         self.exit_status = exit_status
+
+
+def escape_unprintable(text: str) -> str:
+    r"""Escape characters that could break a line or drive a terminal, as `\n` and `\x1b`."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def format_reason(error: BaseException) -> str:

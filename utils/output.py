@@ -61,7 +61,7 @@ class Stream:
         """Return whether this is a terminal."""
         try:
             return self.failure is None and self._stream.isatty()
-        except ValueError:
+        except (ValueError, AttributeError):  # AttributeError: an object that can only be written
             return False
 
     def flush(self) -> None:

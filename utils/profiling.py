@@ -36,6 +36,13 @@ CATEGORIES = {
     "loss": ("nll_loss", "cross_entropy", "LogSoftmaxBackward", "log_softmax_backward"),
     "sampling": ("softmax", "cumsum", "argmax"),
     "embedding": ("embedding", "index_select"),
+    # Casts to and from bf16, and tensors that are split, stacked or made contiguous.
+    "copy": ("::copy_", "::to", "::cat", "::clone", "::contiguous", "::fill_", "ToCopyBackward"),
+    # Of the rotary embedding, the gate and the residual branches, and sums of gradients.
+    "element-wise": (
+        *("::mul", "::add", "::neg", "::sub", "::div", "::sum", "AccumulateGrad"),
+        *("MulBackward", "AddBackward", "NegBackward", "SubBackward", "DivBackward"),
+    ),
 }
 
 # One call of the work to profile. It enters `phase(name)` for each of its phases.
@@ -320,4 +327,4 @@ def get_category(event: FunctionEvent) -> str:
     for name, words in CATEGORIES.items():
         if any(word in caller for word in words for caller in callers):
             return f"{name} {'backward' if is_backward else 'forward'}"
-    return "other"  # copies, sums, and the calls themselves
+    return "other"  # views, and the time of Python and autograd between the operators

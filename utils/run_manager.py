@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from parameters import GROUPS, ModelConfig
+from utils.checks import format_name
 from utils.errors import UserError, format_reason
 from utils.files import make_directory, read_regular, sync, write_atomic
 
@@ -96,7 +97,8 @@ def create_run_directory(runs_dir: Path, run_id: str) -> RunDirectory:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot create a run directory in {runs_dir}: {reason}; choose another with --runs-dir"
+            f"cannot create a run directory in {format_name(str(runs_dir))}: {reason}; choose "
+            "another with --runs-dir"
         ) from None
     return run
 
