@@ -298,9 +298,11 @@ class Trainer:
             checkpoints.save(self.get_state(run, step, val_loss, best))
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
-        if config.sample_interval and self.plan.start_step == 0:
+        # A sharded model cannot begin with inference: its first all-gather must be of training.
+        is_sharded = world.size > 1 and config.parallel == "fsdp"
+        if config.sample_interval and self.plan.start_step == 0 and not is_sharded:
             note = "" if self.plan.bundle else summary.format_guess(self.data.tokenizer)
-            log.log_sample(0, self.sample_text(SAMPLE_TOKENS), note)
+            log.log_sample(0, sample_text(self.model, self.data, config, SAMPLE_TOKENS), note)
         alone_on_cpu = world.size == 1 and self.device.type == "cpu"
         cores = CoreBinding(torch.get_num_threads() if alone_on_cpu else 0, output.print)
         with output.show_progress(config.max_iters, self.plan.start_step), cores:
@@ -342,7 +344,8 @@ class Trainer:
                 is_sample_due = 0 < config.sample_interval <= step - last_sampled
                 if should_evaluate and is_sample_due and not interrupted:
                     last_sampled = step
-                    log.log_sample(step, self.sample_text(SAMPLE_TOKENS))
+                    text = sample_text(self.model, self.data, config, SAMPLE_TOKENS)
+                    log.log_sample(step, text)
                 if is_last or interrupted:
                     break
                 log.reset_timer()
@@ -411,19 +414,6 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Return the mean loss of the train and val splits, in nats per token."""
         return estimate_loss(self.model, self.data, self.config, self.precision, self.world)
-
-    def sample_text(self, length: int, model: LanguageModel | None = None) -> str:
-        """Generate `length` tokens from the default prompt, with the run's seed.
-
-        `model` replaces the trained one. All ranks call this if the model is sharded.
-        """
-        tokenizer = self.data.tokenizer
-        prompt = tokenizer.encode(tokenizer.default_prompt)
-        sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
-        ids = generate_tokens(
-            model or self.model, prompt, length, sampling, seeds=[self.config.seed]
-        )
-        return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
 
     def log_evaluation(
         self,
@@ -562,6 +552,15 @@ def collect_weights_and_gradients(
     tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
     collected = {name: gather_to_main(tensor, world) for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in collected.items() if tensor is not None}
+
+
+def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
+    """Generate `length` tokens from the default prompt, with the run's seed."""
+    tokenizer = data.tokenizer
+    prompt = tokenizer.encode(tokenizer.default_prompt)
+    sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
+    ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
+    return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -887,13 +886,14 @@ def log_best_sample(trainer: Trainer, result: TrainResult, log: RunLogger) -> Tr
     if result.exit_status or not is_bundle(result.export_dir):
         return result
     trainer.optimizer.zero_grad(set_to_none=True)  # makes room for another model
-    bundle, tokenizer = read_bundle(result.export_dir, WEIGHTS_FILE), trainer.data.tokenizer
+    data, tokenizer = trainer.data, trainer.data.tokenizer
+    bundle = read_bundle(result.export_dir, WEIGHTS_FILE)
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
-    text = trainer.sample_text(LAST_SAMPLE_TOKENS, model.to(trainer.device))
+    text = sample_text(model.to(trainer.device), data, trainer.config, LAST_SAMPLE_TOKENS)
     log.log_best_sample(bundle.state.step, text)
-    ids, training = tokenizer.encode(text), trainer.data.splits["train"]
-    shared = find_longest_overlap(ids, training, MIN_OVERLAP.get(tokenizer.unit, 2))
+    ids = tokenizer.encode(text)
+    shared = find_longest_overlap(ids, data.splits["train"], MIN_OVERLAP.get(tokenizer.unit, 2))
     return replace(result, longest_overlap=tokenizer.decode(ids[shared]))
 
 

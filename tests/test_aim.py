@@ -407,8 +407,11 @@ def test_aim_has_everything_that_a_run_logs_once(tiny, quiet):
         sequence = run.get_distribution_sequence(name, Context({}))
         assert [step for step, _ in read_sequence(sequence)] == [2, 4, 6]
     samples = RunDirectory(result.run_dir).samples.read_text(encoding="utf-8").splitlines()
+    *samples, best = map(json.loads, samples)
     texts = read_sequence(run.get_text_sequence("sample", Context({})))
-    assert [{"step": s, "text": text.data} for s, text in texts] == list(map(json.loads, samples))
+    assert [{"step": s, "text": text.data} for s, text in texts] == samples
+    exported = read_sequence(run.get_text_sequence("sample_exported", Context({})))
+    assert [(s, text.data) for s, text in exported] == [(best["step"], best["text"])]
     record = json.loads((result.run_dir / "meta" / "full_config.json").read_bytes())
     assert run["config"] == record["config"]
     assert run["run_dir"] == str(result.run_dir.resolve())

@@ -463,9 +463,10 @@ def test_the_newest_run_with_a_model_is_found(tmp_path):
         save_bundle(
             runs / "20260102_000000_a" / "artifacts" / "checkpoints" / f"step_0000000{step}"
         )
-    assert find_newest_usable_bundle(runs).name == "step_00000004"
+    assert find_newest_usable_bundle(runs).path.name == "step_00000004"
     save_bundle(runs / "20260102_000000_a" / "artifacts" / "export")
-    assert find_newest_usable_bundle(runs) == runs / "20260102_000000_a" / "artifacts" / "export"
+    export = runs / "20260102_000000_a" / "artifacts" / "export"
+    assert find_newest_usable_bundle(runs).path == export
     with pytest.raises(UserError, match="20260103_000000"):
         find_usable_bundle(runs / "20260103_000000")
 

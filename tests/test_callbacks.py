@@ -110,7 +110,7 @@ def test_a_returned_reason_stops_the_run_after_an_evaluation_and_a_save(tiny, qu
     assert recorder.calls[-2:] == [("evaluation", step), ("end", step)]
     text = read_console(result.run_dir)
     assert re.search(rf"Stopped after step {step} in \d:\d\d: reached the target\.", text)
-    assert f"--- Sample at step {step} ---" in text
+    assert f"--- Sample of the best model (step {step}) ---" in text
     assert "--resume" in text
 
 

@@ -97,7 +97,7 @@ def read_result() -> dict:
 def test_a_run_whose_terminal_goes_away_ends_as_if_it_had_not(text_file):
     flags = (f"--data={text_file}", "--max-iters=16", "--sample-interval=2")
     with open_window(*train_command(*flags), NOHUP="1") as window:
-        window.read_until(b"Sample")
+        window.read_until(b"sample")
         window.close()
         assert window.process.wait(60) == 0
     assert (read_result()["exit_status"], read_result()["step"]) == (0, 16)
@@ -106,7 +106,7 @@ def test_a_run_whose_terminal_goes_away_ends_as_if_it_had_not(text_file):
 def test_closing_the_window_saves_the_last_step_and_exits_129(text_file):
     flags = (f"--data={text_file}", "--max-iters=100000", "--sample-interval=2")
     with open_window(*train_command(*flags)) as window:
-        window.read_until(b"Sample")
+        window.read_until(b"sample")
         window.close()
         assert window.process.wait(60) == 128 + signal.SIGHUP
     result = read_result()

@@ -463,7 +463,9 @@ def test_the_longest_stretch_that_a_sample_shares_with_the_training_text_is_reco
     tiny, quiet, monkeypatch, text_file
 ):
     text = text_file.read_text(encoding="utf-8")
-    monkeypatch.setattr(Trainer, "sample_text", lambda *_: text[19::-1] + text[10:40] + text[9::-1])
+    monkeypatch.setattr(
+        trainer_module, "sample_text", lambda *_: text[19::-1] + text[10:40] + text[9::-1]
+    )
     result = train(tiny(), output=quiet)
     assert text[10:40] in result.longest_overlap
     assert result.longest_overlap in text
@@ -809,7 +811,7 @@ def test_a_non_finite_gradient_is_in_the_histograms_and_stops_the_run(
     assert [line["nonfinite"] for line in lines if "nonfinite" in line] == [3]
     (events,) = RunDirectory(run_dir).tensorboard.iterdir()
     events = EventAccumulator(str(events)).Reload()
-    (histogram,) = events.Histograms("gradients/token_embedding.weight")
+    (histogram,) = events.Histograms("parameter_gradients/token_embedding.weight")
     assert histogram.step == 5
     assert "warning" not in read_console(run_dir)
     model = load_model(run_dir)[0]  # that of step 3
