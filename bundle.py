@@ -646,7 +646,7 @@ def find_best_bundle(named_model: Path, runs_dir: Path) -> Path | None:
     """
     state = read_state(named_model)
     best_step, run_id = state.get_fact("best_step"), state.run_id
-    if best_step in (None, state.step) or not run_id or run_id != Path(run_id).name:
+    if best_step in (None, state.step) or not re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII):
         return None
     checkpoint = f"artifacts/checkpoints/step_{best_step:08d}"
     for place in (runs_dir / run_id / "artifacts/export", runs_dir / run_id / checkpoint):

@@ -7,6 +7,7 @@ step, after each evaluation, and at the end. A method that returns a string stop
 string is the reason. docs/callbacks.md has two worked examples.
 """
 
+import contextlib
 import importlib
 import json
 import pkgutil
@@ -141,12 +142,19 @@ class TrainResult:
         `of` chooses the rows, each with its `step` and `seconds`: the evaluations, or all steps.
         They are two tables, as val losses exist at evaluations only, and a plot would have gaps.
         None is a number that was not finite. The steps before a resume are in the run that made
-        them.
+        them. Raises `UserError` if the run's directory was deleted or moved.
         """
         columns = HISTORY[of]
-        text = RunDirectory(self.run_dir).metrics.read_text(encoding="utf-8")
-        lines = map(json.loads, text.splitlines())
-        rows = [line for line in lines if columns.keys() <= line.keys()]
+        path = RunDirectory(self.run_dir).metrics
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        rows = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, AttributeError):  # cut off, or no object
+                if columns.keys() <= (row := json.loads(line)).keys():
+                    rows.append(row)
         names = {"step": "step", "seconds": "seconds", **columns}
         return {name: [row[key] for row in rows] for key, name in names.items()}
 

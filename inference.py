@@ -174,10 +174,13 @@ def choose_bundle(
     bundle = find_usable_bundle(directory, last=last)
     run = find_run_of(bundle)
     if run is not None:
-        if bundle == directory or last or (run / "artifacts" / "export").exists():
-            return ChosenModel(bundle)
-        return ChosenModel(bundle, "its run has no export yet, so this is its newest checkpoint")
-    is_named = checkpoints_dir and bundle.absolute().parent == checkpoints_dir.absolute()
+        is_best, reason = bundle.name == "export", ""
+        if bundle != directory and is_best and last:
+            reason = "its run has kept no checkpoint, so this is its best"
+        elif bundle != directory and not is_best and not last:
+            reason = "its run has no export yet, so this is its newest checkpoint"
+        return ChosenModel(bundle, reason)
+    is_named = checkpoints_dir and bundle.parent.resolve() == checkpoints_dir.resolve()
     if is_named and not last and (best := find_best_bundle(bundle, runs_dir)):
         return ChosenModel(best, f"the best of {bundle}; --last uses its last step")
     return ChosenModel(bundle)

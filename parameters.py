@@ -247,7 +247,7 @@ class Tracking(Settings):
     """Steps between printed lines; metrics.jsonl has every step."""
 
     sample_interval: Count = 1
-    """Print a sample at an evaluation if the last is this many steps old. 0: at the end only."""
+    """Sample before training, and at evaluations this many steps apart. 0: at the end only."""
 
     histogram_interval: Count = 250
     """Steps between histograms of weights and gradients. 0: none."""

@@ -138,11 +138,8 @@ def profile_training(
                 "sample": lambda: sample(model, data, config, training.SAMPLE_TOKENS),
             }
             works = {"evaluation": (training.time_evaluation(trainer), config.eval_interval)}
-            # A sample needs an evaluation.
-            of_samples = min(config.sample_interval, 1) * max(
-                config.eval_interval, config.sample_interval
-            )
-            intervals = (config.checkpoint_interval, config.histogram_interval, of_samples)
+            intervals = (config.checkpoint_interval, config.histogram_interval)
+            intervals += (training.get_sample_period(config),)
             for name, interval in zip(calls, intervals, strict=True):
                 works[name] = (measure_seconds(device, calls[name]), interval)
     return first_call, [section], compute_shares(section.timing.median, works)

@@ -144,7 +144,8 @@ def main(argv: Sequence[str]) -> int:
     references = actions.get("runs") or ["last"]
     runs = list(dict.fromkeys(find_run(reference, runs_dir) for reference in references))
     is_one = len(runs) == 1
-    default = RunDirectory(runs[0]).report if is_one else runs[0].parent / "comparison.html"
+    first = runs[0] if runs[0].name not in ("", "..") else runs[0].resolve()  # of "." and ".."
+    default = RunDirectory(first).report if is_one else first.parent / "comparison.html"
     target = Path(actions.get("output", default))
     if target.suffix == ".svg" and not is_one:
         raise UserError(f"{target}: a picture shows one run; name an .html file for several")

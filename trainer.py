@@ -38,7 +38,6 @@ from bundle import (
     read_state,
 )
 from callbacks import (
-    OVERFITTING_AFTER,
     Best,
     CallbackFactory,
     Callbacks,
@@ -120,6 +119,7 @@ PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of
 SAMPLE_TOKENS = 50  # during training: all samples take less than 1 % of a run
 LAST_SAMPLE_TOKENS = 400  # of the best model, at the end of a run
 MIN_OVERLAP = {"character": 8}  # tokens of a sample that stand verbatim in the training text
+MAX_SEARCHED = 1 << 27  # tokens of the training text that are searched for them: some seconds
 SAMPLE_TEMPERATURE = 0.8
 MIN_MINUTES_TO_COMPILE = 4.0  # below this time limit, compiling takes longer than it saves
 
@@ -158,6 +158,8 @@ def train(
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
     """
     output = output or Output()
+    if config is None and (loaded or plan):
+        raise TypeError("give train() the config, too, that belongs to loaded and plan")
     if config is None:
         loaded, plan = resume.plan_run(ConfigLoader.from_settings(settings, "train()"))
         config = loaded.config
@@ -226,6 +228,7 @@ class Trainer:
         self.config, self.data, self.device, self.world = config, data, device, world
         self.plan = plan or resume.ResumePlan()
         self.sources, self.callbacks = sources or {}, callbacks or {}
+        self.overfits_since: int | None = None
         torch.manual_seed(config.seed)
         self.model = LanguageModel(config, data.tokenizer.vocab_size, data.tokenizer.num_tokens)
         if bundle is not None:
@@ -303,6 +306,7 @@ class Trainer:
         if config.sample_interval and self.plan.start_step == 0 and not is_sharded:
             note = "" if self.plan.bundle else summary.format_guess(self.data.tokenizer)
             log.log_sample(0, sample_text(self.model, self.data, config, SAMPLE_TOKENS), note)
+        log.reset_timer()
         alone_on_cpu = world.size == 1 and self.device.type == "cpu"
         cores = CoreBinding(torch.get_num_threads() if alone_on_cpu else 0, output.print)
         with output.show_progress(config.max_iters, self.plan.start_step), cores:
@@ -435,7 +439,8 @@ class Trainer:
             best = Best(step, losses["val"])
         else:
             best = replace(best, evaluations_since=best.evaluations_since + 1)
-            if best.evaluations_since == OVERFITTING_AFTER and find_overfitting(best, **losses):
+            if find_overfitting(best, **losses) and self.overfits_since != best.step:
+                self.overfits_since = best.step  # noted once
                 log.output.print(summary.format_overfitting(best, losses["val"]))
         evaluation = Evaluation(
             step=step,
@@ -493,6 +498,13 @@ class Trainer:
 def is_due(step: int, *intervals: int) -> bool:
     """Return whether `step` is a multiple of one of `intervals`; 0 is never due."""
     return any(interval > 0 and step % interval == 0 for interval in intervals)
+
+
+def get_sample_period(config: ModelConfig) -> int:
+    """Return the steps from one sample to the next, which needs an evaluation; 0: none."""
+    if not (config.sample_interval and config.eval_interval):
+        return 0
+    return math.ceil(config.sample_interval / config.eval_interval) * config.eval_interval
 
 
 def agree_to_stop(world: World, stop: StopRequest, reason: str | None) -> tuple[bool, str | None]:
@@ -803,6 +815,7 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
         }
     return {
         "run_id": run_id,
+        "run_tag": plan.run_tag,
         "argv": list(argv),
         "callbacks": describe_callbacks(trainer.callbacks),
         "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
@@ -887,13 +900,20 @@ def log_best_sample(trainer: Trainer, result: TrainResult, log: RunLogger) -> Tr
         return result
     trainer.optimizer.zero_grad(set_to_none=True)  # makes room for another model
     data, tokenizer = trainer.data, trainer.data.tokenizer
-    bundle = read_bundle(result.export_dir, WEIGHTS_FILE)
-    model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
-    load_weights(bundle, model)
-    text = sample_text(model.to(trainer.device), data, trainer.config, LAST_SAMPLE_TOKENS)
+    try:
+        bundle = read_bundle(result.export_dir, WEIGHTS_FILE)
+        model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+        load_weights(bundle, model)
+        text = sample_text(model.to(trainer.device), data, trainer.config, LAST_SAMPLE_TOKENS)
+    except (UserError, RunError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (UserError, RunError)) and not is_out_of_memory(error):
+            raise
+        # The model is trained and saved: this must not end the run as failed.
+        log.output.print_warning(f"no sample of the best model: {format_reason(error)}")
+        return result
     log.log_best_sample(bundle.state.step, text)
-    ids = tokenizer.encode(text)
-    shared = find_longest_overlap(ids, data.splits["train"], MIN_OVERLAP.get(tokenizer.unit, 2))
+    ids, training = tokenizer.encode(text), data.splits["train"][:MAX_SEARCHED]
+    shared = find_longest_overlap(ids, training, MIN_OVERLAP.get(tokenizer.unit, 2))
     return replace(result, longest_overlap=tokenizer.decode(ids[shared]))
 
 

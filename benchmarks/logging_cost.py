@@ -16,6 +16,7 @@ from trainer import (
     SAMPLE_TOKENS,
     Trainer,
     collect_weights_and_gradients,
+    get_sample_period,
     open_log,
     open_run,
     prepare_trainer,
@@ -49,9 +50,10 @@ def run(data: str | None) -> None:
             f"  {name}: {each * 1e3:.2f} ms a step, {each / step * 100:.2f} %, and "
             f"{once:.1f} s to open and close"
         )
+    period = get_sample_period(config)
     print(
-        f"  a sample every {config.sample_interval} steps: {sampling * 1e3:.0f} ms each, "
-        f"{sampling / config.sample_interval / step * 100:.2f} %"
+        f"  a sample every {period} steps: {sampling * 1e3:.0f} ms each, "
+        f"{sampling / period / step * 100:.2f} %"
     )
     print(f"  the report at the end: {report * 1e3:.0f} ms")
 

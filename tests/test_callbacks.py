@@ -21,6 +21,7 @@ from optim import learning_rate_at
 from trainer import train
 from utils.errors import Aborted, NothingToDo, RunError, UserError
 from utils.isolation import Isolated
+from utils.run_manager import RunDirectory
 
 
 class Recorder(Callback):
@@ -73,6 +74,17 @@ def test_a_callback_is_called_after_each_step_each_evaluation_and_at_the_end(tin
     assert (evaluation.train_loss, evaluation.val_loss) == (result.train_loss, result.val_loss)
     assert evaluation.best.step == result.best_step
     assert evaluation.config.max_iters == 6
+
+
+def test_lines_of_the_metrics_that_are_damaged_are_no_rows_of_the_history(tiny, quiet):
+    result = train(tiny(), output=quiet)
+    path, before = RunDirectory(result.run_dir).metrics, result.history("steps")
+    with path.open("ab") as file:
+        file.write(b'3\n[]\n{"step": 9\n\xff\n')
+    assert result.history("steps") == before
+    path.unlink()
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        result.history()
 
 
 def test_the_history_of_a_run_is_a_table_without_gaps_for_evaluations_and_for_steps(tiny, quiet):

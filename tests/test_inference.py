@@ -445,8 +445,12 @@ def read_step(capsys, *flags: str) -> int:
     return json.loads(capsys.readouterr().out)["step"]
 
 
-@pytest.mark.parametrize("reference", ["--model-name=play", "play", "checkpoints/play"])
+@pytest.mark.parametrize(
+    "reference",
+    ["--model-name=play", "play", "checkpoints/play/", "runs/../checkpoints/play", "link/play"],
+)
 def test_a_named_model_generates_with_its_best_step_or_the_last(named, capsys, reference):
+    Path("link").symlink_to("checkpoints")
     assert read_step(capsys, reference) == 2
     assert read_step(capsys, reference, "--last") == 4
     inference.main(["--device=cpu", "--max-new-tokens=2", reference])
@@ -458,6 +462,12 @@ def test_a_run_generates_with_its_best_step_or_the_last(named, capsys):
     for flags in ([], ["--run", named.run_dir.name], [str(named.run_dir)]):
         assert read_step(capsys, *flags) == 2
         assert read_step(capsys, *flags, "--last") == 4
+
+
+def test_the_best_of_a_run_without_checkpoints_is_its_last_with_a_note(named, capsys):
+    shutil.rmtree(named.checkpoint.parent)
+    assert inference.main(["--device=cpu", "--max-new-tokens=2", "--last"]) == 0
+    assert "no checkpoint" in capsys.readouterr().err
 
 
 def test_the_best_step_of_a_named_model_is_found_in_a_checkpoint_too(named, capsys):
@@ -479,11 +489,14 @@ def test_a_named_model_whose_best_step_is_lost_generates_with_its_last(named, ca
     assert read_step(capsys, "play") == 4
 
 
-def test_a_named_model_cannot_name_a_directory_elsewhere_as_its_run(named, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["../../elsewhere/runs/{}", "..", ".", "", "a\0b", "\ud800", "/"])
+def test_a_named_model_cannot_name_a_directory_elsewhere_as_its_run(named, capsys, tmp_path, name):
+    shutil.copytree(named.export_dir, "artifacts/export")  # the place that ".." would name
     shutil.move("runs", tmp_path / "elsewhere")
+    Path("runs").mkdir()
     path = Path("checkpoints/play/training_state.json")
     state = json.loads(path.read_text(encoding="utf-8"))
-    state["run_id"] = f"../../elsewhere/runs/{named.run_dir.name}"
+    state["run_id"] = name.format(named.run_dir.name)
     state["training_config"]["state_sha256"] = compute_state_digest(state)
     path.write_text(json.dumps(state), encoding="utf-8")
     assert read_step(capsys, "play") == 4

@@ -40,6 +40,12 @@ def test_without_an_overlap_of_the_minimum_length_the_part_is_empty(sample, text
     assert find_longest_overlap(to_ids(sample), to_ids(text), 4) == slice(0, 0)
 
 
+def test_repetitive_text_is_searched_in_time_and_memory_that_depend_on_its_length_only():
+    found = find_longest_overlap(to_ids("ab" * 200), to_ids("ba" * 200_000), 8)
+    assert found == slice(0, 400)
+    assert find_longest_overlap(to_ids("-" * 400), to_ids("-" * 399 + "~"), 8).stop == 399
+
+
 def test_an_overlap_may_be_the_whole_sample_at_the_end_of_the_text():
     assert find_longest_overlap(to_ids("the end"), to_ids("this is the end"), 3) == slice(0, 7)
     ids = np.array([50_000, 7, 7, 9], dtype=np.uint16)

@@ -75,7 +75,34 @@ def test_threads_are_not_bound_if_there_is_a_core_to_choose(monkeypatch, num_thr
     with CoreBinding(num_threads, notes.append) as binding:
         system.run(binding, waiting=0.7)
     assert not system.bound
-    assert ("--num-threads" in notes[0]) == (num_threads > 1)
+    assert ("threads" in notes[0]) == (num_threads > 1)
+
+
+def test_fewer_threads_than_cores_and_a_lost_proc_do_not_end_a_run(monkeypatch):
+    system, notes = FakeSystem(monkeypatch, cores=4), []
+    with CoreBinding(4, notes.append) as binding:
+        system.run(binding, waiting=0.7)  # of three threads
+        assert len(system.bound) == 3
+        system.times = {}
+        system.now += 2
+        binding.update()
+
+
+def test_threads_that_were_started_while_bound_are_released_too(monkeypatch):
+    system = FakeSystem(monkeypatch)
+    with CoreBinding(2, print) as binding:
+        system.run(binding, waiting=0.7)
+        system.times[4] = (0.0, 0.0)
+        system.bound[4] = {0}
+    assert not system.bound
+
+
+def test_more_threads_than_cores_are_not_blamed_on_another_program(monkeypatch):
+    system, notes = FakeSystem(monkeypatch), []
+    with CoreBinding(3, notes.append) as binding:
+        system.run(binding, waiting=0.7)
+    assert "another program" not in notes[0]
+    assert "num_threads" in notes[0]
 
 
 def test_nothing_is_read_or_bound_between_two_looks_or_without_threads(monkeypatch):

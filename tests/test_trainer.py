@@ -435,6 +435,37 @@ def test_a_val_loss_that_has_risen_is_noted_once_and_with_remedies_at_the_end(ti
     assert recorded["overfitting"]["since"] == 2
 
 
+def test_a_val_loss_that_rises_slowly_is_noted_once_too(tiny, quiet, monkeypatch):
+    losses = iter([2.0, 2.004, 2.005, 2.05, 2.3, 2.4])
+    monkeypatch.setattr(Trainer, "evaluate", lambda _: {"train": 1.0, "val": next(losses)})
+    text = read_console(train(tiny(max_iters=6, eval_interval=1), output=quiet).run_dir)
+    assert text.count("Note: overfitting") == 1
+    assert "from 2.0000 to 2.0500" in text
+
+
+def test_a_best_model_that_cannot_be_read_again_costs_the_last_sample_only(
+    tiny, quiet, monkeypatch
+):
+    def fail(*_):
+        raise UserError("damaged")
+
+    monkeypatch.setattr(trainer_module, "read_bundle", fail)
+    result = train(tiny(), output=quiet)
+    assert (result.exit_status, result.longest_overlap) == (0, None)
+    assert "damaged" in read_console(result.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("eval_interval", "sample_interval", "period"),
+    [(88, 1, 88), (100, 150, 200), (100, 100, 100), (0, 1, 0), (88, 0, 0)],
+)
+def test_samples_are_made_at_evaluations_so_many_steps_apart(
+    tiny, eval_interval, sample_interval, period
+):
+    config = tiny(eval_interval=eval_interval, sample_interval=sample_interval)
+    assert trainer_module.get_sample_period(config) == period
+
+
 @pytest.mark.parametrize(
     ("best", "train_loss", "val_loss"),
     [

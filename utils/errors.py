@@ -1,5 +1,7 @@
 """The ways in which a command ends early, and the exit status of each."""
 
+import unicodedata
+
 
 class UserError(ValueError):
     """A user's mistake: `problems` has one line each, with what, where and what to do.
@@ -12,6 +14,9 @@ class UserError(ValueError):
     def __init__(self, *problems: str):
         self.problems = tuple(map(escape_unprintable, problems))  # a path may have a line break
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), self.problems
 
 
 class RunError(RuntimeError):
@@ -40,7 +45,10 @@ class EndedOnAnotherRank(Exception):
 
 def escape_unprintable(text: str) -> str:
     r"""Escape characters that could break a line or drive a terminal, as `\n` and `\x1b`."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
+        for char in text
+    )
 
 
 def format_reason(error: BaseException) -> str:

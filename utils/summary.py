@@ -74,8 +74,8 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
 
 
 def _count_epochs(trainer: "Trainer") -> float:
-    """Return how often the run reads the training split."""
-    config, steps = trainer.config, trainer.config.max_iters - trainer.plan.start_step
+    """Return how often the run reads the training split, with the runs that it resumes."""
+    config, steps = trainer.config, trainer.config.max_iters
     tokens = trainer.data.splits["train"].size
     return steps * config.batch_size * config.block_size / tokens
 
@@ -113,8 +113,8 @@ def list_notes(
     epochs = _count_epochs(trainer)
     if epochs > MANY_EPOCHS and config.dropout < ENOUGH_DROPOUT:
         yield (
-            f"{epochs:.0f} epochs at dropout {config.dropout:g}: the model will learn so short a "
-            "text by heart; --config configs/presets/small_text.yaml is for texts of this size"
+            f"{epochs:.0f} epochs at dropout {config.dropout:g}: the model will memorize so short "
+            "a text; --config configs/presets/small_text.yaml is for texts of this size"
         )
     if config.warmup_iters > config.max_iters:
         yield (
@@ -142,14 +142,14 @@ def _compare_computation(trainer: "Trainer") -> str | None:
 def format_guess(tokenizer: "Tokenizer") -> str:
     """Describe the loss of a model that has learned nothing."""
     tokens = tokenizer.num_tokens
-    return f"untrained: guessing among {tokens:,} {tokenizer.unit}s has loss {math.log(tokens):.2f}"
+    return f"untrained: loss {math.log(tokens):.2f} = ln {tokens:,} is guessing"
 
 
 def format_overfitting(best: "Best", val_loss: float) -> str:
     """Describe how val loss has risen, and what helps."""
     return (
         f"Note: overfitting: val loss has risen since step {best.step:,}, from {best.loss:.4f} to "
-        f"{val_loss:.4f}, while the model learns the training text by heart"
+        f"{val_loss:.4f}, while the model memorizes the training text"
     )
 
 
@@ -200,9 +200,9 @@ def _list_findings(trainer: "Trainer", result: "TrainResult") -> Iterator[str]:
     """Yield what the run shows about overfitting and about text learned by heart."""
     if (found := result.overfitting) is not None:
         yield (
-            f"Overfitting: val loss has risen by {found.rise:.2f} since step {found.since:,}. What "
-            "helps: more text, --dropout 0.3, a smaller model (--n-embd 64), "
-            "--early-stopping-patience 3, --config configs/presets/small_text.yaml."
+            f"Overfitting: val loss has risen by {found.rise:.2f} since step {found.since:,}. More "
+            "text would help, more dropout (--dropout), a smaller model (--n-embd), fewer steps "
+            "(--early-stopping-patience 3), or --config configs/presets/small_text.yaml."
         )
     if text := result.longest_overlap:
         yield (

@@ -24,7 +24,7 @@ THREADS = Path("/proc/self/task")
 def read_threads() -> dict[int, tuple[float, float]]:
     """Return, by thread id, the seconds that each thread has run and has waited for a core.
 
-    Empty if the system does not tell: this is from Linux's `/proc` (`schedstat`).
+    From Linux's `/proc` (`schedstat`); empty on other systems.
     """
     times = {}
     with contextlib.suppress(OSError, ValueError):
@@ -72,7 +72,8 @@ class CoreBinding:
         seconds = time.monotonic() - self._time
         if not self._num_threads or not self._before or seconds < INTERVAL:
             return
-        now = read_threads()
+        if not (now := read_threads()):
+            return
         since = {thread: self._before.get(thread, (0.0, 0.0)) for thread in now}
         waiting = max(now[thread][1] - since[thread][1] for thread in now) / seconds
         busiest = sorted(now, key=lambda thread: since[thread][0] - now[thread][0])
@@ -87,18 +88,22 @@ class CoreBinding:
             self._release()
 
     def _bind(self, threads: list[int]) -> None:
-        for thread, core in zip(threads, self._cores, strict=True):
+        for thread, core in zip(threads, self._cores, strict=False):
             with contextlib.suppress(OSError):  # the thread has ended, or the system forbids it
                 os.sched_setaffinity(thread, {core})
                 self._bound.append(thread)
 
     def _release(self) -> None:
-        for thread in self._bound:
+        # Threads that were started meanwhile have inherited the core of the thread that did.
+        for thread in {*self._bound, *read_threads()} if self._bound else ():
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(thread, self._cores)
         self._bound = []
 
     def _describe(self, waiting: float) -> str:
+        if self._cores and self._num_threads > len(self._cores):
+            cores = len(self._cores)
+            return f"Note: {self._num_threads} threads compete for {cores} cores: lower num_threads"
         line = "Note: another program is using the processor: "
         line += f"a thread waits {waiting:.0%} of the time"
         if self._bound:

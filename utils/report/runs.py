@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from utils.errors import UserError
 from utils.files import open_regular
@@ -35,23 +35,26 @@ MAX_BYTES = 1 << 20  # of a text file
 Metrics = Mapping[str, float]  # a line of metrics.jsonl
 
 
+Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # larger ones cannot be formatted
+
+
 class _Data(BaseModel):
     name: str = "unknown"
     sha256: str = ""
-    tokens: int | None = None
-    unit: str = "token"
-    vocab_size: int | None = None
+    tokens: Number | None = None
+    unit: str | None = None  # of the tokenizer; not recorded by old versions
+    vocab_size: Number | None = None
 
 
 class _ResumedFrom(BaseModel):
     run_id: str | None = None
-    step: int = 0
+    step: Number = 0
     path: str = ""
 
 
 class _Ancestor(BaseModel):
     name: str
-    step: int
+    step: Number
     weights_sha256: str
 
 
@@ -65,24 +68,25 @@ class RunFacts(BaseModel):
     data: _Data = _Data()
     resumed_from: _ResumedFrom | None = None
     lineage: list[_Ancestor] = []
-    parameters: int | None = None
+    parameters: Number | None = None
     device: str | None = None
-    processes: int = 1
-    threads: int | None = None
+    processes: Number = 1
+    threads: Number | None = None
     precision: str | None = None
+    run_tag: str | None = None
     torch_compile: str | None = None
     torch_compile_reason: str | None = None
 
 
 class _Overfitting(BaseModel):
-    since: int
+    since: Number
     rise: float
 
 
 class _Result(BaseModel):
     seconds: float | None = None
     stopped_by: str | None = None
-    exit_status: int | None = None
+    exit_status: Number | None = None
     error: str | None = None
     longest_overlap: str | None = None
     overfitting: _Overfitting | None = None
@@ -105,9 +109,10 @@ class Run:
     def __init__(self, path: Path):
         files = RunDirectory(path)
         self.path, self.name = path, path.resolve().name
-        self.tag = get_run_tag(self.name)
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
-        self.unit = self.facts.data.unit  # of the tokenizer: character or token
+        self.tag = self.facts.run_tag or get_run_tag(self.name)
+        is_bpe = self.record["config"].get("tokenizer") == "gpt2"
+        self.unit = self.facts.data.unit or ("token" if is_bpe else "character")
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
         self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
@@ -206,7 +211,11 @@ def _read_logs(
 def _read_samples(run: Path) -> list[Sample]:
     lines = _parse_lines(_thin_lines(_read_lines(RunDirectory(run).samples)))
     samples = [Sample(x.get("step"), x.get("text"), x.get("exported") is True) for x in lines]
-    return [each for each in samples if isinstance(each.step, int) and isinstance(each.text, str)]
+    return [
+        each
+        for each in samples
+        if isinstance(each.step, int) and abs(each.step) <= MAX_VALUE and isinstance(each.text, str)
+    ]
 
 
 def _read_numbers(run: Path) -> list[dict[str, float]]:
