@@ -83,7 +83,7 @@ def test_lines_of_the_metrics_that_are_damaged_are_no_rows_of_the_history(tiny, 
         file.write(b'3\n[]\n{"step": 9\n\xff\n')
     assert result.history("steps") == before
     path.unlink()
-    with pytest.raises(UserError, match="metrics.jsonl"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
         result.history()
 
 
