@@ -874,6 +874,7 @@ def test_ctrl_c_exits_the_command_with_130_and_saves_a_model(text_file):
 # GPT-2's tokens -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_with_gpt2_tokens_trains_generates_and_resumes(tiny, quiet, gpt2_vocabulary, folio):
     config = tiny(tokenizer="gpt2", n_embd=4, n_layer=1, max_iters=2, model_name="bpe")
     result = train(config.model_copy(update={"eval_interval": 0}), output=quiet)
