@@ -815,7 +815,6 @@ def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str
         }
     return {
         "run_id": run_id,
-        "run_tag": plan.run_tag,
         "argv": list(argv),
         "callbacks": describe_callbacks(trainer.callbacks),
         "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),

@@ -196,6 +196,47 @@ def test_the_report_has_the_longest_overlap_and_overfitting_if_they_were_recorde
     assert re.search(r"risen by 0\.125\d* since step 3", text)
 
 
+@pytest.mark.parametrize("number", [10**400, -(10**400)])
+def test_a_number_too_large_to_be_true_ends_no_report_with_a_traceback(tiny, quiet, number):
+    result = train(tiny(), output=quiet)
+    samples = RunDirectory(result.run_dir).samples
+    with samples.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": number, "text": "forged"}) + "\n")
+    write_report(Path("page.html"), result.run_dir)
+    assert "forged" not in Page(Path("page.html")).text.partition("Provenance")[0]
+    path = result.run_dir / "meta" / "result.json"
+    record = json.loads(path.read_bytes())
+    record["overfitting"] = {"since": number, "rise": 1}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match="since"):
+        write_report(Path("page.html"), result.run_dir)
+
+
+def test_only_the_first_sample_of_a_new_model_is_untrained(tiny, quiet):
+    new = train(tiny(), output=quiet)
+    assert "untrained" in page_of(new).text
+    tuned = train(tiny(init_from=str(new.run_dir)), output=quiet)
+    assert "Step 0" in page_of(tuned).text
+    assert "untrained" not in page_of(tuned).text.partition("Provenance")[0]
+
+
+@pytest.mark.parametrize(("tokenizer", "unit"), [("char", "character"), ("gpt2", "token")])
+def test_a_run_that_did_not_record_its_unit_has_that_of_its_tokenizer(tiny, quiet, tokenizer, unit):
+    result = train(tiny(), output=quiet)
+    change_run(result.run_dir, lambda run: run["data"].pop("unit"))
+    path = result.run_dir / "meta" / "full_config.json"
+    record = json.loads(path.read_bytes())
+    record["config"]["tokenizer"] = tokenizer
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert Run(result.run_dir).unit == unit
+
+
+def test_the_second_untagged_run_of_a_second_has_no_tag(tiny, quiet):
+    for tag in (None, None, "x"):
+        result = train(tiny(run_tag=tag), output=quiet)
+        assert Run(result.run_dir).tag == (tag or "")
+
+
 def test_a_report_refers_to_no_other_file_or_address(tiny, quiet):
     result = train(tiny(), output=quiet)
     source = RunDirectory(result.run_dir).report.read_text(encoding="utf-8")

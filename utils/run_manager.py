@@ -54,8 +54,12 @@ def sanitize_tag(tag: str | None) -> str:
 
 
 def get_run_tag(run_id: str) -> str:
-    """Return the tag in a run id, `baseline` in `20260131_235959_baseline`, or "" without one."""
-    return re.sub(r"^\d{8}_\d{6}_?", "", run_id)
+    """Return the tag in a run id, `baseline` in `20260131_235959_baseline`, or "" without one.
+
+    A number alone is no tag: it counts the untagged runs of one second.
+    """
+    tag = re.sub(r"^\d{8}_\d{6}_?", "", run_id)
+    return "" if tag.isdecimal() else tag
 
 
 class RunDirectory:

@@ -73,7 +73,6 @@ class RunFacts(BaseModel):
     processes: Number = 1
     threads: Number | None = None
     precision: str | None = None
-    run_tag: str | None = None
     torch_compile: str | None = None
     torch_compile_reason: str | None = None
 
@@ -110,7 +109,7 @@ class Run:
         files = RunDirectory(path)
         self.path, self.name = path, path.resolve().name
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
-        self.tag = self.facts.run_tag or get_run_tag(self.name)
+        self.tag = get_run_tag(self.name)
         is_bpe = self.record["config"].get("tokenizer") == "gpt2"
         self.unit = self.facts.data.unit or ("token" if is_bpe else "character")
         self.diff = self.record["diff"][:MAX_CHARS]
