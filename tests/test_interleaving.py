@@ -163,7 +163,7 @@ def read(directory: Path) -> None:
 
 def find_newest(directory: Path) -> None:
     assert list_checkpoints(directory.parents[2]) == [directory]
-    assert find_newest_usable_bundle(get_runs_dir(directory)) == directory
+    assert find_newest_usable_bundle(get_runs_dir(directory)).path == directory
 
 
 def list_all(directory: Path) -> None:
