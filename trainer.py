@@ -116,7 +116,7 @@ from utils.tracking.run_logger import RunLogger
 from utils.tracking.tensorboard import TensorBoardTracker
 
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a training step
-SAMPLE_TOKENS = 50  # during training: all samples take less than 1 % of a run
+SAMPLE_TOKENS = 40  # during training: all samples take less than 1 % of the default run
 LAST_SAMPLE_TOKENS = 400  # of the best model, at the end of a run
 MIN_OVERLAP = {"character": 8}  # tokens of a sample that stand verbatim in the training text
 MAX_SEARCHED = 1 << 27  # tokens of the training text that are searched for them: some seconds
