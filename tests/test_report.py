@@ -155,14 +155,15 @@ def test_nothing_that_follows_from_a_default_counts_as_changed(architecture):
     assert changed == (["architecture"] if architecture == "gpt2" else [])
 
 
-def test_samples_are_shown_from_the_first_to_the_last_with_these_two_open(tiny, quiet):
+def test_samples_are_shown_from_the_first_to_the_last_and_long_ones_between_are_folded(tiny, quiet):
     result = train(tiny(), output=quiet)
-    lines = [json.dumps({"step": step, "text": f"text{step}"}) for step in (0, 1, 3, 6)]
+    texts = {0: "long " * 50, 1: "long " * 50, 2: "short", 3: "long " * 50, 6: "long " * 50}
+    lines = [json.dumps({"step": step, "text": text}) for step, text in texts.items()]
     RunDirectory(result.run_dir).samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_report(Path("page.html"), result.run_dir)
     source = Path("page.html").read_text(encoding="utf-8")
     details = re.findall(r"<details( open)?><summary>Step (\d+)", source)
-    assert details == [(" open", "0"), ("", "1"), ("", "3"), (" open", "6")]
+    assert details == [(" open", "0"), ("", "1"), (" open", "2"), ("", "3"), (" open", "6")]
     val_loss = f"{dict(Run(result.run_dir).get_points(VAL))[3]:.4f}"
     assert f"Step 3, val loss {val_loss}" in source
     with open(RunDirectory(result.run_dir).samples, "a", encoding="utf-8") as file:
