@@ -466,6 +466,7 @@ def test_a_failed_or_aborted_run_has_an_end_time_in_aim(tiny, quiet, monkeypatch
     assert find_locks(".") == []
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_is_complete_in_aim_and_prints_the_command_that_shows_it(
     text_file,
 ):

@@ -218,6 +218,7 @@ def test_a_run_resumes_with_and_without_torch_compile(
     assert list(both.values()) == pytest.approx([one[key] for key in both], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resume_notes_a_change_of_precision_or_torch_compile_once(tiny, quiet, resume):
     first = train(tiny(**SETTINGS, max_iters=N), output=quiet)
     changed = {"precision": "bf16", "torch_compile": "on", "compile_backend": "aot_eager"}
