@@ -648,10 +648,16 @@ def find_best_bundle(named_model: Path, runs_dir: Path) -> Path | None:
     best_step, run_id = state.get_fact("best_step"), state.run_id
     if best_step in (None, state.step) or not re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII):
         return None
-    checkpoint = f"artifacts/checkpoints/step_{best_step:08d}"
-    for place in (runs_dir / run_id / "artifacts/export", runs_dir / run_id / checkpoint):
-        with contextlib.suppress(UserError):  # damaged, or just removed by its run
-            found = read_state(place)
-            if (found.step, found.best_val_loss) == (best_step, state.best_val_loss):
+    place = find_kept_step(runs_dir / run_id, best_step)
+    is_same = place is not None and read_state(place).best_val_loss == state.best_val_loss
+    return place if is_same else None
+
+
+def find_kept_step(run: Path, step: int) -> Path | None:
+    """Return a run's export or checkpoint of a step, or None if it has kept neither."""
+    checkpoint = run / "artifacts" / "checkpoints" / f"step_{step:08d}"
+    for place in (run / "artifacts" / "export", checkpoint):
+        with contextlib.suppress(UserError):  # damaged, or just removed by its own run
+            if is_bundle(place) and read_state(place).step == step:
                 return place
     return None

@@ -174,12 +174,12 @@ def choose_bundle(
     bundle = find_usable_bundle(directory, last=last)
     run = find_run_of(bundle)
     if run is not None:
-        is_best, reason = bundle.name == "export", ""
-        if bundle != directory and is_best and last:
-            reason = "its run has kept no checkpoint, so this is its best"
-        elif bundle != directory and not is_best and not last:
-            reason = "its run has no export yet, so this is its newest checkpoint"
-        return ChosenModel(bundle, reason)
+        is_best = bundle.name == "export"
+        if bundle == directory or is_best != last:
+            return ChosenModel(bundle)
+        if last:
+            return ChosenModel(bundle, "its run has kept no checkpoint, so this is its best")
+        return ChosenModel(bundle, "its run has no export yet, so this is its newest checkpoint")
     is_named = checkpoints_dir and bundle.parent.resolve() == checkpoints_dir.resolve()
     if is_named and not last and (best := find_best_bundle(bundle, runs_dir)):
         return ChosenModel(best, f"the best of {bundle}; --last uses its last step")

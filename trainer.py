@@ -30,6 +30,7 @@ from bundle import (
     Bundle,
     TrainingState,
     copy_bundle,
+    find_kept_step,
     find_run_of,
     is_bundle,
     list_checkpoints,
@@ -233,7 +234,7 @@ class Trainer:
         self.model = LanguageModel(config, data.tokenizer.vocab_size, data.tokenizer.num_tokens)
         if bundle is not None:
             load_weights(bundle, self.model)
-        if world.size > 1 and config.parallel == "fsdp":
+        if self.is_sharded:
             shard_model(self.model, device)
         self.model.to(device)
         if world.rank > 0:  # so that dropout masks differ between ranks
@@ -246,6 +247,11 @@ class Trainer:
             # Last: this restores the RNG state, which everything above may have advanced.
             restore_training_state(bundle, self.model, self.optimizer, self.scaler, world)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a shard of the model only."""
+        return self.world.size > 1 and self.config.parallel == "fsdp"
+
     def create_train_model(
         self, on_progress: Callable[[str], None] | None
     ) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], CompileResult]:
@@ -254,7 +260,7 @@ class Trainer:
         Raises `UserError` if compiling was requested and does not work.
         """
         config, world = self.config, self.world
-        if world.size > 1 and config.parallel == "fsdp":
+        if self.is_sharded:
             return self.model, CompileResult("off", "parallel is fsdp")
         tokens = (config.max_iters or 1) * config.batch_size * config.block_size
         # FLOPs of the whole run: 6 per parameter and token (arxiv.org/abs/2001.08361).
@@ -302,8 +308,7 @@ class Trainer:
 
         checkpoints.create_named_model(self.get_state(run, self.plan.start_step, None, best))
         # A sharded model cannot begin with inference: its first all-gather must be of training.
-        is_sharded = world.size > 1 and config.parallel == "fsdp"
-        if config.sample_interval and self.plan.start_step == 0 and not is_sharded:
+        if config.sample_interval and self.plan.start_step == 0 and not self.is_sharded:
             note = "" if self.plan.bundle else summary.format_guess(self.data.tokenizer)
             log.log_sample(0, sample_text(self.model, self.data, config, SAMPLE_TOKENS), note)
         log.reset_timer()
@@ -665,13 +670,10 @@ def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
     best = Best(state.get_fact("best_step"), state.best_val_loss, since)
     comparable = is_comparable(config, trainer.data, trainer.precision, state)
     earlier_run = find_run_of(plan.bundle.path) or Path(config.runs_dir) / str(state.run_id)
-    earlier = RunDirectory(earlier_run)
-    for place in (earlier.export, earlier.get_checkpoint(best.step or 0)):
-        if comparable and is_bundle(place):
-            with contextlib.suppress(UserError):  # damaged, or just removed by its own run
-                if read_state(place).step == best.step:
-                    copy_bundle(place, run.export, with_optimizer=False)
-                    return best
+    if comparable and best.step and (place := find_kept_step(earlier_run, best.step)):
+        with contextlib.suppress(UserError):  # damaged, or just removed by its own run
+            copy_bundle(place, run.export, with_optimizer=False)
+            return best
     why = "is missing" if comparable else "was evaluated differently"
     output.print(
         f"Note: the best model so far (step {best.step}) {why}, so the best val loss is reset\n"
@@ -904,7 +906,7 @@ def log_best_sample(trainer: Trainer, result: TrainResult, log: RunLogger) -> Tr
         model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
         load_weights(bundle, model)
         text = sample_text(model.to(trainer.device), data, trainer.config, LAST_SAMPLE_TOKENS)
-    except (UserError, RunError, RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (UserError, RunError)) and not is_out_of_memory(error):
             raise
         # The model is trained and saved: this must not end the run as failed.

@@ -369,3 +369,17 @@ def test_a_resume_accepts_epochs_and_max_minutes(tiny, quiet, resume, what):
     value = {"epochs": 0.1, "max_minutes": 0.005}[what]
     second = resume(first.run_dir, **{what: value})
     assert second.step > N
+
+
+def test_the_epochs_in_a_banner_are_those_of_its_own_steps_and_the_note_counts_all(
+    tiny, quiet, resume
+):
+    # Of 64 x 16 characters, of 4,698.
+    first = train(tiny(max_iters=64, batch_size=64, eval_interval=0), output=quiet)
+    text = (first.run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
+    assert "(14 epochs)" in text
+    assert "14 epochs at dropout" in text
+    second = resume(first.run_dir, max_iters=68)
+    text = (second.run_dir / "logs" / "console.txt").read_text(encoding="utf-8")
+    assert "(0.87 epochs)" in text
+    assert "15 epochs at dropout" in text

@@ -65,18 +65,16 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     device += "" if mode == "off" else f", torch.compile {mode}"
     if trainer.world.size > 1:
         device += f", {trainer.world.size} processes ({config.parallel})"
+    epochs = _count_epochs(trainer, config.max_iters - plan.start_step)
     batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
-    rows.append(
-        ("Steps", f"{start}{config.max_iters:,}, {batch} ({_count_epochs(trainer):.2g} epochs)")
-    )
+    rows.append(("Steps", f"{start}{config.max_iters:,}, {batch} ({epochs:.2g} epochs)"))
     rows.append(("Device", device))
     return "\n".join(f"{label:<7} {value}" for label, value in rows)
 
 
-def _count_epochs(trainer: "Trainer") -> float:
-    """Return how often the run reads the training split, with the runs that it resumes."""
-    config, steps = trainer.config, trainer.config.max_iters
-    tokens = trainer.data.splits["train"].size
+def _count_epochs(trainer: "Trainer", steps: int) -> float:
+    """Return how often so many steps read the training split."""
+    config, tokens = trainer.config, trainer.data.splits["train"].size
     return steps * config.batch_size * config.block_size / tokens
 
 
@@ -110,7 +108,7 @@ def list_notes(
         yield f"{changed}: results after this point will not match the original run bitwise"
     if result.fell_back:
         yield f"training without torch.compile: {result.reason}"
-    epochs = _count_epochs(trainer)
+    epochs = _count_epochs(trainer, config.max_iters)  # with the steps before a resume
     if epochs > MANY_EPOCHS and config.dropout < ENOUGH_DROPOUT:
         yield (
             f"{epochs:.0f} epochs at dropout {config.dropout:g}: the model will memorize so short "

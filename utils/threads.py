@@ -15,7 +15,7 @@ from types import TracebackType
 
 # If the user has set one of these, threads stay where OpenMP puts them.
 OPENMP_PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-INTERVAL = 1.0  # seconds between two looks at the threads
+INTERVAL = 1.0  # seconds between two measurements
 COMPETING = 0.2  # share of the time that a thread waits for a core; alone it is 0.00 to 0.02
 ALONE = 0.02
 THREADS = Path("/proc/self/task")
@@ -68,7 +68,7 @@ class CoreBinding:
         self._release()
 
     def update(self) -> None:
-        """Bind the threads if they have waited for cores since the last look, or release them."""
+        """Bind the threads if they have waited for cores since the last call, or release them."""
         seconds = time.monotonic() - self._time
         if not self._num_threads or not self._before or seconds < INTERVAL:
             return
