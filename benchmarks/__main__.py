@@ -33,13 +33,17 @@ def main() -> None:
     parser.add_argument(
         "--data", help="the text for nanogpt_cpu: Tiny Shakespeare, see docs/benchmarks.md"
     )
+    parser.add_argument(
+        "--llama2c", help="for generation: llama2.c's program `run`, measured in turns with Folio"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(unknown)}")
     print(f"{get_processor_name()}, {date.today()}, commit {get_commit()}")
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")
-        importlib.import_module(f"benchmarks.{name}").run(arguments.data)
+        others = [arguments.llama2c] if name == "generation" else []
+        importlib.import_module(f"benchmarks.{name}").run(arguments.data, *others)
 
 
 if __name__ == "__main__":

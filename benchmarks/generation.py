@@ -1,175 +1,242 @@
-"""Speed of generation: eager, compiled, int8, and many texts in one batch.
+"""Speed of generation: one text, many at once, a long one, beside a busy neighbour, from the shell.
 
-The models are untrained, as the time of a token does not depend on its value. The time to load and
-to compile is printed, not counted.
+    python -m benchmarks generation
+    python -m benchmarks generation --llama2c llama2.c/run
+
+The models are untrained, as the time of a token does not depend on its value. With `--llama2c`,
+that program generates in turns with Folio: a Llama of the same width, number of layers and of
+weights. Its clock counts whole milliseconds, so its runs are added up.
 """
 
+import os
+import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
 
-from fast_decode import compile_decode
-from generate import FastDecoder, SamplingParams, stream_tokens
+from benchmarks import CHECKOUT
+from decode_numba import NumbaEngine, count_cores
+from engine import SamplingParams
+from generate import stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from trainer import train
-from utils.device import synchronize
 from utils.output import Output
-from utils.quantization import Int8Linear, quantize
 
 V = 65  # the characters of Tiny Shakespeare
+GPT2 = {"architecture": "gpt2"}
 SHAPES = {
-    "0.8 M (gpt2: 4 layers, 128 wide, context 64)": {
-        **{"architecture": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
-    },
-    "10.6 M (gpt2: 6 layers, 384 wide, context 256)": {
-        **{"architecture": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
-    },
-    "the default model": {},
+    "0.8 M": {**GPT2, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
+    "10.6 M": {**GPT2, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
+    "default": {},
 }
 SAMPLING = SamplingParams(temperature=0.8)
-REPEATS = 5
-SECONDS = 3  # of each repetition, about
+ROUNDS = 5
+SECONDS = 2  # of each measurement, about
+LLAMA2C_RUNS = 20  # added up to one measurement
 SIDE_BY_SIDE = 64
-COMPILE = "on"
 LONG = 10_000
-INFERENCE = Path(__file__).resolve().parent.parent / "inference.py"
+BUSY = "while True: pass"
 
 
-def run(data: str | None) -> None:
-    for name, shape in SHAPES.items():
-        print(f"  {name}")
-        eager = one_stream(shape, "none", "off")
-        for quantized, compiled in (("none", COMPILE), ("int8", "off"), ("int8", COMPILE)):
-            one_stream(shape, quantized, compiled)
-        side_by_side(shape, eager)
-    long_text()
-    first_character()
+def run(data: str | None, llama2c: str | None = None) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        for name, shape in SHAPES.items():
+            compare_speeds(name, shape, Path(place), llama2c)
+        long_text()
+        busy_neighbour()
+        first_character(Path(place))
 
 
-def one_stream(shape: dict, quantized: str, compiled: str) -> float:
-    """Print characters per second of one text, and the share of time to read its weights."""
-    model = create_model(shape)
-    if quantized == "int8":
-        quantize(model)
-    fast, seconds = create_fast_decoder(model, compiled, 1)
-    speed = measure_speed(model, 1, fast)
-    size = count_weight_bytes(model)
-    allowed = 1 / measure_read_time(size)
-    print(
-        f"    one text, {'int8' if quantized == 'int8' else 'fp32'}, "
-        f"{'compiled' if fast else 'eager'}: {speed:,.0f} characters/s; "
-        f"reading its {size / 1e6:.1f} MB of weights takes {speed / allowed:.0%} of that time"
-        + (f"; compiled in {seconds:.0f} s" if fast else ""),
-        flush=True,
-    )
-    return speed
+def compare_speeds(name: str, shape: dict, place: Path, llama2c: str | None) -> None:
+    """Print the medians of tokens per second, measured in turns.
 
-
-def side_by_side(shape: dict, eager: float) -> None:
-    """Print characters per second of a batch of texts, compared with one text, eager."""
-    model = create_model(shape)
-    fast, seconds = create_fast_decoder(model, COMPILE, SIDE_BY_SIDE)
-    speed = measure_speed(model, SIDE_BY_SIDE, fast)
-    print(
-        f"    {SIDE_BY_SIDE} texts, fp32, {'compiled' if fast else 'eager'}: {speed:,.0f} "
-        f"characters/s, {speed / eager:.1f} times one eager text"
-        + (f"; compiled in {seconds:.0f} s" if fast else ""),
-        flush=True,
-    )
+    One text is as long as the context, which is all that llama2.c can generate; `windows` is one of
+    many contexts, each prefilled from the one before.
+    """
+    model, T = create_model(shape), ModelConfig(**shape).block_size
+    loops, int8 = create_engine(model), create_engine(model, int8=True)
+    works: dict[str, Callable[[], float]] = {
+        "torch": lambda: measure_speed(model, T),
+        "numba": lambda: measure_speed(loops, T),
+        "numba, int8": lambda: measure_speed(int8, T),
+        "numba, windows": lambda: measure_speed(loops, 8 * T),
+        f"torch, {SIDE_BY_SIDE} texts": lambda: measure_speed(model, T, SIDE_BY_SIDE),
+        f"numba, {SIDE_BY_SIDE} texts": lambda: measure_speed(loops, T, SIDE_BY_SIDE),
+    }
+    if llama2c:
+        files = write_llama(ModelConfig(**shape), place)
+        for threads in (1, count_cores()):
+            works[f"llama2.c, threads: {threads}"] = lambda threads=threads: measure_llama2c(
+                llama2c, files, T, threads
+            )
+    speeds = {work: [] for work in works}
+    for _ in range(ROUNDS):
+        for work, measure in works.items():
+            speeds[work].append(measure())
+    medians = {work: statistics.median(values) for work, values in speeds.items()}
+    print(f"  {name}: {model.count_parameters():,} parameters, context {T}")
+    for work, median in medians.items():
+        lowest, highest = min(speeds[work]), max(speeds[work])
+        print(f"    {work}: {median:,.0f} tokens/s ({lowest:,.0f} to {highest:,.0f})", flush=True)
+    if llama2c:
+        best = max(median for work, median in medians.items() if work.startswith("llama2.c"))
+        for work in ("numba", "numba, int8"):
+            print(f"    {work} / llama2.c: {medians[work] / best:.2f}")
+    ratio = medians[f"numba, {SIDE_BY_SIDE} texts"] / medians["torch"]
+    print(f"    {SIDE_BY_SIDE} texts by numba / one by torch: {ratio:.1f}", flush=True)
 
 
 def create_model(shape: dict) -> LanguageModel:
     """Create a model in which every character has some probability."""
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(**shape), V).eval()
+    model = LanguageModel(ModelConfig(**shape), V).eval()
+    model.config = ModelConfig(**shape)
+    return model
 
 
-def create_fast_decoder(
-    model: LanguageModel, compiled: str, rows: int
-) -> tuple[FastDecoder | None, float]:
-    """Return compiled decoding, and the seconds to compile it."""
-    start = time.perf_counter()
-    fast, _ = compile_decode(model, compiled, SAMPLING, rows=rows)
-    return fast, time.perf_counter() - start
+def create_engine(model: LanguageModel, *, int8: bool = False) -> NumbaEngine:
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return NumbaEngine(tensors, model.config, V, int8=int8)
 
 
-def measure_speed(model: LanguageModel, rows: int, fast: FastDecoder | None) -> float:
-    """Return the median of characters per second, with the prefill of prompt and windows."""
-
-    def seconds(length: int) -> float:
-        begun = time.perf_counter()
-        for _ in stream_tokens(model, [0], length, SAMPLING, seeds=range(rows), fast=fast):
-            pass
-        synchronize(model.token_embedding.weight.device)
-        return time.perf_counter() - begun
-
-    once = model.block_size * 2
-    seconds(once)
-    length = max(once, int(once * SECONDS / seconds(once)))
-    return rows * length / statistics.median(seconds(length) for _ in range(REPEATS))
+def measure_speed(model: LanguageModel | NumbaEngine, length: int, rows: int = 1) -> float:
+    """Return tokens per second of texts of `length` tokens, begun anew for about SECONDS."""
+    begun, tokens = time.perf_counter(), 0
+    while tokens == 0 or time.perf_counter() - begun < SECONDS:
+        for part, _ in stream_tokens(model, [0], length, SAMPLING, seeds=range(rows)):
+            tokens += part.size
+    return tokens / (time.perf_counter() - begun)
 
 
-def count_weight_bytes(model: LanguageModel) -> int:
-    """Return the bytes of all matrices that a token is multiplied with."""
-    size = model.token_embedding.weight.nbytes  # the LM head is tied to it, or of the same size
-    for module in model.blocks.modules():
-        if isinstance(module, nn.Linear | Int8Linear):
-            size += module.weight.nbytes
-    return size
+# ----------------------------------------------------------------------------------------------
+# llama2.c
 
 
-def measure_read_time(size: int) -> float:
-    """Return the seconds in which these cores read `size` bytes, repeatedly."""
-    numbers = torch.ones(size // 4)
-    numbers.sum()
-    times = []
-    for _ in range(30):
-        begun = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+def write_llama(config: ModelConfig, place: Path) -> tuple[Path, Path]:
+    """Write a Llama of this shape and a vocabulary, in the formats of llama2.c.
+
+    Token 1 ends a text there: its logit is always low, by a constant channel of the residual
+    stream.
+    """
+    C, L, T = config.n_embd, config.n_layer, config.block_size
+    hidden = -(-C * 8 // 3 // 32) * 32  # as many weights as a plain MLP of 4 C
+    generator = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape) * 0.02
+
+    embedding, outputs = draw(V, C), [draw(L, C, C) for _ in range(4)]
+    gate, down, up = draw(L, hidden, C), draw(L, C, hidden), draw(L, hidden, C)
+    head = draw(V, C)
+    embedding[:, 0], outputs[3][:, 0], down[:, 0], head[1, 0] = 1, 0, 0, -50
+    ones = [np.ones((L, C)), np.ones((L, C)), np.ones(C)]
+    rotary = np.zeros(T * C // config.n_head)
+    arrays = [embedding, ones[0], *outputs, ones[1], gate, down, up, ones[2], rotary, head]
+    model, vocabulary = place / "llama.bin", place / "vocabulary.bin"
+    sizes = (C, hidden, L, config.n_head, config.n_head, -V, T)  # -V: a head of its own
+    model.write_bytes(
+        struct.pack("7i", *sizes) + b"".join(each.astype("<f4").tobytes() for each in arrays)
+    )
+    words = [b"<%d>" % token for token in range(V)]
+    entries = (struct.pack("fi", 0.0, len(word)) + word for word in words)
+    vocabulary.write_bytes(struct.pack("i", max(map(len, words))) + b"".join(entries))
+    return model, vocabulary
+
+
+def measure_llama2c(program: str, files: tuple[Path, Path], length: int, threads: int) -> float:
+    """Return its own tokens per second, of several runs together."""
+    model, vocabulary = files
+    flags = f"-z {vocabulary} -t 0.8 -p 1.0 -n {length} -s"
+    seconds = 0.0
+    for seed in range(1, LLAMA2C_RUNS + 1):
+        done = subprocess.run(
+            [program, model, *flags.split(), str(seed)],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        seconds += (length - 1) / float(done.stderr.split()[-1])
+    return LLAMA2C_RUNS * (length - 1) / seconds
+
+
+# ----------------------------------------------------------------------------------------------
+# A long text, a busy machine, the shell
 
 
 def long_text() -> None:
     """Print the speed of each tenth of a long text."""
-    model, arrivals = create_model({}), [time.perf_counter()]
-    for _ in stream_tokens(model, [0], LONG, SAMPLING):
-        arrivals.append(time.perf_counter())
-    tenth = LONG // 10
-    speeds = [
-        tenth / (arrivals[end] - arrivals[end - tenth]) for end in range(tenth, LONG + 1, tenth)
-    ]
+    engine = create_engine(create_model(SHAPES["default"]))
+    tenths: list[list[float]] = [[] for _ in range(10)]
+    for _ in range(ROUNDS):
+        arrivals = [(0, time.perf_counter())]
+        for part, _ in stream_tokens(engine, [0], LONG, SAMPLING):
+            arrivals.append((arrivals[-1][0] + part.shape[1], time.perf_counter()))
+        counts, times = zip(*arrivals, strict=True)
+        marks = np.interp(np.linspace(0, LONG, 11), counts, times)
+        for tenth, seconds in zip(tenths, np.diff(marks), strict=True):
+            tenth.append(LONG / 10 / seconds)
+    speeds = ", ".join(f"{statistics.median(tenth):,.0f}" for tenth in tenths)
+    print(f"  {LONG:,} characters, default, tokens/s in each tenth: {speeds}", flush=True)
+
+
+def busy_neighbour() -> None:
+    """Print the speed beside a program that computes on one core, and without, in turns."""
+    for name, shape in SHAPES.items():
+        engine, length = create_engine(create_model(shape)), 8 * ModelConfig(**shape).block_size
+        speeds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for is_busy, values in speeds.items():
+                neighbour = subprocess.Popen([sys.executable, "-c", BUSY if is_busy else "pass"])
+                time.sleep(0.2)
+                values.append(measure_speed(engine, length))
+                neighbour.kill()
+                neighbour.wait()
+        idle, busy = (statistics.median(values) for values in speeds.values())
+        print(
+            f"  {name}, alone {idle:,.0f} tokens/s, beside a busy loop {busy:,.0f}: "
+            f"{busy / idle:.2f}",
+            flush=True,
+        )
+
+
+def first_character(place: Path) -> None:
+    """Print the time from the shell to the first character: of the first start, and of others."""
+    checkout = place / "checkout"  # a copy, in which nothing has been compiled
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "checkpoints", "tests", "docs")
+    shutil.copytree(CHECKOUT, checkout, ignore=ignored)
+    text = place / "text.txt"
+    text.write_text("".join(map(chr, range(32, 32 + V))) * 100, encoding="utf-8")
+    config = ModelConfig(data=str(text), max_iters=1, eval_iters=1, runs_dir=str(place / "runs"))
+    model = train(config, output=Output(quiet=True)).export_dir
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    first, *seconds = (
+        measure_first_character(checkout, model, environment) for _ in range(ROUNDS + 1)
+    )
     print(
-        f"  {LONG:,} characters of the default model, eager, each tenth: "
-        f"{', '.join(f'{speed:,.0f}' for speed in speeds)} characters/s"
+        f"  from the shell to the first character, default: the very first start {first:.1f} s, "
+        f"later {statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s"
     )
 
 
-def first_character() -> None:
-    """Print the time from the shell to the first character of the default model."""
-    with tempfile.TemporaryDirectory() as place:
-        text = Path(place) / "text.txt"
-        text.write_text("".join(map(chr, range(32, 32 + V))) * 100, encoding="utf-8")
-        config = ModelConfig(data=str(text), max_iters=1, eval_iters=1, runs_dir=place)
-        model = train(config, output=Output(quiet=True)).export_dir
-        seconds = []
-        for _ in range(REPEATS):
-            begun = time.perf_counter()
-            command = [sys.executable, INFERENCE, str(model), "--prompt", "A"]
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            ) as process:
-                process.stdout.read(2)  # the prompt's, and the first that is new
-                seconds.append(time.perf_counter() - begun)
-                process.stdout.read()
-    print(
-        f"  the first character of the default model, from the shell: "
-        f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s"
-    )
+def measure_first_character(checkout: Path, model: Path, environment: dict[str, str]) -> float:
+    """Return the seconds until inference.py has printed a character."""
+    begun = time.perf_counter()
+    command = [sys.executable, checkout / "inference.py", model, "--prompt", "A"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        process.stdout.read(2)  # the prompt's, and the first that is new
+        seconds = time.perf_counter() - begun
+        process.stdout.read()
+    return seconds

@@ -13,13 +13,14 @@ import pytest
 from helpers import CHECKOUT
 
 LIBRARY = (
-    "parameters config tokenizer corpus data model generate fast_decode distributed optim bundle "
-    "checkpoint resume callbacks trainer"
+    "parameters config tokenizer corpus data model engine decode_torch decode_loops decode_numba "
+    "generate distributed optim bundle checkpoint resume callbacks trainer"
 ).split()
 COMMANDS = "train inspect_model inference evaluate profile_model report tune".split()
 ORDER = [*LIBRARY, *COMMANDS]  # the reading order of docs/: a module imports only earlier ones
 WITHOUT_TORCH = [
     *("parameters", "config", "bundle", "resume", "callbacks"),
+    *("engine", "generate", "decode_loops", "decode_numba"),
     *("train", "inference", "evaluate", "inspect_model", "report", "tune"),
     *("utils.data_files", "utils.output", "utils.command_line", "utils.ranks"),
 ]

@@ -5,6 +5,7 @@ python -m pytest tests/test_benchmarks.py
 
 import json
 import re
+import sys
 
 import pytest
 from helpers import CHECKOUT, TINY_FLAGS
@@ -98,21 +99,42 @@ def test_the_gpu_benchmark_measures_a_whole_training(text_file, capsys, target, 
     assert (0 < seconds < facts["seconds"]) if is_reached else seconds is None
 
 
+@pytest.fixture
+def llama2c(tmp_path) -> str:
+    """A program that prints what llama2.c does, if the files have the sizes that it expects."""
+    program = tmp_path / "run"
+    program.write_text(
+        f"""#!{sys.executable}
+import struct, sys
+C, F, L, H, _, V, T = struct.unpack("7i", open(sys.argv[1], "rb").read(28))
+weights = 2 * -V * C + L * (4 * C * C + 3 * C * F + 2 * C) + C + T * C // H
+assert V < 0 and len(open(sys.argv[1], "rb").read()) == 28 + 4 * weights
+print("achieved tok/s: 1000.000000", file=sys.stderr)
+""",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    return str(program)
+
+
 @pytest.mark.slow
-def test_generation_speed_is_measured(monkeypatch, capsys):
-    shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
-    monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "": shape})
-    small = {"REPEATS": 1, "SECONDS": 0.01, "COMPILE": "off", "SIDE_BY_SIDE": 3, "LONG": 50}
+def test_generation_speed_is_measured(monkeypatch, capsys, llama2c):
+    shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 16}
+    monkeypatch.setattr(generation, "SHAPES", {"tiny": shape, "default": {}})
+    small = {"ROUNDS": 1, "SECONDS": 0.01, "LLAMA2C_RUNS": 2, "SIDE_BY_SIDE": 3, "LONG": 50}
     for name, value in small.items():
         monkeypatch.setattr(generation, name, value)
-    generation.run(None)
+    generation.run(None, llama2c)
     printed = capsys.readouterr().out
     for pattern in (
-        r"fp32.*: [\d,]+ characters/s.* 0\.0 MB",
-        r"int8.*: [\d,]+ characters/s",
-        r"\b3 .*: [\d,]+ characters/s.* \d+\.\d times",
-        r"\b50 .*: ([\d,]+(, )?){10} characters/s",
-        r"\d\.\d\d s",
+        r"numba: [\d,]+ tokens/s",
+        r"numba, int8: [\d,]+ tokens/s",
+        r"llama2\.c, threads: 1: 1,000 tokens/s",
+        r"numba / llama2\.c: \d+\.\d\d",
+        r"3 texts by numba / one by torch: \d+\.\d",
+        r"\b50 .*: ([\d,]+(, )?){10}",
+        r"busy loop [\d,]+: \d\.\d\d",
+        r"very first start \d+\.\d s, later \d\.\d\d s",
     ):
         assert re.search(pattern, printed), pattern
 

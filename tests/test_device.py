@@ -16,9 +16,9 @@ from utils.device import (
     choose_precision,
     compile_model,
     configure_matmul,
-    is_out_of_memory,
 )
 from utils.errors import UserError
+from utils.memory import is_out_of_memory
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ python -m pytest tests/test_inference.py
 import io
 import itertools
 import json
+import math
 import os
 import select
 import shutil
@@ -13,16 +14,22 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from helpers import CHECKOUT
 
 import evaluate
 import inference
-from bundle import compute_state_digest
+from bundle import WEIGHTS_FILE, compute_state_digest, read_bundle
+from generate import generate_tokens
+from inference import InferenceConfig
 from trainer import Trainer, train
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.output import Output
 from utils.run_manager import RunDirectory
 
@@ -243,10 +250,17 @@ def test_a_sample_ends_before_the_first_stop_sequence(run, generate):
 def test_characters_are_printed_as_they_are_generated(run, monkeypatch):
     pieces = []
     monkeypatch.setattr(Output, "print_piece", lambda self, piece, style: pieces.append(piece))
-    inference.main(["--device=cpu", "--prompt", "To be", "--max-new-tokens=20", "--seed=2"])
+    flags = ["--device=cpu", "--prompt", "To be", "--max-new-tokens=20", "--seed=2"]
+    inference.main([*flags, "--engine=torch"])
     assert pieces[0] == "To be"
     assert len(pieces) > 15
     assert all(len(piece.strip("\n")) == 1 for piece in pieces[1:])
+    text = "".join(pieces)
+    pieces.clear()
+    inference.main([*flags, "--engine=numba"])  # several characters at a time, but for the first
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert len(pieces[1].strip("\n")) == 1
 
 
 def test_on_a_terminal_the_prompt_is_bold_and_control_characters_are_escaped(
@@ -341,11 +355,11 @@ def test_a_terminal_has_arrow_keys_history_and_ctrl_d(run, folio):
             if select.select([master], [], [], 1)[0]:
                 seen += os.read(master, 4096)
         assert words in seen
+        seen = seen.split(words, 1)[1]
 
     read_until(b"> ")
     os.write(master, b"To be\n")
     read_until(b"To be")
-    seen = b""
     read_until(b"> ")
     os.write(master, b"\x1b[A")  # the arrow up: the line before
     read_until(b"To be")
@@ -360,7 +374,7 @@ def test_a_terminal_has_arrow_keys_history_and_ctrl_d(run, folio):
 def test_a_closed_standard_output_ends_the_command_without_a_traceback(run, folio):
     command = [sys.executable, str(CHECKOUT / "inference.py"), "--device=cpu"]
     process = subprocess.Popen(
-        [*command, "--max-new-tokens=1000000", "--torch-compile=off"],
+        [*command, "--max-new-tokens=1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -415,16 +429,17 @@ def test_a_lack_of_memory_is_a_one_line_error(run, monkeypatch):
     def fail_to_allocate(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("generate.KVCache", fail_to_allocate)
+    monkeypatch.setattr("decode_torch.KVCache", fail_to_allocate)
     with pytest.raises(UserError, match=r"2 samples.*memory"):
-        inference.main(["--device=cpu", "--num-samples=2"])
+        inference.main(["--device=cpu", "--engine=torch", "--num-samples=2"])
 
 
 def test_the_speed_in_json_excludes_the_prefill(run, generate, monkeypatch):
     now = itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: float(next(now)))
     monkeypatch.setattr(inference, "time", clock)
-    result = json.loads(generate("--json", "--max-new-tokens=10", "--num-samples=3"))
+    flags = ("--max-new-tokens=10", "--num-samples=3", "--engine=torch")
+    result = json.loads(generate("--json", *flags))
     assert result["tokens_per_second"] == pytest.approx(3)  # 3 texts, a clock that ticks each token
     assert json.loads(generate("--json", "--max-new-tokens=1"))["tokens_per_second"] is None
 
@@ -515,3 +530,138 @@ def test_load_model_loads_the_best_step_of_a_named_model(named):
     weights = [model.token_embedding.weight for model in (best, expected, last)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
+
+
+# Engines --------------------------------------------------------------------------------------
+
+
+def read_json(generate, *flags: str) -> dict:
+    return json.loads(generate("--json", *flags))
+
+
+def hide_numba(monkeypatch) -> None:
+    """Make numba look as if it was not installed."""
+    for name in ("decode_numba", "decode_loops", "utils.compile_cache"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+
+
+@pytest.mark.parametrize("flags", [["--temperature=0"], ["--top-p=0.9", "--num-samples=3"]])
+def test_both_engines_generate_the_same_text_and_the_record_has_the_engine(run, generate, flags):
+    numba = read_json(generate, "--engine=numba", "--max-new-tokens=200", *flags)
+    torch = read_json(generate, "--engine=torch", "--max-new-tokens=200", *flags)
+    assert (numba["engine"], torch["engine"]) == ("numba", "torch")
+    assert numba["text"] == torch["text"]
+    assert numba["log_probs"] == pytest.approx(torch["log_probs"], abs=1e-4)
+
+
+def test_auto_takes_numba_on_a_cpu(run, generate):
+    assert read_json(generate, "--max-new-tokens=5")["engine"] == "numba"
+
+
+def test_numba_generates_without_torch(run):
+    code = (
+        "import sys, inference; inference.main(['--engine=numba']); print('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+
+
+def test_a_stop_sequence_ends_a_sample_between_two_calls_of_the_loops(run, generate):
+    text = read_json(generate, "--engine=numba", "--max-new-tokens=300", "--temperature=1")["text"]
+    stop = text[100:104]
+    flags = ("--engine=numba", "--max-new-tokens=300", "--temperature=1", f"--stop={stop}")
+    assert read_json(generate, *flags)["text"] == text[: text.index(stop)]
+
+
+def test_without_numba_engine_numba_is_an_error_that_names_the_extra(run, monkeypatch):
+    hide_numba(monkeypatch)
+    with pytest.raises(UserError, match=r"--engine numba.*pip install.*\[fast\]"):
+        inference.main(["--engine=numba"])
+
+
+def test_without_numba_auto_takes_torch_and_says_why_in_one_line(run, monkeypatch, capsys):
+    hide_numba(monkeypatch)
+    assert inference.main(["--json", "--device=cpu"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["engine"] == "torch"
+    (line,) = [line for line in printed.err.splitlines() if "numba" in line]
+    assert "PyTorch" in line and "[fast]" in line
+
+
+def test_numba_on_another_device_than_a_cpu_is_an_error(run):
+    with pytest.raises(UserError, match=r"--engine numba.*cuda"):
+        inference.main(["--engine=numba", "--device=cuda"])
+
+
+def test_weights_in_bfloat16_are_left_to_torch(run, monkeypatch):
+    bundle = read_bundle(run.export_dir, WEIGHTS_FILE)
+    tensors = safetensors.torch.load(bundle.contents[WEIGHTS_FILE])
+    halved = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    contents = {**bundle.contents, WEIGHTS_FILE: safetensors.torch.save(halved)}
+    bundle = replace(bundle, contents=contents)
+    lines = []
+    engine = inference.load_engine_from_bundle(bundle, InferenceConfig(), lines.append)
+    assert engine.name == "torch"
+    assert "BF16" in lines[0]
+    with pytest.raises(UserError, match="BF16"):
+        inference.load_engine_from_bundle(bundle, InferenceConfig(engine="numba"), lines.append)
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda tensors: tensors.pop("final_norm.weight"), UserError, "final_norm.weight"),
+        (lambda tensors: tensors["head.weight"].fill_(math.nan), RunError, "NaN"),
+    ],
+)
+def test_weights_that_do_not_fit_or_are_nan_are_the_same_error_of_both_engines(
+    run, engine, change, error, message
+):
+    bundle = read_bundle(run.export_dir, WEIGHTS_FILE)
+    tensors = safetensors.torch.load(bundle.contents[WEIGHTS_FILE])
+    change(tensors)
+    bundle = replace(bundle, contents={WEIGHTS_FILE: safetensors.torch.save(tensors)})
+    with pytest.raises(error, match=message):
+        inference.load_engine_from_bundle(bundle, InferenceConfig(engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("samples", "device", "expected"),
+    [(1, "auto", True), (100_000, "auto", False), (1, "cpu", True)],
+)
+def test_auto_leaves_large_work_to_a_gpu(run, monkeypatch, samples, device, expected):
+    monkeypatch.setattr("utils.device.choose_device", lambda requested: torch.device("cuda"))
+    bundle = read_bundle(run.export_dir, WEIGHTS_FILE)
+    config = InferenceConfig(num_samples=samples, device=device)
+    assert inference.is_better_on_cpu(bundle, config) is expected
+
+
+def test_auto_takes_torch_if_the_compiled_loops_cannot_be_kept(run, monkeypatch):
+    bundle = read_bundle(run.export_dir, WEIGHTS_FILE)
+    cache = types.SimpleNamespace(is_compiled=False, is_writable=False)
+    monkeypatch.setattr("decode_numba.get_compile_cache", lambda variant: cache)
+    lines = []
+    assert (
+        inference.load_engine_from_bundle(bundle, InferenceConfig(), lines.append).name == "torch"
+    )
+    assert "cache" in lines[0]
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_samples_that_cannot_fit_into_memory_are_refused_before_they_are_allocated(
+    run, monkeypatch, engine
+):
+    monkeypatch.setattr("utils.memory._get_total_memory", lambda device: 10**7)
+    with pytest.raises(UserError, match="100000 samples"):
+        inference.main(["--device=cpu", f"--engine={engine}", "--num-samples=100000"])
+
+
+def test_load_engine_returns_an_engine_for_generate_tokens(run):
+    engine, tokenizer = inference.load_engine(run.run_dir)
+    model, _ = inference.load_model(run.run_dir)
+    texts = [generate_tokens(each, tokenizer.encode("To be"), 50) for each in (engine, model)]
+    assert np.array_equal(*texts)

@@ -17,7 +17,7 @@ FILES = sorted([*CHECKOUT.glob("*.py"), *(CHECKOUT / "utils").rglob("*.py")])
 RELATIVE_START = re.compile(r"(What|Whoever|Where)\b")  # "Where ..." for a noun
 VERBS = set(
     "abort accept add advance agree align allocate append apply ask attend average await "
-    "broadcast build call cancel capture change check choose claim clean clear clip close "
+    "activate broadcast build call cancel capture change check choose claim clean clear clip close "
     "collect combine compare compile complete compress compute conclude configure connect "
     "construct continue convert copy count create cut decode decompress defer delete derive "
     "describe detect disable discard divide draw drop embed enable encode ensure enter escape "
@@ -32,7 +32,7 @@ VERBS = set(
     "quote raise read rebuild receive record redirect reduce refresh register release reload "
     "remove rename render reopen repeat replace reply report request require reset reshape resize "
     "resolve restart restore resume retry return reuse rewrite rotate round run sample sanitize "
-    "save scale scan schedule score search select send serialize set settle shard share show "
+    "save scale scan schedule score search select send serialize set settle shard share show sift "
     "shuffle shut sign skip slice smooth sort split spool stack start step stop store stream "
     "strip submit subscribe subtract suggest sum suppress swap sync synchronize take terminate "
     "test tie time tokenize trace track train transform translate transpose trim truncate try "

@@ -33,9 +33,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as train_command
 import trainer as trainer_module
-from bundle import BUNDLE_FILES, read_bundle
+from bundle import BUNDLE_FILES, load_tokenizer, read_bundle
 from callbacks import Best, Overfitting, TrainResult, find_overfitting
-from checkpoint import load_tokenizer
 from config import ConfigLoader, LoadedConfig
 from generate import generate_tokens
 from inference import load_model

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, format_reason
+from utils.memory import is_out_of_memory
 from utils.output import pluralize
 from utils.ranks import Ranks
 
@@ -249,14 +250,3 @@ def try_compile(
                 "compiler on a CPU, or set torch_compile to off"
             ) from error
         return None, CompileResult("off", reason, fell_back=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception reports a lack of memory, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The CPU's allocator raises a plain RuntimeError, and so do a size beyond all memory, the CUDA
-    # driver and cuBLAS (CUBLAS_STATUS_ALLOC_FAILED).
-    words = ("allocate memory", "Storage size calculation overflowed")
-    words += ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -3,8 +3,6 @@
 `tests/test_kernels.py` compares each with that expression.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,20 +52,3 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-
-
-def apply_cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attend from `t` new positions to all T of a cache: `(B, H, t, D)`, by a mask `(t, T)`.
-
-    Replaces `F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)` when one query is
-    compiled: Inductor fuses the expression with the operations around it, in a third of the time.
-    """
-    if torch.compiler.is_compiling() and q.size(2) == 1:
-        return attend_one_query(q, keys, values, mask)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-
-def attend_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Compute attention of one query, `(B, H, 1, D)`, from element-wise products."""
-    scores = (q * keys).sum(dim=-1) / math.sqrt(q.size(-1)) + mask  # (B, H, T)
-    return (scores.softmax(dim=-1)[..., None] * values).sum(dim=2, keepdim=True)

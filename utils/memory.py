@@ -1,12 +1,17 @@
-"""The memory that a model needs, compared with what there is before anything is allocated."""
+"""The memory that a model needs, compared with what there is before anything is allocated.
+
+Nothing here needs torch, unless the device is a GPU.
+"""
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from parameters import ModelConfig
 from utils.errors import UserError
 from utils.output import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 # Bytes of activations per channel, layer and token that a training step keeps for its backward
 # pass: 70 were measured in bf16 (docs/SCALING.md), so less than this is impossible.
@@ -15,15 +20,27 @@ MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
 
 
 def check_memory(
-    config: ModelConfig, vocab_size: int, device: torch.device, training_rows: int = 0
+    config: ModelConfig,
+    vocab_size: int,
+    device: "torch.device | None",
+    training_rows: int = 0,
+    texts: int = 0,
 ) -> None:
     """Raise `UserError` if the model cannot fit into the memory of the device.
 
     The estimate is a lower bound: what it refuses is impossible, what it accepts may still fail.
-    `training_rows` is the number of sequences in one forward and backward pass, 0 for inference.
+    `device` None is the CPU. `training_rows` is the number of sequences in one forward and backward
+    pass, 0 for inference, and `texts` the number that are generated at the same time.
     """
     available = _get_total_memory(device)
     needed = _estimate_bytes(config, vocab_size, training_rows)
+    if available is not None and texts > 1 and needed < available:
+        cache = 8 * config.n_layer * config.block_size * config.n_embd  # float32 keys and values
+        if needed + texts * cache > available:
+            raise UserError(
+                f"{texts} samples at once take at least {format_bytes(needed + texts * cache)} of "
+                f"memory, and there are {format_bytes(available)}: generate fewer"
+            )
     if available is not None and needed > available:
         batch = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
         sizes = ("n_layer", "n_embd", "block_size", *([batch] if training_rows else []))
@@ -51,11 +68,23 @@ def _estimate_bytes(config: ModelConfig, vocab_size: int, training_rows: int) ->
     return needed
 
 
-def _get_total_memory(device: torch.device) -> int | None:
+def _get_total_memory(device: "torch.device | None") -> int | None:
     """Return the bytes of memory of the device, or None if that is not known."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch  # late: decoding in loops does without
+
         return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception reports a lack of memory, on any device."""
+    # torch.OutOfMemoryError is a RuntimeError. The CPU's allocator raises a plain one, and so do a
+    # size beyond all memory, the CUDA driver and cuBLAS (CUBLAS_STATUS_ALLOC_FAILED).
+    words = ("out of memory", "allocate memory", "Storage size calculation overflowed")
+    words += ("STATUS_ALLOC_FAILED",)
+    is_reported = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or is_reported

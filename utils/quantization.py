@@ -1,50 +1,34 @@
-"""int8 weights for inference.py and evaluate.py: `--quantize int8`."""
+"""int8 weights: `--quantize int8`."""
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights from -127 to 127 and one scale per row.
+def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return int8 weights from -127 to 127 and the scale of each row.
 
-    A quarter of the memory traffic, which bounds decoding one token at a time. Like LLM.int8()
-    (arxiv.org/abs/2208.07339), but of the weights only. PyTorch's kernel replaces
-    `F.linear(x, weight.float() * scale.float()[:, None])` when x has one token per row.
+    `(..., inputs)` float32 to `(..., inputs)` int8 and `(...,)` float32. Like LLM.int8()
+    (arxiv.org/abs/2208.07339), but of the weights only: a quarter of the memory traffic, which
+    bounds decoding one token at a time.
     """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach()  # (outputs, inputs)
-        largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        scale = (largest / 127).bfloat16()  # (outputs,), the dtype that the kernel takes
-        rounded = (weight / scale[:, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`, in float32."""
-        if x.size(-2) == 1:  # decoding: a row's result does not depend on the other rows
-            # Private to PyTorch (read from 2.13). Dequantizing first takes 3 times as long.
-            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
-            y = y.float().view(*x.shape[:-1], -1)
-        else:  # a prompt: dequantize the weights once for all of it
-            y = F.linear(x, self.weight.float() * self.scale.float()[:, None])
-        return y if self.bias is None else y + self.bias
+    largest = np.abs(weight).max(axis=-1, initial=np.finfo(np.float32).tiny)
+    scale = (largest / 127).astype(np.float32)
+    return np.rint(weight / scale[..., None]).clip(-127, 127).astype(np.int8), scale
 
 
-def quantize(model: nn.Module) -> None:
-    """Replace the linear layers of `model.blocks` by `Int8Linear`, in place.
+def round_to_int8(model: "nn.Module") -> None:
+    """Round the weights of the linear layers of `model.blocks` to their int8 values, in place.
 
-    Raises `UserError` if PyTorch or the device has no kernel for them.
+    Where no kernel multiplies int8, the model computes what the quantized one would.
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
-        raise UserError(f"--quantize int8 needs a CPU, and this model is on {device.type}")
+    import torch
+    from torch import nn
+
     for module in model.blocks.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+        if isinstance(module, nn.Linear):
+            rounded, scale = quantize_rows(module.weight.detach().cpu().numpy())
+            module.weight.data.copy_(torch.from_numpy(rounded * scale[:, None]))

@@ -1,4 +1,4 @@
-"""Generation and evaluation on CUDA: the tokens and losses of a CPU, compiled decoding.
+"""Generation and evaluation on CUDA: the tokens and losses of a CPU.
 
 python -m pytest -m gpu tests/gpu/test_gpu_generation.py
 """
@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import evaluate
-import fast_decode
 import inference
-from fast_decode import compile_decode
-from generate import SamplingParams, generate_tokens, stream_tokens
+from engine import SamplingParams
+from generate import generate_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from utils.output import run_command
@@ -42,20 +41,7 @@ def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, samp
         generate_tokens(create_model(architecture, each), PROMPT, LENGTH, sampling, seeds=[1, 2])
         for each in ("cpu", device)
     ]
-    assert texts[1].device.type == device
     assert texts[0].tolist() == texts[1].tolist()
-
-
-def test_compiled_decoding_generates_the_tokens_of_plain_decoding(device, monkeypatch):
-    monkeypatch.setattr(fast_decode, "TOKENS_PER_CALL", 4)  # compiles in a quarter of the time
-    model, seeds = create_model("modern", device), [1, 2]
-    fast, result = compile_decode(model, "on", GREEDY, rows=2)
-    assert fast is not None, result
-    expected = generate_tokens(model, PROMPT, LENGTH, GREEDY, seeds=seeds)
-    for _ in range(2):
-        parts = stream_tokens(model, PROMPT, LENGTH, GREEDY, seeds=seeds, fast=fast)
-        tokens = torch.cat([tokens for tokens, _ in parts], dim=1)
-        assert tokens.tolist() == expected[:, len(PROMPT) :].tolist()
 
 
 # Commands -------------------------------------------------------------------------------------
@@ -93,9 +79,18 @@ def test_inference_prints_the_text_of_a_cpu_each_time(on_both, flags):
     assert (again["text"], again["log_probs"]) == (on_gpu["text"], on_gpu["log_probs"])
 
 
-@pytest.mark.parametrize("main", [inference.main, evaluate.main])
-def test_int8_on_a_gpu_is_refused_in_one_line(on_both, device, capsys, main):
-    words = [on_both.trained, f"--device={device}", "--quantize=int8", "--json"]
-    assert run_command(main, words) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "--quantize int8" in line and device in line
+@pytest.mark.parametrize(
+    ("main", "key", "flags"),
+    [(inference.main, "text", ["--engine=torch", "--temperature=0"]), (evaluate.main, "loss", [])],
+)
+def test_int8_gives_the_results_of_a_cpu(on_both, main, key, flags):
+    on_cpu, on_gpu, _ = on_both(main, "--quantize=int8", *flags)
+    assert on_gpu["quantize"] == "int8"
+    assert on_gpu[key] == (on_cpu[key] if key == "text" else pytest.approx(on_cpu[key], abs=1e-4))
+
+
+def test_engine_numba_on_a_gpu_is_an_error_and_auto_takes_torch(on_both, device, capsys):
+    words = [on_both.trained, f"--device={device}", "--engine=numba"]
+    assert run_command(inference.main, words) == 2
+    assert device in capsys.readouterr().err
+    assert on_both(inference.main)[1]["engine"] == "torch"

@@ -1,0 +1,336 @@
+"""The engine that decodes in plain loops on a CPU (decode_loops.py), without PyTorch.
+
+Prepares the arrays, chooses the number of threads, and calls `decode_loops.decode`.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy import float32
+
+import decode_loops
+from decode_loops import (
+    CHUNK,
+    GELU,
+    GELU_TANH,
+    SILU,
+    Buffers,
+    Cache,
+    Linear,
+    Sampling,
+    Team,
+    Weights,
+)
+from engine import SamplingParams
+from parameters import ModelConfig
+from utils.compile_cache import CompileCache
+from utils.quantization import quantize_rows
+
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU}
+COMPILE_SECONDS = 10  # about, on the machines that were tried
+WEIGHTS_PER_THREAD = 150_000  # fewer, and waiting for each other takes longer than computing
+CACHE_LINE = 16  # int64 of two cache lines: what threads count must not share one
+MAX_TOKENS_PER_CALL = 64
+SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
+MIN_TOKENS_TO_MEASURE = 8  # a call of fewer is mostly overhead
+CALLS_BETWEEN_TRIALS = 32
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
+
+
+# ----------------------------------------------------------------------------------------------
+# Weights
+
+
+class TensorReader:
+    """Takes the tensors of a state dict by name; the blocks' are stacked, `(L, ...)`.
+
+    Its methods raise ValueError if a tensor is missing or has another shape.
+    """
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], n_layer: int):
+        self._tensors, self._n_layer = dict(tensors), n_layer
+
+    def take(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
+        """Return a tensor as float32, or if it is missing an array of `default`."""
+        tensor = self._tensors.pop(name, None)
+        if tensor is None and default is not None:
+            return np.full(shape, default, dtype=float32)
+        if tensor is None or tensor.shape != shape:
+            found = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}"
+            raise ValueError(f"{name} {found}, and it should be {list(shape)}")
+        return np.ascontiguousarray(tensor, dtype=float32)
+
+    def stack(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
+        """Return a tensor of each block."""
+        names = (f"blocks.{layer}.{name}" for layer in range(self._n_layer))
+        return np.stack([self.take(each, *shape, default=default) for each in names])
+
+    def stack_norm(self, name: str, size: int) -> np.ndarray:
+        """Return weight and bias of a norm in each block, `(L, 2, size)`."""
+        weight = self.stack(f"{name}.weight", size)
+        return np.stack((weight, self.stack(f"{name}.bias", size, default=0)), axis=1)
+
+    def stack_linear(self, name: str, outputs: int, inputs: int, *, int8: bool) -> Linear:
+        """Return a linear layer of each block, quantized if `int8`."""
+        weight = self.stack(f"{name}.weight", outputs, inputs)
+        bias = self.stack(f"{name}.bias", outputs, default=0)
+        if int8:
+            return Linear(*quantize_rows(weight), bias)
+        return Linear(weight, np.ones_like(bias), bias)
+
+    def check_all_taken(self) -> None:
+        """Raise ValueError if the state dict has further tensors."""
+        if self._tensors:
+            raise ValueError(f"{', '.join(sorted(self._tensors))}: unexpected")
+
+
+def read_weights(
+    tensors: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    vocab_size: int,
+    num_tokens: int,
+    *,
+    int8: bool = False,
+) -> Weights:
+    """Arrange the state dict of a `LanguageModel` for the loops.
+
+    Raises ValueError if a tensor is missing, is unexpected, or has another shape.
+    """
+    T, C, H = config.block_size, config.n_embd, config.n_head
+    V, D = vocab_size, C // H
+    is_modern = config.architecture == "modern"
+    reader = TensorReader(tensors, config.n_layer)
+    take, linear = reader.take, reader.stack_linear
+    F = len(tensors.get("blocks.0.mlp.expand.weight", ()))
+    embedding = take("token_embedding.weight", V, C)
+    empty = np.zeros((0, 0), dtype=float32)
+    if is_modern:
+        names = [f"attention.queries_and_keys.{name}_norm.weight" for name in ("query", "key")]
+        query_key_norm = np.stack([reader.stack(name, D) for name in names], axis=1)
+        gate = linear("mlp.gate", F, C, int8=int8)
+        cos, sin = compute_rotary_tables(config.rope_theta, T, D)
+    else:
+        query_key_norm, cos, sin = np.zeros((0, 2, D), dtype=float32), empty, empty
+        gate = Linear(np.zeros((0, 0, 0), dtype=np.int8 if int8 else float32), empty, empty)
+    weights = Weights(
+        is_modern=is_modern,
+        activation=ACTIVATIONS[config.activation],
+        token_embedding=embedding,
+        position_embedding=empty if is_modern else take("position_embedding.weight", T, C),
+        cos=cos,
+        sin=sin,
+        attention_norm=reader.stack_norm("attention_norm", C),
+        qkv=linear("attention.qkv", 3 * C, C, int8=int8),
+        query_key_norm=query_key_norm,
+        projection=linear("attention.projection", C, C, int8=int8),
+        mlp_norm=reader.stack_norm("mlp_norm", C),
+        gate=gate,
+        up=linear("mlp.expand", F, C, int8=int8),
+        down=linear("mlp.projection", C, F, int8=int8),
+        final_norm=np.stack((take("final_norm.weight", C), take("final_norm.bias", C, default=0))),
+        head=(embedding if config.tie_weights else take("head.weight", V, C))[:num_tokens],
+    )
+    reader.check_all_taken()
+    return weights
+
+
+def compute_rotary_tables(theta: float, T: int, D: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return cosine and sine of the rotary angles, `(T, D / 2)`, as `model.NormedRotary` does."""
+    frequencies = float32(theta) ** (-np.arange(0, D, 2, dtype=float32) / float32(D))
+    angles = np.outer(np.arange(T, dtype=float32), frequencies)
+    return np.cos(angles), np.sin(angles)
+
+
+# ----------------------------------------------------------------------------------------------
+# Threads
+
+
+class ThreadChooser:
+    """Chooses how many threads decode: one or all, whichever was faster lately.
+
+    All are faster on an idle machine, unless the model is very small. Beside another program they
+    wait for the one whose core it uses, and one thread alone is faster.
+    """
+
+    def __init__(self, largest: int):
+        self._seconds = dict.fromkeys((largest, 1), 0.0)  # per token; 0: not tried yet
+        self._calls = 0
+
+    def choose(self) -> int:
+        """Return the number of threads that was faster, or is not tried yet."""
+        return min(self._seconds, key=self._seconds.__getitem__)
+
+    def choose_or_try(self) -> int:
+        """Return the same, but once in a while the other number, as other programs come and go."""
+        self._calls += 1
+        choose = max if self._calls % CALLS_BETWEEN_TRIALS == 0 else min
+        return choose(self._seconds, key=self._seconds.__getitem__)
+
+    def record(self, threads: int, seconds: float) -> None:
+        """Record the seconds per token of a call."""
+        before = self._seconds[threads]
+        self._seconds[threads] = (before + seconds) / 2 if before else seconds
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use; OMP_NUM_THREADS lowers it, as for PyTorch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limits = [cores or 1]
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # a container's share
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        limits.append(int(quota) // int(period))
+    with contextlib.suppress(ValueError):  # not set
+        limits.append(int(os.environ.get("OMP_NUM_THREADS", "")))
+    return max(1, min(limits))
+
+
+# ----------------------------------------------------------------------------------------------
+# The engine
+
+
+class NumbaEngine:
+    """Runs a model in plain loops: see `engine.Engine`.
+
+    Args:
+        tensors: the state dict of a `LanguageModel`, as float arrays.
+        config: the architecture.
+        vocab_size: V, the number of rows of the embedding.
+        num_tokens: number of ids that stand for text; those above are never generated.
+        int8: quantize the weights of the blocks.
+        on_progress: called with a line before the loops are compiled.
+
+    Raises ValueError if the tensors are not of this architecture.
+    """
+
+    name = "numba"
+
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        config: ModelConfig,
+        vocab_size: int,
+        num_tokens: int | None = None,
+        *,
+        int8: bool = False,
+        on_progress: Callable[[str], None] = lambda line: None,
+    ):
+        num_tokens = num_tokens or vocab_size
+        self.weights = read_weights(tensors, config, vocab_size, num_tokens, int8=int8)
+        self.block_size, self.n_head = config.block_size, config.n_head
+        used = sum(array.size for array in (*self.weights.qkv, *self.weights.up)) * 2
+        self.threads = max(1, min(count_cores(), used // WEIGHTS_PER_THREAD))
+        self.pool = ThreadPoolExecutor(max(1, self.threads - 1))
+        self._compile("int8" if int8 else "float32", on_progress)
+
+    def _compile(self, variant: str, on_progress: Callable[[str], None]) -> None:
+        """Compile the loops, or load what was compiled before."""
+        cache = get_compile_cache(variant)
+        if not cache.is_compiled:
+            kept = "once on this machine" if cache.is_writable else "at each start, as no cache"
+            on_progress(f"compiling the decoding loops, {kept}: about {COMPILE_SECONDS} s")
+        self.loops: Callable = decode_loops.decode
+        ids, no_draws = np.zeros((1, 1), dtype=np.int64), np.zeros((0, 1), dtype=float32)
+
+        def call(loops: Callable) -> None:
+            self.loops = loops
+            NumbaDecoder(self, ids, SamplingParams()).decode(ids, 0, no_draws)
+
+        self.loops = cache.get(call)
+
+    def create_decoder(self, prompt: np.ndarray, sampling: SamplingParams) -> "NumbaDecoder":
+        """Create a decoder of the texts that begin with `prompt`, `(B, T)` int64."""
+        return NumbaDecoder(self, prompt, sampling)
+
+
+def get_compile_cache(variant: str) -> CompileCache:
+    """Return the cache of the loops, for weights of a dtype: float32 or int8."""
+    options = {**decode_loops.OPTIONS, "fastmath": True}
+    return CompileCache(decode_loops.decode, options, variant)
+
+
+class NumbaDecoder:
+    """Continues B texts in plain loops: see `engine.Decoder`."""
+
+    def __init__(self, engine: NumbaEngine, prompt: np.ndarray, sampling: SamplingParams):
+        weights, B = engine.weights, len(prompt)
+        V = len(weights.head)
+        self.engine, self.tokens_per_call = engine, 1  # the first token is wanted soon
+        self.cache = allocate_cache(weights, B, engine.block_size, engine.n_head)
+        self.buffers = allocate_buffers(weights, B, engine.block_size, engine.threads)
+        self.sampling = Sampling(
+            float32(sampling.repetition_penalty),
+            float32(
+                max(sampling.temperature, np.finfo(float32).tiny) if sampling.temperature else 0
+            ),
+            min(sampling.top_k or V, V),
+            float32(sampling.top_p),
+            float32(np.log(sampling.min_p) if sampling.min_p else -np.inf),
+        )
+        seen = np.zeros((B, len(weights.token_embedding)), dtype=bool)
+        np.put_along_axis(seen, prompt, True, axis=1)
+        self.seen = np.ascontiguousarray(seen[:, :V])
+        self._threads = ThreadChooser(engine.threads)
+
+    def decode(
+        self, ids: np.ndarray, position: int, draws: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Generate a token for each row of `draws`: see `engine.Decoder`."""
+        # Copies, as the loops are compiled for arrays that are contiguous and may be written.
+        ids = np.array(ids, dtype=np.int64, order="C")
+        draws = np.array(draws, dtype=float32, order="C")
+        B, n = len(ids), len(draws)
+        is_measured = ids.shape[1] == 1 and n >= MIN_TOKENS_TO_MEASURE
+        size = self._threads.choose_or_try() if is_measured else self._threads.choose()
+        tokens, log_probs = np.zeros((B, n), dtype=np.int64), np.zeros((B, n), dtype=float32)
+        current, arrived = np.zeros(B, dtype=np.int64), np.zeros(CACHE_LINE, dtype=np.int64)
+        arguments = (self.engine.weights, self.cache, self.buffers, self.sampling, self.seen)
+        arguments += (ids, position, draws, tokens, log_probs, current)
+        teams = [Team(rank, size, arrived, np.zeros_like(arrived)) for rank in range(size)]
+        begun = time.perf_counter()
+        loops, submit = self.engine.loops, self.engine.pool.submit
+        others = [submit(loops, *arguments, team) for team in teams[1:]]
+        loops(*arguments, teams[0])
+        for other in others:
+            other.result()
+        seconds = time.perf_counter() - begun
+        if is_measured:
+            self._threads.record(size, seconds / n)
+        is_short = seconds < SECONDS_PER_CALL / 2
+        self.tokens_per_call = min(2 * n, MAX_TOKENS_PER_CALL) if is_short else max(1, n // 2)
+        return tokens, log_probs
+
+
+def allocate_cache(weights: Weights, B: int, T: int, H: int) -> Cache:
+    """Allocate the keys and values of B texts; memory is used where they are written."""
+    L, _, C = weights.qkv.weight.shape
+    shape = (B, L, H, T, C // H)
+    return Cache(np.zeros(shape, dtype=float32), np.zeros(shape, dtype=float32))
+
+
+def allocate_buffers(weights: Weights, B: int, T: int, threads: int) -> Buffers:
+    """Allocate the memory for intermediate results of B texts."""
+    M, (V, C), F = max(B, min(T, CHUNK)), weights.head.shape, weights.up.weight.shape[1]
+
+    def zeros(*shape: int, dtype: type = float32) -> np.ndarray:
+        return np.zeros(shape, dtype=dtype)
+
+    return Buffers(
+        texts=zeros(threads, M, dtype=np.int64),
+        positions=zeros(threads, M, dtype=np.int64),
+        x=zeros(threads, M, C),
+        normed=zeros(threads, M, C),
+        qkv=zeros(M, 3 * C),
+        scores=zeros(threads, T),
+        attended=zeros(M, C),
+        branches=zeros(2, M, C),
+        gate=zeros(M, F),
+        hidden=zeros(M, F),
+        logits=zeros(B, V),
+        candidates=zeros(threads, V),
+        heap=zeros(threads, V, dtype=np.int64),
+    )
