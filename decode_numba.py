@@ -4,6 +4,7 @@ Prepares the arrays, chooses the number of threads, and calls `decode_loops.deco
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -34,12 +35,35 @@ from utils.quantization import quantize_rows
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU}
 COMPILE_SECONDS = 10  # about, on the machines that were tried
 WEIGHTS_PER_THREAD = 150_000  # fewer, and waiting for each other takes longer than computing
-CACHE_LINE = 16  # int64 of two cache lines: what threads count must not share one
+CACHE_LINE = 64  # bytes
 MAX_TOKENS_PER_CALL = 64
 SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
 MIN_TOKENS_TO_MEASURE = 8  # a call of fewer is mostly overhead
-CALLS_BETWEEN_TRIALS = 32
+SECONDS_BETWEEN_TRIALS = 1.0  # of the slower number of threads
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
+
+
+# ----------------------------------------------------------------------------------------------
+# Arrays
+
+
+def allocate(*shape: int, dtype: type = float32) -> np.ndarray:
+    """Return zeros that begin at a cache line.
+
+    A row that begins elsewhere takes one more access for every 16 numbers, and two threads that
+    write to one line wait for each other.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def align(array: np.ndarray) -> np.ndarray:
+    """Return a copy of an array that begins at a cache line."""
+    copy = allocate(*array.shape, dtype=array.dtype)
+    copy[...] = array
+    return copy
 
 
 # ----------------------------------------------------------------------------------------------
@@ -59,28 +83,31 @@ class TensorReader:
         """Return a tensor as float32, or if it is missing an array of `default`."""
         tensor = self._tensors.pop(name, None)
         if tensor is None and default is not None:
-            return np.full(shape, default, dtype=float32)
+            return align(np.full(shape, default, dtype=float32))
         if tensor is None or tensor.shape != shape:
             found = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}"
             raise ValueError(f"{name} {found}, and it should be {list(shape)}")
-        return np.ascontiguousarray(tensor, dtype=float32)
+        return align(tensor.astype(float32, copy=False))
 
     def stack(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
         """Return a tensor of each block."""
-        names = (f"blocks.{layer}.{name}" for layer in range(self._n_layer))
-        return np.stack([self.take(each, *shape, default=default) for each in names])
+        stacked = allocate(self._n_layer, *shape)
+        for layer in range(self._n_layer):
+            stacked[layer] = self.take(f"blocks.{layer}.{name}", *shape, default=default)
+        return stacked
 
     def stack_norm(self, name: str, size: int) -> np.ndarray:
         """Return weight and bias of a norm in each block, `(L, 2, size)`."""
         weight = self.stack(f"{name}.weight", size)
-        return np.stack((weight, self.stack(f"{name}.bias", size, default=0)), axis=1)
+        return align(np.stack((weight, self.stack(f"{name}.bias", size, default=0)), axis=1))
 
     def stack_linear(self, name: str, outputs: int, inputs: int, *, int8: bool) -> Linear:
         """Return a linear layer of each block, quantized if `int8`."""
         weight = self.stack(f"{name}.weight", outputs, inputs)
         bias = self.stack(f"{name}.bias", outputs, default=0)
         if int8:
-            return Linear(*quantize_rows(weight), bias)
+            rounded, scale = quantize_rows(weight)
+            return Linear(align(rounded), scale, bias)
         return Linear(weight, np.ones_like(bias), bias)
 
     def check_all_taken(self) -> None:
@@ -154,27 +181,31 @@ class ThreadChooser:
     """Chooses how many threads decode: one or all, whichever was faster lately.
 
     All are faster on an idle machine, unless the model is very small. Beside another program they
-    wait for the one whose core it uses, and one thread alone is faster.
+    wait for the one whose core it uses, and one thread alone is faster. The slower choice is tried
+    again now and then, as other programs come and go.
     """
 
     def __init__(self, largest: int):
         self._seconds = dict.fromkeys((largest, 1), 0.0)  # per token; 0: not tried yet
-        self._calls = 0
+        self._since_trial = 0.0  # seconds of decoding
 
     def choose(self) -> int:
         """Return the number of threads that was faster, or is not tried yet."""
         return min(self._seconds, key=self._seconds.__getitem__)
 
     def choose_or_try(self) -> int:
-        """Return the same, but once in a while the other number, as other programs come and go."""
-        self._calls += 1
-        choose = max if self._calls % CALLS_BETWEEN_TRIALS == 0 else min
-        return choose(self._seconds, key=self._seconds.__getitem__)
+        """Return the same; or the other, once in SECONDS_BETWEEN_TRIALS."""
+        if self._since_trial < SECONDS_BETWEEN_TRIALS:
+            return self.choose()
+        self._since_trial = 0.0
+        return max(self._seconds, key=self._seconds.__getitem__)
 
-    def record(self, threads: int, seconds: float) -> None:
-        """Record the seconds per token of a call."""
-        before = self._seconds[threads]
-        self._seconds[threads] = (before + seconds) / 2 if before else seconds
+    def record(self, threads: int, seconds: float, tokens: int) -> None:
+        """Record the duration of a call, and how many tokens it decoded."""
+        before, latest = self._seconds[threads], seconds / tokens
+        is_usual = before and threads == self.choose()
+        self._seconds[threads] = (3 * before + latest) / 4 if is_usual else latest
+        self._since_trial += seconds
 
 
 def count_cores() -> int:
@@ -225,6 +256,7 @@ class NumbaEngine:
         used = sum(array.size for array in (*self.weights.qkv, *self.weights.up)) * 2
         self.threads = max(1, min(count_cores(), used // WEIGHTS_PER_THREAD))
         self.pool = ThreadPoolExecutor(max(1, self.threads - 1))
+        self.choosers: dict[int, ThreadChooser] = {}  # by the number of texts
         self._compile("int8" if int8 else "float32", on_progress)
 
     def _compile(self, variant: str, on_progress: Callable[[str], None]) -> None:
@@ -274,7 +306,7 @@ class NumbaDecoder:
         seen = np.zeros((B, len(weights.token_embedding)), dtype=bool)
         np.put_along_axis(seen, prompt, True, axis=1)
         self.seen = np.ascontiguousarray(seen[:, :V])
-        self._threads = ThreadChooser(engine.threads)
+        self._threads = engine.choosers.setdefault(B, ThreadChooser(engine.threads))
 
     def decode(
         self, ids: np.ndarray, position: int, draws: np.ndarray
@@ -287,10 +319,12 @@ class NumbaDecoder:
         is_measured = ids.shape[1] == 1 and n >= MIN_TOKENS_TO_MEASURE
         size = self._threads.choose_or_try() if is_measured else self._threads.choose()
         tokens, log_probs = np.zeros((B, n), dtype=np.int64), np.zeros((B, n), dtype=float32)
-        current, arrived = np.zeros(B, dtype=np.int64), np.zeros(CACHE_LINE, dtype=np.int64)
+        current = np.zeros(B, dtype=np.int64)
         arguments = (self.engine.weights, self.cache, self.buffers, self.sampling, self.seen)
         arguments += (ids, position, draws, tokens, log_probs, current)
-        teams = [Team(rank, size, arrived, np.zeros_like(arrived)) for rank in range(size)]
+        # What threads count is two cache lines apart, as the processor may fetch lines in pairs.
+        counts = allocate(size + 1, 2 * CACHE_LINE // 8, dtype=np.int64)
+        teams = [Team(rank, size, counts[size], counts[rank]) for rank in range(size)]
         begun = time.perf_counter()
         loops, submit = self.engine.loops, self.engine.pool.submit
         others = [submit(loops, *arguments, team) for team in teams[1:]]
@@ -299,7 +333,7 @@ class NumbaDecoder:
             other.result()
         seconds = time.perf_counter() - begun
         if is_measured:
-            self._threads.record(size, seconds / n)
+            self._threads.record(size, seconds, n)
         is_short = seconds < SECONDS_PER_CALL / 2
         self.tokens_per_call = min(2 * n, MAX_TOKENS_PER_CALL) if is_short else max(1, n // 2)
         return tokens, log_probs
@@ -309,28 +343,25 @@ def allocate_cache(weights: Weights, B: int, T: int, H: int) -> Cache:
     """Allocate the keys and values of B texts; memory is used where they are written."""
     L, _, C = weights.qkv.weight.shape
     shape = (B, L, H, T, C // H)
-    return Cache(np.zeros(shape, dtype=float32), np.zeros(shape, dtype=float32))
+    return Cache(allocate(*shape), allocate(*shape))
 
 
 def allocate_buffers(weights: Weights, B: int, T: int, threads: int) -> Buffers:
     """Allocate the memory for intermediate results of B texts."""
     M, (V, C), F = max(B, min(T, CHUNK)), weights.head.shape, weights.up.weight.shape[1]
 
-    def zeros(*shape: int, dtype: type = float32) -> np.ndarray:
-        return np.zeros(shape, dtype=dtype)
-
     return Buffers(
-        texts=zeros(threads, M, dtype=np.int64),
-        positions=zeros(threads, M, dtype=np.int64),
-        x=zeros(threads, M, C),
-        normed=zeros(threads, M, C),
-        qkv=zeros(M, 3 * C),
-        scores=zeros(threads, T),
-        attended=zeros(M, C),
-        branches=zeros(2, M, C),
-        gate=zeros(M, F),
-        hidden=zeros(M, F),
-        logits=zeros(B, V),
-        candidates=zeros(threads, V),
-        heap=zeros(threads, V, dtype=np.int64),
+        texts=allocate(threads, M, dtype=np.int64),
+        positions=allocate(threads, M, dtype=np.int64),
+        x=allocate(threads, M, C),
+        normed=allocate(threads, M, C),
+        qkv=allocate(M, 3 * C),
+        scores=allocate(threads, T),
+        attended=allocate(M, C),
+        branches=allocate(2, M, C),
+        gate=allocate(M, F),
+        hidden=allocate(M, F),
+        logits=allocate(B, V),
+        candidates=allocate(threads, V),
+        heap=allocate(threads, V, dtype=np.int64),
     )

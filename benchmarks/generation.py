@@ -193,13 +193,13 @@ def long_text() -> None:
 def busy_neighbour() -> None:
     """Print the speed beside a program that computes on one core, and without, in turns."""
     for name, shape in SHAPES.items():
-        engine, length = create_engine(create_model(shape)), 8 * ModelConfig(**shape).block_size
+        model, length = create_model(shape), 8 * ModelConfig(**shape).block_size
         speeds: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(ROUNDS):
             for is_busy, values in speeds.items():
                 neighbour = subprocess.Popen([sys.executable, "-c", BUSY if is_busy else "pass"])
                 time.sleep(0.2)
-                values.append(measure_speed(engine, length))
+                values.append(measure_speed(create_engine(model), length))
                 neighbour.kill()
                 neighbour.wait()
         idle, busy = (statistics.median(values) for values in speeds.values())

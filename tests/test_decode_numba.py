@@ -232,21 +232,22 @@ def run_calls(chooser: ThreadChooser, seconds: dict[int, float], number: int) ->
     choices = []
     for _ in range(number):
         choices.append(chooser.choose_or_try())
-        chooser.record(choices[-1], seconds[choices[-1]])
+        chooser.record(choices[-1], seconds[choices[-1]], 1)
     return choices
 
 
 def test_the_faster_number_of_threads_is_chosen_and_the_other_tried_again():
     chooser = ThreadChooser(4)
-    idle = run_calls(chooser, {4: 1.0, 1: 2.0}, 200)
-    assert idle.count(4) > 180 > idle.count(1) > 1
-    busy = run_calls(chooser, {4: 5.0, 1: 2.0}, 200)  # another program takes a core
-    assert busy.count(1) > 180
-    assert run_calls(chooser, {4: 1.0, 1: 2.0}, 200).count(4) > 140  # and has ended
+    idle = run_calls(chooser, {4: 0.01, 1: 0.02}, 1000)
+    assert idle.count(4) > 950
+    assert idle.count(1) > 2
+    busy = run_calls(chooser, {4: 0.05, 1: 0.02}, 1000)  # another program takes a core
+    assert busy.count(1) > 950
+    assert run_calls(chooser, {4: 0.01, 1: 0.02}, 1000).count(4) > 900  # and has ended
 
 
 def test_one_thread_is_chosen_if_there_is_one_core():
-    assert set(run_calls(ThreadChooser(1), {1: 1.0}, 100)) == {1}
+    assert set(run_calls(ThreadChooser(1), {1: 0.5}, 100)) == {1}
 
 
 @pytest.mark.parametrize(("limit", "threads"), [("1", 1), ("1000000", 8), ("", 8), ("x", 8)])
