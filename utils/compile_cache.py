@@ -71,7 +71,7 @@ class CompileCache:
                 for name, content in (self._files or {}).items():
                     (directory / name).write_bytes(content)
                 call(dispatcher)
-                if self._files is None:
+                if not dispatcher.stats.cache_hits:
                     self._write({path.name: path.read_bytes() for path in directory.iterdir()})
         except OSError:  # no directory for temporary files, or a full disk
             dispatcher = numba.njit(**self._options)(self._function)
