@@ -31,9 +31,11 @@ from numpy import float32
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}  # division by zero gives inf, as in PyTorch
 INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # faster to compile
-# fastmath lets the compiler reorder a sum, so that it adds 16 terms at once. It assumes that no
-# number is infinite, so the functions that compare with -inf do without.
-fast = numba.njit(fastmath=True, **INNER)
+# These flags of LLVM let the compiler reorder a sum, so that it adds 16 terms at once, and assume
+# that no number is infinite: the functions that compare with -inf do without. They leave divisions
+# exact, so that the same number comes out in a group of 16 and in the rest of a row.
+FAST_MATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
+fast = numba.njit(fastmath=FAST_MATH, **INNER)
 exact = numba.njit(**INNER)
 
 SILU, GELU_TANH, GELU = 0, 1, 2
@@ -90,7 +92,7 @@ class Buffers(NamedTuple):
     qkv: np.ndarray  # (M, 3 C)
     scores: np.ndarray  # (threads, T): of one query
     attended: np.ndarray  # (M, C)
-    branches: np.ndarray  # (2, M, C): what attention and MLP add to the residual stream
+    branch: np.ndarray  # (M, C): what attention or MLP adds to the residual stream
     gate: np.ndarray  # (M, F)
     hidden: np.ndarray  # (M, F)
     logits: np.ndarray  # (B, V)
@@ -113,8 +115,8 @@ class Team(NamedTuple):
 
     rank: int
     size: int
-    arrived: np.ndarray  # (1,) int64: how often a thread has arrived at a barrier
-    expected: np.ndarray  # (1,) int64, this thread's own: arrivals that end its last barrier
+    arrived: np.ndarray  # int64, element 0: how often any thread has arrived at a barrier
+    expected: np.ndarray  # int64, element 0: the arrivals that release this thread
 
 
 # ----------------------------------------------------------------------------------------------
@@ -122,12 +124,12 @@ class Team(NamedTuple):
 
 
 @fast
-def multiply_row(x, weight, y, first, last):
-    """Compute y[first:last] = weight[first:last] @ x. `x` is `(K,)`, and `weight` `(N, K)`.
+def multiply_row(x, weight, y, start, stop):
+    """Compute y[start:stop] = weight[start:stop] @ x. `x` is `(K,)`, and `weight` `(N, K)`.
 
     One row at a time: that is the order of the memory, which bounds this loop.
     """
-    for n in range(first, last):
+    for n in range(start, stop):
         row = weight[n]
         total = float32(0)
         for k in range(len(x)):
@@ -136,15 +138,15 @@ def multiply_row(x, weight, y, first, last):
 
 
 @fast
-def multiply_rows(x, weight, y, first, last):
-    """Compute y[:, first:last] = x @ weight[first:last].T. `x` is `(M, K)`, and `weight` `(N, K)`.
+def multiply_rows(x, weight, y, start, stop):
+    """Compute y[:, start:stop] = x @ weight[start:stop].T. `x` is `(M, K)`, and `weight` `(N, K)`.
 
     In tiles of 4 rows by 4 outputs, whose 16 sums stay in registers: 8 numbers are loaded for 16
     products, where one dot product after another loads 32.
     """
     M, K = x.shape
-    end = first + (last - first) // 4 * 4 if M >= 4 else first
-    for n in range(first, end, 4):
+    end = start + (stop - start) // 4 * 4 if M >= 4 else start
+    for n in range(start, end, 4):
         w0, w1, w2, w3 = weight[n], weight[n + 1], weight[n + 2], weight[n + 3]
         for m in range(0, M - 3, 4):
             x0, x1, x2, x3 = x[m], x[m + 1], x[m + 2], x[m + 3]
@@ -164,36 +166,37 @@ def multiply_rows(x, weight, y, first, last):
             y3[n], y3[n + 1], y3[n + 2], y3[n + 3] = s30, s31, s32, s33
     tiled = M // 4 * 4
     for m in range(M):  # the rows and outputs that fill no tile
-        multiply_row(x[m], weight, y[m], end if m < tiled else first, last)
+        multiply_row(x[m], weight, y[m], end if m < tiled else start, stop)
 
 
 @fast
-def apply_linear(x, linear, layer, y, first, last):
-    """Compute outputs `first` to `last` of a linear layer: `(M, inputs)` to `(M, outputs)`."""
-    multiply_rows(x, linear.weight[layer], y, first, last)
+def apply_linear(x, linear, layer, y, start, stop):
+    """Compute outputs `start` to `stop` of a linear layer: `(M, inputs)` to `(M, outputs)`."""
+    multiply_rows(x, linear.weight[layer], y, start, stop)
     scale, bias = linear.scale[layer], linear.bias[layer]
     for m in range(len(x)):
         row = y[m]
-        for n in range(first, last):
+        for n in range(start, stop):
             row[n] = row[n] * scale[n] + bias[n]
 
 
 @fast
-def average_values(weights, values, y):
-    """Compute y = weights @ values. `weights` is `(t,)`, `values` `(T, D)`, of which t are read.
+def average_values(probabilities, values, y):
+    """Compute y = probabilities @ values: `(t,)` and the first t of `(T, D)` to `(D,)`.
 
     Four positions at a time, so that y is loaded and stored a quarter as often.
     """
-    t, D = len(weights), len(y)
+    t, D = len(probabilities), len(y)
     for d in range(D):
         y[d] = 0
     for i in range(0, t - 3, 4):
-        a, b, c, e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        a, b = probabilities[i], probabilities[i + 1]
+        c, e = probabilities[i + 2], probabilities[i + 3]
         v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
         for d in range(D):
             y[d] += a * v0[d] + b * v1[d] + c * v2[d] + e * v3[d]
     for i in range(t // 4 * 4, t):
-        a, v0 = weights[i], values[i]
+        a, v0 = probabilities[i], values[i]
         for d in range(D):
             y[d] += a * v0[d]
 
@@ -204,7 +207,7 @@ def average_values(weights, values, y):
 
 @fast
 def compute_exp(x):
-    """Compute e^x, within 3e-7 of it, in operations that the compiler applies to 16 x at once.
+    """Compute e^x, with a relative error below 1e-6, in operations that apply to 16 x at once.
 
     e^x = 2^n e^r, n a whole number and r in ±ln(2) / 2. The Taylor series gives e^r, and n is the
     exponent of a float32. x is clamped to ±87, as e^87 is nearly the largest float32.
@@ -306,14 +309,18 @@ def apply_softmax(scores, factor):
 def get_share(size, unit, team):
     """Return the range of `size` outputs, in whole units, that this thread computes."""
     units = (size + unit - 1) // unit
-    first = units * team.rank // team.size * unit
-    last = units * (team.rank + 1) // team.size * unit
-    return min(first, size), min(last, size)
+    start = (units * team.rank // team.size) * unit
+    stop = (units * (team.rank + 1) // team.size) * unit
+    return min(start, size), min(stop, size)
 
 
 @exact
 def get_heads(keys, team):
-    """Return the range of heads that this thread computes: in whole tiles of four channels."""
+    """Return the range of heads that this thread computes.
+
+    In groups of 4 if D is not a multiple of 4, so that the tiles of `multiply_rows` are the same
+    for any number of threads.
+    """
     return get_share(keys.shape[2], 1 if keys.shape[4] % 4 == 0 else 4, team)
 
 
@@ -336,24 +343,24 @@ def add_positions(positions, position_embedding, x):
 
 
 @fast
-def rotate_queries_and_keys(qkv, norm, cos, sin, positions, first, last):
-    """Apply norm and rotary embedding to the heads `first` to `last` of qkv, `(M, 3 C)`."""
+def rotate_queries_and_keys(qkv, norm, cos, sin, positions, start, stop):
+    """Apply norm and rotary embedding to the heads `start` to `stop` of qkv, `(M, 3 C)`."""
     C, D = qkv.shape[1] // 3, norm.shape[1]
     for m in range(len(qkv)):
         row, t = qkv[m], positions[m]
-        for start in range(first * D, last * D, D):
-            normalize_and_rotate(row[start : start + D], norm[0], cos[t], sin[t])
-            normalize_and_rotate(row[C + start : C + start + D], norm[1], cos[t], sin[t])
+        for c in range(start * D, stop * D, D):
+            normalize_and_rotate(row[c : c + D], norm[0], cos[t], sin[t])
+            normalize_and_rotate(row[C + c : C + c + D], norm[1], cos[t], sin[t])
 
 
 @fast
-def attend(qkv, cache, layer, texts, positions, scores, y, first, last):
-    """Compute attention in the heads `first` to `last`: qkv, `(M, 3 C)`, to y, `(M, C)`."""
+def attend(qkv, cache, layer, texts, positions, scores, y, start, stop):
+    """Compute attention in the heads `start` to `stop`: qkv, `(M, 3 C)`, to y, `(M, C)`."""
     D = cache.keys.shape[4]
     C, M = y.shape[1], len(qkv)
     for m in range(M):  # append keys and values to the cache
         row = qkv[m]
-        for h in range(first, last):
+        for h in range(start, stop):
             key = cache.keys[texts[m], layer, h, positions[m]]
             value = cache.values[texts[m], layer, h, positions[m]]
             for d in range(D):
@@ -363,18 +370,18 @@ def attend(qkv, cache, layer, texts, positions, scores, y, first, last):
     for m in range(M):  # each row attends to its own position and those before it
         row, result = qkv[m], y[m]
         t = positions[m] + 1
-        for h in range(first, last):
-            q, head = row[h * D : h * D + D], result[h * D : h * D + D]
+        for h in range(start, stop):
+            q, output = row[h * D : h * D + D], result[h * D : h * D + D]
             multiply_row(q, cache.keys[texts[m], layer, h], scores, 0, t)
             apply_softmax(scores[:t], factor)
-            average_values(scores[:t], cache.values[texts[m], layer, h], head)
+            average_values(scores[:t], cache.values[texts[m], layer, h], output)
 
 
 @fast
-def apply_activation(hidden, gate, kind, is_gated, first, last):
-    """Activate the channels `first` to `last` of hidden, `(M, F)`; if gated, times the gate's."""
+def apply_activation(hidden, gate, kind, is_gated, start, stop):
+    """Activate the channels `start` to `stop` of hidden, `(M, F)`; if gated, times the gate's."""
     for m in range(len(hidden)):
-        row, factors = hidden[m, first:last], gate[m, first:last]
+        row, factors = hidden[m, start:stop], gate[m, start:stop]
         activate(factors if is_gated else row, kind)
         if is_gated:
             for f in range(len(row)):
@@ -404,7 +411,7 @@ def run_blocks(weights, cache, buffers, ids, team):
     x, normed, scores = buffers.x[team.rank, :M], buffers.normed[team.rank, :M], buffers.scores
     qkv, attended = buffers.qkv[:M], buffers.attended[:M]
     gate, hidden = buffers.gate[:M], buffers.hidden[:M]
-    attention_branch, mlp_branch = buffers.branches[0, :M], buffers.branches[1, :M]
+    branch = buffers.branch[:M]
     # The outputs of this thread, in whole cache lines of 16 numbers, and its heads.
     c0, c1 = get_share(C, 16, team)
     f0, f1 = get_share(F, 16, team)
@@ -422,9 +429,9 @@ def run_blocks(weights, cache, buffers, ids, team):
             rotate_queries_and_keys(qkv, norm, weights.cos, weights.sin, positions, h0, h1)
         attend(qkv, cache, layer, texts, positions, scores[team.rank], attended, h0, h1)
         wait_for_all(team)  # all heads
-        apply_linear(attended, weights.projection, layer, attention_branch, c0, c1)
+        apply_linear(attended, weights.projection, layer, branch, c0, c1)
         wait_for_all(team)
-        add(x, attention_branch)
+        add(x, branch)
 
         normalize(x, weights.mlp_norm[layer], weights.is_modern, normed)
         apply_linear(normed, weights.up, layer, hidden, f0, f1)
@@ -432,24 +439,24 @@ def run_blocks(weights, cache, buffers, ids, team):
             apply_linear(normed, weights.gate, layer, gate, f0, f1)
         apply_activation(hidden, gate, weights.activation, weights.is_modern, f0, f1)
         wait_for_all(team)
-        apply_linear(hidden, weights.down, layer, mlp_branch, c0, c1)
+        apply_linear(hidden, weights.down, layer, branch, c0, c1)
         wait_for_all(team)
-        add(x, mlp_branch)
+        add(x, branch)
 
 
 @fast
 def compute_logits(x, norm, head, is_modern, normed, logits, team):
     """Compute the logits, `(B, V)`, of the token after each row of the residual stream."""
     normalize(x, norm, is_modern, normed)
-    first, last = get_share(len(head), 16, team)
-    multiply_rows(normed, head, logits, first, last)
+    start, stop = get_share(len(head), 16, team)
+    multiply_rows(normed, head, logits, start, stop)
 
 
 @fast
-def copy_text(cache, source, target, length, first, last):
-    """Copy the first keys and values of one text to another, in the heads `first` to `last`."""
+def copy_text(cache, source, target, length, start, stop):
+    """Copy the first keys and values of one text to another, in the heads `start` to `stop`."""
     for layer in range(cache.keys.shape[1]):
-        for h in range(first, last):
+        for h in range(start, stop):
             for t in range(length):
                 for d in range(cache.keys.shape[4]):
                     cache.keys[target, layer, h, t, d] = cache.keys[source, layer, h, t, d]
@@ -470,8 +477,8 @@ def is_equal(first, second):
 
 
 @exact
-def compute_weight(logit):
-    """Compute e^logit for logit <= 0: a probability before normalization. 0 below e^-87."""
+def compute_probability(logit):
+    """Compute e^logit for logit <= 0: a probability, not normalized. 0 below e^-87."""
     return compute_exp(logit) if logit > float32(-87) else float32(0)
 
 
@@ -486,11 +493,11 @@ def find_largest(logits):
 
 
 @exact
-def sum_weights(logits):
+def sum_probabilities(logits):
     """Return the sum of e^logit over `(V,)`."""
     total = float32(0)
     for v in range(len(logits)):
-        total += compute_weight(logits[v])
+        total += compute_probability(logits[v])
     return total
 
 
@@ -548,10 +555,10 @@ def filter_top_k(logits, heap, k):
 def filter_top_p(logits, heap, p):
     """Keep the fewest most likely tokens with total probability p; set the others to -inf."""
     build_heap(logits, heap)
-    total, cdf, last = sum_weights(logits), 0.0, heap[0]
+    total, cdf, last = sum_probabilities(logits), 0.0, heap[0]
     for i in range(len(heap)):
         token = pop(logits, heap, len(heap) - i)
-        probability = compute_weight(logits[token]) / total
+        probability = compute_probability(logits[token]) / total
         cdf += probability
         before = float32(cdf) - probability
         if before >= p and before > 0:
@@ -565,9 +572,9 @@ def filter_top_p(logits, heap, p):
 @exact
 def invert_cdf(logits, draw):
     """Return the token at which the cumulative distribution passes `draw`; overwrites logits."""
-    total, cdf = sum_weights(logits), 0.0
+    total, cdf = sum_probabilities(logits), 0.0
     for v in range(len(logits)):
-        cdf += compute_weight(logits[v]) / total
+        cdf += compute_probability(logits[v]) / total
         logits[v] = cdf
     target = min(draw, float32(1 - 2**-20)) * logits[-1]
     token = 0
@@ -605,7 +612,7 @@ def sample_token(logits, seen, draw, sampling, candidates, heap):
     largest = logits[find_largest(logits)]
     for v in range(len(logits)):
         candidates[v] = logits[v] - largest
-    log_total = np.log(sum_weights(candidates))
+    log_total = np.log(sum_probabilities(candidates))
     penalty = sampling.repetition_penalty
     for v in range(len(logits)):
         candidates[v] = logits[v]
@@ -622,7 +629,7 @@ def sample_token(logits, seen, draw, sampling, candidates, heap):
 
 @intrinsic
 def add_atomically(context, array, value):
-    """Add to the first number of an int64 array, in one step that no other thread can divide."""
+    """Add to element 0 of an int64 array: an atomic fetch-and-add, sequentially consistent."""
 
     def build(target, builder, signature, arguments):
         pointer = target.make_array(signature.args[0])(target, builder, arguments[0]).data
@@ -633,7 +640,10 @@ def add_atomically(context, array, value):
 
 @intrinsic
 def read_atomically(context, array):
-    """Read the first number of an int64 array anew, and after it what others wrote before it."""
+    """Read element 0 of an int64 array: an atomic load, sequentially consistent.
+
+    What other threads wrote before they added to it is visible afterwards.
+    """
 
     def build(target, builder, signature, arguments):
         pointer = target.make_array(signature.args[0])(target, builder, arguments[0]).data
@@ -675,7 +685,7 @@ def decode(
         draws: `(n, B)`, uniform in [0, 1).
         tokens: `(B, n)` int64, receives the tokens.
         log_probs: `(B, n)`, receives their log-probabilities before `sampling`.
-        current: `(B,)` int64, memory for the tokens of one step.
+        current: `(B,)` int64, the last of `ids`; then the tokens of each step.
         team: the threads, `Team`.
     """
     B, t = ids.shape
@@ -686,7 +696,7 @@ def decode(
 
     # Prefill: all tokens of the prompts but the last.
     for b in range(B):
-        if position == 0 and b > 0 and is_equal(ids[b], ids[b - 1]):  # samples of one prompt
+        if position == 0 and b > 0 and is_equal(ids[b], ids[b - 1]):  # the same prompt
             h0, h1 = get_heads(cache.keys, team)
             copy_text(cache, b - 1, b, t - 1, h0, h1)
             continue
@@ -697,11 +707,8 @@ def decode(
             run_blocks(weights, cache, buffers, chunk, team)
 
     # Decode: the last token, then each token that was sampled.
-    for b in range(first, last):
-        current[b] = ids[b, t - 1]
     for b in range(B):
         texts[b], positions[b] = b, position + t - 1
-    wait_for_all(team)
     for i in range(len(draws)):
         run_blocks(weights, cache, buffers, current, team)
         norm, head = weights.final_norm, weights.head

@@ -6,10 +6,12 @@ Prepares the arrays, chooses the number of threads, and calls `decode_loops.deco
 import contextlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import float32
@@ -34,11 +36,11 @@ from utils.quantization import quantize_rows
 
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU}
 COMPILE_SECONDS = 10  # about, on the machines that were tried
-WEIGHTS_PER_THREAD = 150_000  # fewer, and waiting for each other takes longer than computing
+WEIGHTS_PER_THREAD = 100_000  # fewer, and waiting for each other takes longer than computing
 CACHE_LINE = 64  # bytes
 MAX_TOKENS_PER_CALL = 64
 SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
-MIN_TOKENS_TO_MEASURE = 8  # a call of fewer is mostly overhead
+MIN_SECONDS_TO_MEASURE = 0.001  # a shorter call is mostly overhead
 SECONDS_BETWEEN_TRIALS = 1.0  # of the slower number of threads
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
 
@@ -120,11 +122,18 @@ def read_weights(
     tensors: Mapping[str, np.ndarray],
     config: ModelConfig,
     vocab_size: int,
-    num_tokens: int,
+    num_tokens: int | None = None,
     *,
     int8: bool = False,
 ) -> Weights:
     """Arrange the state dict of a `LanguageModel` for the loops.
+
+    Args:
+        tensors: float arrays by name.
+        config: the architecture.
+        vocab_size: V, the number of rows of the embedding.
+        num_tokens: number of ids that stand for text; those above are never generated.
+        int8: quantize the weights of the blocks.
 
     Raises ValueError if a tensor is missing, is unexpected, or has another shape.
     """
@@ -228,61 +237,50 @@ class NumbaEngine:
     """Runs a model in plain loops: see `engine.Engine`.
 
     Args:
-        tensors: the state dict of a `LanguageModel`, as float arrays.
+        weights: of `read_weights`.
         config: the architecture.
-        vocab_size: V, the number of rows of the embedding.
-        num_tokens: number of ids that stand for text; those above are never generated.
-        int8: quantize the weights of the blocks.
+        cache: of the compiled loops, for the dtype of the weights.
         on_progress: called with a line before the loops are compiled.
-
-    Raises ValueError if the tensors are not of this architecture.
     """
 
     name = "numba"
 
     def __init__(
         self,
-        tensors: Mapping[str, np.ndarray],
+        weights: Weights,
         config: ModelConfig,
-        vocab_size: int,
-        num_tokens: int | None = None,
+        cache: CompileCache | None = None,
         *,
-        int8: bool = False,
         on_progress: Callable[[str], None] = lambda line: None,
     ):
-        num_tokens = num_tokens or vocab_size
-        self.weights = read_weights(tensors, config, vocab_size, num_tokens, int8=int8)
-        self.block_size, self.n_head = config.block_size, config.n_head
-        used = sum(array.size for array in (*self.weights.qkv, *self.weights.up)) * 2
-        self.threads = max(1, min(count_cores(), used // WEIGHTS_PER_THREAD))
+        self.weights, self.block_size, self.n_head = weights, config.block_size, config.n_head
+        matrices = (weights.qkv, weights.projection, weights.gate, weights.up, weights.down)
+        size = sum(matrix.weight.size for matrix in matrices)
+        self.threads = max(1, min(count_cores(), size // WEIGHTS_PER_THREAD))
         self.pool = ThreadPoolExecutor(max(1, self.threads - 1))
+        self.lock = threading.Lock()  # a second call would wait for the threads of the first
         self.choosers: dict[int, ThreadChooser] = {}  # by the number of texts
-        self._compile("int8" if int8 else "float32", on_progress)
-
-    def _compile(self, variant: str, on_progress: Callable[[str], None]) -> None:
-        """Compile the loops, or load what was compiled before."""
-        cache = get_compile_cache(variant)
+        cache = cache or get_compile_cache(weights.up.weight.dtype)
         if not cache.is_compiled:
-            kept = "once on this machine" if cache.is_writable else "at each start, as no cache"
-            on_progress(f"compiling the decoding loops, {kept}: about {COMPILE_SECONDS} s")
-        self.loops: Callable = decode_loops.decode
+            often = "once on this machine" if cache.is_writable else "at each start (no cache)"
+            on_progress(f"compiling the decoding loops, {often}: about {COMPILE_SECONDS} s")
+        self.loops = cache.get(self._call_once)
+
+    def _call_once(self, loops: Callable) -> None:
+        """Call the loops for no tokens, which compiles them."""
+        self.loops = loops
         ids, no_draws = np.zeros((1, 1), dtype=np.int64), np.zeros((0, 1), dtype=float32)
-
-        def call(loops: Callable) -> None:
-            self.loops = loops
-            NumbaDecoder(self, ids, SamplingParams()).decode(ids, 0, no_draws)
-
-        self.loops = cache.get(call)
+        NumbaDecoder(self, ids, SamplingParams()).decode(ids, 0, no_draws)
 
     def create_decoder(self, prompt: np.ndarray, sampling: SamplingParams) -> "NumbaDecoder":
         """Create a decoder of the texts that begin with `prompt`, `(B, T)` int64."""
         return NumbaDecoder(self, prompt, sampling)
 
 
-def get_compile_cache(variant: str) -> CompileCache:
-    """Return the cache of the loops, for weights of a dtype: float32 or int8."""
-    options = {**decode_loops.OPTIONS, "fastmath": True}
-    return CompileCache(decode_loops.decode, options, variant)
+def get_compile_cache(dtype: np.dtype) -> CompileCache:
+    """Return the cache of the compiled loops, for weights of a dtype: float32 or int8."""
+    options = {**decode_loops.OPTIONS, "fastmath": decode_loops.FAST_MATH}
+    return CompileCache(decode_loops.decode, options, np.dtype(dtype).name)
 
 
 class NumbaDecoder:
@@ -311,36 +309,52 @@ class NumbaDecoder:
     def decode(
         self, ids: np.ndarray, position: int, draws: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Generate a token for each row of `draws`: see `engine.Decoder`."""
+        """Generate a token for each row of `draws`: see `engine.Decoder`.
+
+        Raises IndexError if an id is not in the vocabulary, or a position not in the context: the
+        loops check neither.
+        """
         # Copies, as the loops are compiled for arrays that are contiguous and may be written.
         ids = np.array(ids, dtype=np.int64, order="C")
         draws = np.array(draws, dtype=float32, order="C")
-        B, n = len(ids), len(draws)
-        is_measured = ids.shape[1] == 1 and n >= MIN_TOKENS_TO_MEASURE
-        size = self._threads.choose_or_try() if is_measured else self._threads.choose()
+        (B, t), n, engine = ids.shape, len(draws), self.engine
+        if ids.min() < 0 or ids.max() >= len(engine.weights.token_embedding):
+            raise IndexError(f"ids from {ids.min()} to {ids.max()}")
+        if position < 0 or position + t + max(n, 1) - 1 > engine.block_size:
+            raise IndexError(f"{t} ids and {n} new tokens from position {position} on")
         tokens, log_probs = np.zeros((B, n), dtype=np.int64), np.zeros((B, n), dtype=float32)
-        current = np.zeros(B, dtype=np.int64)
-        arguments = (self.engine.weights, self.cache, self.buffers, self.sampling, self.seen)
-        arguments += (ids, position, draws, tokens, log_probs, current)
-        # What threads count is two cache lines apart, as the processor may fetch lines in pairs.
-        counts = allocate(size + 1, 2 * CACHE_LINE // 8, dtype=np.int64)
-        teams = [Team(rank, size, counts[size], counts[rank]) for rank in range(size)]
+        size = self._threads.choose_or_try() if t == 1 else self._threads.choose()
+        arguments = (engine.weights, self.cache, self.buffers, self.sampling, self.seen)
+        arguments += (ids, position, draws, tokens, log_probs, ids[:, -1].copy())
         begun = time.perf_counter()
-        loops, submit = self.engine.loops, self.engine.pool.submit
-        others = [submit(loops, *arguments, team) for team in teams[1:]]
-        loops(*arguments, teams[0])
-        for other in others:
-            other.result()
+        with engine.lock:
+            self._run(size, arguments)
         seconds = time.perf_counter() - begun
-        if is_measured:
+        if t == 1 and n > 0 and seconds > MIN_SECONDS_TO_MEASURE:
             self._threads.record(size, seconds, n)
         is_short = seconds < SECONDS_PER_CALL / 2
         self.tokens_per_call = min(2 * n, MAX_TOKENS_PER_CALL) if is_short else max(1, n // 2)
         return tokens, log_probs
 
+    def _run(self, size: int, arguments: tuple[Any, ...]) -> None:
+        """Call the loops in `size` threads, of which this is one."""
+        # Counters lie two cache lines apart, as a processor may fetch lines in pairs.
+        counters = allocate(size + 1, 2 * CACHE_LINE // 8, dtype=np.int64)
+        arrived = counters[size]
+        teams = [Team(rank, size, arrived, counters[rank]) for rank in range(size)]
+        loops = self.engine.loops
+        try:
+            others = [self.engine.pool.submit(loops, *arguments, team) for team in teams[1:]]
+            loops(*arguments, teams[0])
+        except BaseException:  # Ctrl-C, or no thread could be started: release those that wait
+            arrived[0] = np.iinfo(np.int64).max // 2
+            raise
+        for other in others:
+            other.result()
+
 
 def allocate_cache(weights: Weights, B: int, T: int, H: int) -> Cache:
-    """Allocate the keys and values of B texts; memory is used where they are written."""
+    """Allocate the keys and values of B texts; memory is committed when it is first written."""
     L, _, C = weights.qkv.weight.shape
     shape = (B, L, H, T, C // H)
     return Cache(allocate(*shape), allocate(*shape))
@@ -358,7 +372,7 @@ def allocate_buffers(weights: Weights, B: int, T: int, threads: int) -> Buffers:
         qkv=allocate(M, 3 * C),
         scores=allocate(threads, T),
         attended=allocate(M, C),
-        branches=allocate(2, M, C),
+        branch=allocate(M, C),
         gate=allocate(M, F),
         hidden=allocate(M, F),
         logits=allocate(B, V),

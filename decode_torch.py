@@ -1,6 +1,6 @@
 """PyTorch's decoding: sampling and the KV cache, on any device.
 
-It defines what is right; decode_numba.py generates the same, faster on a CPU.
+It defines what is right: decode_numba.py must generate the same tokens.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Engines: what runs a model token by token, and the settings of sampling.
+"""The interface of the decoding engines, and the settings of sampling.
 
 decode_torch.py has PyTorch's, for any device; decode_numba.py has plain loops, for a CPU.
 generate.py streams text from either. Nothing here needs torch.

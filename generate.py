@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLING = SamplingParams()
 Prompt = "Sequence[int] | np.ndarray | Tensor"
-UNIFORMS_PER_SEED = 1024  # drawn at once
+UNIFORMS_PER_SEED = 1024  # drawn at once, or fewer if there are thousands of seeds
 
 
 def stream_tokens(
@@ -42,7 +42,8 @@ def stream_tokens(
         prompt: one or more ids: `(T,)`, or `(B, T)` with a row for each seed.
         max_new_tokens: for each text.
         sampling: how to choose each token.
-        seeds: one for each of the B texts. A seed's text does not depend on the other seeds.
+        seeds: one for each of the B texts. A seed's text does not depend on the other seeds,
+            but for the rounding of sums.
 
     Yields:
         the next tokens, `(B, n)` int64, and their log-probabilities before `sampling`, `(B, n)`
@@ -109,8 +110,8 @@ def iter_uniforms(seeds: Sequence[int]) -> Iterator[np.ndarray]:
     24 low bits of each output of the Mersenne Twister, whose seed has 32 bits.
     """
     twisters = [np.random.RandomState(seed & 0xFFFF_FFFF) for seed in seeds]
+    size = max(1, min(UNIFORMS_PER_SEED, 1_000_000 // len(seeds)))
     while True:
-        size = (UNIFORMS_PER_SEED,)
         columns = [twister.randint(0, 2**32, size, dtype=np.uint32) for twister in twisters]
         low_bits = np.stack(columns, axis=1) & 0xFF_FFFF
         yield from low_bits.astype(np.float32) * np.float32(2**-24)

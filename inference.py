@@ -288,7 +288,7 @@ class EngineUnavailable(Exception):
 
 
 def is_better_on_cpu(bundle: Bundle, config: InferenceConfig) -> bool:
-    """Return whether `auto` decodes on the CPU: not large work on a machine with a GPU."""
+    """Return whether `auto` uses the CPU: without a GPU always, with one for small work."""
     if config.device != "auto":
         return config.device == "cpu"
     sizes = (math.prod(shape) for _, shape in read_weights_header(bundle.path).values())
@@ -312,7 +312,7 @@ def create_numba_engine(
     import safetensors.numpy  # late, as are numba and the loops
 
     try:
-        from decode_numba import NumbaEngine, get_compile_cache
+        from decode_numba import NumbaEngine, get_compile_cache, read_weights
     except ImportError as error:
         is_missing = getattr(error, "name", None) in ("numba", "llvmlite")
         reason = "numba is not installed" if is_missing else f"numba cannot be used ({error})"
@@ -328,14 +328,15 @@ def create_numba_engine(
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         raise create_weights_error(path)
     int8 = config.quantize == "int8"
-    cache = get_compile_cache("int8" if int8 else "float32")
+    cache = get_compile_cache(np.int8 if int8 else np.float32)
     if config.engine == "auto" and not (cache.is_compiled or cache.is_writable):
         raise EngineUnavailable("its compiled loops cannot be kept: no cache can be written")
-    sizes = (bundle.config, bundle.vocab_size, tokenizer.num_tokens)
+    sizes = (bundle.vocab_size, tokenizer.num_tokens)
     try:
-        return NumbaEngine(tensors, *sizes, int8=int8, on_progress=on_progress)
+        weights = read_weights(tensors, bundle.config, *sizes, int8=int8)
     except ValueError as error:
         raise create_weights_error(path, error) from None
+    return NumbaEngine(weights, bundle.config, cache, on_progress=on_progress)
 
 
 def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:

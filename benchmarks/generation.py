@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import CHECKOUT
-from decode_numba import NumbaEngine, count_cores
+from decode_numba import NumbaEngine, count_cores, read_weights
 from engine import SamplingParams
 from generate import stream_tokens
 from model import LanguageModel
@@ -105,7 +105,7 @@ def create_model(shape: dict) -> LanguageModel:
 
 def create_engine(model: LanguageModel, *, int8: bool = False) -> NumbaEngine:
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return NumbaEngine(tensors, model.config, V, int8=int8)
+    return NumbaEngine(read_weights(tensors, model.config, V, int8=int8), model.config)
 
 
 def measure_speed(model: LanguageModel | NumbaEngine, length: int, rows: int = 1) -> float:

@@ -4,6 +4,7 @@ python -m pytest tests/test_decode_numba.py
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def create_model(**changes) -> LanguageModel:
 
 def create_engine(model: LanguageModel, **options) -> NumbaEngine:
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    return NumbaEngine(tensors, model.config, model.vocab_size, model.num_tokens, **options)
+    sizes = (model.vocab_size, model.num_tokens)
+    return NumbaEngine(read_weights(tensors, model.config, *sizes, **options), model.config)
 
 
 def assert_same_text(model, engine, prompt, length, sampling, seeds=(3,)) -> np.ndarray:
@@ -220,7 +222,7 @@ def test_weights_in_other_dtypes_are_converted(dtype):
         for parameter in model.parameters():
             parameter.copy_(parameter.half())
     tensors = {n: tensor.detach().numpy().astype(dtype) for n, tensor in model.state_dict().items()}
-    engine = NumbaEngine(tensors, model.config, V, NUM_TOKENS)
+    engine = NumbaEngine(read_weights(tensors, model.config, V, NUM_TOKENS), model.config)
     assert_same_text(model, engine, [1], 50, GREEDY)
 
 
@@ -269,6 +271,44 @@ def test_the_share_of_a_container_limits_the_number_of_threads(
     monkeypatch.setattr(decode_numba, "CPU_QUOTA", tmp_path / "cpu.max")
     (tmp_path / "cpu.max").write_text(content, encoding="ascii")
     assert count_cores() == threads
+
+
+@pytest.mark.parametrize(("ids", "position"), [([[V]], 0), ([[-1]], 0), ([[1]], 24), ([[1]], -1)])
+def test_ids_and_positions_out_of_range_are_an_error_and_read_no_memory(ids, position):
+    decoder = create_engine(create_model()).create_decoder(np.array([[1]]), GREEDY)
+    with pytest.raises(IndexError):
+        decoder.decode(np.array(ids), position, np.zeros((1, 1), dtype=np.float32))
+
+
+def test_two_python_threads_may_use_one_engine(monkeypatch):
+    monkeypatch.setattr(decode_numba, "count_cores", lambda: 3)
+    monkeypatch.setattr(decode_numba, "WEIGHTS_PER_THREAD", 1)
+    engine = create_engine(create_model())
+    expected = generate_tokens(engine, [1], 20)
+    with ThreadPoolExecutor(2) as pool:
+        texts = [pool.submit(generate_tokens, engine, [1], 20) for _ in range(2)]
+        for text in texts:
+            assert np.array_equal(text.result(60), expected)
+
+
+def test_an_interrupted_call_leaves_no_thread_waiting(monkeypatch):
+    monkeypatch.setattr(decode_numba, "count_cores", lambda: 2)
+    monkeypatch.setattr(decode_numba, "WEIGHTS_PER_THREAD", 1)
+    engine = create_engine(create_model())
+    decoder = engine.create_decoder(np.array([[1]]), GREEDY)
+    loops, draws = engine.loops, np.zeros((3, 1), dtype=np.float32)
+
+    def interrupt(*arguments):
+        if arguments[-1].rank == 0:
+            raise KeyboardInterrupt
+        return loops(*arguments)
+
+    engine.loops = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(np.array([[1]]), 0, draws)
+    assert engine.pool.submit(int).result(60) == 0, "the other thread has ended its call"
+    engine.loops = loops
+    assert np.array_equal(generate_tokens(engine, [1], 5), generate_tokens(engine, [1], 5))
 
 
 def test_a_small_model_has_one_thread(monkeypatch):

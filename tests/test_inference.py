@@ -643,7 +643,7 @@ def test_auto_leaves_large_work_to_a_gpu(run, monkeypatch, samples, device, expe
 def test_auto_takes_torch_if_the_compiled_loops_cannot_be_kept(run, monkeypatch):
     bundle = read_bundle(run.export_dir, WEIGHTS_FILE)
     cache = types.SimpleNamespace(is_compiled=False, is_writable=False)
-    monkeypatch.setattr("decode_numba.get_compile_cache", lambda variant: cache)
+    monkeypatch.setattr("decode_numba.get_compile_cache", lambda dtype: cache)
     lines = []
     assert (
         inference.load_engine_from_bundle(bundle, InferenceConfig(), lines.append).name == "torch"
