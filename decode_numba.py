@@ -292,11 +292,12 @@ class NumbaDecoder:
         self.engine, self.tokens_per_call = engine, 1  # the first token is wanted soon
         self.cache = allocate_cache(weights, B, engine.block_size, engine.n_head)
         self.buffers = allocate_buffers(weights, B, engine.block_size, engine.threads)
+        temperature = sampling.temperature  # 0 is greedy; others as near as float32 has them
+        if temperature > 0:
+            temperature = np.clip(temperature, np.finfo(float32).tiny, np.finfo(float32).max)
         self.sampling = Sampling(
             float32(sampling.repetition_penalty),
-            float32(
-                max(sampling.temperature, np.finfo(float32).tiny) if sampling.temperature else 0
-            ),
+            float32(temperature),
             min(sampling.top_k or V, V),
             float32(sampling.top_p),
             float32(np.log(sampling.min_p) if sampling.min_p else -np.inf),

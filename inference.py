@@ -44,7 +44,7 @@ from inspect_model import find_named_model
 from parameters import Count, Device, ModelName, Positive, Seed, Settings
 from tokenizer import Tokenizer, normalize_for
 from utils.command_line import Action, CommandLine, format_flag
-from utils.errors import UserError
+from utils.errors import UserError, format_reason
 from utils.files import find_text_file_problem
 from utils.memory import check_memory, is_out_of_memory
 from utils.output import Output, pluralize, run_command
@@ -336,7 +336,13 @@ def create_numba_engine(
         weights = read_weights(tensors, bundle.config, *sizes, int8=int8)
     except ValueError as error:
         raise create_weights_error(path, error) from None
-    return NumbaEngine(weights, bundle.config, cache, on_progress=on_progress)
+    try:
+        return NumbaEngine(weights, bundle.config, cache, on_progress=on_progress)
+    except MemoryError:
+        raise
+    except Exception as error:  # a compiler may raise anything
+        reason = f"{type(error).__name__}: {format_reason(error)[:200]}"
+        raise EngineUnavailable(f"its loops cannot be compiled: {reason}") from error
 
 
 def find_conflicts(flags: Mapping[str, Any], actions: Mapping[str, Any]) -> list[str]:

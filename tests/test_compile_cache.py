@@ -50,6 +50,10 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return tmp_path / "checkout"
 
 
+def fail_to_write(*arguments, **options):
+    raise PermissionError(13, "Permission denied")
+
+
 def get_user_cache() -> Path:
     return Path(os.environ["XDG_CACHE_HOME"]) / "folio" / "compiled"
 
@@ -118,6 +122,27 @@ def test_no_changed_byte_is_ever_run(checkout):
         assert open_cache(checkout)._files in (None, files)  # or a field that has no effect
 
 
+@pytest.mark.parametrize("content", [{}, {"x.nbi": b"no pickle"}, {"double-2.nbi": b""}])
+def test_a_whole_archive_of_something_else_does_no_harm(checkout, content):
+    compile_double(open_cache(checkout))
+    for place in (get_user_cache(), checkout / "__pycache__"):
+        (path,) = place.glob("*.zip")
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in {**content, **({names[0]: b"?"} if content else {})}.items():
+                archive.writestr(name, data)
+    assert compile_double(open_cache(checkout))
+
+
+def test_a_directory_in_which_nothing_can_be_created_is_not_writable(checkout, monkeypatch):
+    cache = open_cache(checkout)
+    assert cache.is_writable
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr("tempfile.TemporaryFile", fail_to_write)
+    assert not open_cache(checkout).is_writable
+
+
 def test_an_archive_that_unpacks_to_gigabytes_is_not_read(checkout):
     cache = open_cache(checkout)
     compile_double(cache)
@@ -143,7 +168,7 @@ def test_without_any_writable_place_it_compiles_each_time(checkout, monkeypatch)
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("utils.compile_cache.write_atomic", fail)
-    monkeypatch.setattr("utils.compile_cache.os.access", lambda path, mode: False)
+    monkeypatch.setattr("utils.compile_cache._can_write_in", lambda directory: False)
     for _ in range(2):
         cache = open_cache(checkout)
         assert not cache.is_writable

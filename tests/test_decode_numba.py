@@ -27,7 +27,7 @@ SAMPLINGS = {
     "greedy": GREEDY,
     "temperature": SamplingParams(temperature=0.9),
     "nearly greedy": SamplingParams(temperature=1e-30),
-    "hot": SamplingParams(temperature=1e30),
+    "hot": SamplingParams(temperature=1e300),
     "top_k": SamplingParams(top_k=5),
     "top_k of 1": SamplingParams(top_k=1),
     "top_k of more than there are": SamplingParams(top_k=1000),

@@ -591,6 +591,19 @@ def test_without_numba_auto_takes_torch_and_says_why_in_one_line(run, monkeypatc
     assert "PyTorch" in line and "[fast]" in line
 
 
+def test_loops_that_do_not_compile_are_one_line_and_auto_takes_torch(run, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise TypeError("no such\ninstruction")
+
+    monkeypatch.setattr("decode_numba.NumbaEngine", fail)
+    with pytest.raises(UserError, match=r"--engine numba.*compiled.*TypeError"):
+        inference.main(["--engine=numba"])
+    assert inference.main(["--json", "--device=cpu", "--max-new-tokens=5"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["engine"] == "torch"
+    assert len([line for line in printed.err.splitlines() if "TypeError" in line]) == 1
+
+
 def test_numba_on_another_device_than_a_cpu_is_an_error(run):
     with pytest.raises(UserError, match=r"--engine numba.*cuda"):
         inference.main(["--engine=numba", "--device=cuda"])

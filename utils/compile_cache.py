@@ -10,7 +10,6 @@ import contextlib
 import gc
 import hashlib
 import io
-import os
 import sys
 import tempfile
 import zipfile
@@ -59,7 +58,7 @@ class CompileCache:
     def is_writable(self) -> bool:
         """Whether the result of a compilation can be kept."""
         paths = (self._in_user_cache, self._beside_source)
-        return any(_find_existing(path.parent) is not None for path in paths)
+        return any(_can_write_in(path.parent) for path in paths)
 
     def get(self, call: Callable[[Callable], object]) -> Callable:
         """Return the compiled function. `call(function)` calls it once, which compiles it."""
@@ -73,7 +72,7 @@ class CompileCache:
                 call(dispatcher)
                 if not dispatcher.stats.cache_hits:
                     self._write({path.name: path.read_bytes() for path in directory.iterdir()})
-        except OSError:  # no directory for temporary files, or a full disk
+        except Exception:  # no directory for temporary files, a full disk, files that are no cache
             dispatcher = numba.njit(**self._options)(self._function)
             call(dispatcher)
         dispatcher.disable_compile()  # other types are a mistake, which would cost seconds each
@@ -104,15 +103,19 @@ def _unpack(path: Path) -> dict[str, bytes] | None:
     with contextlib.suppress(Exception):  # missing; or damaged, which may raise anything
         with zipfile.ZipFile(io.BytesIO(read_regular(path, MAX_BYTES))) as archive:
             if sum(entry.file_size for entry in archive.infolist()) <= MAX_BYTES:
-                return {Path(name).name: archive.read(name) for name in archive.namelist()}
+                names = archive.namelist()
+                return {Path(name).name: archive.read(name) for name in names} or None
     return None
 
 
-def _find_existing(directory: Path) -> Path | None:
-    """Return a directory, or its nearest parent that exists, if files can be made there."""
+def _can_write_in(directory: Path) -> bool:
+    """Return whether a file can be created in a directory, or in its nearest parent that exists."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
-    return directory if os.access(directory, os.W_OK | os.X_OK) else None
+    with contextlib.suppress(OSError):
+        tempfile.TemporaryFile(dir=directory).close()
+        return True
+    return False
 
 
 @contextlib.contextmanager
