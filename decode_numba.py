@@ -41,7 +41,7 @@ CACHE_LINE = 64  # bytes
 MAX_TOKENS_PER_CALL = 64
 SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
 MIN_SECONDS_TO_MEASURE = 0.001  # a shorter call is mostly overhead
-SECONDS_BETWEEN_TRIALS = 1.0  # of the slower number of threads
+SECONDS_BETWEEN_TRIALS = 0.5  # of the slower number of threads
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
 
 
@@ -204,17 +204,18 @@ class ThreadChooser:
 
     def choose_or_try(self) -> int:
         """Return the same; or the other, once in SECONDS_BETWEEN_TRIALS."""
-        if self._since_trial < SECONDS_BETWEEN_TRIALS:
-            return self.choose()
-        self._since_trial = 0.0
-        return max(self._seconds, key=self._seconds.__getitem__)
+        choose = min if self._since_trial < SECONDS_BETWEEN_TRIALS else max
+        return choose(self._seconds, key=self._seconds.__getitem__)
 
     def record(self, threads: int, seconds: float, tokens: int) -> None:
         """Record the duration of a call, and how many tokens it decoded."""
         before, latest = self._seconds[threads], seconds / tokens
-        is_usual = before and threads == self.choose()
-        self._seconds[threads] = (3 * before + latest) / 4 if is_usual else latest
-        self._since_trial += seconds
+        if before and threads == self.choose():  # a mean, in which one interruption counts little
+            self._seconds[threads] = (3 * before + min(latest, 2 * before)) / 4
+            self._since_trial += seconds
+        else:
+            self._seconds[threads] = latest
+            self._since_trial = 0.0
 
 
 def count_cores() -> int:
