@@ -127,11 +127,22 @@ class Team(NamedTuple):
 def multiply_row(x, weight, y, start, stop):
     """Compute y[start:stop] = weight[start:stop] @ x. `x` is `(K,)`, and `weight` `(N, K)`.
 
-    One row at a time: that is the order of the memory, which bounds this loop.
+    Four rows at a time, from the four quarters of the range: reading the weights bounds this loop,
+    and a processor prefetches four long sequences faster than one, or than four short ones.
     """
-    for n in range(start, stop):
-        row = weight[n]
-        total = float32(0)
+    quarter = (stop - start) // 4
+    for n in range(start, start + quarter):
+        w0, w1 = weight[n], weight[n + quarter]
+        w2, w3 = weight[n + 2 * quarter], weight[n + 3 * quarter]
+        s0 = s1 = s2 = s3 = float32(0)
+        for k in range(len(x)):
+            s0 += x[k] * float32(w0[k])
+            s1 += x[k] * float32(w1[k])
+            s2 += x[k] * float32(w2[k])
+            s3 += x[k] * float32(w3[k])
+        y[n], y[n + quarter], y[n + 2 * quarter], y[n + 3 * quarter] = s0, s1, s2, s3
+    for n in range(start + 4 * quarter, stop):
+        row, total = weight[n], float32(0)
         for k in range(len(x)):
             total += x[k] * float32(row[k])
         y[n] = total
