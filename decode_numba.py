@@ -41,7 +41,8 @@ CACHE_LINE = 64  # bytes
 MAX_TOKENS_PER_CALL = 64
 SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
 MIN_SECONDS_TO_MEASURE = 0.001  # a shorter call is mostly overhead
-SECONDS_BETWEEN_TRIALS = 0.5  # of the slower number of threads
+CLEARLY_FASTER = 1.25  # machines are noisy
+SECONDS_BETWEEN_TRIALS = 0.5  # of the other number of threads
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
 
 
@@ -187,25 +188,29 @@ def compute_rotary_tables(theta: float, T: int, D: int) -> tuple[np.ndarray, np.
 
 
 class ThreadChooser:
-    """Chooses how many threads decode: one or all, whichever was faster lately.
+    """Chooses how many threads decode: all, unless one was clearly faster lately.
 
-    All are faster on an idle machine, unless the model is very small. Beside another program they
-    wait for the one whose core it uses, and one thread alone is faster. The slower choice is tried
-    again now and then, as other programs come and go.
+    All are faster on an idle machine. Beside another program they wait for the one whose core it
+    uses, and one thread alone is faster. The other choice is tried now and then, as other programs
+    come and go.
     """
 
     def __init__(self, largest: int):
+        self.largest = largest
         self._seconds = dict.fromkeys((largest, 1), 0.0)  # per token; 0: not tried yet
         self._since_trial = 0.0  # seconds of decoding
 
     def choose(self) -> int:
-        """Return the number of threads that was faster, or is not tried yet."""
-        return min(self._seconds, key=self._seconds.__getitem__)
+        """Return the number of threads: all, then one to compare, then the better choice."""
+        all_seconds, one_seconds = self._seconds[self.largest], self._seconds[1]
+        return self.largest if all_seconds <= CLEARLY_FASTER * one_seconds else 1
 
     def choose_or_try(self) -> int:
         """Return the same; or the other, once in SECONDS_BETWEEN_TRIALS."""
-        choose = min if self._since_trial < SECONDS_BETWEEN_TRIALS else max
-        return choose(self._seconds, key=self._seconds.__getitem__)
+        best = self.choose()
+        if self._since_trial < SECONDS_BETWEEN_TRIALS:
+            return best
+        return 1 if best == self.largest else self.largest
 
     def record(self, threads: int, seconds: float, tokens: int) -> None:
         """Record the duration of a call, and how many tokens it decoded."""
