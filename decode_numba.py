@@ -42,7 +42,7 @@ MAX_TOKENS_PER_CALL = 64
 SECONDS_PER_CALL = 0.02  # text is printed at least as often as this, if a token takes less
 MIN_SECONDS_TO_MEASURE = 0.001  # a shorter call is mostly overhead
 CLEARLY_FASTER = 1.25  # machines are noisy
-SECONDS_BETWEEN_TRIALS = 0.5  # of the other number of threads
+SECONDS_BETWEEN_TRIALS = 1.0  # of the other number of threads
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux: microseconds of CPU time in each period
 
 
