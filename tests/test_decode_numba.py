@@ -19,6 +19,7 @@ from engine import SamplingParams
 from generate import generate_tokens, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
+from tokenizer import GPT2Tokenizer
 from utils.quantization import round_to_int8
 
 V, NUM_TOKENS = 40, 37  # ids from 37 on are padding
@@ -133,6 +134,20 @@ def test_texts_side_by_side_are_those_of_pytorch(rows):
     assert_same_text(model, engine, [1, 2, 3], 60, SAMPLINGS["all"], seeds)
     prompts = np.arange(5 * rows).reshape(rows, 5) % NUM_TOKENS  # a prompt for each
     assert_same_text(model, engine, prompts, 60, SAMPLINGS["all"], seeds)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(top_k=50, top_p=0.9)])
+def test_the_vocabulary_of_gpt2_generates_the_tokens_of_pytorch(sampling):
+    torch.manual_seed(0)
+    config = ModelConfig(n_embd=32, n_head=2, n_layer=1, block_size=16)
+    model = LanguageModel(config, GPT2Tokenizer.vocab_size, GPT2Tokenizer.num_tokens).eval()
+    model.config = config
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    prompt = [50_256, 0, 50_300]  # the last is padding, which is never generated
+    parts = [generate_tokens(each, prompt, 20, sampling) for each in (model, create_engine(model))]
+    assert np.array_equal(*parts)
+    assert parts[0][:, 3:].max() < GPT2Tokenizer.num_tokens
 
 
 @pytest.mark.slow
