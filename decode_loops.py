@@ -2,8 +2,8 @@
 
 Generation is a product of a row of numbers and a matrix, thousands of times a second. At this size
 PyTorch spends nine tenths of the time between its operations. `decode`, at the end of this file,
-is one function in machine code: it reads the weights once per token, samples, and goes on with the
-next token.
+is one function in machine code: it reads the weights once per token, samples, and continues with
+the next token.
 
 The dimensions are those of model.py, and two more:
 
@@ -653,7 +653,7 @@ def add_atomically(context, array, value):
 def read_atomically(context, array):
     """Read element 0 of an int64 array: an atomic load, sequentially consistent.
 
-    What other threads wrote before they added to it is visible afterwards.
+    The writes of other threads before their addition are visible afterwards.
     """
 
     def build(target, builder, signature, arguments):

@@ -83,20 +83,23 @@ class TensorReader:
         self._tensors, self._n_layer = dict(tensors), n_layer
 
     def take(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
-        """Return a tensor as float32, or if it is missing an array of `default`."""
+        """Return a tensor as aligned float32, or if it is missing an array of `default`."""
+        return align(self._pop(name, shape, default))
+
+    def _pop(self, name: str, shape: tuple[int, ...], default: float | None) -> np.ndarray:
         tensor = self._tensors.pop(name, None)
         if tensor is None and default is not None:
-            return align(np.full(shape, default, dtype=float32))
+            return np.full(shape, default, dtype=float32)
         if tensor is None or tensor.shape != shape:
             found = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}"
             raise ValueError(f"{name} {found}, and it should be {list(shape)}")
-        return align(tensor.astype(float32, copy=False))
+        return tensor.astype(float32, copy=False)
 
     def stack(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
         """Return a tensor of each block."""
         stacked = allocate(self._n_layer, *shape)
         for layer in range(self._n_layer):
-            stacked[layer] = self.take(f"blocks.{layer}.{name}", *shape, default=default)
+            stacked[layer] = self._pop(f"blocks.{layer}.{name}", shape, default)
         return stacked
 
     def stack_norm(self, name: str, size: int) -> np.ndarray:

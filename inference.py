@@ -13,7 +13,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import re
 import sys
 import time
@@ -36,7 +35,6 @@ from bundle import (
     list_runs,
     load_tokenizer,
     read_bundle,
-    read_weights_header,
 )
 from engine import SamplingParams
 from generate import stream_tokens
@@ -291,8 +289,8 @@ def is_better_on_cpu(bundle: Bundle, config: InferenceConfig) -> bool:
     """Return whether `auto` uses the CPU: without a GPU always, with one for small work."""
     if config.device != "auto":
         return config.device == "cpu"
-    sizes = (math.prod(shape) for _, shape in read_weights_header(bundle.path).values())
-    if sum(sizes) * config.num_samples <= MAX_CPU_WORK:
+    parameters = len(bundle.contents[WEIGHTS_FILE]) // 4  # float32
+    if parameters * config.num_samples <= MAX_CPU_WORK:
         return True
     from utils.device import choose_device  # late: it brings torch
 
@@ -330,7 +328,7 @@ def create_numba_engine(
     int8 = config.quantize == "int8"
     cache = get_compile_cache(np.int8 if int8 else np.float32)
     if config.engine == "auto" and not (cache.is_compiled or cache.is_writable):
-        raise EngineUnavailable("its compiled loops cannot be kept: no cache can be written")
+        raise EngineUnavailable("its compiled loops cannot be cached: no directory is writable")
     sizes = (bundle.vocab_size, tokenizer.num_tokens)
     try:
         weights = read_weights(tensors, bundle.config, *sizes, int8=int8)

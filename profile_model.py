@@ -56,8 +56,7 @@ def profile(
 ) -> "Report":
     """Profile `steps` training steps, and the work between them in a run; or generation.
 
-    Only the vocabulary of `plan` is used. Generation is as in inference.py by default: nothing is
-    compiled and everything is in float32.
+    Only the vocabulary of `plan` is used. Generation is by PyTorch's engine, in float32.
     """
     from bundle import load_tokenizer
     from data import load_dataset

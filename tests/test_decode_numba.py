@@ -14,9 +14,9 @@ from torch import nn
 
 import decode_numba
 from decode_numba import NumbaEngine, ThreadChooser, count_cores, read_weights
-from decode_torch import TorchEngine
+from decode_torch import TorchEngine, sample_token
 from engine import SamplingParams
-from generate import generate_tokens, stream_tokens
+from generate import generate_tokens, iter_uniforms, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import GPT2Tokenizer
@@ -154,11 +154,42 @@ def test_the_vocabulary_of_gpt2_generates_the_tokens_of_pytorch(sampling):
 @pytest.mark.parametrize("sampling", ["greedy", "temperature", "all"])
 @pytest.mark.parametrize("architecture", ["modern", "gpt2"])
 def test_2_000_tokens_of_the_default_shape_are_those_of_pytorch(architecture, sampling):
+    """Up to a draw, if there is one, within the rounding of a boundary between two tokens."""
     shape = {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 256}
-    model = create_model(architecture=architecture, **shape)
-    for parameter in model.parameters():  # as large as in a trained model
-        nn.init.normal_(parameter, std=0.1)
-    assert_same_text(model, create_engine(model), [1, 2, 3], 2000, SAMPLINGS[sampling])
+    model, sampling = create_model(architecture=architecture, **shape), SAMPLINGS[sampling]
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.15)
+        else:
+            nn.init.normal_(parameter, mean=1, std=0.1)
+    prompt = [1, 2, 3]
+    expected, tokens = (
+        generate_tokens(each, prompt, 2000, sampling, seeds=[3])[0].tolist()
+        for each in (model, create_engine(model))
+    )
+    assert len(set(expected)) > 10
+    if tokens != expected:
+        assert sampling.temperature > 0
+        end = next(
+            i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len({*pair}) > 1
+        )
+        draw = next(itertools.islice(iter_uniforms([3]), end - len(prompt), None))
+        near = sample_near(model, expected[:end], sampling, torch.from_numpy(draw))
+        assert {tokens[end], expected[end]} <= near
+
+
+@torch.no_grad()
+def sample_near(model, ids, sampling, draw) -> set[int]:
+    """Return the tokens that PyTorch samples after `ids` for draws that differ by 1e-5."""
+    T, length = model.block_size, len(ids)
+    if length > T:  # the window rule of `stream_tokens`
+        length = T - T // 2 + (length - T - 1) % (T // 2 + 1)
+    logits = model(torch.tensor([ids[-length:]]))[0][:, -1, :NUM_TOKENS]
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[0, ids] = True
+    seen = seen if sampling.repetition_penalty != 1 else None
+    offsets = (-1e-5, 0, 1e-5)
+    return {sample_token(logits, draw + each, sampling, seen)[0].item() for each in offsets}
 
 
 def test_texts_do_not_depend_on_the_number_of_threads(monkeypatch):

@@ -1,8 +1,8 @@
-"""Keep what numba compiles where other checkouts, and other users of this one, find it again.
+"""Cache the code that numba compiles, for other checkouts and for other users of this one.
 
 numba's own cache is keyed by the path of the source file, and each clone would compile anew. This
 one is keyed by the content of the file, the processor and the versions: one ZIP file in the user's
-cache directory, and the same beside the source, as Python keeps its bytecode: the first user of a
+cache directory, and the same beside the source, as Python's bytecode: the first user of a
 shared checkout compiles for the others.
 """
 
@@ -56,7 +56,7 @@ class CompileCache:
 
     @property
     def is_writable(self) -> bool:
-        """Whether the result of a compilation can be kept."""
+        """Whether the result of a compilation can be cached."""
         paths = (self._in_user_cache, self._beside_source)
         return any(_can_write_in(path.parent) for path in paths)
 
@@ -80,8 +80,8 @@ class CompileCache:
 
     def _read(self) -> dict[str, bytes] | None:
         """Return numba's files by name, or None if there are none or they are damaged."""
-        # Machine code that another user could have written is not run. What lies beside the source
-        # is trusted as the source is.
+        # Machine code that another user could have written is not run. A file beside the source is
+        # trusted as the source is.
         if is_own_directory(self._in_user_cache.parent):
             if found := _unpack(self._in_user_cache):
                 return found
@@ -131,7 +131,7 @@ def _pause_garbage_collection() -> Iterator[None]:
 
 
 def _enable_caching(dispatcher: Callable, place: str) -> None:
-    """Let a dispatcher keep its files in a new directory in `place`."""
+    """Let a dispatcher cache its files in a new directory in `place`."""
     before = numba.config.CACHE_DIR  # NUMBA_CACHE_DIR in numba's manual
     numba.config.CACHE_DIR = place
     try:
