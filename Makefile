@@ -63,10 +63,10 @@ $(VENV)/.train: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Installing what the tests need into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[aim,dev,fast]'
+	$(PIP) --constraint constraints.txt '.[aim,dev,export,fast,llamacpp]'
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.dev
 	@echo "Installing what the browser tests need into $(VENV) …"
-	$(PIP) --constraint constraints.txt '.[aim,browser,dev,fast]'
+	$(PIP) --constraint constraints.txt '.[aim,browser,dev,export,fast,llamacpp]'
 	@touch $@

@@ -54,9 +54,10 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 EngineName = Literal["auto", "torch", "numba"]
-# Parameters times samples up to which `auto` decodes on the CPU of a machine with a GPU, too: a
-# step of the loops then takes about as long as PyTorch needs to start the kernels of one.
-MAX_CPU_WORK = 20_000_000
+# Parameters times samples up to which `auto` decodes on the CPU of a machine with a GPU, too. The
+# loops were as fast as an H200, for which PyTorch starts one kernel after another, at 40 to 170
+# million on 16 cores (docs/LOG.md); a machine with fewer cores is slower.
+MAX_CPU_WORK = 40_000_000
 
 
 class ModelChoice(Settings):
