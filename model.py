@@ -164,14 +164,11 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Gated MLP (SwiGLU, arxiv.org/abs/2002.05202): the up projection times an activated gate.
-
-    Three matrices of width 8/3 C have as many weights as two of width 4 C.
-    """
+    """Gated MLP (SwiGLU, arxiv.org/abs/2002.05202): the up projection times an activated gate."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden = math.ceil(config.n_embd * 8 / 3 / 32) * 32  # 8/3 C, in multiples of 32
+        hidden = get_gated_width(config.n_embd)
         self.gate = nn.Linear(config.n_embd, hidden, bias=False)
         self.expand = nn.Linear(config.n_embd, hidden, bias=False)
         self.activation = create_activation(config)
@@ -182,6 +179,14 @@ class GatedMLP(nn.Module):
         """Transform x, `(B, T, C)`, position by position."""
         x = self.activation(self.gate(x)) * self.expand(x)
         return self.residual_dropout(self.projection(x))
+
+
+def get_gated_width(n_embd: int) -> int:
+    """Return the width of the gated MLP: 8/3 C, rounded up to a multiple of 32.
+
+    Three matrices of this width have as many weights as two of width 4 C.
+    """
+    return math.ceil(n_embd * 8 / 3 / 32) * 32
 
 
 def create_activation(config: ModelConfig) -> nn.Module:
