@@ -110,7 +110,8 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     batch, length = Dim("batch"), Dim("length", max=config.block_size)
     sizes = {0: batch, 1: length}
     whole = trace(WholeSequence(model), (ids,), (sizes,), ["input_ids"], ["logits"])
-    past = [(torch.zeros(2, config.n_head, 4, D),) * 2] * config.n_layer
+    shape = (2, config.n_head, 4, D)  # different tensors, as the same one would be one input
+    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.n_layer)]
     sizes = ({0: batch, 1: Dim("new")}, [({0: batch, 2: Dim("past")},) * 2] * config.n_layer)
     inputs, outputs = (list_cache_names(kind, config.n_layer) for kind in ("past", "present"))
     names = ["input_ids", *inputs], ["logits", *outputs]
