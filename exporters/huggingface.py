@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from bundle import WEIGHTS_FILE
 from exporters.bpe import list_bpe
 from exporters.source import ExportSource
 from model import get_gated_width
 from parameters import ModelConfig
 from tokenizer import Tokenizer
-from utils.files import write_durable
+from utils.files import read_regular, write_durable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -206,12 +207,10 @@ def check(source: ExportSource, dtype: str) -> None:
 
 def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     """Write the weights, the configuration and the tokenizer into an empty directory."""
-    config, kind = source.config, TORCH_DTYPES[dtype]
-    tensors = to_transformers(source.weights, config)
-    tensors = {name: tensor.to(kind) for name, tensor in tensors.items()}
-    write_durable(directory / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    content = create_config(config, source.bundle.vocab_size)
-    content["dtype"] = str(kind).removeprefix("torch.")
+    content = save(create_tensors(source, dtype), metadata={"format": "pt"})
+    write_durable(directory / WEIGHTS_FILE, content)
+    content = create_config(source.config, source.bundle.vocab_size)
+    content["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     write_json(directory / "config.json", content)
     padding = range(source.tokenizer.num_tokens, source.bundle.vocab_size)
     if padding:  # ids that stand for no text
@@ -220,7 +219,7 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config.block_size,
+        "model_max_length": source.config.block_size,
         "padding_side": "left",
     }
     write_json(directory / "tokenizer_config.json", settings)
@@ -234,6 +233,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer in the format of the `tokenizers` library."""
     write_durable(path, create_tokenizer(tokenizer).to_str(pretty=True).encode("utf-8"))
+
+
+def create_tensors(source: ExportSource, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of the export by name."""
+    tensors = to_transformers(source.weights, source.config)
+    return {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors.items()}
+
+
+def read_tensors(directory: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the dtype and the tensors of an export or of any directory of Transformers.
+
+    Raises OSError, ValueError or SafetensorError if it has none that an export could have.
+    """
+    tensors = load(read_regular(directory / WEIGHTS_FILE))
+    kind = next(iter(tensors.values())).dtype if tensors else None
+    for dtype, each in TORCH_DTYPES.items():
+        if each == kind:
+            return dtype, tensors
+    raise ValueError(f"its tensors are {kind or 'missing'}")
 
 
 def open_export(directory: Path) -> "TransformersModel":

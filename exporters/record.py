@@ -67,7 +67,7 @@ def read_record(directory: Path) -> ExportRecord:
 
 
 def find_changes(directory: Path, record: ExportRecord) -> list[str]:
-    """Return one line for each file that was changed, removed or added since the export."""
+    """Return one line for each file of an export that was changed, removed or added since."""
     found = hash_files(directory)
     changes = [f"{name} is missing" for name in record.files if name not in found]
     changes += [f"{name} was added" for name in found if name not in record.files]

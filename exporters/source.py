@@ -1,13 +1,12 @@
 """The model that is exported, as the exporters read it."""
 
 import contextlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bundle import WEIGHTS_FILE, Bundle, find_run_of, load_tokenizer, read_bundle
+from bundle import WEIGHTS_FILE, Bundle, find_run_by_id, find_run_of, load_tokenizer, read_bundle
 from checkpoint import load_weights
 from model import LanguageModel
 from parameters import ModelConfig
@@ -56,10 +55,7 @@ def find_run(bundle: Bundle, runs_dir: Path) -> Run | None:
 
     None if there is none, or its record is damaged.
     """
-    run_id = bundle.state.run_id
-    place = find_run_of(bundle.path)
-    if place is None and re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII):
-        place = runs_dir / run_id
+    place = find_run_of(bundle.path) or find_run_by_id(bundle.state.run_id, runs_dir)
     with contextlib.suppress(UserError):
         return Run(place) if place is not None else None
     return None
