@@ -35,12 +35,11 @@ from bundle import (
 from parameters import Settings
 from utils.checks import format_name, format_value
 from utils.command_line import Action, CommandLine
+from utils.data_files import SAMPLE_CORPUS
 from utils.errors import UserError
 from utils.files import glob_files, hash_file, is_directory, is_file
 from utils.output import Output, format_bytes, format_command, pluralize, run_command
 from utils.tables import align_columns
-
-DEFAULT_DATA = "Shakespeare's plays"  # trained on if `data` is null
 
 
 class InspectConfig(Settings):
@@ -174,7 +173,7 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
             f"{info['parameters']['total']:,}",
             format_bytes(info["bytes"]),
             _format_age(time.time() - info["saved"]),
-            format_name(Path(data).name) if data else DEFAULT_DATA,
+            format_name(Path(data).name) if data else SAMPLE_CORPUS,
         )
         rows.append(row)
     rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
@@ -222,7 +221,7 @@ def format_model(info: Mapping[str, Any]) -> str:
             ("Path", info["path"]),
             ("Size", format_bytes(info["bytes"])),
             ("Saved", _format_age(time.time() - info["saved"])),
-            ("Data", training.get("data") or DEFAULT_DATA),
+            ("Data", training.get("data") or SAMPLE_CORPUS),
             ("Parameters", f"{parameters['total']:,}"),
             *((f"  {part}", f"{n:,}") for part, n in parameters.items() if part != "total" and n),
         ],

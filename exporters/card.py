@@ -21,10 +21,9 @@ from decode_torch import TorchEngine
 from engine import SamplingParams
 from exporters.source import ExportSource
 from generate import generate_tokens
-from inspect_model import DEFAULT_DATA
 from parameters import GROUPS, ModelConfig
 from utils.checks import format_value
-from utils.data_files import find_files, has_bytes
+from utils.data_files import SAMPLE_CORPUS, find_files, has_bytes
 from utils.errors import RunError, UserError, escape_unprintable
 from utils.files import write_durable
 from utils.output import format_duration, pluralize
@@ -104,7 +103,7 @@ def describe_data(source: ExportSource, run: Run | None) -> dict[str, Any]:
     state = source.bundle.state
     recorded = run.facts.data if run else None
     # Standard input and the default text have no path.
-    path = state.settings.get("data") or (recorded.name if recorded else DEFAULT_DATA)
+    path = state.settings.get("data") or (recorded.name if recorded else SAMPLE_CORPUS)
     size = recorded.tokens if recorded else None
     return {
         "name": escape_unprintable(get_last_part(str(path))),
@@ -226,6 +225,8 @@ def describe_overlap(source: ExportSource, sample: str, run: Run | None) -> str:
 def read_training_tokens(source: ExportSource) -> np.ndarray | None:
     """Return the training split `(N,)`, or None if its text is not there, changed, or large."""
     state = source.bundle.state
+    if state.get_fact("data_sha256") is None:
+        return None
     known = {**state.settings, "tokenizer": source.tokenizer.token_kind}
     config = ModelConfig(**{**source.config.model_dump(), **known})
     with suppress(UserError, RunError, OSError):
