@@ -15,8 +15,8 @@ def list_bpe(tokenizer: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
     tokens = tokenizer.list_token_bytes()
     ranks = {token: number for number, token in enumerate(tokens)}
     pairs = [find_merge(token, ranks) for token in tokens if len(token) > 1]
-    merges = [(spell(first), spell(second)) for first, second in filter(None, pairs)]
-    return [spell(token) for token in tokens], merges
+    merges = [(to_printable(first), to_printable(second)) for first, second in filter(None, pairs)]
+    return [to_printable(token) for token in tokens], merges
 
 
 def find_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -35,6 +35,6 @@ def find_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
     return parts[0], parts[1]
 
 
-def spell(token: bytes) -> str:
+def to_printable(token: bytes) -> str:
     """Return a token with a printable character for each byte."""
     return token.decode("latin-1").translate(LETTERS)

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from helpers import CHECKOUT
 
-FILES = sorted([*CHECKOUT.glob("*.py"), *(CHECKOUT / "utils").rglob("*.py")])
+PACKAGES = ("utils", "exporters")
+FILES = sorted(
+    [*CHECKOUT.glob("*.py"), *(each for p in PACKAGES for each in (CHECKOUT / p).rglob("*.py"))]
+)
 RELATIVE_START = re.compile(r"(What|Whoever|Where)\b")  # "Where ..." for a noun
 VERBS = set(
     "abort accept add advance agree align allocate append apply ask attend average await "
