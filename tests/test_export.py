@@ -52,6 +52,7 @@ VARIANTS = {
     "gpt2, biases": {"architecture": "gpt2", "bias": True},
     "gpt2, untied": {"architecture": "gpt2", "tie_weights": False, "activation": "silu"},
 }
+DEAD_PROCESS_ID = 2**30
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
 for_each_vocabulary = pytest.mark.parametrize("name", VOCABULARIES)
 
@@ -317,6 +318,9 @@ def test_an_export_is_replaced_only_with_overwrite_and_nothing_else_ever(save, c
     Path("notes", "diary.txt").write_text("dear diary", encoding="utf-8")
     fail(export.main, bundle, "--format=hf", "--out=notes", "--overwrite")
     assert [path.name for path in Path("notes").iterdir()] == ["diary.txt"]
+    (directory / "notes.txt").write_text("mine", encoding="utf-8")
+    fail(export.main, bundle, "--format=hf", "--out=out", "--overwrite")
+    assert "notes.txt" in capsys.readouterr().err
     Path("link").symlink_to(directory)
     fail(export.main, bundle, "--format=hf", "--out=link", "--overwrite")
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["link", "notes", "out"]
@@ -375,6 +379,14 @@ def test_a_full_disk_leaves_the_older_export_or_nothing(save, overwrite, monkeyp
     assert sorted(path.name for path in Path.cwd().iterdir()) == (["out"] if overwrite else [])
     if overwrite:
         assert read_all(Path("out")) == before
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(save):
+    bundle = save()
+    for name in (f".out.{DEAD_PROCESS_ID}.tmp", ".out.mine.tmp"):
+        Path(name).mkdir()
+    run_export(bundle, "--format=hf")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [".out.mine.tmp", "out"]
 
 
 def test_verify_prints_a_line_with_the_library_and_the_figures(save, capsys):
