@@ -59,7 +59,7 @@ TRAINING_SETTINGS = tuple(
     for group in GROUPS.values()
     if group not in (Architecture, Initialization, Run)
     for name in group.model_fields
-    if name not in ("batch_size", "device", "tokenizer")
+    if name not in ("batch_size", "device", "tokenizer", "vocab_size")
 )
 MAX_JSON_BYTES = 1 << 26  # of a bundle's JSON file; a vocabulary of all characters takes 12 MB
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # in the terms of safetensors
@@ -131,10 +131,11 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
 
 
 class TokenizerState(BaseModel, extra="forbid", frozen=True, strict=True):
-    """The content of `tokenizer.json`; `chars` are those of a character tokenizer."""
+    """The content of `tokenizer.json`: `chars` of a character tokenizer, or `merges` of a BPE."""
 
-    token_kind: Literal["char", "gpt2"]
+    token_kind: Literal["char", "gpt2", "bpe"]
     chars: list[str] | None = None
+    merges: list[list[int]] | None = None
 
 
 class DamageError(UserError):
