@@ -535,7 +535,8 @@ class StoredCorpus:
     def _load_manifest(self) -> Manifest | None:
         with contextlib.suppress(OSError, ValidationError):
             manifest = Manifest.model_validate_json(files.read_regular(self._manifest_path))
-            return None if _MARK in manifest.characters else manifest  # of an earlier version
+            is_complete = len(manifest.ends) == len(manifest.sources) > 0
+            return manifest if is_complete and _MARK not in manifest.characters else None
         return None
 
     def _update_manifest(self) -> None:

@@ -346,6 +346,7 @@ def test_overwrite_replaces_a_damaged_model(start_run):
         ({"dropout": 0.5}, "dropout 0.5 (--dropout)", "dropout 0.0 of"),
         ({"bias": True}, "bias true (--bias)", "bias false of"),
         ({"tokenizer": "gpt2"}, 'tokenizer "gpt2" (--tokenizer)', 'tokenizer "char" of'),
+        ({"vocab_size": 300}, "vocab_size 300 (--vocab-size)", "vocab_size null of"),
     ],
 )
 def test_a_resume_cannot_change_the_architecture_or_the_batch_size(
