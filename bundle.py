@@ -540,8 +540,15 @@ def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) 
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Return the bundle's tokenizer. Raises `UserError` if its size is not the model's."""
-    tokenizer = restore_tokenizer(bundle.tokenizer)
+    """Return the bundle's tokenizer.
+
+    Raises `UserError` if it is not valid, its size is not the model's, or it needs a library that
+    is not installed.
+    """
+    try:
+        tokenizer = restore_tokenizer(bundle.tokenizer)
+    except UserError as error:
+        raise UserError(f"{bundle.path / TOKENIZER_FILE}: {error}") from None
     if tokenizer.vocab_size != bundle.vocab_size:
         raise UserError(
             f"{bundle.path}: tokenizer.json has a vocabulary of {tokenizer.vocab_size} and "

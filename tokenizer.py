@@ -336,7 +336,7 @@ def restore_tokenizer(state: dict[str, Any]) -> Tokenizer:
     if kind == BPETokenizer.token_kind:
         return BPETokenizer(state.get("merges"))
     if kind != CharTokenizer.token_kind:
-        raise UserError(f"tokenizer.json: token_kind must be char, gpt2 or bpe, not {kind!r}")
+        raise UserError(f"token_kind must be char, gpt2 or bpe, not {kind!r}")
     return CharTokenizer(state.get("chars", []))
 
 

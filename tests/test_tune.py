@@ -330,10 +330,11 @@ def test_a_trial_is_never_pruned_at_its_last_evaluation(command, trained):
 
 
 @pytest.mark.parametrize(
-    "space", ["tokenizer: [char, gpt2]", "tokenizer: [bpe]\nvocab_size: [300, 400]"]
+    ("space", "flags"),
+    [("tokenizer: [char, gpt2]", []), ("vocab_size: [300, 400]", ["--tokenizer", "bpe"])],
 )
-def test_tokenizers_are_compared_in_bits_per_byte(command, trained, space):
-    assert command("--trials", "9", space=space) == 0
+def test_tokenizers_are_compared_in_bits_per_byte(command, trained, space, flags):
+    assert command("--trials", "9", *flags, space=space) == 0
     assert len(trained.calls) == 2
     assert {trial.value for trial in read_trials()} == {2 * 0.01}
     assert "val_bits_per_byte 0.0200" in Path("runs/studies/space.yaml").read_text("utf-8")
