@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import inference
+import train as train_command
 import trainer as trainer_module
 from bundle import BUNDLE_FILES, load_tokenizer, read_bundle
 from callbacks import Best, Overfitting, TrainResult, find_overfitting
