@@ -22,7 +22,8 @@ from utils.errors import UserError
 
 MAX_TOKEN_BYTES = 128  # of a BPE's token: runs of dashes or spaces are longer
 _CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay in the CPU cache
-_LARGE_CHUNK = 1 << 22  # characters of which each different word is encoded once
+_LARGE_CHUNK = 1 << 22  # characters that a BPE encodes at once, each different word only once
+_KNOWN_WORDS = 1 << 18  # of which a BPE keeps the ids: some 50 MB
 # GPT-2's pattern never matches across this place, between a word and a space or a line end.
 _WORD_END = re.compile(r"(?<=\S)(?=[ \n])")
 _SURROGATES = re.compile("[\ud800-\udfff]")  # of a prompt that is not UTF-8
@@ -211,9 +212,9 @@ class BPETokenizer:
             "".join(map(alphabet.__getitem__, token)) for token in self.tokens
         ]
         vocabulary = {token: number for number, token in enumerate(self.byte_level_tokens)}
-        named = self.byte_level_tokens
+        pairs = [tuple(self.byte_level_tokens[part] for part in pair) for pair in self.merges]
         tokenizers = _import_tokenizers()
-        pairs = [(named[first], named[second]) for first, second in self.merges]
+        self._known_words: dict[str, bytes] = {}  # the ids of words that were encoded
         self.encoder = _create_encoder(tokenizers, tokenizers.models.BPE(vocabulary, pairs))
 
     @classmethod
@@ -252,11 +253,14 @@ class BPETokenizer:
         """Return the ids of `text`, `(N,)` of `dtype`; `drop` has no effect: none are unknown."""
         ids = bytearray()
         for chunk in _iter_chunks(_to_unicode(text), _LARGE_CHUNK):
-            words = _WORD_END.split(chunk)
-            different = list(dict.fromkeys(words))
-            found = self.encoder.encode_batch_fast(different, add_special_tokens=False)
+            words, known = _WORD_END.split(chunk), self._known_words
+            new = [word for word in dict.fromkeys(words) if word not in known]
+            found = self.encoder.encode_batch_fast(new, add_special_tokens=False)
             arrays = (array(self.dtype.char, each.ids).tobytes() for each in found)
-            ids += b"".join(map(dict(zip(different, arrays, strict=True)).__getitem__, words))
+            known.update(zip(new, arrays, strict=True))
+            ids += b"".join(map(known.__getitem__, words))
+            if len(known) > _KNOWN_WORDS or sum(map(len, new)) > len(chunk) // 2:
+                known.clear()  # in a text without spaces, a word is a line that never comes again
         return np.frombuffer(ids, self.dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
