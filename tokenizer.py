@@ -184,9 +184,9 @@ class BPETokenizer:
     """A byte-level BPE (Sennrich et al. 2016) that was trained on a text, by tokenizers.
 
     Ids 0 to 255 are the bytes; `merges[i]`, a pair of smaller ids, makes the token of id 256 + i.
-    Words are those of GPT-2's pattern, so Hugging Face's and llama.cpp's tokenizers encode alike.
-    All `vocab_size` ids, V, stand for text: `num_tokens` is the same. `dtype` is the smallest
-    unsigned integer type that holds every id.
+    Words are those of GPT-2's pattern, and no token crosses their ends, as in Hugging Face's
+    ByteLevel and llama.cpp's `gpt-2`. All `vocab_size` ids, V, stand for text: `num_tokens` is the
+    same. `dtype` is the smallest unsigned integer type that holds every id.
 
     Attributes:
         merges: pairs of ids, in the order in which they are applied.

@@ -245,6 +245,11 @@ def test_a_lone_surrogate_becomes_the_replacement_character(bpe):
     assert bpe.decode(bpe.encode("caf\udce9")) == "caf\ufffd"
 
 
+def test_bpe_of_the_empty_text_has_no_ids(bpe):
+    assert bpe.encode("").shape == (0,)
+    assert bpe.decode([]) == ""
+
+
 def test_special_tokens_of_others_are_plain_text_in_bpe(bpe):
     assert bpe.encode("<|endoftext|>").size > 5
 
