@@ -152,11 +152,12 @@ class GPT2Tokenizer:
     @property
     def token_bytes(self) -> np.ndarray:
         """The length of each token in UTF-8 bytes, `(V,)` int64; 0 for the padding."""
-        lengths = [len(token) for token in self.list_token_bytes()]
+        lengths = list(map(len, self.tokens))
         return np.array(lengths + [0] * (self.vocab_size - self.num_tokens), dtype=np.int64)
 
-    def list_token_bytes(self) -> list[bytes]:
-        """Return the bytes of each of the `num_tokens` tokens, in the order of their ids."""
+    @property
+    def tokens(self) -> list[bytes]:
+        """The bytes of each of the `num_tokens` tokens, in the order of the ids."""
         return [self._encoding.decode_single_token_bytes(n) for n in range(self.num_tokens)]
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
@@ -210,7 +211,7 @@ class BPETokenizer:
         self.merges = [(first, second) for first, second in merges]
         self.vocab_size = self.num_tokens = len(self.tokens)
         self.dtype = np.min_scalar_type(self.vocab_size - 1)
-        alphabet = _list_byte_level_alphabet()
+        alphabet = list_byte_level_alphabet()
         self.byte_level_tokens = [
             "".join(map(alphabet.__getitem__, token)) for token in self.tokens
         ]
@@ -237,7 +238,7 @@ class BPETokenizer:
         )
         chunks = (chunk for text in texts for chunk in _iter_chunks(_to_unicode(text), _CHUNK))
         encoder.train_from_iterator(chunks, trainer)
-        ids = {char: byte for byte, char in enumerate(_list_byte_level_alphabet())}
+        ids = {char: byte for byte, char in enumerate(list_byte_level_alphabet())}
         merges = []
         for first, second in json.loads(encoder.to_str())["model"]["merges"]:
             if first + second not in ids:  # two pairs may make the same token
@@ -347,6 +348,13 @@ def restore_tokenizer(state: dict[str, Any]) -> Tokenizer:
     return CharTokenizer(state.get("chars", []))
 
 
+def list_byte_level_alphabet() -> list[str]:
+    """Return GPT-2's character for each byte: itself if it is printable, else one from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
@@ -369,13 +377,6 @@ def _to_unicode(text: str) -> str:
 def _create_byte_decoder(spell: Callable[[int], bytes]) -> Callable[[Sequence[int]], str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
-
-
-def _list_byte_level_alphabet() -> list[str]:
-    """Return GPT-2's character for each byte: itself if it is printable, else one from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _build_tokens(merges: Any) -> list[bytes]:

@@ -26,7 +26,7 @@ from exporters.card import format_cell
 from exporters.huggingface import from_transformers, open_export
 from exporters.source import load_source
 from exporters.verify import compare_with_source
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer
 from trainer import train
 from utils.output import run_command
 
@@ -183,6 +183,18 @@ def test_gpt2s_vocabulary_is_exported_with_its_merges_and_padding_is_never_gener
     assert theirs.decode(theirs(text).input_ids) == text
     padding = json.loads((directory / "generation_config.json").read_bytes())["suppress_tokens"]
     assert padding == list(range(50_257, 50_304))
+    found = compare_with_source(load_source(tmp_path / "model"), open_export(directory))
+    assert (found.difference <= 1e-4, found.agreeing) == (True, found.generated)
+
+
+def test_a_bpe_of_one_s_own_is_exported_with_its_merges(tmp_path):
+    tokenizer = create_tokenizer(LINES * 3 + FAMILY * 3, "bpe", 300)
+    save_random_model(tmp_path / "model", tokenizer, **SHAPE)
+    directory = run_export(tmp_path / "model", "--format=hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    text = f"To be, or not\n\n  don't {FAMILY} über 日本 \0\t\r x"
+    assert theirs(text).input_ids == tokenizer.encode(text).tolist()
+    assert theirs.decode(theirs(text).input_ids) == text
     found = compare_with_source(load_source(tmp_path / "model"), open_export(directory))
     assert (found.difference <= 1e-4, found.agreeing) == (True, found.generated)
 
