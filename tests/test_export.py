@@ -30,7 +30,7 @@ from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer
 from trainer import train
 from utils.output import run_command
 
-SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "block_size": 96}
+SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "block_size": 256}  # 200 tokens fit
 TEXT = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FAMILY = "👨‍👩‍👧"  # three emoji and two zero-width joiners
 VOCABULARIES = {
@@ -51,6 +51,7 @@ VARIANTS = {
     "gpt2": {"architecture": "gpt2"},
     "gpt2, biases": {"architecture": "gpt2", "bias": True},
     "gpt2, untied": {"architecture": "gpt2", "tie_weights": False, "activation": "silu"},
+    "gpt2, untied, biases": {"architecture": "gpt2", "tie_weights": False, "bias": True},
 }
 DEAD_PROCESS_ID = 2**30
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +95,7 @@ def test_transformers_computes_the_same_logits_and_greedy_text(save, variant):
     directory = run_export(bundle, "--format=hf")
     found = compare_with_source(load_source(bundle), open_export(directory))
     assert found.difference <= 1e-4
-    assert (found.agreeing, found.is_text_same) == (found.generated, True)
+    assert (found.agreeing, found.generated, found.is_text_same) == (200, 200, True)
 
 
 @for_each_variant
