@@ -623,6 +623,13 @@ def find_run_of(bundle: Path) -> Path | None:
     return None
 
 
+def find_run_by_id(run_id: str | None, runs_dir: Path) -> Path | None:
+    """Return the run of an id that a file of a stranger may have given, or None."""
+    if re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII) and is_run(runs_dir / run_id):
+        return runs_dir / run_id
+    return None
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run in the order of their steps."""
     found = files.glob_files(run / "artifacts" / "checkpoints", "step_*")
@@ -673,10 +680,10 @@ def find_best_bundle(named_model: Path, runs_dir: Path) -> Path | None:
     None if the last step is the best, or if the run has not kept the best.
     """
     state = read_state(named_model)
-    best_step, run_id = state.get_fact("best_step"), state.run_id
-    if best_step in (None, state.step) or not re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII):
+    best_step, run = state.get_fact("best_step"), find_run_by_id(state.run_id, runs_dir)
+    if best_step in (None, state.step) or run is None:
         return None
-    place = find_kept_step(runs_dir / run_id, best_step)
+    place = find_kept_step(run, best_step)
     is_same = place is not None and read_state(place).best_val_loss == state.best_val_loss
     return place if is_same else None
 

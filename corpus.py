@@ -41,6 +41,7 @@ from utils import files
 from utils.checks import format_name
 from utils.data_files import (
     BLOCK_BYTES,
+    SAMPLE_CORPUS,
     SPACE_INTERVAL,
     STANDARD_INPUT,
     check_space,
@@ -247,7 +248,7 @@ def open_corpus(
     """
     if data is None:
         plays = load_sample_corpus()
-        return MemoryCorpus("Shakespeare's plays", None, [plays], _digest(plays))
+        return MemoryCorpus(SAMPLE_CORPUS, None, [plays], _digest(plays))
     on_progress = on_progress if on_progress is not None else lambda line: None
     cache, path, name = get_cache_dir(cache_dir), data, data
     if problem := find_data_problem(data):

@@ -4,8 +4,9 @@
     python inspect_model.py --model-name dante
     python inspect_model.py --run 20260131_235959_baseline --json
     python inspect_model.py dante_base dante_purgatorio        # compare side by side
+    python inspect_model.py dante --verify exports/dante-hf    # is this export still that model?
 
-Neither weights nor torch are loaded: the files' headers are enough.
+Neither weights nor torch are loaded, except by --verify: the files' headers are enough.
 """
 
 import json
@@ -21,6 +22,7 @@ from bundle import (
     IMPORTED,
     STATE_FILE,
     DamageError,
+    find_best_bundle,
     find_directory,
     find_file,
     find_run_of,
@@ -34,12 +36,11 @@ from bundle import (
 from parameters import Settings
 from utils.checks import format_name, format_value
 from utils.command_line import Action, CommandLine
+from utils.data_files import SAMPLE_CORPUS
 from utils.errors import UserError
 from utils.files import glob_files, hash_file, is_directory, is_file
 from utils.output import Output, format_bytes, format_command, pluralize, run_command
 from utils.tables import align_columns
-
-DEFAULT_DATA = "Shakespeare's plays"  # trained on if `data` is null
 
 
 class InspectConfig(Settings):
@@ -56,6 +57,9 @@ ACTIONS = (
     Action("model_name", "A named model; may be repeated.", "NAME", repeats=True),
     Action("run", "A run's id or directory: its best model; may be repeated.", "RUN", repeats=True),
     Action("json", "Print JSON."),
+    Action(
+        "verify", "Compare an export, or a .gguf file, with the model it was made from.", "PATH"
+    ),
 )
 OPERANDS = Action("models", "Names, runs or paths of models; two or more are compared.", "MODEL")
 
@@ -182,7 +186,7 @@ def _get_data(state: Mapping[str, Any]) -> str:
     lineage = state["lineage"]
     if state["run_id"] is None and lineage and lineage[0]["name"].startswith(IMPORTED):
         return "unknown, as the model was imported"
-    return state["training_config"].get("data") or DEFAULT_DATA
+    return state["training_config"].get("data") or SAMPLE_CORPUS
 
 
 def _format_age(seconds: float) -> str:
@@ -291,6 +295,21 @@ def _flatten(info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def find_candidates(references: Sequence[str | Path], config: InspectConfig) -> list[Path]:
+    """Return the bundles that export.py may have exported for a model: itself, and its best step.
+
+    Raises `UserError` if more than one model is named, or there is no such model.
+    """
+    if len(references) > 1:
+        raise UserError("--verify compares with one model: name one")
+    runs_dir, checkpoints_dir = Path(config.runs_dir), Path(config.checkpoints_dir)
+    found = []
+    for reference in references:
+        bundle = find_usable_bundle(find_directory(str(reference), runs_dir, checkpoints_dir))
+        found += [bundle, find_best_bundle(bundle, runs_dir)]
+    return [bundle for bundle in found if bundle is not None]
+
+
 def main(argv: Sequence[str]) -> int:
     """Find the models, read their headers and print them."""
     command_line = CommandLine(__doc__, InspectConfig, ACTIONS, operands=OPERANDS)
@@ -301,6 +320,14 @@ def main(argv: Sequence[str]) -> int:
     checkpoints_dir = Path(config.checkpoints_dir)
     references = [find_named_model(name, checkpoints_dir) for name in actions.get("model_name", [])]
     references += [*actions.get("run", []), *actions.get("models", [])]
+    if "verify" in actions:
+        from exporters.verify import verify_export  # late: it brings torch
+
+        places = find_candidates(references, config)
+        lines, is_same = verify_export(Path(actions["verify"]), places, Path(config.runs_dir))
+        for line in lines:
+            output.print(line)
+        return 0 if is_same else 1
     models = [get_model_info(reference, **config.model_dump()) for reference in references]
     for info in models:
         check_files(Path(info["path"]))

@@ -139,9 +139,12 @@ class GPT2Tokenizer:
     @property
     def token_bytes(self) -> np.ndarray:
         """The length of each token in UTF-8 bytes, `(V,)` int64; 0 for the padding."""
-        tokens = map(self._encoding.decode_single_token_bytes, range(self.num_tokens))
-        lengths = [len(token) for token in tokens]
+        lengths = [len(token) for token in self.list_token_bytes()]
         return np.array(lengths + [0] * (self.vocab_size - self.num_tokens), dtype=np.int64)
+
+    def list_token_bytes(self) -> list[bytes]:
+        """Return the bytes of each of the `num_tokens` tokens, in the order of their ids."""
+        return [self._encoding.decode_single_token_bytes(n) for n in range(self.num_tokens)]
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
         """Return the ids of `text`, `(N,)` uint16; `drop` has no effect, as none are unknown."""

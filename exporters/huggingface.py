@@ -4,14 +4,30 @@
 directories by the same tables.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from bundle import WEIGHTS_FILE
+from exporters.bpe import list_bpe
+from exporters.source import ExportSource
 from model import get_gated_width
 from parameters import ModelConfig
+from tokenizer import Tokenizer
+from utils.files import read_regular, write_durable
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+DTYPES = ("fp32", "fp16", "bf16")
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Folio's names of modules, and theirs. `{}` is the number of the block.
 QWEN3_NAMES = {
@@ -152,3 +168,125 @@ def create_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "max_window_layers": 0,
         **shared,
     }
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def create_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+    """Return the same tokenizer as one of the `tokenizers` library.
+
+    A character tokenizer is a BPE without merges there. It leaves out characters that the
+    vocabulary lacks.
+    """
+    import tokenizers  # late: an optional dependency
+    from tokenizers import decoders, models, pre_tokenizers
+
+    if tokenizer.token_kind == "char":
+        vocabulary = {char: number for number, char in enumerate(tokenizer.chars)}
+        theirs = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        theirs.decoder = decoders.Fuse()
+        return theirs
+    tokens, merges = list_bpe(tokenizer)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    theirs = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    return theirs
+
+
+# ----------------------------------------------------------------------------------------------
+# The export
+
+
+def check(source: ExportSource, dtype: str) -> None:
+    """Raise `UserError` if a weight is too large for the dtype."""
+    source.check_range(TORCH_DTYPES[dtype])
+
+
+def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
+    """Write the weights, the configuration and the tokenizer into an empty directory."""
+    content = save(create_tensors(source, dtype), metadata={"format": "pt"})
+    write_durable(directory / WEIGHTS_FILE, content)
+    content = create_config(source.config, source.bundle.vocab_size)
+    content["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    write_json(directory / "config.json", content)
+    padding = range(source.tokenizer.num_tokens, source.bundle.vocab_size)
+    if padding:  # ids that stand for no text
+        write_json(directory / "generation_config.json", {"suppress_tokens": list(padding)})
+    write_tokenizer(directory / "tokenizer.json", source.tokenizer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": source.config.block_size,
+        "padding_side": "left",
+    }
+    write_json(directory / "tokenizer_config.json", settings)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, indented."""
+    write_durable(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer in the format of the `tokenizers` library."""
+    write_durable(path, create_tokenizer(tokenizer).to_str(pretty=True).encode("utf-8"))
+
+
+def create_tensors(source: ExportSource, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of the export by name."""
+    tensors = to_transformers(source.weights, source.config)
+    return {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in tensors.items()}
+
+
+def read_tensors(directory: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the dtype and the tensors of an export or of any directory of Transformers.
+
+    Raises OSError, ValueError or SafetensorError if it has none that an export could have.
+    """
+    tensors = load(read_regular(directory / WEIGHTS_FILE))
+    kind = next(iter(tensors.values())).dtype if tensors else None
+    for dtype, each in TORCH_DTYPES.items():
+        if each == kind:
+            return dtype, tensors
+    raise ValueError(f"its tensors are {kind or 'missing'}")
+
+
+def open_export(directory: Path) -> "TransformersModel":
+    """Load an export by Transformers. Raises ImportError if it is not installed."""
+    return TransformersModel(directory)
+
+
+class TransformersModel:
+    """An export, loaded by Transformers: see `exporters.verify.TargetModel`."""
+
+    def __init__(self, directory: Path):
+        import transformers  # late: an optional dependency
+
+        self.library = f"transformers {transformers.__version__}"
+        place = {"pretrained_model_name_or_path": str(directory), "local_files_only": True}
+        transformers.utils.logging.disable_progress_bar()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(**place).float().eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+
+    @torch.no_grad()
+    def compute_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Return the logits `(T, V)` of a text, `(T,)`."""
+        return self.model(torch.tensor(ids[None])).logits[0].numpy()
+
+    def generate(self, ids: np.ndarray, n: int) -> np.ndarray:
+        """Return the n most likely tokens that follow `ids`, one after another, `(n,)`."""
+        prompt = torch.tensor(ids[None])
+        options = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0}
+        mask = torch.ones_like(prompt)
+        return self.model.generate(prompt, attention_mask=mask, **options)[0, len(ids) :].numpy()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a sequence of ids."""
+        return self.tokenizer.decode(ids)

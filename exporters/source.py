@@ -1,21 +1,24 @@
 """The model that is exported, as the exporters read it."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
 
-from bundle import WEIGHTS_FILE, Bundle, create_weights_error, load_tokenizer, read_bundle
+from bundle import WEIGHTS_FILE, Bundle, find_run_by_id, find_run_of, load_tokenizer, read_bundle
 from checkpoint import load_weights
 from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import Tokenizer
+from utils.errors import UserError
+from utils.memory import check_memory
+from utils.report.runs import Run
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A bundle, read with its weights, its tokenizer, and its model: in eval mode, on the CPU."""
+    """A bundle that was read with its weights, its tokenizer, and its model in eval mode."""
 
     bundle: Bundle
     tokenizer: Tokenizer
@@ -28,19 +31,45 @@ class ExportSource:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The model's tensors by Folio's names, a tied head left out."""
-        return load(self.bundle.contents[WEIGHTS_FILE])
+        """The model's float32 tensors by Folio's names, a tied head left out."""
+        return self.model.state_dict()
 
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the bundle's `model.safetensors`."""
         return self.bundle.state.files[WEIGHTS_FILE]
 
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Raise `UserError` if a weight overflows in the dtype."""
+        limit = torch.finfo(dtype).max
+        for name, tensor in self.weights.items():
+            if (largest := tensor.abs().max().item()) > limit:
+                raise UserError(
+                    f"{self.bundle.path}: {name} has a weight of {largest:g}, and {dtype} ends at "
+                    f"{limit:g}: choose --dtype bf16 or fp32"
+                )
+
+
+def find_run(bundle: Bundle, runs_dir: Path) -> Run | None:
+    """Return the run that saved a bundle: the one that it is in, or one of its id in `runs_dir`.
+
+    None if there is none, or its record is damaged.
+    """
+    place = find_run_of(bundle.path) or find_run_by_id(bundle.state.run_id, runs_dir)
+    with contextlib.suppress(UserError):
+        return Run(place) if place is not None else None
+    return None
+
 
 def load_source(directory: Path) -> ExportSource:
-    """Load a bundle's model. Raises `UserError` or `RunError` as `inference.load_model` does."""
+    """Load a bundle's model, in float32 on the CPU.
+
+    Raises `UserError` if a file is missing or damaged or the model does not fit into memory, and
+    `RunError` if the weights are not finite.
+    """
     bundle = read_bundle(directory, WEIGHTS_FILE)
     tokenizer = load_tokenizer(bundle)
+    check_memory(bundle.config, bundle.vocab_size, None)
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
     return ExportSource(bundle, tokenizer, model.eval())

@@ -29,6 +29,7 @@ from bundle import (
     OPTIMIZER_FILE,
     TRAINING_SETTINGS,
     WEIGHTS_FILE,
+    Bundle,
     TrainingState,
     _host,
     find_usable_bundle,
@@ -37,6 +38,7 @@ from bundle import (
     list_runs,
     read_bundle,
     read_state,
+    write_bundle,
 )
 from callbacks import TrainResult
 from checkpoint import CheckpointWriter
@@ -47,7 +49,7 @@ from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import ModelConfig
 from resume import plan_run
-from tokenizer import create_tokenizer
+from tokenizer import Tokenizer, create_tokenizer
 from utils import files
 from utils.output import Output, run_command
 from utils.ranks import Ranks
@@ -103,6 +105,30 @@ def save_bundle(directory: Path, step: int = 7, **changes) -> LanguageModel:
     tokenizer = create_tokenizer("abc")
     writer = CheckpointWriter(None, None, model, optimizer, scaler, tokenizer, BUNDLE_CONFIG)
     writer.write(directory, state)
+    return model
+
+
+def save_random_model(
+    directory: Path, tokenizer: Tokenizer, std: float = 0.3, **settings
+) -> LanguageModel:
+    """Save a model with large random weights, whose tokens differ clearly in probability."""
+    config = ModelConfig(**settings)
+    torch.manual_seed(0)
+    model = LanguageModel(config, tokenizer.vocab_size, tokenizer.num_tokens).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
+    state = TrainingState(
+        step=7,
+        optimizer_file=None,
+        best_val_loss=1.5,
+        val_loss=1.5,
+        run_id="20260101_000000_other",
+        lineage=[],
+        training_config={name: getattr(config, name) for name in TRAINING_SETTINGS},
+    )
+    saved = Bundle(directory, config, tokenizer.vocab_size, "cpu", tokenizer.get_state(), state)
+    write_bundle(saved, save_weights=model.save_safetensors, save_optimizer=Path.touch)
+    (directory / OPTIMIZER_FILE).unlink()
     return model
 
 

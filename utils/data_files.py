@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.files import is_directory, is_file, open_regular
 from utils.output import format_bytes, pluralize
 
+SAMPLE_CORPUS = "Shakespeare's plays"  # the text if `data` is null
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 20  # read at once
 SPACE_INTERVAL = 64 << 20  # bytes written between two checks of the free space

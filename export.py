@@ -1,0 +1,172 @@
+"""Export a model to a directory that other programs open: Transformers, ONNX Runtime, llama.cpp.
+
+    python export.py --format hf                                   # the newest run
+    python export.py dante --format gguf --dtype q8_0 --verify
+    python export.py runs/20260131_235959_baseline --format onnx --out baseline-onnx
+
+The directory has a model card, README.md. No network is used.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bundle import find_run_of
+from inference import ModelChoice, find_model
+from parameters import NAME_PATTERN
+from utils.command_line import Action, CommandLine
+from utils.errors import UserError
+from utils.files import is_present, is_real_directory, make_directory, sync
+from utils.output import Output, format_bytes, run_command
+
+EXPORTS_DIR = Path("exports")
+EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf"}  # modules of exporters/
+DTYPES = {
+    "hf": ("fp32", "fp16", "bf16"),
+    "onnx": ("fp32",),
+    "gguf": ("fp32", "fp16", "bf16", "q8_0"),
+}
+# The libraries that write an export; others are needed for --verify only.
+LIBRARIES = {"hf": ["tokenizers"], "onnx": ["onnx", "onnxscript", "tokenizers"], "gguf": ["gguf"]}
+EXTRA = "`pip install '.[export]'`"
+
+
+class ExportConfig(ModelChoice):
+    """The model, the format and the place."""
+
+    format: Literal["hf", "onnx", "gguf"] | None = None
+    """hf (Transformers and all that reads its files), onnx (ONNX Runtime) or gguf (llama.cpp)."""
+
+    out: Annotated[str, Field(min_length=1)] | None = None
+    """Directory to create. null: exports/NAME-FORMAT, NAME being the model's."""
+
+    dtype: Literal["fp32", "fp16", "bf16", "q8_0"] = "fp32"
+    """Type of the weights. hf: fp32, fp16, bf16; onnx: fp32; gguf: all."""
+
+
+ACTIONS = (
+    Action("overwrite", "Replace an export that is there already."),
+    Action("verify", "Load the export by the program that it is for, and compare its results."),
+)
+OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
+
+
+def choose_name(config: ExportConfig, operands: Sequence[str], bundle: Path) -> str:
+    """Return a name for the export: the model's, as the user gave it, or that of its directory."""
+    given = config.model_name or config.run or next(iter(operands), "")
+    directory = find_run_of(bundle) or bundle
+    name = given if re.fullmatch(NAME_PATTERN, given) else directory.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or "model"
+
+
+def find_problems(config: ExportConfig) -> list[str]:
+    """Return one message for each setting that is missing or does not fit the others."""
+    if config.format is None:
+        return ["--format is missing: hf, onnx or gguf"]
+    problems = []
+    if config.dtype not in DTYPES[config.format]:
+        legal = ", ".join(DTYPES[config.format])
+        problems.append(f"--dtype {config.dtype}: {config.format} exports have {legal}")
+    missing = [name for name in LIBRARIES[config.format] if not importlib.util.find_spec(name)]
+    if missing:
+        problems.append(f"--format {config.format} needs {', '.join(missing)}: {EXTRA}")
+    return problems
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise `UserError` if there is something at `out` that must not be replaced."""
+    if not is_present(out):
+        return
+    if not is_real_directory(out):
+        raise UserError(f"{out}: not a directory: choose another --out")
+    if not is_present(out / "export.json"):
+        raise UserError(f"{out}: exists, and is not an export: choose another --out")
+    if not overwrite:
+        raise UserError(f"{out}: exists: choose another --out, or add --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def publish(out: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill, then publish it as `out`, replacing an older export.
+
+    If anything raises, `out` is as it was. Raises `UserError` if the disk is full or refuses.
+    """
+    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    replaced = building.with_suffix(".old")
+    try:
+        make_directory(out.parent)
+        building.mkdir()
+        yield building
+        for path in building.iterdir():
+            sync(path)
+        sync(building)
+        if is_present(out):
+            out.rename(replaced)
+        try:
+            building.rename(out)
+        except OSError:
+            if is_present(replaced):
+                replaced.rename(out)
+            raise
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Find the model, write its export, and verify it if that is asked for."""
+    command_line = CommandLine(__doc__, ExportConfig, ACTIONS, operands=OPERAND)
+    flags, actions, problems = command_line.parse(argv)
+    config = ExportConfig(**flags)
+    if problems := problems or find_problems(config):
+        raise UserError(*problems)
+    chosen = find_model(config, operands := actions["model"])
+    name = choose_name(config, operands, chosen.path)
+    suffix = "" if config.dtype == "fp32" else f"-{config.dtype}"
+    out = Path(config.out or EXPORTS_DIR / f"{name}-{config.format}{suffix}")
+    check_target(out, overwrite="overwrite" in actions)
+    output = Output()
+    output.print_note(f"{chosen.path}: exporting …")
+
+    # These bring torch: imported once the settings are known to be good.
+    from exporters.card import write_card
+    from exporters.record import hash_files, write_record
+    from exporters.source import find_run, load_source
+    from exporters.verify import compare_with_source
+
+    exporter = importlib.import_module(f"exporters.{EXPORTERS[config.format]}")
+    source = load_source(chosen.path)
+    exporter.check(source, config.dtype)
+    run = find_run(source.bundle, Path(config.runs_dir))
+    with publish(out) as building:
+        exporter.write(source, building, config.dtype, name)
+        write_card(
+            building, source, run, format=config.format, name=name, files=hash_files(building)
+        )
+        write_record(building, source, config.format, config.dtype, name)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    output.print(f"Exported to {out} ({format_bytes(size)})")
+    if "verify" in actions:
+        try:
+            target = exporter.open_export(out)
+        except ImportError as error:
+            output.print_warning(f"not verified: {error.name} is not installed: {EXTRA}")
+            return 1
+        output.print(compare_with_source(source, target).format())
+    return output.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
