@@ -1,6 +1,7 @@
 """GGUF: one file for llama.cpp, and the programs built on it, such as Ollama and LM Studio.
 
-`modern` is a `qwen3` there, `gpt2` a `gpt2`. The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`modern` is a `qwen3` there, `gpt2` a `gpt2`. The format is that of github.com/ggml-org/ggml,
+docs/gguf.md.
 """
 
 from pathlib import Path
@@ -43,17 +44,24 @@ ARCHITECTURES = {"modern": "qwen3", "gpt2": "gpt2"}
 ACTIVATIONS = {"modern": "silu", "gpt2": "gelu"}  # the only ones of these architectures there
 Q8_0_BLOCK = 32  # numbers that share a scale: a row is a multiple of it, or stays in float16
 CONTEXT_STEP = 256  # llama.cpp rounds the context up to a multiple of it
-PREFIX_PROBES = 256  # tokens that are tried as a context, to find a token that is rare
+END = "<|endoftext|>"
+PROBES = 256  # tokens that are tried as a context, to find a token that is rare
 
 
 def check(source: ExportSource, dtype: str) -> None:
     """Raise `UserError` if llama.cpp's architectures cannot express the model, or run it."""
     config, path = source.config, source.bundle.path
-    wanted = ACTIVATIONS[config.architecture]
-    if not config.activation.startswith(wanted):
+    architecture, wanted = ARCHITECTURES[config.architecture], ACTIVATIONS[config.architecture]
+    if not config.activation.startswith(wanted):  # gelu_tanh, too
         raise UserError(
-            f"{path}: activation {config.activation}: llama.cpp's {ARCHITECTURES[config.architecture]}"
-            f" has {wanted} only; export it with --format hf or onnx"
+            f"{path}: activation is {config.activation}, and llama.cpp's {architecture} has "
+            f"{wanted} only: use --format hf or onnx"
+        )
+    if config.architecture == "gpt2" and config.block_size % CONTEXT_STEP:
+        raise UserError(
+            f"{path}: block_size is {config.block_size}: llama.cpp rounds the context up to a "
+            f"multiple of {CONTEXT_STEP}, and is aborted at the first position that gpt2 has no "
+            "embedding for: use --format hf or onnx"
         )
     if dtype in ("fp16", "q8_0"):
         source.check_range(torch.float16)
@@ -87,10 +95,9 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> list[
         writer.add_layer_norm_eps(1e-5)
     add_tokenizer(writer, source.tokenizer)
     for each, tensor in create_tensors(source, dtype).items():
-        kind = GGUF_DTYPES[tensor.dtype]
-        if tensor.dtype == torch.bfloat16:  # numpy has no such type
-            tensor = tensor.view(torch.uint8)
-        writer.add_tensor(each, tensor.numpy(), raw_dtype=kind)
+        # numpy has no bfloat16: its bytes are written.
+        data = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
+        writer.add_tensor(each, data.numpy(), raw_dtype=GGUF_DTYPES[tensor.dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -109,30 +116,40 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     Another type of llama.cpp would add a space or a token at the beginning, or take two of the
     characters for its end of text. `rwkv` has none of these.
     """
+    extra = list_extra_tokens(tokenizer)
     if isinstance(tokenizer, CharTokenizer):
-        tokens = [char.encode("utf-8") for char in tokenizer.chars] + list_prefixes(tokenizer)
+        tokens = [char.encode("utf-8") for char in tokenizer.chars] + extra
         writer.add_tokenizer_model("rwkv")
         writer.add_token_list([repr(token)[2:-1] for token in tokens])  # escaped, as \xc3\xa9
         writer.add_token_types([TokenType.NORMAL] * len(tokens))
         return
     tokens, merges = list_bpe(tokenizer)
+    tokens += [token.decode() for token in extra]
+    end = tokens.index(END)
+    types = [TokenType.CONTROL if token == END else TokenType.NORMAL for token in tokens]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.NORMAL] * len(tokens))
+    writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in merges])
+    # Without these, token 11 would be both: a comma in GPT-2.
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
 
 
-def list_prefixes(tokenizer: Tokenizer) -> list[bytes]:
-    """Return the proper prefixes of the characters' UTF-8 bytes, sorted; none if all are ASCII.
+def list_extra_tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """Return the tokens that llama.cpp needs and the tokenizer lacks.
 
-    llama.cpp's tokenizer never returns from a character that the vocabulary lacks if it begins
-    with the same byte as another and there is no token of that byte.
+    For characters, the proper prefixes of their UTF-8 bytes, none if all are ASCII: at a character
+    that the vocabulary lacks, its tokenizer never returns if another begins with the same byte,
+    and there is no token of that byte. For BPE, an end of text, which always exists there.
     """
-    if not isinstance(tokenizer, CharTokenizer):
-        return []
-    encoded = [char.encode("utf-8") for char in tokenizer.chars]
-    return sorted({token[:size] for token in encoded for size in range(1, len(token))})
+    if isinstance(tokenizer, CharTokenizer):
+        encoded = [char.encode("utf-8") for char in tokenizer.chars]
+        return sorted({token[:size] for token in encoded for size in range(1, len(token))})
+    end = END.encode()
+    return [] if end in tokenizer.list_token_bytes() else [end]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -160,22 +177,19 @@ def create_tensors(source: ExportSource, dtype: str) -> dict[str, Tensor]:
 
 
 def resize_vocabulary(source: ExportSource, rows: Tensor) -> Tensor:
-    """Return the rows `(V, C)` of a matrix without padding, and with one for each prefix.
+    """Return the rows `(V, C)` of a matrix without padding, and with one for each extra token.
 
-    That of a prefix is the row of a rare character: it is generated as rarely.
+    That is the row of a rare token: the extra ones are generated as rarely.
     """
     rows = rows[: source.tokenizer.num_tokens]
-    prefixes = list_prefixes(source.tokenizer)
-    if not prefixes:
-        return rows
-    rare = rows[find_rare_token(source)]
-    return torch.cat((rows, rare.expand(len(prefixes), -1)))
+    count = len(list_extra_tokens(source.tokenizer))
+    return torch.cat((rows, rows[find_rare_token(source)].expand(count, -1))) if count else rows
 
 
 @torch.no_grad()
 def find_rare_token(source: ExportSource) -> int:
     """Return the token that is the least likely after single tokens."""
-    probes = torch.arange(min(source.tokenizer.num_tokens, PREFIX_PROBES))
+    probes = torch.arange(min(source.tokenizer.num_tokens, PROBES))
     probabilities = source.model(probes[:, None])[0][:, 0].softmax(dim=-1)  # (probes, V)
     return int(probabilities.mean(dim=0).argmin())
 

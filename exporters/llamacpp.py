@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 F32 = 0  # ggml_type
+MAX_TOKEN_BYTES = 1 << 10
 
 
 class ContextParams(ctypes.Structure):
@@ -81,10 +82,7 @@ FUNCTIONS = {
         *(c_int32, c_void_p, c_char_p, c_int32),
         *(POINTER(c_int32), c_int32, c_bool, c_bool),
     ),
-    "llama_detokenize": (
-        *(c_int32, c_void_p, POINTER(c_int32), c_int32),
-        *(c_char_p, c_int32, c_bool, c_bool),
-    ),
+    "llama_token_to_piece": (c_int32, c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool),
 }
 
 
@@ -134,6 +132,7 @@ class LlamaModel:
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.block_size
         params.flash_attn_type, params.type_k, params.type_v = 0, F32, F32
+        params.n_threads = params.n_threads_batch = 1  # others wait in a loop that takes a core
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise ValueError(f"{path}: llama.cpp cannot use it")
@@ -175,15 +174,15 @@ class LlamaModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
-        array = (c_int32 * len(ids))(*map(int, ids))
-        size = 1 << 10
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            arguments = (self._vocab, array, len(ids), buffer, size, False, True)
-            found = self._llama.llama_detokenize(*arguments)
-            if found >= 0:
-                return buffer.raw[:found].decode("utf-8", "replace")
-            size = -found  # the size that it needs
+        # llama_detokenize would remove spaces before punctuation.
+        return b"".join(map(self._spell, ids)).decode("utf-8", "replace")
+
+    def _spell(self, token: int) -> bytes:
+        """Return the bytes of a token."""
+        buffer = ctypes.create_string_buffer(MAX_TOKEN_BYTES)
+        arguments = (self._vocab, int(token), buffer, MAX_TOKEN_BYTES, 0, True)
+        size = self._llama.llama_token_to_piece(*arguments)
+        return buffer.raw[:size]
 
     def _clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
