@@ -122,6 +122,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_tokenizer_model("rwkv")
         writer.add_token_list([repr(token)[2:-1] for token in tokens])  # escaped, as \xc3\xa9
         writer.add_token_types([TokenType.NORMAL] * len(tokens))
+        writer.add_vocab_size(len(tokens))
         return
     tokens, merges = list_bpe(tokenizer)
     tokens += [token.decode() for token in extra]
@@ -131,6 +132,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
+    writer.add_vocab_size(len(tokens))
     writer.add_token_merges([" ".join(merge) for merge in merges])
     # Without these, token 11 would be both: a comma in GPT-2.
     writer.add_bos_token_id(end)
@@ -167,12 +169,12 @@ def create_tensors(source: ExportSource, dtype: str) -> dict[str, Tensor]:
     for theirs, tensor in to_transformers(source.weights, config).items():
         module, _, kind = theirs.rpartition(".")
         name = names.get_name(module)
-        if kind == "weight" and is_transposed(module):
-            tensor = tensor.T.contiguous()
+        is_conv1d = kind == "weight" and is_transposed(module)
+        rows = tensor.T.contiguous() if is_conv1d else tensor
         if name in ("token_embd", "output"):
-            tensor = resize_vocabulary(source, tensor)
-        is_small = tensor.dim() == 1 or name == "position_embd"
-        tensors[f"{name}.{kind}"] = convert(tensor, "fp32" if is_small else dtype)
+            rows = resize_vocabulary(source, rows)
+        is_small = rows.dim() == 1 or name == "position_embd"
+        tensors[f"{name}.{kind}"] = convert(rows, "fp32" if is_small else dtype)
     return tensors
 
 

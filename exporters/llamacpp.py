@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 F32 = 0  # ggml_type
+DEFAULTS = (512, 2048, 512, 4, 4, -1, 1, 1)  # of the fields that are read below
 MAX_TOKEN_BYTES = 1 << 10
 
 
@@ -105,8 +106,7 @@ def load_library() -> ctypes.CDLL:
     library.llama_log_set(_ignore, None)
     found = library.llama_context_default_params()
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type")
-    values = [getattr(found, name) for name in (*names, "type_k", "type_v")]
-    if values != [512, 2048, 512, 4, 4, -1, 1, 1]:
+    if tuple(getattr(found, name) for name in (*names, "type_k", "type_v")) != DEFAULTS:
         raise ImportError("another version of llama.cpp than those known", name="xllamacpp")
     library.llama_backend_init()
     return library
