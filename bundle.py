@@ -60,7 +60,7 @@ TRAINING_SETTINGS = tuple(
     for group in GROUPS.values()
     if group not in (Architecture, Initialization, Run)
     for name in group.model_fields
-    if name not in ("batch_size", "device", "tokenizer")
+    if name not in ("batch_size", "device", "tokenizer", "vocab_size")
 )
 MAX_JSON_BYTES = 1 << 26  # of a bundle's JSON file; a vocabulary of all characters takes 12 MB
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # in the terms of safetensors
@@ -136,10 +136,11 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
 
 
 class TokenizerState(BaseModel, extra="forbid", frozen=True, strict=True):
-    """The content of `tokenizer.json`; `chars` are those of a character tokenizer."""
+    """The content of `tokenizer.json`: `chars` of a character tokenizer, or `merges` of a BPE."""
 
-    token_kind: Literal["char", "gpt2"]
+    token_kind: Literal["char", "gpt2", "bpe"]
     chars: list[str] | None = None
+    merges: list[list[int]] | None = None
 
 
 class DamageError(UserError):
@@ -547,8 +548,15 @@ def _validate(path: Path, schema: Callable[..., _T], values: Mapping[str, Any]) 
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Return the bundle's tokenizer. Raises `UserError` if its size is not the model's."""
-    tokenizer = restore_tokenizer(bundle.tokenizer)
+    """Return the bundle's tokenizer.
+
+    Raises `UserError` if it is not valid, its size is not the model's, or it needs a library that
+    is not installed.
+    """
+    try:
+        tokenizer = restore_tokenizer(bundle.tokenizer)
+    except UserError as error:
+        raise UserError(f"{bundle.path / TOKENIZER_FILE}: {error}") from None
     if tokenizer.vocab_size != bundle.vocab_size:
         raise UserError(
             f"{bundle.path}: tokenizer.json has a vocabulary of {tokenizer.vocab_size} and "

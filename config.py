@@ -24,7 +24,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from parameters import ALIASES, BY_ARCHITECTURE, GROUPS, ModelConfig, find_conflicts
+from parameters import (
+    ALIASES,
+    BY_ARCHITECTURE,
+    DEFAULT_VOCAB_SIZE,
+    GROUPS,
+    ModelConfig,
+    find_conflicts,
+)
 from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import format_flag
 from utils.data_files import find_data_problem, resolve_data_path
@@ -333,6 +340,8 @@ def format_settings(loaded: LoadedConfig) -> str:
         "micro_batch_size": "batch_size",
         "data": "input.txt, else Shakespeare",
     }
+    if loaded.config.tokenizer == "bpe":
+        fallbacks["vocab_size"] = f"{DEFAULT_VOCAB_SIZE}, or all there are"
     for group, settings in GROUPS.items():
         lines.append(group)
         for name in settings.model_fields:

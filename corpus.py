@@ -7,6 +7,7 @@ memory use that does not depend on its length:
 
     manifest.json              the text's files, SHA-256 and characters, and its encodings
     <text>-<tokenizer>.bin     ids, little-endian; named by digests of the text and the tokenizer
+    <text>-<request>.json      a BPE that was trained on the text; named by what it was trained for
 
 The text is read twice: for its characters and its SHA-256, then for its ids. The ids are written to
 a temporary file, which is renamed only if the second reading had the same SHA-256, and is used only
@@ -36,7 +37,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from parameters import Data
-from tokenizer import GPT2Tokenizer, Tokenizer, collect_chars, create_tokenizer
+from tokenizer import BPETokenizer, Tokenizer, collect_chars, create_tokenizer
 from utils import files
 from utils.checks import format_name
 from utils.data_files import (
@@ -64,6 +65,7 @@ SPLITS = ("train", "val", "test")
 LARGE_BYTES = 64 << 20  # `token_store` auto encodes texts of this size or more into the cache
 BLOCK_TOKENS = 1 << 20  # bytes are counted by blocks of about this many tokens
 MAX_WORD = 16 << 20
+MAX_TRAINED_BYTES = 4 << 20  # of a BPE's file: 65,280 merges take 0.9 MB
 _MARK = "\ufeff"  # byte order mark
 _SAMPLE = 1 << 16  # bytes from which an encoding is guessed
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -160,14 +162,16 @@ def _find_line(path: Path, position: int) -> int:
 class EncodedCorpus:
     """A text as token ids `(N,)`.
 
-    `ends[i]` is the number of tokens up to the end of file i. `blocks` has pairs of a number of
-    tokens, at some places of the text, and the number of UTF-8 bytes that these stand for.
+    `ends[i]` is the number of tokens up to the end of file i, `character_ends[i]` the number of
+    characters. `blocks` has a number of tokens, at some places of the text, and the numbers of
+    UTF-8 bytes and of characters that these stand for.
     """
 
     tokens: Tokens
     tokenizer: Tokenizer
     ends: Sequence[int]
-    blocks: Sequence[tuple[int, int]] = ()
+    character_ends: Sequence[int] = ()
+    blocks: Sequence[tuple[int, int, int]] = ()
 
     def count_bytes(self, start: int, stop: int) -> int:
         """Return the number of UTF-8 bytes that the tokens from `start` to `stop` stand for.
@@ -178,7 +182,7 @@ class EncodedCorpus:
         last = bisect.bisect_right(self.blocks, stop, key=lambda block: block[0]) - 1
         if first >= last:
             return self._count_token_bytes(start, stop)
-        (head, begin), (tail, end) = self.blocks[first], self.blocks[last]
+        (head, begin, _), (tail, end, _) = self.blocks[first], self.blocks[last]
         edges = self._count_token_bytes(start, head) + self._count_token_bytes(tail, stop)
         return end - begin + edges
 
@@ -192,19 +196,52 @@ class EncodedCorpus:
     def split(self, config: Data) -> dict[str, tuple[int, int]]:
         """Return the first and the last token (exclusive) of train, val and test; any may be empty.
 
+        A BPE of one's own cuts at the first tokens that begin where characters would be cut.
+
         Raises `UserError` if `config.split_by` is file and there are too few files.
         """
-        size = self.tokens.size
-        train_end = int(size * config.train_split)
-        val_end = size - int(size * config.test_split)
-        if config.split_by == "file":
-            train_end, val_end = find_file_cuts(self.ends, train_end, val_end)
-        bounds = pairwise((0, train_end, val_end, size))
-        return dict(zip(SPLITS, bounds, strict=True))
+        if isinstance(self.tokenizer, BPETokenizer):
+            cuts = [self.find_token(cut) for cut in find_cuts(self.character_ends, config)]
+        else:
+            cuts = find_cuts(self.ends, config)
+        return dict(zip(SPLITS, pairwise((0, *cuts, self.tokens.size)), strict=True))
+
+    def find_token(self, character: int) -> int:
+        """Return the first token that begins at or after a character; tokens are of bytes.
+
+        Only the tokens between two blocks are read.
+        """
+        is_lead = [[byte & 0xC0 != 0x80 for byte in token] for token in self.tokenizer.tokens]
+        begun_in = np.array(list(map(sum, is_lead)))  # characters that begin in each token
+        begins_one = np.array([lead[0] for lead in is_lead])
+        blocks = self.blocks or [(0, 0, 0)]
+        place = bisect.bisect_right(blocks, character, key=lambda block: block[2]) - 1
+        start, _, begun = blocks[place]
+        while start < self.tokens.size:
+            ids = self.tokens[start : start + BLOCK_TOKENS]
+            before = begun + np.concatenate(([0], begun_in[ids].cumsum()))
+            found = np.flatnonzero((before[:-1] >= character) & begins_one[ids])
+            if found.size:
+                return start + int(found[0])
+            start, begun = start + ids.size, int(before[-1])
+        return self.tokens.size
+
+
+def find_cuts(ends: Sequence[int], config: Data) -> tuple[int, int]:
+    """Return the ends of the train and the val split of a text whose files end at `ends`.
+
+    Raises `UserError` if `config.split_by` is file and there are too few files.
+    """
+    size = ends[-1]
+    train_end = int(size * config.train_split)
+    val_end = size - int(size * config.test_split)
+    if config.split_by == "file":
+        train_end, val_end = find_file_cuts(ends, train_end, val_end)
+    return train_end, val_end
 
 
 def find_file_cuts(ends: Sequence[int], train_end: int, val_end: int) -> tuple[int, int]:
-    """Return the ends of files that are nearest to two wanted cuts, in tokens.
+    """Return the ends of files that are nearest to two wanted cuts.
 
     A second cut at the end of the text stays there; else each of the three splits gets a file.
     Raises `UserError` if there are too few files with text.
@@ -282,9 +319,21 @@ class MemoryCorpus:
     texts: Sequence[str]
     sha256: str
 
-    def create_tokenizer(self, kind: str) -> Tokenizer:
-        """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
-        return create_tokenizer(self.texts, kind)
+    @property
+    def character_ends(self) -> list[int]:
+        """The number of characters up to the end of each file."""
+        return np.cumsum(list(map(len, self.texts))).tolist()
+
+    def create_tokenizer(self, kind: str, config: Data | None = None) -> Tokenizer:
+        """Create a tokenizer of that `token_kind`: of this text's characters, or trained on it.
+
+        A BPE has `config.vocab_size` tokens, and is trained on the training split only.
+        """
+        if kind != BPETokenizer.token_kind:
+            return create_tokenizer(self.texts, kind)
+        config = config or Data()
+        train_end, _ = find_cuts(self.character_ends, config)
+        return create_tokenizer(_take(self.texts, train_end), kind, config.vocab_size)
 
     def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Count the characters of the text that the tokenizer lacks, sorted by character."""
@@ -299,7 +348,8 @@ class MemoryCorpus:
         """
         ids = [tokenizer.encode(text, bool(left_out)) for text in self.texts]
         ends = np.cumsum([part.size for part in ids]).tolist()
-        return EncodedCorpus(ids[0] if len(ids) == 1 else np.concatenate(ids), tokenizer, ends)
+        tokens = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        return EncodedCorpus(tokens, tokenizer, ends, self.character_ends)
 
 
 def _report_marks(name: str, text_hash: TextHash, on_progress: Callable[[str], None]) -> None:
@@ -310,6 +360,14 @@ def _report_marks(name: str, text_hash: TextHash, on_progress: Callable[[str], N
 
 def _describe_change(name: str) -> UserError:
     return UserError(f"{format_name(name)} was changed while it was read: try again")
+
+
+def _take(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the first characters of some texts, which are all read."""
+    for text in texts:
+        if characters > 0:
+            yield text[:characters]
+        characters -= len(text)
 
 
 def _count_unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
@@ -332,7 +390,7 @@ class Encoding(BaseModel, extra="forbid", frozen=True, strict=True):
 
     tokens: int
     ends: list[int]
-    blocks: list[tuple[int, int]]
+    blocks: list[tuple[int, int, int]]
     left_out: dict[str, int]
 
 
@@ -340,15 +398,29 @@ class Manifest(BaseModel, extra="forbid", frozen=True, strict=True):
     """`manifest.json`.
 
     `sources` has each file's path relative to the text's, size and time of modification in
-    nanoseconds. `identity` and `sha256` are those of `TextHash`.
+    nanoseconds, `ends` the number of characters up to its end. `identity` and `sha256` are those of
+    `TextHash`.
     """
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     sources: list[tuple[str, int, int]]
+    ends: list[int]
     identity: str
     sha256: str
     characters: str
     encodings: dict[str, Encoding] = {}
+
+
+class TrainedBPE(BaseModel, extra="forbid", frozen=True, strict=True):
+    """A BPE's merges. `trained_for` has the text's identity, the characters read and vocab_size."""
+
+    trained_for: tuple[str, int, int | None]
+    merges: list[tuple[int, int]]
+    sha256: str
+
+    def compute_digest(self) -> str:
+        """Return the digest of the merges and their origin."""
+        return _digest(json.dumps([self.trained_for, self.merges]))
 
 
 class StoredCorpus:
@@ -371,16 +443,50 @@ class StoredCorpus:
         word = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(whole_path).name).strip("._") or "text"
         self.directory = stores / f"{word[:40]}-{_digest(whole_path)[:16]}"
         self._manifest_path = self.directory / "manifest.json"
-        self._num_characters = 0
         self._manifest = self._load_manifest()
         if self._manifest is None or self._manifest.sources != self._list_sources():
             with self._lock():
                 self._update_manifest()
         self.sha256 = self._manifest.sha256
 
-    def create_tokenizer(self, kind: str) -> Tokenizer:
-        """Create a tokenizer of that `token_kind`, with this text's characters if it is char."""
-        return create_tokenizer(self._manifest.characters, kind)
+    def create_tokenizer(self, kind: str, config: Data | None = None) -> Tokenizer:
+        """Create a tokenizer as `MemoryCorpus` does, or load a BPE that was trained before."""
+        if kind != BPETokenizer.token_kind:
+            return create_tokenizer(self._manifest.characters, kind)
+        config = config or Data()
+        train_end, _ = find_cuts(self._manifest.ends, config)
+        request = (self._manifest.identity, train_end, config.vocab_size)
+        name = f"{request[0][:16]}-{_digest(json.dumps(request))[:16]}.json"
+        if (tokenizer := self._load_trained(name, request)) is not None:
+            return tokenizer
+        with self._lock():
+            self._check_same_text()
+            if (tokenizer := self._load_trained(name, request)) is None:
+                tokenizer = self._train(name, request)
+            return tokenizer
+
+    def _load_trained(self, name: str, request: tuple) -> BPETokenizer | None:
+        """Load a BPE; return None if it is missing, damaged or another request's."""
+        with contextlib.suppress(OSError, ValidationError, UserError):
+            content = files.read_regular(self.directory / name, MAX_TRAINED_BYTES)
+            trained = TrainedBPE.model_validate_json(content)
+            if (trained.trained_for, trained.sha256) == (request, trained.compute_digest()):
+                return BPETokenizer(trained.merges)
+        return None
+
+    def _train(self, name: str, request: tuple) -> Tokenizer:
+        """Train a BPE on the first characters of the text, and write it. Needs the lock."""
+        _, characters, vocab_size = request
+        self._on_progress(f"Training a tokenizer on {self.name} …")
+        with self._verify_text() as text_hash:
+            chunks = iter_chunks(self._paths, text_hash, whole_words=True)
+            texts = _take((chunk.text for chunk in chunks), characters)
+            tokenizer = create_tokenizer(texts, BPETokenizer.token_kind, vocab_size)
+        trained = TrainedBPE(trained_for=request, merges=tokenizer.merges, sha256="")
+        trained = trained.model_copy(update={"sha256": trained.compute_digest()})
+        files.write_atomic(self.directory / name, trained.model_dump_json() + "\n")
+        files.sync(self.directory)
+        return tokenizer
 
     def count_unknown(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Count the characters that the tokenizer lacks, reading the text only if need be."""
@@ -401,19 +507,37 @@ class StoredCorpus:
         if (encoded := self._map(name, tokenizer)) is not None:
             return encoded
         with self._lock():
-            identity = self._manifest.identity
-            self._update_manifest()
-            if self._manifest.identity != identity:
-                raise _describe_change(self.name)
+            self._check_same_text()
             if (encoded := self._map(name, tokenizer)) is None:
                 self._write_encoding(self.directory / name, tokenizer, dict(left_out or {}))
                 encoded = self._map(name, tokenizer)
             return encoded
 
+    def _check_same_text(self) -> None:
+        """Raise `UserError` if the text has changed since it was opened. Needs the lock."""
+        identity = self._manifest.identity
+        self._update_manifest()
+        if self._manifest.identity != identity:
+            raise _describe_change(self.name)
+
+    @contextlib.contextmanager
+    def _verify_text(self) -> Iterator[TextHash]:
+        """Yield a hash to read the text with; raise `UserError` if the text has changed."""
+        text_hash = TextHash()
+        try:
+            yield text_hash
+        finally:  # a change of a file explains any error: report it first
+            self._check_unchanged(self._manifest.sources)
+        if text_hash.compute_identity() != self._manifest.identity:
+            # The first reading may have been the one during a change: discard its result.
+            files.remove_file(self._manifest_path)
+            raise _describe_change(self.name)
+
     def _load_manifest(self) -> Manifest | None:
         with contextlib.suppress(OSError, ValidationError):
             manifest = Manifest.model_validate_json(files.read_regular(self._manifest_path))
-            return None if _MARK in manifest.characters else manifest  # of an earlier version
+            is_complete = len(manifest.ends) == len(manifest.sources) > 0
+            return manifest if is_complete and _MARK not in manifest.characters else None
         return None
 
     def _update_manifest(self) -> None:
@@ -423,17 +547,20 @@ class StoredCorpus:
         if known is not None and known.sources == sources:
             return
         if known is None and self._manifest_path.exists():
-            self._on_progress(f"{self._manifest_path} is damaged: reading {self.name} again …")
+            problem = "is damaged or of another version"
+            self._on_progress(f"{self._manifest_path} {problem}: reading {self.name} again …")
         elif known is None:
             self._on_progress(f"Reading {self.name}, which takes a while the first time …")
-        text_hash = TextHash()
-        characters = collect_chars(self._iter_texts(text_hash, sum(size for _, size, _ in sources)))
+        text_hash, ends = TextHash(), [0] * len(self._paths)
+        size = sum(size for _, size, _ in sources)
+        characters = collect_chars(self._iter_texts(text_hash, size, ends))
         _report_marks(self.name, text_hash, self._on_progress)
         if not characters:
             raise UserError(f"{format_name(self.name)}: the text is empty")
         self._check_unchanged(sources)
         manifest = Manifest(
             sources=sources,
+            ends=np.maximum.accumulate(ends).tolist(),  # a file without text ends with the last
             identity=text_hash.compute_identity(),
             sha256=text_hash.sha256.hexdigest(),
             characters="".join(characters),
@@ -443,12 +570,16 @@ class StoredCorpus:
             self._on_progress(f"{self.name} has changed since it was encoded: encoding again")
         self._write_manifest(manifest)
 
-    def _iter_texts(self, text_hash: TextHash, size: int) -> Iterator[str]:
-        """Yield the text; report when it is 100, 1,000, … times its `size` on the disk."""
-        self._num_characters, factor = 0, 100
+    def _iter_texts(self, text_hash: TextHash, size: int, ends: list[int]) -> Iterator[str]:
+        """Yield the text; report when it is 100, 1,000, … times its `size` on the disk.
+
+        `ends` is updated with the number of characters up to the end of each file.
+        """
+        characters, factor = 0, 100
         for chunk in iter_chunks(self._paths, text_hash):
-            self._num_characters += len(chunk.text)
-            if self._num_characters >= factor * size:
+            characters += len(chunk.text)
+            ends[chunk.file] = characters
+            if characters >= factor * size:
                 expanded = f"{format_bytes(size)} have expanded {factor:,} times"
                 self._on_progress(f"{self.name}: {expanded} so far; Ctrl-C stops this")
                 factor *= 10
@@ -486,7 +617,7 @@ class StoredCorpus:
         found = (tokens.size, len(encoding.ends), encoding.ends[-1:])
         if found != (encoding.tokens, len(self._paths), [encoding.tokens]):
             return None
-        return EncodedCorpus(tokens, tokenizer, encoding.ends, encoding.blocks)
+        return EncodedCorpus(tokens, tokenizer, encoding.ends, self._manifest.ends, encoding.blocks)
 
     def _write_encoding(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> None:
         """Write the ids to a temporary file, rename it and list it in the manifest."""
@@ -506,40 +637,34 @@ class StoredCorpus:
         # Remove encodings of the text before it changed and files that killed processes left.
         # Processes that have mapped one of them keep it.
         for other in self.directory.iterdir():
-            if other.name not in encodings and other != self._manifest_path:
+            is_trained = other.suffix == ".json" and other.name.startswith(start)
+            if other.name not in encodings and other != self._manifest_path and not is_trained:
                 files.remove_file(other)
         self._on_progress(f"Encoded {self.name}: {encoding.tokens:,} tokens")
 
     def _write_ids(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> Encoding:
         """Write the ids of the text to a file. Raises `UserError` if the text has changed."""
         dtype, token_bytes = tokenizer.dtype.newbyteorder("<"), tokenizer.token_bytes
-        whole_words = tokenizer.token_kind == GPT2Tokenizer.token_kind
-        text_hash = TextHash()
-        ends, blocks, tokens, size = [0] * len(self._paths), [(0, 0)], 0, 0
-        # The number of characters is known if this process has just read the text.
-        needed, checked = self._num_characters * dtype.itemsize, 0
+        whole_words = not tokenizer.splits_words
+        ends, blocks = [0] * len(self._paths), [(0, 0, 0)]
+        tokens = size = characters = checked = 0
+        needed = self._manifest.ends[-1] * dtype.itemsize
         if needed >= SPACE_INTERVAL and not (whole_words or left_out):
             check_space(path, needed)
-        try:
-            with open(path, "wb") as file:
-                for chunk in iter_chunks(self._paths, text_hash, whole_words=whole_words):
-                    ids = tokenizer.encode(chunk.text, bool(left_out))
-                    file.write(ids.astype(dtype, copy=False).data)
-                    tokens += ids.size
-                    if (tokens - checked) * dtype.itemsize >= SPACE_INTERVAL:
-                        check_space(path)
-                        checked = tokens
-                    size += int(token_bytes[ids].sum()) if left_out else len(chunk.text.encode())
-                    ends[chunk.file] = tokens
-                    if tokens - blocks[-1][0] >= BLOCK_TOKENS:
-                        blocks.append((tokens, size))
-                files.sync_file(file)
-        finally:  # a change of a file explains any error: report it first
-            self._check_unchanged(self._manifest.sources)
-        if text_hash.compute_identity() != self._manifest.identity:
-            # The first reading may have been the one during a change: discard its result.
-            files.remove_file(self._manifest_path)
-            raise _describe_change(self.name)
+        with self._verify_text() as text_hash, open(path, "wb") as file:
+            for chunk in iter_chunks(self._paths, text_hash, whole_words=whole_words):
+                ids = tokenizer.encode(chunk.text, bool(left_out))
+                file.write(ids.astype(dtype, copy=False).data)
+                tokens += ids.size
+                if (tokens - checked) * dtype.itemsize >= SPACE_INTERVAL:
+                    check_space(path)
+                    checked = tokens
+                size += int(token_bytes[ids].sum()) if left_out else len(chunk.text.encode())
+                characters += ids.size if left_out else len(chunk.text)
+                ends[chunk.file] = tokens
+                if tokens - blocks[-1][0] >= BLOCK_TOKENS:
+                    blocks.append((tokens, size, characters))
+            files.sync_file(file)
         ends = np.maximum.accumulate(ends).tolist()  # a file without text ends with the one before
         return Encoding(tokens=tokens, ends=ends, blocks=blocks, left_out=left_out)
 

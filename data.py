@@ -94,7 +94,7 @@ def load_dataset(
     )
     left_out: dict[str, int] = {}
     if tokenizer is None:
-        tokenizer = text.create_tokenizer(config.tokenizer)
+        tokenizer = text.create_tokenizer(config.tokenizer, config)
     elif unknown := text.count_unknown(tokenizer):
         if config.on_new_chars == "drop":
             left_out = unknown

@@ -29,11 +29,11 @@ from pydantic import Field
 from rich.color import blend_rgb
 from rich.text import Text
 
-from bundle import WEIGHTS_FILE, Bundle, read_bundle
+from bundle import WEIGHTS_FILE, Bundle, load_tokenizer, read_bundle
 from corpus import MemoryCorpus, StoredCorpus, Tokens, open_corpus
 from inference import ModelChoice, find_model, load_model_from_bundle
 from parameters import Count, Data, Device, Positive, Switch
-from tokenizer import Tokenizer, restore_tokenizer
+from tokenizer import Tokenizer
 from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.data_files import find_data_problem
@@ -397,7 +397,7 @@ def main(argv: Sequence[str]) -> int:
     bundle = read_bundle(chosen.path, WEIGHTS_FILE)
     if chosen.reason:
         output.print_note(f"{chosen.path}: {chosen.reason}")
-    tokenizer = restore_tokenizer(bundle.tokenizer)
+    tokenizer = load_tokenizer(bundle)
     T = bundle.config.block_size
     stride = config.stride or T
     if stride > T:

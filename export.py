@@ -21,11 +21,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bundle import find_run_of
+from exporters.record import RECORD_FILE, hash_files, read_record, write_record
 from inference import ModelChoice, find_model
 from parameters import NAME_PATTERN
+from utils.checks import format_name
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
-from utils.files import is_present, is_real_directory, make_directory, sync
+from utils.files import (
+    is_present,
+    is_process_running,
+    is_real_directory,
+    make_directory,
+    sync,
+)
 from utils.output import Output, format_bytes, run_command
 
 EXPORTS_DIR = Path("exports")
@@ -88,10 +96,16 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         return
     if not is_real_directory(out):
         raise UserError(f"{out}: not a directory: choose another --out")
-    if not is_present(out / "export.json"):
+    if not is_present(out / RECORD_FILE):
         raise UserError(f"{out}: exists, and is not an export: choose another --out")
     if not overwrite:
         raise UserError(f"{out}: exists: choose another --out, or add --overwrite to replace it")
+    others = {path.name for path in out.iterdir()} - {RECORD_FILE, *read_record(out).files}
+    if others:
+        names = ", ".join(map(format_name, sorted(others)))
+        raise UserError(
+            f"{out}: has {names}, which no export wrote: move it, or choose another --out"
+        )
 
 
 @contextlib.contextmanager
@@ -118,11 +132,20 @@ def publish(out: Path) -> Iterator[Path]:
                 replaced.rename(out)
             raise
         sync(out.parent)
+        remove_leftovers(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed processes have left beside `out`."""
+    for path in out.parent.iterdir():
+        match = re.fullmatch(re.escape(f".{out.name}.") + r"(\d+)\.(tmp|old)", path.name)
+        if match and not is_process_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -142,7 +165,6 @@ def main(argv: Sequence[str]) -> int:
 
     # These bring torch: imported once the settings are known to be good.
     from exporters.card import write_card
-    from exporters.record import hash_files, write_record
     from exporters.source import find_run, load_source
     from exporters.verify import compare_with_source
 
@@ -164,7 +186,10 @@ def main(argv: Sequence[str]) -> int:
         except ImportError as error:
             output.print_warning(f"not verified: {error.name} is not installed: {EXTRA}")
             return 1
-        output.print(compare_with_source(source, target).format())
+        comparison = compare_with_source(source, target)
+        output.print(comparison.format())
+        if not comparison.is_equal(config.dtype):
+            return 1
     return output.exit_status
 
 

@@ -55,9 +55,8 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "torch", "numba"]
 # Parameters times samples up to which `auto` decodes on the CPU of a machine with a GPU, too. The
-# loops were as fast as an H200, for which PyTorch starts one kernel after another, at 40 to 170
-# million on 16 cores (docs/LOG.md); a machine with fewer cores is slower.
-MAX_CPU_WORK = 40_000_000
+# loops on 16 cores were as fast as an H200 at 3 to 10 million (docs/LOG.md).
+MAX_CPU_WORK = 10_000_000
 
 
 class ModelChoice(Settings):

@@ -22,6 +22,8 @@ from pydantic import (
 )
 
 MAX_COUNT = 2**31 - 1  # reject larger counts as typos
+DEFAULT_VOCAB_SIZE = 1024  # of tokenizer bpe (docs/LOG.md)
+MAX_VOCAB_SIZE = 1 << 16  # of tokenizer bpe, so that an id takes two bytes
 MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -131,8 +133,11 @@ class Data(Settings):
     token_store: Switch = "auto"
     """Store token ids in cache_dir and memory-map them. auto: for 64 MB of text or more."""
 
-    tokenizer: Literal["char", "gpt2"] = "char"
-    """char: one token per character of the text. gpt2: GPT-2's BPE (extra gpt2)."""
+    tokenizer: Literal["char", "gpt2", "bpe"] = "char"
+    """char: the text's characters. gpt2: GPT-2's BPE (extra gpt2). bpe: its own (extra bpe)."""
+
+    vocab_size: Annotated[int, Field(ge=257, le=MAX_VOCAB_SIZE)] | None = None
+    """Tokens of bpe, trained on the training split; 256 are bytes. null: 1024, or all there are."""
 
     on_new_chars: Literal["error", "drop", "extend"] = "error"
     """Characters the model's vocabulary lacks: error, drop, or (to fine-tune) extend it by them."""
@@ -340,6 +345,12 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
             ("train_split", "test_split"),
             f"train_split {values['train_split']:g} and test_split {values['test_split']:g} "
             "leave nothing for validation: their sum must be below 1",
+        )
+    if values["vocab_size"] is not None and values["tokenizer"] != "bpe":
+        yield (
+            ("vocab_size", "tokenizer"),
+            f"vocab_size {values['vocab_size']} is a setting of tokenizer bpe only: that of "
+            f"{values['tokenizer']} cannot be chosen",
         )
     if values["min_lr"] is not None and values["min_lr"] > values["learning_rate"]:
         yield (

@@ -99,7 +99,11 @@ class ResumePlan:
             return None
         config, state = self.bundle.config, self.bundle.state
         fixed = {name: getattr(config, name) for name in Architecture.model_fields}
-        fixed["tokenizer"] = self.bundle.tokenizer.get("token_kind")
+        kind = self.bundle.tokenizer.get("token_kind")
+        fixed |= {
+            "tokenizer": kind,
+            "vocab_size": self.bundle.vocab_size if kind == "bpe" else None,
+        }
         if not self.is_resume:
             names = frozenset(fixed) - {"dropout"}
             return CheckpointSettings(str(self.bundle.path), fixed, names)

@@ -1,21 +1,32 @@
-"""Text <-> token ids: by characters, or by GPT-2's byte pair encoding (BPE).
+"""Text <-> token ids: by characters, GPT-2's byte pair encoding (BPE), or a BPE of one's own.
 
 A character tokenizer's vocabulary is the sorted set of the characters of a text, without any
 normalization. A tokenizer's state is saved as `tokenizer.json` in each bundle.
 """
 
 import codecs
+import json
+import re
 import sys
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from parameters import DEFAULT_VOCAB_SIZE, MAX_VOCAB_SIZE
 from utils.errors import UserError
 
+MAX_TOKEN_BYTES = 128  # of a BPE's token: runs of dashes or spaces are longer
 _CHUNK = 1 << 16  # characters encoded at once, so that intermediate arrays stay in the CPU cache
+_LARGE_CHUNK = 1 << 22  # characters that a BPE encodes at once, each different word only once
+_KNOWN_WORDS = 1 << 18  # of which a BPE keeps the ids: some 50 MB
+# GPT-2's pattern never matches across this place, between a word and a space or a line end.
+_WORD_END = re.compile(r"(?<=\S)(?=[ \n])")
+_SURROGATES = re.compile("[\ud800-\udfff]")  # of a prompt that is not UTF-8
 
 
 class CharTokenizer:
@@ -29,6 +40,7 @@ class CharTokenizer:
 
     token_kind = "char"
     unit = "character"
+    splits_words = True  # the tokens of a text's parts are those of the text, wherever it is cut
 
     def __init__(self, chars: Sequence[str]):
         is_list = isinstance(chars, (list, tuple))
@@ -116,6 +128,7 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
+    splits_words = False
     vocab_size = 50_304  # num_tokens rounded up to a multiple of 64, for faster tensor cores
     num_tokens = 50_257
     dtype = np.dtype(np.uint16)
@@ -139,11 +152,12 @@ class GPT2Tokenizer:
     @property
     def token_bytes(self) -> np.ndarray:
         """The length of each token in UTF-8 bytes, `(V,)` int64; 0 for the padding."""
-        lengths = [len(token) for token in self.list_token_bytes()]
+        lengths = list(map(len, self.tokens))
         return np.array(lengths + [0] * (self.vocab_size - self.num_tokens), dtype=np.int64)
 
-    def list_token_bytes(self) -> list[bytes]:
-        """Return the bytes of each of the `num_tokens` tokens, in the order of their ids."""
+    @property
+    def tokens(self) -> list[bytes]:
+        """The bytes of each of the `num_tokens` tokens, in the order of the ids."""
         return [self._encoding.decode_single_token_bytes(n) for n in range(self.num_tokens)]
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
@@ -159,9 +173,7 @@ class GPT2Tokenizer:
 
         An empty sequence of ids ends the stream: an incomplete character becomes U+FFFD.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        spell = self._encoding.decode_single_token_bytes
-        return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
+        return _create_byte_decoder(self._encoding.decode_single_token_bytes)
 
     def count_unknown(self, text: str) -> dict[str, int]:
         """Return an empty dict: a byte-level vocabulary lacks no character."""
@@ -172,17 +184,132 @@ class GPT2Tokenizer:
         return {"token_kind": self.token_kind}
 
 
-Tokenizer = CharTokenizer | GPT2Tokenizer
+class BPETokenizer:
+    """A byte-level BPE (Sennrich et al. 2016) that was trained on a text, by tokenizers.
+
+    Ids 0 to 255 are the bytes; `merges[i]`, a pair of smaller ids, makes the token of id 256 + i.
+    Words are those of GPT-2's pattern, and no token crosses their ends, as in Hugging Face's
+    ByteLevel and llama.cpp's `gpt-2`. All `vocab_size` ids, V, stand for text: `num_tokens` is the
+    same. `dtype` is the smallest unsigned integer type that holds every id.
+
+    Attributes:
+        merges: pairs of ids, in the order in which they are applied.
+        tokens: the bytes of each token, in the order of the ids.
+        byte_level_tokens: the same as text, in GPT-2's alphabet of 256 printable characters.
+        encoder: the `tokenizers.Tokenizer`.
+
+    Raises `UserError` if tokenizers is not installed, or the merges are not valid.
+    """
+
+    token_kind = "bpe"
+    unit = "token"
+    splits_words = False
+    default_prompt = "\n"
+
+    def __init__(self, merges: Sequence[Sequence[int]]):
+        self.tokens = _build_tokens(merges)
+        self.merges = [(first, second) for first, second in merges]
+        self.vocab_size = self.num_tokens = len(self.tokens)
+        self.dtype = np.min_scalar_type(self.vocab_size - 1)
+        alphabet = list_byte_level_alphabet()
+        self.byte_level_tokens = [
+            "".join(map(alphabet.__getitem__, token)) for token in self.tokens
+        ]
+        vocabulary = {token: number for number, token in enumerate(self.byte_level_tokens)}
+        pairs = [tuple(self.byte_level_tokens[part] for part in pair) for pair in self.merges]
+        tokenizers = _import_tokenizers()
+        self._known_words: dict[str, bytes] = {}  # the ids of words that were encoded
+        self.encoder = _create_encoder(tokenizers, tokenizers.models.BPE(vocabulary, pairs))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Train a tokenizer of at most `vocab_size` tokens; of fewer if no pair occurs twice.
+
+        The result depends on the words of the texts only, and not on threads or chunks.
+        """
+        tokenizers = _import_tokenizers()
+        encoder = _create_encoder(tokenizers, tokenizers.models.BPE())
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            max_token_length=MAX_TOKEN_BYTES,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        chunks = (chunk for text in texts for chunk in _iter_chunks(_to_unicode(text), _CHUNK))
+        encoder.train_from_iterator(chunks, trainer)
+        ids = {char: byte for byte, char in enumerate(list_byte_level_alphabet())}
+        merges = []
+        for first, second in json.loads(encoder.to_str())["model"]["merges"]:
+            if first + second not in ids:  # two pairs may make the same token
+                merges.append((ids[first], ids[second]))
+                ids[first + second] = len(ids)
+        if not merges:
+            raise UserError("the training split is too short for a BPE: no pair occurs twice")
+        return cls(merges)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """The length of each token in bytes, `(V,)` int64, for bits per byte."""
+        return np.array(list(map(len, self.tokens)), dtype=np.int64)
+
+    def encode(self, text: str, drop: bool = False) -> np.ndarray:
+        """Return the ids of `text`, `(N,)` of `dtype`; `drop` has no effect: none are unknown."""
+        ids = bytearray()
+        for chunk in _iter_chunks(_to_unicode(text), _LARGE_CHUNK):
+            words, known = _WORD_END.split(chunk), self._known_words
+            new = [word for word in dict.fromkeys(words) if word not in known]
+            found = self.encoder.encode_batch_fast(new, add_special_tokens=False)
+            arrays = (array(self.dtype.char, each.ids).tobytes() for each in found)
+            known.update(zip(new, arrays, strict=True))
+            ids += b"".join(map(known.__getitem__, words))
+            if len(known) > _KNOWN_WORDS or sum(map(len, new)) > len(chunk) // 2:
+                known.clear()  # in a text without spaces, a word is a line that never comes again
+        return np.frombuffer(ids, self.dtype)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Return the text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.tokens.__getitem__, ids)).decode("utf-8", "replace")
+
+    def create_stream_decoder(self) -> Callable[[Sequence[int]], str]:
+        """Return a function that decodes the next ids of a stream; see `GPT2Tokenizer`."""
+        return _create_byte_decoder(self.tokens.__getitem__)
+
+    def count_unknown(self, text: str) -> dict[str, int]:
+        """Return an empty dict: a byte-level vocabulary lacks no character."""
+        return {}
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state, in plain JSON values, that `restore_tokenizer` takes."""
+        return {"token_kind": self.token_kind, "merges": list(map(list, self.merges))}
 
 
-def create_tokenizer(text: str | Iterable[str], kind: str = "char") -> Tokenizer:
-    """Create a tokenizer of that `token_kind`; for char, with the characters of `text`.
+Tokenizer = CharTokenizer | GPT2Tokenizer | BPETokenizer
 
-    Raises `UserError` if there are none, or GPT-2's tokenizer cannot be loaded.
+
+def create_tokenizer(
+    text: str | Iterable[str], kind: str = "char", vocab_size: int | None = None
+) -> Tokenizer:
+    """Create a tokenizer of that `token_kind`: of the characters of `text`, or trained on it.
+
+    `vocab_size` is that of bpe; None: `DEFAULT_VOCAB_SIZE`, or as many as the text gives.
+
+    Raises `UserError` if the text has no characters or gives fewer tokens than `vocab_size`, or if
+    a library or GPT-2's vocabulary is missing.
     """
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
-    return CharTokenizer(collect_chars([text] if isinstance(text, str) else text))
+    texts = [text] if isinstance(text, str) else text
+    if kind == CharTokenizer.token_kind:
+        return CharTokenizer(collect_chars(texts))
+    tokenizer = BPETokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE)
+    if vocab_size is not None and tokenizer.vocab_size < vocab_size:
+        raise UserError(
+            f"vocab_size {vocab_size}: the training split is too short: it gives "
+            f"{tokenizer.vocab_size} tokens (no further pair occurs twice): lower vocab_size, set "
+            "it to null for as many as there are, or use a longer text"
+        )
+    return tokenizer
 
 
 def normalize_for(tokenizer: Tokenizer, text: str) -> tuple[str, str | None]:
@@ -214,10 +341,81 @@ def restore_tokenizer(state: dict[str, Any]) -> Tokenizer:
     kind = state.get("token_kind")
     if kind == GPT2Tokenizer.token_kind:
         return GPT2Tokenizer()
+    if kind == BPETokenizer.token_kind:
+        return BPETokenizer(state.get("merges"))
     if kind != CharTokenizer.token_kind:
-        raise UserError(f"tokenizer.json: token_kind must be char or gpt2, not {kind!r}")
+        raise UserError(f"token_kind must be char, gpt2 or bpe, not {kind!r}")
     return CharTokenizer(state.get("chars", []))
+
+
+def list_byte_level_alphabet() -> list[str]:
+    """Return GPT-2's character for each byte: itself if it is printable, else one from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _iter_chunks(text: str, size: int) -> Iterator[str]:
+    """Yield a text in chunks of `size` characters and more, which end with a word."""
+    start = 0
+    while start < len(text):
+        end = _WORD_END.search(text, start + size)
+        stop = end.start() if end else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _to_unicode(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 lacks."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def _create_byte_decoder(spell: Callable[[int], bytes]) -> Callable[[Sequence[int]], str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return lambda ids: decoder.decode(b"".join(map(spell, ids)), final=len(ids) == 0)
+
+
+def _build_tokens(merges: Any) -> list[bytes]:
+    """Return the bytes of each token. Raises `UserError` if the merges are not valid."""
+    limit = MAX_VOCAB_SIZE - 256
+    if not isinstance(merges, (list, tuple)) or not 1 <= len(merges) <= limit:
+        raise UserError(f"a BPE needs merges, a list of 1 to {limit:,} pairs of ids")
+    tokens = [bytes([byte]) for byte in range(256)]
+    known = set(tokens)
+    for number, pair in enumerate(merges):
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or any(
+            type(part) is not int or not 0 <= part < len(tokens) for part in pair
+        ):
+            raise UserError(f"merge {number} of a BPE must be two ids from 0 to {len(tokens) - 1}")
+        token = tokens[pair[0]] + tokens[pair[1]]
+        if token in known or len(token) > MAX_TOKEN_BYTES:
+            raise UserError(
+                f"merge {number} of a BPE makes a token that exists, or one of more than "
+                f"{MAX_TOKEN_BYTES} bytes"
+            )
+        known.add(token)
+        tokens.append(token)
+    return tokens
+
+
+def _import_tokenizers() -> ModuleType:
+    try:
+        import tokenizers  # an optional dependency
+    except ImportError:
+        raise UserError(
+            "--tokenizer bpe needs tokenizers: install it with `pip install '.[bpe]'`"
+        ) from None
+    return tokenizers
+
+
+def _create_encoder(tokenizers: ModuleType, model: Any) -> Any:
+    """Return a `tokenizers.Tokenizer` with GPT-2's words and bytes."""
+    encoder = tokenizers.Tokenizer(model)
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = tokenizers.decoders.ByteLevel()
+    return encoder

@@ -66,7 +66,7 @@ MEASURED = {
 } - {"data", "micro_batch_size"}
 # Those that may be searched. The others define how and on what text a trial is measured.
 SEARCHABLE = MEASURED - {
-    *(GROUPS["data"].model_fields.keys() - {"tokenizer"}),
+    *(GROUPS["data"].model_fields.keys() - {"tokenizer", "vocab_size"}),
     *("eval_interval", "eval_iters", "early_stopping_patience", "seed"),
     *("epochs", "max_minutes", "init_from"),
 }
@@ -192,7 +192,8 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
     shown = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
     # Losses per token compare only between runs of one tokenizer.
-    measure = "val_bits_per_byte" if "tokenizer" in space else "val_loss"
+    is_mixed = not space.keys().isdisjoint({"tokenizer", "vocab_size"})
+    measure = "val_bits_per_byte" if is_mixed else "val_loss"
     search = Search(study, space, loader, order.trials, url, shown, measure, preset)
     choices = [list_values(values) for values in space.values()]
     is_listed = tuple not in map(type, choices) and math.prod(map(len, choices)) <= MAX_LISTED

@@ -2,21 +2,28 @@
 
 from collections.abc import Mapping
 
-from tokenizer import Tokenizer
-
-# GPT-2's files write each byte as a printable character: these bytes as themselves, and the others
-# as the characters from U+0100, in their order.
-PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-LETTERS = {byte: 0x100 + n for n, byte in enumerate(b for b in range(256) if b not in PRINTABLE)}
+from tokenizer import BPETokenizer, GPT2Tokenizer, list_byte_level_alphabet
 
 
-def list_bpe(tokenizer: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the tokens in the order of their ids, and the merges in the order of their ranks."""
-    tokens = tokenizer.list_token_bytes()
-    ranks = {token: number for number, token in enumerate(tokens)}
-    pairs = [find_merge(token, ranks) for token in tokens if len(token) > 1]
-    merges = [(spell(first), spell(second)) for first, second in filter(None, pairs)]
-    return [spell(token) for token in tokens], merges
+def list_bpe(
+    tokenizer: GPT2Tokenizer | BPETokenizer,
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the tokens in the order of their ids, and the merges in the order of their ranks.
+
+    A printable character stands for each byte, as in GPT-2's `vocab.json` and `merges.txt`.
+    """
+    alphabet, tokens = list_byte_level_alphabet(), tokenizer.tokens
+    if isinstance(tokenizer, BPETokenizer):
+        merges = [(tokens[first], tokens[second]) for first, second in tokenizer.merges]
+    else:  # tiktoken has no merges: their order is that of the tokens
+        ranks = {token: number for number, token in enumerate(tokens)}
+        found = (find_merge(token, ranks) for token in tokens if len(token) > 1)
+        merges = list(filter(None, found))
+
+    def write(token: bytes) -> str:
+        return "".join(map(alphabet.__getitem__, token))
+
+    return list(map(write, tokens)), [(write(first), write(second)) for first, second in merges]
 
 
 def find_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -33,8 +40,3 @@ def find_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
         _, i = min(candidates)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
-
-
-def spell(token: bytes) -> str:
-    """Return a token with a printable character for each byte."""
-    return token.decode("latin-1").translate(LETTERS)

@@ -151,7 +151,7 @@ def list_extra_tokens(tokenizer: Tokenizer) -> list[bytes]:
         encoded = [char.encode("utf-8") for char in tokenizer.chars]
         return sorted({token[:size] for token in encoded for size in range(1, len(token))})
     end = END.encode()
-    return [] if end in tokenizer.list_token_bytes() else [end]
+    return [] if end in tokenizer.tokens else [end]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -188,6 +188,8 @@ def create_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
         theirs = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         theirs.decoder = decoders.Fuse()
         return theirs
+    if tokenizer.token_kind == "bpe":
+        return tokenizer.encoder
     tokens, merges = list_bpe(tokenizer)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     theirs = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))

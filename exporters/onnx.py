@@ -131,7 +131,7 @@ def trace(
 ) -> "onnx.ModelProto":
     """Return the graph of a module, traced by PyTorch. `sizes` are the dimensions that vary."""
     options = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": sizes}
-    with silence_exporter():
+    with hide_exporter_warnings():
         program = torch.onnx.export(
             module.eval(), inputs, dynamo=True, opset_version=OPSET, verbose=False, **options
         )
@@ -139,7 +139,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def silence_exporter() -> Iterator[None]:
+def hide_exporter_warnings() -> Iterator[None]:
     """Hide warnings about operators that no model here has, and about the exporter itself."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

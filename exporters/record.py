@@ -1,15 +1,20 @@
-"""The record of an export, `export.json`: what it was made from, and the SHA-256 of each file."""
+"""The record of an export, `export.json`: what it was made from, and the SHA-256 of each file.
+
+Nothing here needs torch.
+"""
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from bundle import MAX_JSON_BYTES
-from exporters.source import ExportSource
 from utils import files
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from exporters.source import ExportSource
 
 RECORD_FILE = "export.json"
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -37,7 +42,9 @@ def hash_files(directory: Path) -> dict[str, str]:
     return {path.name: files.hash_file(path) for path in sorted(paths) if path.name != RECORD_FILE}
 
 
-def write_record(directory: Path, source: ExportSource, format: str, dtype: str, name: str) -> None:
+def write_record(
+    directory: Path, source: "ExportSource", format: str, dtype: str, name: str
+) -> None:
     """Write `export.json` into a directory that is otherwise complete."""
     state = source.bundle.state
     record = ExportRecord(

@@ -28,7 +28,7 @@ from importers.source import (
 )
 from model import get_gated_width
 from parameters import ModelConfig
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, list_byte_level_alphabet
 from utils.checks import format_name, format_value
 from utils.errors import UserError, format_reason
 from utils.files import is_present, open_regular
@@ -252,7 +252,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
-    """Return the state of the tokenizer in a `tokenizer.json`: of characters, or GPT-2's.
+    """Return the state of the tokenizer in a `tokenizer.json`: of characters, GPT-2's, or a BPE.
 
     Raises `UserError` if it is another one, or has another number of tokens than the model.
     """
@@ -305,6 +305,17 @@ def read_byte_level(path: Path, tokens: Sequence[str], merges: Sequence[tuple]) 
     Ids by rank: after the 256 bytes, each token is the result of a merge, in the merges' order.
     """
     digest = hashlib.sha256("".join(f"{token}\n" for token in tokens).encode()).hexdigest()
-    if digest == GPT2_SHA256 and ["".join(merge) for merge in merges] == list(tokens[256:-1]):
+    merged = ["".join(merge) for merge in merges]
+    if digest == GPT2_SHA256 and merged == list(tokens[256:-1]):
         return {"token_kind": GPT2Tokenizer.token_kind}
-    raise UserError(f"{path}: a byte-level BPE of {len(tokens)} tokens, which is not GPT-2's")
+    if list(tokens[:256]) != list_byte_level_alphabet() or merged != list(tokens[256:]):
+        raise UserError(
+            f"{path}: a byte-level BPE of {len(tokens):,} tokens, neither GPT-2's nor one that "
+            "export.py wrote, which has the 256 bytes and then a token for each merge"
+        )
+    ids = {token: number for number, token in enumerate(tokens)}
+    try:
+        pairs = [[ids[part] for part in merge] for merge in merges]
+        return BPETokenizer(pairs).get_state()
+    except (UserError, KeyError) as error:
+        raise UserError(f"{path}: not a BPE: {format_reason(error)}") from None

@@ -16,18 +16,21 @@ LIBRARY = (
     "parameters config tokenizer corpus data model engine decode_torch decode_loops decode_numba "
     "generate distributed optim bundle checkpoint resume callbacks trainer"
 ).split()
-COMMANDS = "train inspect_model inference evaluate profile_model report tune import_model".split()
+COMMANDS = (
+    "train inspect_model inference evaluate profile_model report tune export import_model"
+).split()
 ORDER = [*LIBRARY, *COMMANDS]  # the reading order of docs/: a module imports only earlier ones
 WITHOUT_TORCH = [
     *("parameters", "config", "bundle", "resume", "callbacks"),
     *("engine", "generate", "decode_loops", "decode_numba"),
-    *("train", "inference", "evaluate", "inspect_model", "report", "tune"),
+    *("train", "inference", "evaluate", "inspect_model", "report", "tune", "export"),
     "import_model",
     *("utils.data_files", "utils.output", "utils.command_line", "utils.ranks", "utils.pickles"),
 ]
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
-FILES = [*FLAT, *UTILS]
+EXPORTERS = sorted((CHECKOUT / "exporters").rglob("*.py"))
+FILES = [*FLAT, *UTILS, *EXPORTERS]
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -94,6 +97,14 @@ def test_a_module_imports_only_from_those_before_it(path):
 @for_each_util
 def test_utils_import_no_flat_module_but_parameters(path):
     assert find_packages(path) & set(ORDER) <= {"parameters"}
+
+
+@pytest.mark.parametrize("path", [*FLAT, *UTILS, *EXPORTERS], ids=name_of)
+def test_only_commands_import_exporters_and_exporters_import_no_command(path):
+    if path in EXPORTERS:
+        assert not find_packages(path) & set(COMMANDS)
+    elif path.stem not in COMMANDS:
+        assert "exporters" not in find_packages(path)
 
 
 @for_each_file

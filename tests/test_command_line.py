@@ -32,7 +32,7 @@ def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
     choices = [c for kind in schema.get("anyOf", [schema]) for c in kind.get("enum", [])]
     value = "1" if "integer" in kinds else "0.5" if "number" in kinds else "cpu"
     value = str(choices[0]) if choices else "true" if "boolean" in kinds else value
-    value = "1.5" if name == "rope_theta" else value
+    value = {"rope_theta": "1.5", "vocab_size": "257"}.get(name, value)
     kebab = command_line.parse([f"--{name.replace('_', '-')}", value])
     snake = command_line.parse([f"--{name}={value}"])
     assert kebab == snake
@@ -115,7 +115,7 @@ def test_actions_are_returned_apart_from_the_settings(command_line):
         (["--embd=1"], ["--embd", "did you mean --n-embd?"]),
         (["--dim=1"], ["--dim", "did you mean --n-embd?"]),
         (["--epochs=2x"], ["--epochs", "number", '"2x"']),
-        (["--vocab-size=65"], ["--vocab-size", "derived from the text"]),
+        (["--vocab-size=65"], ["--vocab-size", "257", '"65"']),
         (["--data", "a.txt", __file__, __file__], ["1 more", "quote", "--data '"]),
         (["5"], ['"5"', "--flags"]),
         (["--max-iters"], ["--max-iters needs a value"]),

@@ -304,7 +304,7 @@ def test_scientific_notation_in_yaml_is_a_float(sources, number):
         ("a.yaml", "lr_schedule: cos", ["lr_schedule", "constant, linear, cosine or wsd"]),
         ("a.yaml", "run_tag: 2026-01-01", ["run_tag", "text"]),
         ("a.yaml", "training:\n  n_layer: 3", ["unknown key training", "flat"]),
-        ("a.yaml", "vocab_size: 65", ["vocab_size", "derived from the text"]),
+        ("a.yaml", "vocab_size: 65", ["vocab_size", "257, got 65"]),
         ("a.yaml", "lr: 1e-3", ["unknown key lr", "did you mean learning_rate?"]),
         ("a.json", '{"context": 64}', ["unknown key context", "did you mean block_size?"]),
         ("a.yaml", "n_layer: &a [*a]", ["n_layer", "["]),

@@ -46,7 +46,7 @@ from corpus import (
     open_corpus,
 )
 from parameters import Data
-from tokenizer import CharTokenizer, create_tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, create_tokenizer
 from utils import data_files
 from utils.data_files import (
     find_data_problem,
@@ -449,7 +449,7 @@ def test_a_text_with_a_few_nulls_is_still_a_text():
     assert guess_encoding(b"\0") is None
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe"])
 @pytest.mark.usefixtures("small_chunks")
 def test_byte_order_marks_within_a_text_are_left_out_with_a_line(
     write, lines, kind, gpt2_vocabulary
@@ -519,8 +519,11 @@ def test_whole_words_end_only_before_a_space_or_line_end_after_a_word(tmp_path_f
         assert after[0] in " \n"
 
 
-def test_gpt2_tokens_of_chunks_are_those_of_the_whole_text(write, gpt2_vocabulary, small_chunks):
-    tokenizer, path = create_tokenizer("", "gpt2"), Path("words.txt")
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_bpe_tokens_of_chunks_are_those_of_the_whole_text(
+    write, gpt2_vocabulary, small_chunks, kind
+):
+    tokenizer, path = create_tokenizer(TEXT + "".join(PIECES) * 9, kind), Path("words.txt")
 
     @given(text=WORDS.filter(bool))
     def check(text):
@@ -642,6 +645,172 @@ def test_memory_while_encoding_does_not_grow_with_the_text(write, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert encoded.tokens.size == len(TEXT) * 200 * repeats
+    assert peaks[1] < peaks[0] + 200_000
+
+
+# A BPE that is trained on the text --------------------------------------------------------------
+
+BPE_TEXT = TEXT + "".join(
+    f"the {number}th verse, \u05d0\u05d5 {chr(0x4E00 + number)}…\n" for number in range(300)
+)
+
+
+def split_text(text, config: Data) -> tuple[dict, list[str]]:
+    """Return the tokenizer's state, and the text of each split."""
+    tokenizer = text.create_tokenizer("bpe", config)
+    encoded = text.encode(tokenizer)
+    parts = [encoded.tokens[start:stop] for start, stop in encoded.split(config).values()]
+    assert encoded.count_bytes(0, encoded.tokens.size) == len(
+        tokenizer.decode(encoded.tokens).encode()
+    )
+    return tokenizer.get_state(), list(map(tokenizer.decode, parts))
+
+
+@pytest.mark.parametrize("split_by", ["position", "file"])
+@pytest.mark.parametrize("size", [1, 60, 1 << 20])
+def test_bpe_and_its_splits_are_the_same_from_memory_and_from_the_store(
+    write, monkeypatch, size, split_by
+):
+    for number, name in enumerate("abcde"):
+        write(f"folder/{name}", BPE_TEXT[number * 1500 : (number + 1) * 1500])
+    config = Data(vocab_size=290, train_split=0.61, test_split=0.17, split_by=split_by)
+    expected = split_text(open_corpus("folder", token_store="off"), config)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", size)
+    monkeypatch.setattr(corpus, "BLOCK_TOKENS", 97)
+    assert split_text(open_stored("folder"), config) == expected
+    assert "\ufffd" not in "".join(expected[1])
+
+
+@pytest.mark.parametrize("token_store", ["on", "off"])
+@pytest.mark.parametrize("train_split", [0.3, 0.61, 0.9])
+def test_bpe_cuts_at_the_first_token_after_the_cut_of_the_characters(
+    write, token_store, train_split
+):
+    config = Data(train_split=train_split, test_split=0.05, vocab_size=300)
+    text = open_corpus(str(write("a.txt", BPE_TEXT)), token_store=token_store)
+    characters = text.encode(text.create_tokenizer("char")).split(config)
+    _, parts = split_text(text, config)
+    assert "".join(parts) == BPE_TEXT
+    position = 0
+    for split, part in zip(("val", "test"), parts[:2], strict=True):
+        position += len(part)
+        assert 0 <= position - characters[split][0] < 8
+    if train_split == 0.3:  # TEXT ends in the middle of a word of four characters
+        assert parts[0] == BPE_TEXT[: len(parts[0])]
+
+
+@pytest.mark.parametrize("token_store", ["on", "off"])
+def test_bpe_with_split_by_file_has_the_files_of_the_characters_in_each_split(write, token_store):
+    for name, content in {
+        "a": "漢字" * 300,
+        "b": "to be " * 300,
+        "c": "é" * 600,
+        "d": "or not",
+    }.items():
+        write(f"folder/{name}", content)
+    config = Data(split_by="file", train_split=0.7)
+    text = open_corpus("folder", token_store=token_store)
+    encoded = text.encode(text.create_tokenizer("char"))
+    characters = [decode_range(encoded, *each) for each in encoded.split(config).values()]
+    assert split_text(text, config)[1] == characters
+
+
+def decode_range(encoded: EncodedCorpus, start: int, stop: int) -> str:
+    return encoded.tokenizer.decode(encoded.tokens[start:stop])
+
+
+@pytest.mark.parametrize("token_store", ["on", "off"])
+def test_bpe_is_trained_on_the_text_before_the_cut_only(write, token_store):
+    config, cut = Data(train_split=0.8, vocab_size=300), int(len(BPE_TEXT) * 0.8)
+    states = []
+    for ending in (
+        BPE_TEXT[cut:],
+        "zq" * ((len(BPE_TEXT) - cut) // 2) + "z" * (len(BPE_TEXT[cut:]) % 2),
+    ):
+        text = open_corpus(str(write("a.txt", BPE_TEXT[:cut] + ending)), token_store=token_store)
+        states.append(text.create_tokenizer("bpe", config).get_state())
+    assert states[0] == states[1] == create_tokenizer(BPE_TEXT[:cut], "bpe", 300).get_state()
+
+
+def test_a_trained_bpe_is_loaded_in_later_runs_which_read_no_text(write, lines, monkeypatch):
+    path, config = write("a.txt", BPE_TEXT), Data(vocab_size=300)
+    expected = split_text(open_stored(path, lines), config)
+    assert len([line for line in lines if line.startswith("Training a tokenizer")]) == 1
+    lines.clear()
+    split_text(open_stored(path, lines), Data(vocab_size=310))  # kept side by side
+    lines.clear()
+    monkeypatch.setattr(corpus, "iter_chunks", None)
+    monkeypatch.setattr(BPETokenizer, "train", None)
+    assert split_text(open_stored(path, lines), config) == expected
+    assert lines == []
+
+
+def edit_trained(directory: Path, **changes) -> None:
+    (path,) = set(directory.glob("*.json")) - {directory / "manifest.json"}
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merges": [[97, 98]]},  # its digest does not fit
+        {"merges": "abc"},
+        {"sha256": "0"},
+        {"trained_for": ["0" * 64, 3, None]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_or_foreign_trained_bpe_is_trained_again(write, lines, changes):
+    path, config = write("a.txt", BPE_TEXT), Data(vocab_size=300)
+    expected = open_stored(path).create_tokenizer("bpe", config).get_state()
+    edit_trained(open_stored(path).directory, **changes)
+    assert open_stored(path, lines).create_tokenizer("bpe", config).get_state() == expected
+    assert any(line.startswith("Training a tokenizer") for line in lines)
+    lines.clear()
+    assert open_stored(path, lines).create_tokenizer("bpe", config).get_state() == expected
+    assert lines == []
+
+
+def test_a_changed_text_or_split_trains_another_bpe(write, lines):
+    path = write("a.txt", BPE_TEXT)
+    for content, config in (
+        (BPE_TEXT, Data(vocab_size=300)),
+        (BPE_TEXT, Data(vocab_size=300, train_split=0.5)),
+        (BPE_TEXT, Data(vocab_size=301)),
+        (BPE_TEXT[::-1], Data(vocab_size=300)),
+    ):
+        path.write_text(content, encoding="utf-8")
+        lines.clear()
+        split_text(open_stored(path, lines), config)
+        assert any(line.startswith("Training a tokenizer") for line in lines)
+    assert len(list(open_stored(path).directory.glob("*.json"))) == 2  # of the present text
+
+
+def test_a_text_that_changes_while_bpe_is_trained_is_an_error(write, monkeypatch):
+    path = write("a.txt", BPE_TEXT)
+    stored, real = open_stored(path), BPETokenizer.train
+
+    def train(texts, vocab_size):
+        tokenizer = real(texts, vocab_size)
+        path.write_text(BPE_TEXT + "more", encoding="utf-8")
+        return tokenizer
+
+    monkeypatch.setattr(BPETokenizer, "train", train)
+    with pytest.raises(UserError, match=r"a\.txt was changed"):
+        stored.create_tokenizer("bpe")
+
+
+def test_memory_while_bpe_is_trained_does_not_grow_with_the_text(write, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 1 << 17)
+    peaks = []
+    for repeats in (5, 20):
+        stored = open_stored(write(f"{repeats}.txt", TEXT * 100 * repeats))
+        tracemalloc.start()
+        stored.create_tokenizer("bpe", Data(vocab_size=280))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000
 
 

@@ -96,7 +96,7 @@ def test_bytes_per_token_counts_utf8(tmp_path):
     assert dataset.bytes_per_token == {"train": 1.5, "val": 1.5}
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe"])
 def test_a_memory_mapped_text_is_the_same_dataset_as_one_in_memory(
     tmp_path, gpt2_vocabulary, tokenizer
 ):

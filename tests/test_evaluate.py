@@ -304,8 +304,9 @@ def test_unknown_characters_of_a_token_store_are_an_error_or_skipped(saved, resu
     assert skipped == {**results(*flags[:3], "--on-unknown=skip"), "seconds": skipped["seconds"]}
 
 
-def test_a_bpe_model_has_the_loss_of_its_training(tiny, quiet, results, gpt2_vocabulary):
-    changes = {"tokenizer": "gpt2", "max_iters": 1, "eval_iters": 0, "batch_size": 1}
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
+def test_a_bpe_model_has_the_loss_of_its_training(tiny, quiet, results, gpt2_vocabulary, tokenizer):
+    changes = {"tokenizer": tokenizer, "max_iters": 1, "eval_iters": 0, "batch_size": 1}
     run = train(tiny(**changes, n_embd=4, n_head=1, n_layer=1, sample_interval=0), output=quiet)
     result = results()
     assert result["loss"] == pytest.approx(read_state(run.export_dir).val_loss, rel=1e-5)
@@ -568,8 +569,11 @@ def test_pieces_are_characters_with_their_bits():
     assert counts == [2, 2, 4, 5]
 
 
-def test_a_character_of_several_bpe_tokens_is_one_piece_with_the_sum_of_their_bits(gpt2_vocabulary):
-    tokenizer = create_tokenizer("", "gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_a_character_of_several_bpe_tokens_is_one_piece_with_the_sum_of_their_bits(
+    gpt2_vocabulary, kind
+):
+    tokenizer = create_tokenizer("Hello world! " * 9, kind)
     text = "Hello world 漢🙂!"
     ids = tokenizer.encode(text)
     found = split_pieces(ids, np.full(ids.size - 1, math.log(2)), tokenizer)

@@ -26,11 +26,11 @@ from exporters.card import format_cell
 from exporters.huggingface import from_transformers, open_export
 from exporters.source import load_source
 from exporters.verify import compare_with_source
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer, create_tokenizer
 from trainer import train
 from utils.output import run_command
 
-SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "block_size": 96}
+SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "block_size": 256}  # 200 tokens fit
 TEXT = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FAMILY = "👨‍👩‍👧"  # three emoji and two zero-width joiners
 VOCABULARIES = {
@@ -51,7 +51,9 @@ VARIANTS = {
     "gpt2": {"architecture": "gpt2"},
     "gpt2, biases": {"architecture": "gpt2", "bias": True},
     "gpt2, untied": {"architecture": "gpt2", "tie_weights": False, "activation": "silu"},
+    "gpt2, untied, biases": {"architecture": "gpt2", "tie_weights": False, "bias": True},
 }
+DEAD_PROCESS_ID = 2**30
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
 for_each_vocabulary = pytest.mark.parametrize("name", VOCABULARIES)
 
@@ -93,7 +95,7 @@ def test_transformers_computes_the_same_logits_and_greedy_text(save, variant):
     directory = run_export(bundle, "--format=hf")
     found = compare_with_source(load_source(bundle), open_export(directory))
     assert found.difference <= 1e-4
-    assert (found.agreeing, found.is_text_same) == (found.generated, True)
+    assert (found.agreeing, found.generated, found.is_text_same) == (200, 200, True)
 
 
 @for_each_variant
@@ -182,6 +184,18 @@ def test_gpt2s_vocabulary_is_exported_with_its_merges_and_padding_is_never_gener
     assert theirs.decode(theirs(text).input_ids) == text
     padding = json.loads((directory / "generation_config.json").read_bytes())["suppress_tokens"]
     assert padding == list(range(50_257, 50_304))
+    found = compare_with_source(load_source(tmp_path / "model"), open_export(directory))
+    assert (found.difference <= 1e-4, found.agreeing) == (True, found.generated)
+
+
+def test_a_bpe_of_one_s_own_is_exported_with_its_merges(tmp_path):
+    tokenizer = create_tokenizer(LINES * 3 + FAMILY * 3, "bpe", 300)
+    save_random_model(tmp_path / "model", tokenizer, **SHAPE)
+    directory = run_export(tmp_path / "model", "--format=hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    text = f"To be, or not\n\n  don't {FAMILY} über 日本 \0\t\r x"
+    assert theirs(text).input_ids == tokenizer.encode(text).tolist()
+    assert theirs.decode(theirs(text).input_ids) == text
     found = compare_with_source(load_source(tmp_path / "model"), open_export(directory))
     assert (found.difference <= 1e-4, found.agreeing) == (True, found.generated)
 
@@ -317,6 +331,9 @@ def test_an_export_is_replaced_only_with_overwrite_and_nothing_else_ever(save, c
     Path("notes", "diary.txt").write_text("dear diary", encoding="utf-8")
     fail(export.main, bundle, "--format=hf", "--out=notes", "--overwrite")
     assert [path.name for path in Path("notes").iterdir()] == ["diary.txt"]
+    (directory / "notes.txt").write_text("mine", encoding="utf-8")
+    fail(export.main, bundle, "--format=hf", "--out=out", "--overwrite")
+    assert "notes.txt" in capsys.readouterr().err
     Path("link").symlink_to(directory)
     fail(export.main, bundle, "--format=hf", "--out=link", "--overwrite")
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["link", "notes", "out"]
@@ -375,6 +392,14 @@ def test_a_full_disk_leaves_the_older_export_or_nothing(save, overwrite, monkeyp
     assert sorted(path.name for path in Path.cwd().iterdir()) == (["out"] if overwrite else [])
     if overwrite:
         assert read_all(Path("out")) == before
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(save):
+    bundle = save()
+    for name in (f".out.{DEAD_PROCESS_ID}.tmp", ".out.mine.tmp"):
+        Path(name).mkdir()
+    run_export(bundle, "--format=hf")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [".out.mine.tmp", "out"]
 
 
 def test_verify_prints_a_line_with_the_library_and_the_figures(save, capsys):

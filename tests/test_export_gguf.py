@@ -24,7 +24,7 @@ from exporters import gguf, llamacpp, verify
 from exporters.source import load_source
 from exporters.verify import is_same
 from generate import generate_tokens
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 from utils.errors import UserError
 from utils.output import run_command
 
@@ -169,6 +169,20 @@ def test_a_model_of_gpt2s_vocabulary_has_its_tokens_without_padding(convert, gpt
     # By default, llama.cpp takes GPT-2's comma for the end of a text.
     for name in ("bos", "eos"):
         assert model.get_metadata(f"tokenizer.ggml.{name}_token_id") == "50256"
+
+
+def test_a_bpe_of_ones_own_has_its_tokens_and_an_end_of_text_that_is_never_generated(convert):
+    tokenizer = BPETokenizer.train([LINES * 9], 300)
+    source, model, _ = convert(tokenizer, std=0.3)
+    size = tokenizer.vocab_size
+    assert (model.vocab_size, model.num_tokens) == (size + 1, size)
+    assert model.get_metadata("tokenizer.ggml.eos_token_id") == str(size)
+    text = LINES + " é 日本語\n\n  x'll 123 <|endoftext|>\t\r\n , ."
+    ids = model.encode(text)
+    assert ids == tokenizer.encode(text).tolist()
+    assert model.decode(ids) == text
+    assert measure(source, model) < 1e-4
+    assert count_agreeing(source, model) == 200
 
 
 def test_no_character_ends_a_text(convert):

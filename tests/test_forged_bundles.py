@@ -111,6 +111,11 @@ def change_header(change: Callable[[dict], object]) -> Change:
     return apply
 
 
+def replace_by_bpe(merges: object) -> Change:
+    content = {"format_version": 1, "token_kind": "bpe", "merges": merges}
+    return lambda directory: write(directory, TOKENIZER, content)
+
+
 def fill_weights(value: float) -> Change:
     def apply(directory: Path) -> None:
         content = bytearray((directory / WEIGHTS_FILE).read_bytes())
@@ -172,6 +177,11 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "kind": (change_json(TOKENIZER, "token_kind", value=None), "inspect", "token_kind"),
     "chars": (change_json(TOKENIZER, "chars", value=[["a"]]), "inference", "chars"),
     "more": (change_json(TOKENIZER, "more", value=1), "inference", "more"),
+    "merges": (replace_by_bpe([["a", "b"]]), "inspect", "merges"),
+    "no merges": (replace_by_bpe([]), "inference", TOKENIZER),
+    "later merge": (replace_by_bpe([[257, 97], [97, 98]]), "evaluate", TOKENIZER),
+    "doubled": (replace_by_bpe([[97, 97], *([n, n] for n in range(256, 300))]), "inference", "128"),
+    "bpe": (replace_by_bpe([[97, 98]]), "inference", "vocabulary of 257"),
     "scalar": (
         change_header(lambda h: h["token_embedding.weight"].update(shape=[])),
         "inference",

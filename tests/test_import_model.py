@@ -18,24 +18,26 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from helpers import LINES, TINY_FLAGS, assert_equal
+from helpers import LINES, TINY_FLAGS, assert_equal, save_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bundle as bundle_module
 import evaluate
+import export
 import import_model
 import inference
 import inspect_model
 import train
 from bundle import STATE_FILE, WEIGHTS_FILE, is_bundle, read_bundle, read_state
+from exporters import card
 from exporters.huggingface import create_config, to_transformers
 from importers import huggingface, source
 from importers.nanogpt import read_checkpoint
 from model import LanguageModel
 from parameters import ModelConfig
-from tokenizer import collect_chars
+from tokenizer import BPETokenizer, CharTokenizer, collect_chars
 from utils.checks import format_value
 from utils.files import hash_file
 from utils.output import run_command
@@ -559,6 +561,17 @@ def test_gpt2s_tokenizer_is_recognized(capsys):
     vocabulary[tokens[999]], vocabulary[tokens[998]] = 998, 999
     write_json(path, content)
     refuse(capsys, "theirs", fact="byte-level")
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_an_export_of_folio_comes_back_bit_for_bit(kind, monkeypatch):
+    monkeypatch.setattr(card, "SAMPLE_TOKENS", 5)
+    tokenizer = CharTokenizer(CHARS) if kind == "char" else BPETokenizer.train([LINES * 9], 280)
+    model = save_random_model(Path("model"), tokenizer, **MODERN_SHAPE)
+    assert run_command(export.main, ["model", "--format=hf", "--out=theirs"]) == 0
+    assert run_import("theirs", "--model-name=back") == 0
+    assert_equal(load_file("checkpoints/back/model.safetensors"), model.state_dict())
+    assert read_bundle(Path("checkpoints/back")).tokenizer == tokenizer.get_state()
 
 
 CONFIGS = {

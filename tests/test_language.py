@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from helpers import CHECKOUT
 
-FILES = sorted([*CHECKOUT.glob("*.py"), *(CHECKOUT / "utils").rglob("*.py")])
+PACKAGES = ("utils", "exporters")
+FILES = sorted(
+    [*CHECKOUT.glob("*.py"), *(each for p in PACKAGES for each in (CHECKOUT / p).rglob("*.py"))]
+)
 RELATIVE_START = re.compile(r"(What|Whoever|Where)\b")  # "Where ..." for a noun
 VERBS = set(
     "abort accept add advance agree align allocate append apply ask attend average await "
@@ -36,8 +39,8 @@ VERBS = set(
     "shuffle shut sign skip slice smooth sort split spool stack start step stop store stream "
     "strip submit subscribe subtract suggest sum suppress swap sync synchronize take terminate "
     "test tie time tokenize trace track train transform translate transpose trim truncate try "
-    "tune unescape unlock unpack unwrap update upgrade use validate visit wait walk warn watch "
-    "work wrap write yield".split()
+    "tune unescape unlock unpack unwrap update upgrade use validate verify visit wait walk warn "
+    "watch work wrap write yield".split()
 )
 # Conversions and collectives are named as in Python and PyTorch: from_x, to_x, as_x, all_reduce_x.
 VERBS |= {"from", "to", "as", "all"}

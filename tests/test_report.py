@@ -221,7 +221,9 @@ def test_only_the_first_sample_of_a_new_model_is_untrained(tiny, quiet):
     assert "untrained" not in page_of(tuned).text.partition("Provenance")[0]
 
 
-@pytest.mark.parametrize(("tokenizer", "unit"), [("char", "character"), ("gpt2", "token")])
+@pytest.mark.parametrize(
+    ("tokenizer", "unit"), [("char", "character"), ("gpt2", "token"), ("bpe", "token")]
+)
 def test_a_run_that_did_not_record_its_unit_has_that_of_its_tokenizer(tiny, quiet, tokenizer, unit):
     result = train(tiny(), output=quiet)
     change_run(result.run_dir, lambda run: run["data"].pop("unit"))

@@ -346,6 +346,7 @@ def test_overwrite_replaces_a_damaged_model(start_run):
         ({"dropout": 0.5}, "dropout 0.5 (--dropout)", "dropout 0.0 of"),
         ({"bias": True}, "bias true (--bias)", "bias false of"),
         ({"tokenizer": "gpt2"}, 'tokenizer "gpt2" (--tokenizer)', 'tokenizer "char" of'),
+        ({"vocab_size": 300}, "vocab_size 300 (--vocab-size)", "vocab_size null of"),
     ],
 )
 def test_a_resume_cannot_change_the_architecture_or_the_batch_size(
@@ -359,6 +360,38 @@ def test_a_resume_cannot_change_the_architecture_or_the_batch_size(
     assert problem.startswith(requested)
     assert f"{saved} {first.checkpoint}" in problem
     assert take_snapshot(Path("runs")) == before
+
+
+def test_a_resumed_or_fine_tuned_model_keeps_its_own_bpe(start_run):
+    def read_merges(name: str) -> list:
+        text = Path("checkpoints", name, "tokenizer.json").read_text(encoding="utf-8")
+        content = json.loads(text)
+        assert content.keys() == {"format_version", "token_kind", "merges"}
+        return content["merges"]
+
+    first = start_run(fresh=True, max_iters=2, tokenizer="bpe", vocab_size=300, model_name="own")
+    merges = read_merges("own")
+    config = json.loads(Path("checkpoints/own/config.json").read_text(encoding="utf-8"))
+    assert (config["vocab_size"], len(merges)) == (300, 44)
+    assert "(300" in read_console(first) or "vocabulary 300" in read_console(first)
+    assert (
+        "tokens (" in read_console(first) and "character" not in read_console(first).split("Run")[0]
+    )
+    with pytest.raises(UserError) as caught:
+        start_run(max_iters=4, model_name="own", vocab_size=280)
+    assert "vocab_size 280 (--vocab-size)" in caught.value.problems[0]
+    assert "vocab_size 300 of checkpoints/own" in caught.value.problems[0]
+    # A text whose own BPE would be another.
+    Path("other.txt").write_text("Nel mezzo del cammin di nostra vita " * 99, encoding="utf-8")
+    start_run(max_iters=4, model_name="own", data="other.txt")
+    start_run(max_iters=2, init_from="own", model_name="child", data="other.txt", train_split=0.5)
+    assert read_merges("own") == read_merges("child") == merges
+    start_run(max_iters=5, model_name="own", vocab_size=300, tokenizer="bpe")  # the same values
+
+
+def test_vocab_size_without_bpe_is_an_error_that_names_both():
+    with pytest.raises(UserError, match=r"vocab_size 300.*bpe.*char"):
+        plan_run(ConfigLoader({"vocab_size": 300}))
 
 
 def test_conflicts_of_flags_and_config_file_are_reported_together(start_run):

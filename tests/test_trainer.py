@@ -31,6 +31,7 @@ from helpers import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import inference
 import train as train_command
 import trainer as trainer_module
 from bundle import BUNDLE_FILES, load_tokenizer, read_bundle
@@ -888,6 +889,22 @@ def test_a_model_with_gpt2_tokens_trains_generates_and_resumes(tiny, quiet, gpt2
     assert (done.returncode, done.stdout[:5]) == (0, "Zoë €"), done.stderr
     done = folio("train.py", "--model-name", "bpe", "--max-iters", "3")
     assert done.returncode == 0, done.stderr
+
+
+# A BPE of one's own ---------------------------------------------------------------------------
+
+
+def test_a_model_with_its_own_bpe_resumes_bit_for_bit_and_generates(tiny, quiet, capsys):
+    config = tiny(tokenizer="bpe", vocab_size=300, model_name="own", sample_interval=0)
+    whole = train(config.model_copy(update={"model_name": "whole"}), output=quiet)
+    train(config.model_copy(update={"max_iters": 3, "lr_decay_iters": 6}), output=quiet)
+    loaded, plan = plan_run(ConfigLoader({"model_name": "own", "max_iters": 6}))
+    resumed = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
+    assert resumed.step == whole.step == 6
+    assert_same_bits(Path("checkpoints/whole"), Path("checkpoints/own"))
+    flags = ["--device=cpu", "--max-new-tokens=20", "--engine=torch", "--prompt=Zoë 漢"]
+    assert inference.main(["--model-name", "own", *flags]) == 0
+    assert capsys.readouterr().out.startswith("Zoë 漢")
 
 
 def test_padding_is_never_sampled():

@@ -329,8 +329,12 @@ def test_a_trial_is_never_pruned_at_its_last_evaluation(command, trained):
     assert (last.state, last.value) == (TrialState.COMPLETE, 2)
 
 
-def test_tokenizers_are_compared_in_bits_per_byte(command, trained):
-    assert command("--trials", "9", space="tokenizer: [char, gpt2]") == 0
+@pytest.mark.parametrize(
+    ("space", "flags"),
+    [("tokenizer: [char, gpt2]", []), ("vocab_size: [300, 400]", ["--tokenizer", "bpe"])],
+)
+def test_tokenizers_are_compared_in_bits_per_byte(command, trained, space, flags):
+    assert command("--trials", "9", *flags, space=space) == 0
     assert len(trained.calls) == 2
     assert {trial.value for trial in read_trials()} == {2 * 0.01}
     assert "val_bits_per_byte 0.0200" in Path("runs/studies/space.yaml").read_text("utf-8")

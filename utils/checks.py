@@ -52,6 +52,7 @@ SYNONYMS = {
     "n_layer": "layer layers num_layers n_layers depth num_hidden_layers",
     "data": "dataset text input file corpus data_dir train_data data_path",
     "tokenizer": "token_kind vocab vocabulary",
+    "vocab_size": "n_vocab vocab_len num_merges",
     "eval_interval": "eval_every eval_steps val_interval",
     "checkpoint_interval": "save_interval save_every save_steps",
     "runs_dir": "out_dir output_dir out log_dir save_dir",
@@ -110,8 +111,6 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     # Without their dashes, as these would make all flags similar.
     bare = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in known}
     word = name.lstrip("-").replace("-", "_").lower()
-    if word == "vocab_size":
-        return ": it is derived from the text: remove it"
     same = next((target for target, others in SYNONYMS.items() if word in others.split()), None)
     if same in bare:
         return f"; did you mean {bare[same]}?"

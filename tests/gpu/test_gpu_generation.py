@@ -5,13 +5,15 @@ python -m pytest -m gpu tests/gpu/test_gpu_generation.py
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+import decode_torch
 import evaluate
 import inference
 from engine import SamplingParams
-from generate import generate_tokens
+from generate import generate_tokens, stream_tokens
 from model import LanguageModel
 from parameters import ModelConfig
 from utils.output import run_command
@@ -42,6 +44,34 @@ def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, samp
         for each in ("cpu", device)
     ]
     assert texts[0].tolist() == texts[1].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SamplingParams(1.3, 0.9, top_k=20, top_p=0.9, min_p=0.01)]
+)
+def test_a_cuda_graph_generates_the_tokens_of_plain_steps(
+    device, architecture, sampling, monkeypatch
+):
+    model = create_model(architecture, device)
+    seeds = [1, 2, 3]
+    pairs = list(stream_tokens(model, PROMPT, LENGTH, sampling, seeds=seeds))
+    graph = [np.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True)]
+    assert len(pairs) < LENGTH / 2  # several tokens a call
+    monkeypatch.setattr(decode_torch, "GraphDecoder", decode_torch.TorchDecoder)
+    pairs = list(stream_tokens(model, PROMPT, LENGTH, sampling, seeds=seeds))
+    plain = [np.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True)]
+    assert graph[0].tolist() == plain[0].tolist()
+    assert np.array_equal(graph[1], plain[1])
+
+
+def test_a_decoder_that_goes_on_after_a_new_window_keeps_its_graph(device):
+    model = create_model("modern", device)
+    long = generate_tokens(model, PROMPT, 3 * LENGTH, GREEDY)
+    assert (
+        long[:, : len(PROMPT) + LENGTH].tolist()
+        == generate_tokens(model, PROMPT, LENGTH, GREEDY).tolist()
+    )
 
 
 # Commands -------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Run:
         self.path, self.name = path, path.resolve().name
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
         self.tag = get_run_tag(self.name)
-        is_bpe = self.record["config"].get("tokenizer") == "gpt2"
+        is_bpe = self.record["config"].get("tokenizer") in ("gpt2", "bpe")
         self.unit = self.facts.data.unit or ("token" if is_bpe else "character")
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
