@@ -130,6 +130,12 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
         """The settings in `training_config`."""
         return {k: v for k, v in self.training_config.items() if k not in TRAINING_FACTS}
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether this is a model of another program, not trained by Folio since."""
+        origin = self.lineage[0].name if self.lineage else ""
+        return self.run_id is None and origin.startswith(IMPORTED)
+
     def get_fact(self, name: str) -> Any:
         """Return one of `TRAINING_FACTS`, or None if it is not recorded."""
         return self.training_config.get(name)

@@ -19,9 +19,9 @@ from typing import Any
 
 from bundle import (
     CONFIG_SETTINGS,
-    IMPORTED,
     STATE_FILE,
     DamageError,
+    TrainingState,
     find_best_bundle,
     find_directory,
     find_file,
@@ -183,8 +183,7 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
 
 def _get_data(state: Mapping[str, Any]) -> str:
     """Return the `data` that a model was trained on."""
-    lineage = state["lineage"]
-    if state["run_id"] is None and lineage and lineage[0]["name"].startswith(IMPORTED):
+    if TrainingState(**state).is_imported:
         return "unknown, as the model was imported"
     return state["training_config"].get("data") or SAMPLE_CORPUS
 

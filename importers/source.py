@@ -167,7 +167,8 @@ def to_float32(path: Path, tensors: Mapping[str, Tensor], notes: list[str]) -> d
             raise UserError(f"{path}: {name} has values that are NaN or infinite")
     if others := sorted({_format_dtype(tensor) for tensor in tensors.values()} - {"float32"}):
         notes.append(f"{' and '.join(others)} weights become float32, without loss")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    # Copies: the file is memory-mapped, and two of its tensors may share their memory.
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 def _format_dtype(tensor: Tensor) -> str:

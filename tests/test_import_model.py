@@ -259,6 +259,17 @@ def test_half_precision_becomes_float32_with_a_note(dtype, capsys):
     assert torch.equal(weights["token_embedding.weight"], expected)
 
 
+def test_tensors_that_share_their_memory_are_read():
+    def share(saved):
+        saved["model"]["transformer.h.1.ln_1.weight"] = saved["model"]["transformer.ln_f.weight"]
+
+    write_checkpoint(change=share)
+    write_meta(Path("out/meta.pkl"))
+    assert run_import("out/ckpt.pt", "--out=model") == 0
+    weights = load_file("model/model.safetensors")
+    assert torch.equal(weights["blocks.1.attention_norm.weight"], weights["final_norm.weight"])
+
+
 def test_an_existing_model_is_replaced_only_if_asked_to(capsys):
     write_checkpoint()
     write_meta(Path("out/meta.pkl"))
