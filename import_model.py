@@ -48,7 +48,7 @@ class ImportConfig(Settings):
     """The directory of the named models."""
 
     meta: PathText | None = None
-    """nanoGPT's meta.pkl, the characters. null: beside ckpt.pt, or ../data/NAME/ of its data."""
+    """nanoGPT's meta.pkl, its characters. null: beside ckpt.pt, or in ../data/DATASET/."""
 
 
 ACTIONS = (Action("overwrite", "Replace the model that is there."),)

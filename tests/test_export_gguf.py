@@ -148,6 +148,22 @@ def test_a_character_that_the_vocabulary_lacks_ends_in_an_unknown_token_and_not_
     assert done.stderr == ""
 
 
+@pytest.mark.slow
+def test_llama_cpp_still_needs_the_prefixes(convert, monkeypatch):
+    """Once this fails, `list_extra_tokens` has no more work to do for characters."""
+    monkeypatch.setattr(gguf, "list_extra_tokens", lambda tokenizer: [])
+    _, _, path = convert(CharTokenizer(sorted("aé")), n_embd=8, n_layer=1)
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from exporters.llamacpp import LlamaModel\n"
+        "model = LlamaModel(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # its ids have no end\n"
+        "model.encode('ê')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=CHECKOUT, capture_output=True)
+    assert done.returncode < 0
+
+
 def test_prefixes_of_characters_are_as_rare_as_the_rarest_character(convert):
     source, model, _ = convert(CharTokenizer(sorted("aé👩 ")), n_embd=8, n_layer=1)
     assert model.vocab_size == 4 + 4 and model.num_tokens == 4
