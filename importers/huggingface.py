@@ -37,8 +37,11 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in the first files of GPT-2
-THEIR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-THEIR_ACTIVATIONS |= {"gelu_new": "gelu_tanh", "swish": "silu"}
+THEIR_ACTIVATIONS = {
+    **{theirs: ours for ours, theirs in ACTIVATIONS.items()},
+    "gelu_new": "gelu_tanh",
+    "swish": "silu",
+}
 # SHA-256 of GPT-2's 50,257 tokens as vocab.json has them, by their ids, a new line after each.
 GPT2_SHA256 = "2d5ce813bdd43a428e2a9ae5e86a22fe1a594a6e7171d84d445ba4101f3a964d"
 
@@ -72,7 +75,7 @@ def read_directory(directory: Path) -> ImportedModel:
         head = tensors.pop(HEAD)
         if embedding is None or head.dtype != embedding.dtype or not head.equal(embedding):
             reason = f"{HEAD} in {path.name} differs from the embedding"
-            theirs.refuse("tie_word_embeddings", True, reason)
+            theirs.fail("tie_word_embeddings", True, reason)
     n_layer = count_layers(tensors, r"transformer\.h\." if is_gpt2 else r"model\.layers\.")
     model = create_meta_model(path, config, vocab_size, n_layer)
     check_shapes(path, get_shapes(tensors), get_shapes(to_transformers(model.state_dict(), config)))
@@ -113,10 +116,10 @@ class TheirConfig:
         value = self.get(name, absent=absent)
         is_bool = isinstance(value, bool)  # in Python, True is 1
         if not any(value == each and isinstance(each, bool) == is_bool for each in wanted):
-            self.refuse(name, value, f"Folio has {' or '.join(map(format_value, wanted))} only")
+            self.fail(name, value, f"Folio has {' or '.join(map(format_value, wanted))} only")
         return value
 
-    def refuse(self, name: str, value: Any, reason: str) -> None:
+    def fail(self, name: str, value: Any, reason: str) -> None:
         """Raise `UserError` that names a field and its value."""
         raise UserError(f"{self.path}: {name} is {format_value(value)}: {reason}")
 
@@ -172,7 +175,7 @@ def create_qwen3_config(theirs: TheirConfig) -> ModelConfig:
     if theirs.require("use_sliding_window", True, False, absent=False):
         window = theirs.get("sliding_window", absent=4096)
         if window is not None and not (type(window) is int and window >= config.block_size):
-            theirs.refuse("sliding_window", window, f"shorter than {names['block_size']}")
+            theirs.fail("sliding_window", window, f"shorter than {names['block_size']}")
     return config
 
 
@@ -186,7 +189,7 @@ def get_rope_theta(theirs: TheirConfig) -> float:
     if parameters is not None:
         is_plain = isinstance(parameters, dict) and parameters.get("rope_type") == "default"
         if not is_plain or parameters.keys() - {"rope_type", "rope_theta"}:
-            theirs.refuse("rope_parameters", parameters, "Folio does not scale positions")
+            theirs.fail("rope_parameters", parameters, "Folio does not scale positions")
         theta = parameters.get("rope_theta", theta)
     return float(theta) if type(theta) is int else theta
 

@@ -120,7 +120,7 @@ def create_meta_model(
     Raises `UserError` if that is another number, or if the model cannot fit into memory.
     """
     if config.n_layer != n_layer:
-        raise UserError(f"{path}: {config.n_layer} layers are claimed, and {n_layer} are there")
+        raise UserError(f"{path}: has {n_layer} layers, and n_layer is {config.n_layer}")
     check_memory(config, vocab_size, None)
     with torch.device("meta"):
         return LanguageModel(config, vocab_size)
