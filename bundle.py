@@ -46,6 +46,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "training_state.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)  # every bundle has these and its state
 BUNDLE_FILES = (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE)
+IMPORTED = "imported:"  # begins the name of an ancestor that another program trained
 RESET_REMEDY = "; --reset-optimizer resumes with a new optimizer"
 
 # config.json has these settings, and vocab_size and device.
@@ -95,7 +96,11 @@ TRAINING_FACTS = TrainingFacts.model_fields.keys()
 
 
 class Ancestor(BaseModel, extra="forbid", frozen=True, strict=True):
-    """A model that another one was fine-tuned from, at that moment."""
+    """A model that another one was fine-tuned from, at that moment.
+
+    If another program trained it, the name is `imported:`, the program and the name of the file,
+    `weights_sha256` that of the file, and `step` 0 if the file has none.
+    """
 
     name: str
     step: Count
@@ -124,6 +129,12 @@ class TrainingState(BaseModel, extra="forbid", frozen=True, strict=True, allow_i
     def settings(self) -> dict[str, Any]:
         """The settings in `training_config`."""
         return {k: v for k, v in self.training_config.items() if k not in TRAINING_FACTS}
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether this is a model of another program, not trained by Folio since."""
+        origin = self.lineage[0].name if self.lineage else ""
+        return self.run_id is None and origin.startswith(IMPORTED)
 
     def get_fact(self, name: str) -> Any:
         """Return one of `TRAINING_FACTS`, or None if it is not recorded."""
@@ -174,21 +185,24 @@ def write_bundle(
     bundle: Bundle,
     *,
     save_weights: Callable[[Path], None],
-    save_optimizer: Callable[[Path], None],
+    save_optimizer: Callable[[Path], None] | None = None,
 ) -> None:
     """Publish a bundle at its path, replacing the one that may be there.
 
-    `save_weights(path)` and `save_optimizer(path)` write those files; the state's `files` and
-    `optimizer_file` are filled in here. If anything raises, the directory is unchanged.
+    `save_weights(path)` and `save_optimizer(path)` write those files, without the latter it is an
+    export; the state's `files` and `optimizer_file` are filled in here. If anything raises, the
+    directory is unchanged.
     """
     architecture = bundle.config.model_dump(include=CONFIG_SETTINGS)
     sizes = {"vocab_size": bundle.vocab_size, "device": bundle.device}
     with _publish(bundle.path) as building:
         _write_json(building / CONFIG_FILE, {**architecture, **sizes})
         _write_json(building / TOKENIZER_FILE, bundle.tokenizer)
-        for name, save in ((WEIGHTS_FILE, save_weights), (OPTIMIZER_FILE, save_optimizer)):
-            files.write_with(building / name, save, like=building / CONFIG_FILE)
-        names = (*MODEL_FILES, OPTIMIZER_FILE)
+        names = list(MODEL_FILES)
+        files.write_with(building / WEIGHTS_FILE, save_weights, like=building / CONFIG_FILE)
+        if save_optimizer is not None:
+            files.write_with(building / OPTIMIZER_FILE, save_optimizer, like=building / CONFIG_FILE)
+            names.append(OPTIMIZER_FILE)
         hashes = {name: files.hash_file(building / name) for name in names}
         _write_state(building, bundle.state, hashes)
 

@@ -3,7 +3,6 @@
 import io
 import math
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from parameters import ModelConfig
 from tokenizer import Tokenizer
 from utils.errors import RunError, UserError, format_reason
 from utils.files import glob_files, is_own_directory
+from utils.pickles import check_archive
 from utils.run_manager import RunDirectory
 
 # Saving -----------------------------------------------------------------------------------------
@@ -238,13 +238,7 @@ def restore_training_state(
 
 def _read_optimizer_state(content: bytes, kind: str) -> dict[str, Any]:
     """Parse `optimizer.pt`. Raises ValueError if another program or optimizer wrote it."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # PyTorch compresses nothing: a small file may not unpack to gigabytes, neither by
-        # compression nor by entries that share their bytes.
-        sizes = [file.file_size for file in archive.infolist()]
-        is_stored = all(file.compress_type == zipfile.ZIP_STORED for file in archive.infolist())
-        if not is_stored or sum(sizes) > len(content):
-            raise ValueError("it is compressed, or its entries overlap")
+    check_archive(io.BytesIO(content), len(content))
     with warnings.catch_warnings(action="ignore"):  # torch's, about files it did not write
         # Tensors and plain values only: a pickle could run any code (see torch.load's manual).
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

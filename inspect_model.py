@@ -21,6 +21,7 @@ from bundle import (
     CONFIG_SETTINGS,
     STATE_FILE,
     DamageError,
+    TrainingState,
     find_best_bundle,
     find_directory,
     find_file,
@@ -165,7 +166,7 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
     rows = [("model", "val loss", "step", "parameters", "size", "saved", "data")]
     for info in models:
         state = info["training_state"]
-        data = state["training_config"].get("data")
+        data = _get_data(state)
         row = (
             _get_place(info),
             _format_loss(state),
@@ -173,11 +174,18 @@ def format_table(models: Sequence[Mapping[str, Any]], empty: Sequence[Path]) -> 
             f"{info['parameters']['total']:,}",
             format_bytes(info["bytes"]),
             _format_age(time.time() - info["saved"]),
-            format_name(Path(data).name) if data else SAMPLE_CORPUS,
+            format_name(Path(data).name),
         )
         rows.append(row)
     rows += [(str(run), "–", "–", "–", "–", "no model yet", "") for run in empty]
     return align_columns(rows, right=(1, 2, 3, 4))
+
+
+def _get_data(state: Mapping[str, Any]) -> str:
+    """Return the `data` that a model was trained on."""
+    if TrainingState(**state).is_imported:
+        return "unknown, as the model was imported"
+    return state["training_config"].get("data") or SAMPLE_CORPUS
 
 
 def _format_age(seconds: float) -> str:
@@ -221,7 +229,7 @@ def format_model(info: Mapping[str, Any]) -> str:
             ("Path", info["path"]),
             ("Size", format_bytes(info["bytes"])),
             ("Saved", _format_age(time.time() - info["saved"])),
-            ("Data", training.get("data") or SAMPLE_CORPUS),
+            ("Data", _get_data(state)),
             ("Parameters", f"{parameters['total']:,}"),
             *((f"  {part}", f"{n:,}") for part, n in parameters.items() if part != "total" and n),
         ],

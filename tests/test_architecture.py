@@ -16,13 +16,16 @@ LIBRARY = (
     "parameters config tokenizer corpus data model engine decode_torch decode_loops decode_numba "
     "generate distributed optim bundle checkpoint resume callbacks trainer"
 ).split()
-COMMANDS = "train inspect_model inference evaluate profile_model report tune export".split()
+COMMANDS = (
+    "train inspect_model inference evaluate profile_model report tune export import_model"
+).split()
 ORDER = [*LIBRARY, *COMMANDS]  # the reading order of docs/: a module imports only earlier ones
 WITHOUT_TORCH = [
     *("parameters", "config", "bundle", "resume", "callbacks"),
     *("engine", "generate", "decode_loops", "decode_numba"),
     *("train", "inference", "evaluate", "inspect_model", "report", "tune", "export"),
-    *("utils.data_files", "utils.output", "utils.command_line", "utils.ranks"),
+    "import_model",
+    *("utils.data_files", "utils.output", "utils.command_line", "utils.ranks", "utils.pickles"),
 ]
 FLAT = [CHECKOUT / f"{name}.py" for name in ORDER]
 UTILS = sorted((CHECKOUT / "utils").rglob("*.py"))
@@ -190,4 +193,5 @@ def test_text_files_are_opened_as_utf8_and_pickles_never(path):
     for call in re.findall(r"(?:(?<!os\.)\bopen|read_text|write_text)\((.*)\)", source):
         assert "encoding=" in call or re.search(r'"[rw]b\+?"', call) or not call, call
     assert "weights_only=False" not in source
-    assert "import pickle" not in source
+    # One module reads a pickle: it refuses all but plain values before the first is made.
+    assert path.name == "pickles.py" or "import pickle" not in source
