@@ -273,7 +273,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
         tokens = sorted(ids, key=ids.__getitem__)
         if [ids[token] for token in tokens] != list(range(len(tokens))):
             raise ValueError("its ids are not 0, 1, 2 and so on")
-        tokens = [token.encode("utf-8").decode() for token in tokens]
+        for token in [*tokens, *(part for merge in merges for part in merge)]:
+            token.encode("utf-8")  # no number, and no lone surrogate
     except UserError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:

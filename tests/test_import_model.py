@@ -730,6 +730,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "vocab": (change_tokenizer(model={"vocab": [["a", 1]]}), "tokenizer.json"),
     "fewer": (change_tokenizer(model={"vocab": {"a": 0}}), "vocab_size"),
     "normalizer": (change_tokenizer(normalizer={"type": "NFC"}), "normalizer"),
+    "merges": (
+        change_tokenizer(model={"merges": [[1, 2]]}, pre_tokenizer={"type": "ByteLevel"}),
+        "tokenizer.json",
+    ),
+    "merges of text": (change_tokenizer(model={"merges": 5}), "tokenizer.json"),
+    "added": (change_tokenizer(added_tokens=[{"content": 5, "id": 1}]), "tokenizer.json"),
     "surrogate": (change_tokenizer(model={"vocab": {"\ud800": 0}}), "tokenizer.json"),
     "bpe": (
         change_tokenizer(model={"merges": [["a", "b"]]}, pre_tokenizer={"type": "ByteLevel"}),
