@@ -37,6 +37,8 @@ SAMPLE_TOKENS, SAMPLE_SEED, SAMPLE_TEMPERATURE = 300, 1337, 0.8
 MIN_OVERLAP = 4  # tokens
 SOFTWARE = {"python": "Python", "torch": "PyTorch"}  # in env.txt
 BEYOND = ", and cannot continue a longer text"
+# What becomes of characters of a prompt that the vocabulary lacks.
+UNKNOWN = {"hf": "are left out", "onnx": "are left out", "gguf": "are an error"}
 MAX_CELL = 300  # characters of a value in a table
 # Settings that are in the table of facts already, or that no model depends on.
 SHOWN = {*GROUPS["architecture"].model_fields, "data", "seed", "init_from", "batch_size"}
@@ -83,7 +85,7 @@ def write_card(
         "facts": list(list_facts(source, run)),
         "settings": list(list_changed_settings(source)),
         "unit": tokenizer.unit,
-        "is_char": tokenizer.token_kind == "char",
+        "unknown": UNKNOWN[format] if tokenizer.token_kind == "char" else "",
         "beyond": "" if format == "hf" and source.config.architecture == "modern" else BEYOND,
     }
     environment = Environment(
@@ -101,6 +103,8 @@ def write_card(
 def describe_data(source: ExportSource, run: Run | None) -> dict[str, Any]:
     """Return the name, the SHA-256 and the size of the training text, as far as it is known."""
     state = source.bundle.state
+    if state.is_imported:
+        return {"name": "an unknown text", "sha256": None, "size": "size unknown"}
     recorded = run.facts.data if run else None
     # Standard input and the default text have no path.
     path = state.settings.get("data") or (recorded.name if recorded else SAMPLE_CORPUS)
@@ -141,15 +145,18 @@ def list_facts(source: ExportSource, run: Run | None) -> Iterator[tuple[str, str
         yield "Validation loss", f"{state.val_loss:.4f} nats per {unit}{bits}"
     if TRAIN in evaluation:
         yield "Training loss", f"{evaluation[TRAIN]:.4f} nats per {unit}"
-    batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
-    yield "Steps", f"{state.step:,} of {format_value(state.settings.get('max_iters'))}, {batch}"
+    if not state.is_imported:
+        batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
+        steps = format_value(state.settings.get("max_iters"))
+        yield "Steps", f"{state.step:,} of {steps}, {batch}"
+        yield "Seed", format_value(state.settings.get("seed"))
+        yield "Run", str(state.run_id)
     if run is not None:
         yield from list_run_facts(run)
-    yield "Seed", format_value(state.settings.get("seed"))
-    yield "Run", str(state.run_id)
     for number, ancestor in enumerate(state.lineage):
+        verb = "Imported" if state.is_imported else "Fine-tuned from"
         yield (
-            "Fine-tuned from" if number == 0 else "and that from",
+            verb if number == 0 else "and that from",
             f"{get_last_part(ancestor.name)} at step {ancestor.step:,}, weights "
             f"{ancestor.weights_sha256}, text {ancestor.data_sha256 or 'unknown'}",
         )

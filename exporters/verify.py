@@ -23,7 +23,8 @@ from utils.output import pluralize
 PROMPTS = 20
 PROMPT_TOKENS = 64  # or as many as the context has, if these are fewer
 GREEDY_TOKENS = 200
-MAX_DIFFERENCE = 1e-3  # of logits in fp32: sums in another order differ by about 1e-5
+# Of logits in fp32: sums in another order differ by 1e-5, llama.cpp's table of GELU by 4e-3.
+MAX_DIFFERENCE = 1e-2
 
 
 class TargetModel(Protocol):

@@ -18,6 +18,7 @@ from helpers import CHECKOUT, LINES, save_random_model
 from safetensors.torch import load_file
 
 import export
+import import_model
 import inspect_model
 from bundle import read_bundle
 from exporters import card, huggingface
@@ -294,12 +295,18 @@ def test_a_bundle_without_its_run_has_a_card_that_says_what_is_not_known(save):
 
 
 def test_markup_in_a_stranger_s_record_is_text_in_the_card(save, tmp_path):
-    save()
-    state = json.loads((tmp_path / "model" / "training_state.json").read_bytes())
-    assert format_cell("<script>|`x`\n") == r"\<script\>\|\`x\`\\n"
-    assert state["run_id"] in (
-        run_export(tmp_path / "model", "--format=hf") / "README.md"
-    ).read_text(encoding="utf-8").replace("\\", "")
+    save(data="/home/x/<script>[a](b)|`c`.txt")
+    text = (run_export(tmp_path / "model", "--format=hf") / "README.md").read_text(encoding="utf-8")
+    assert r"\<script\>\[a\](b)\|\`c\`.txt" in text and "<script>" not in text
+    assert format_cell("a\nb") == r"a\\nb"
+
+
+def test_the_card_of_an_imported_model_names_its_origin_and_no_training(save, tmp_path):
+    origin = run_export(save(), "--format=hf")
+    assert run_command(import_model.main, [str(origin), f"--out={tmp_path / 'imported'}"]) == 0
+    assert run_command(export.main, [str(tmp_path / "imported"), "--format=hf", "--out=again"]) == 0
+    text = Path("again", "README.md").read_text(encoding="utf-8")
+    assert "imported:Qwen3 out" in text and "Shakespeare" not in text and "Seed" not in text
 
 
 def test_exporting_twice_gives_the_same_bytes(save):
