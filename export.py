@@ -45,7 +45,7 @@ DTYPES = {
 }
 # The libraries that write an export; others are needed for --verify only.
 LIBRARIES = {"hf": ["tokenizers"], "onnx": ["onnx", "onnxscript", "tokenizers"], "gguf": ["gguf"]}
-EXTRA = "`pip install '.[export]'`"
+INSTALL = "`pip install '.[{}]'`"
 
 
 class ExportConfig(ModelChoice):
@@ -86,7 +86,9 @@ def find_problems(config: ExportConfig) -> list[str]:
         problems.append(f"--dtype {config.dtype}: {config.format} exports have {legal}")
     missing = [name for name in LIBRARIES[config.format] if not importlib.util.find_spec(name)]
     if missing:
-        problems.append(f"--format {config.format} needs {', '.join(missing)}: {EXTRA}")
+        problems.append(
+            f"--format {config.format} needs {', '.join(missing)}: {INSTALL.format('export')}"
+        )
     return problems
 
 
@@ -184,7 +186,10 @@ def main(argv: Sequence[str]) -> int:
         try:
             target = exporter.open_export(out)
         except ImportError as error:
-            output.print_warning(f"not verified: {error.name} is not installed: {EXTRA}")
+            extra = "llamacpp" if error.name == "xllamacpp" else "export"
+            output.print_warning(
+                f"not verified: {error.name} is not installed: {INSTALL.format(extra)}"
+            )
             return 1
         comparison = compare_with_source(source, target)
         output.print(comparison.format())

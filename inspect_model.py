@@ -215,7 +215,11 @@ def format_model(info: Mapping[str, Any]) -> str:
     """Return sections of one `key: value` a line."""
     state, tokenizer, parameters = info["training_state"], info["tokenizer"], info["parameters"]
     training = state["training_config"]
-    chars = {"chars": "".join(tokenizer["chars"])} if "chars" in tokenizer else {}
+    shown = {**tokenizer, "vocab_size": info["config"]["vocab_size"]}
+    if "chars" in tokenizer:
+        shown["chars"] = "".join(tokenizer["chars"])
+    if "merges" in tokenizer:
+        shown["merges"] = pluralize(len(tokenizer["merges"]), "merge")
     lineage = [
         (
             ancestor["name"],
@@ -234,7 +238,7 @@ def format_model(info: Mapping[str, Any]) -> str:
             *((f"  {part}", f"{n:,}") for part, n in parameters.items() if part != "total" and n),
         ],
         "MODEL CONFIG": info["config"].items(),
-        "TOKENIZER": {**tokenizer, **chars, "vocab_size": info["config"]["vocab_size"]}.items(),
+        "TOKENIZER": shown.items(),
         "TRAINING STATE": [
             ("Last recorded training step", state["step"]),
             ("Validation loss", _format_nats(state["val_loss"])),

@@ -11,7 +11,7 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -61,10 +61,10 @@ def measure_loss(compute_logits: Callable, tokens: np.ndarray, T: int, num_token
     return total / (tokens.size - 1)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exports", description=__doc__)
     parser.add_argument("model", help="a run, a bundle or a named model")
-    model = parser.parse_args().model
+    model = parser.parse_args(argv).model
     bundle = find_model(InferenceConfig(), [model]).path
     print(f"{get_processor_name()}, {date.today()}, commit {get_commit()}")
     source = load_source(bundle)

@@ -11,7 +11,8 @@ import pytest
 from helpers import CHECKOUT, TINY_FLAGS
 
 import benchmarks.logging_cost
-from benchmarks import corpus, generation, gpu, time_to_loss
+from benchmarks import corpus, exports, generation, gpu, time_to_loss
+from trainer import train
 
 LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
 
@@ -43,6 +44,17 @@ def timed(text_file, tmp_path, monkeypatch):
         return time_to_loss.main(arguments), leaderboard.read_text(encoding="utf-8")
 
     return run
+
+
+def test_exports_are_compared_by_loss_text_and_speed(tiny, quiet, monkeypatch, capsys):
+    run = train(tiny(), output=quiet).run_dir
+    monkeypatch.setattr(exports, "EXPORTS", [("hf", "fp32"), ("gguf", "fp16")])
+    monkeypatch.setattr(exports, "ROUNDS", 1)
+    exports.main([str(run)])
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"val loss (\d\.\d+)", printed)]
+    assert len(losses) == 3 and max(losses) - min(losses) < 0.01
+    assert len(re.findall(r"tokens/s", printed)) == 4
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 python -m pytest tests/test_export.py
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ import export
 import import_model
 import inspect_model
 from bundle import read_bundle
-from exporters import card, huggingface
+from exporters import card, huggingface, verify
 from exporters.bpe import list_bpe
 from exporters.card import format_cell
 from exporters.huggingface import from_transformers, open_export
@@ -413,6 +414,27 @@ def test_verify_prints_a_line_with_the_library_and_the_figures(save, capsys):
     assert run_command(export.main, [str(save()), "--format=hf", "--out=out", "--verify"]) == 0
     (line,) = [each for each in capsys.readouterr().out.splitlines() if "logits" in each]
     assert transformers.__version__ in line
+
+
+def test_verify_without_the_library_keeps_the_export_and_names_the_extra(save, monkeypatch, capsys):
+    def refuse(directory):
+        raise ImportError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(huggingface, "open_export", refuse)
+    fail(export.main, save(), "--format=hf", "--out=out", "--verify", status=1)
+    error = capsys.readouterr().err
+    assert "transformers" in error and "[export]" in error
+    assert Path("out", "config.json").exists()
+
+
+def test_a_difference_that_verify_finds_is_exit_status_1(save, monkeypatch, capsys):
+    compare = verify.compare_with_source
+
+    def differ(source, target):
+        return dataclasses.replace(compare(source, target), difference=0.5)
+
+    monkeypatch.setattr(verify, "compare_with_source", differ)
+    fail(export.main, save(), "--format=hf", "--out=out", "--verify", status=1)
 
 
 # Whether an export still is what a model gave ----------------------------------------------------
