@@ -17,7 +17,6 @@ once the manifest lists it. No torch is imported.
 import bisect
 import codecs
 import contextlib
-import errno
 import hashlib
 import heapq
 import html
@@ -68,7 +67,6 @@ MAX_WORD = 16 << 20
 MAX_TRAINED_BYTES = 4 << 20  # of a BPE's file: 65,280 merges take 0.9 MB
 _MARK = "\ufeff"  # byte order mark
 _SAMPLE = 1 << 16  # bytes from which an encoding is guessed
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UP_TO_LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 Tokens = np.ndarray
@@ -363,7 +361,7 @@ def _describe_change(name: str) -> UserError:
 
 
 def _take(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield the first characters of some texts, which are all read."""
+    """Yield the first `characters` of some texts, and read the rest, for its hash."""
     for text in texts:
         if characters > 0:
             yield text[:characters]
@@ -645,7 +643,7 @@ class StoredCorpus:
     def _write_ids(self, path: Path, tokenizer: Tokenizer, left_out: dict[str, int]) -> Encoding:
         """Write the ids of the text to a file. Raises `UserError` if the text has changed."""
         dtype, token_bytes = tokenizer.dtype.newbyteorder("<"), tokenizer.token_bytes
-        whole_words = not tokenizer.splits_words
+        whole_words = not tokenizer.is_per_character
         ends, blocks = [0] * len(self._paths), [(0, 0, 0)]
         tokens = size = characters = checked = 0
         needed = self._manifest.ends[-1] * dtype.itemsize
@@ -682,7 +680,7 @@ class StoredCorpus:
             with held:
                 yield
         except OSError as error:
-            kind = RunError if error.errno in _FULL else UserError
+            kind = RunError if error.errno in files.DISK_FULL else UserError
             place = error.filename2 or error.filename or self.directory
             raise kind(
                 f"the cache cannot be written: {place}: {error.strerror or error}: free some space "

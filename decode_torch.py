@@ -175,7 +175,7 @@ class TorchDecoder:
 
 
 class GraphDecoder(TorchDecoder):
-    """The same on a CUDA device, where a step is recorded once and replayed as one CUDA graph.
+    """A `TorchDecoder` on a CUDA device: a step is recorded once and replayed as one CUDA graph.
 
     A small model's step is a hundred kernels of a few microseconds each, and a CPU takes longer to
     start them one by one (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).

@@ -10,10 +10,9 @@ The directory has a model card, README.md. No network is used.
 import contextlib
 import importlib
 import importlib.util
-import os
 import re
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,14 +25,8 @@ from inference import ModelChoice, find_model
 from parameters import NAME_PATTERN
 from utils.checks import format_name
 from utils.command_line import Action, CommandLine
-from utils.errors import UserError
-from utils.files import (
-    is_present,
-    is_process_running,
-    is_real_directory,
-    make_directory,
-    sync,
-)
+from utils.errors import RunError, UserError, format_reason
+from utils.files import DISK_FULL, is_present, is_real_directory, make_directory, sync
 from utils.output import Output, format_bytes, run_command
 
 EXPORTS_DIR = Path("exports")
@@ -43,9 +36,9 @@ DTYPES = {
     "onnx": ("fp32",),
     "gguf": ("fp32", "fp16", "bf16", "q8_0"),
 }
-# The libraries that write an export; others are needed for --verify only.
+# The libraries that write an export, and the one that opens it for --verify.
 LIBRARIES = {"hf": ["tokenizers"], "onnx": ["onnx", "onnxscript", "tokenizers"], "gguf": ["gguf"]}
-INSTALL = "`pip install '.[{}]'`"
+VERIFIERS = {"hf": "transformers", "onnx": "onnxruntime", "gguf": "xllamacpp"}
 
 
 class ExportConfig(ModelChoice):
@@ -63,7 +56,7 @@ class ExportConfig(ModelChoice):
 
 ACTIONS = (
     Action("overwrite", "Replace an export that is there already."),
-    Action("verify", "Load the export by the program that it is for, and compare its results."),
+    Action("verify", "Load the export in its target program; compare logits, text and tokens."),
 )
 OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
 
@@ -76,7 +69,7 @@ def choose_name(config: ExportConfig, operands: Sequence[str], bundle: Path) -> 
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or "model"
 
 
-def find_problems(config: ExportConfig) -> list[str]:
+def find_problems(config: ExportConfig, *, verify: bool) -> list[str]:
     """Return one message for each setting that is missing or does not fit the others."""
     if config.format is None:
         return ["--format is missing: hf, onnx or gguf"]
@@ -84,11 +77,13 @@ def find_problems(config: ExportConfig) -> list[str]:
     if config.dtype not in DTYPES[config.format]:
         legal = ", ".join(DTYPES[config.format])
         problems.append(f"--dtype {config.dtype}: {config.format} exports have {legal}")
-    missing = [name for name in LIBRARIES[config.format] if not importlib.util.find_spec(name)]
-    if missing:
-        problems.append(
-            f"--format {config.format} needs {', '.join(missing)}: {INSTALL.format('export')}"
-        )
+    needed = {f"--format {config.format}": LIBRARIES[config.format]}
+    if verify:
+        needed["--verify"] = [VERIFIERS[config.format]]
+    for flag, names in needed.items():
+        if missing := [name for name in names if not importlib.util.find_spec(name)]:
+            extra = "llamacpp" if missing == ["xllamacpp"] else "export"
+            problems.append(f"{flag} needs {', '.join(missing)}: `pip install '.[{extra}]'`")
     return problems
 
 
@@ -111,43 +106,34 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def publish(out: Path) -> Iterator[Path]:
+def publish(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty directory to fill, then publish it as `out`, replacing an older export.
 
-    If anything raises, `out` is as it was. Raises `UserError` if the disk is full or refuses.
+    If anything raises, `out` is as it was. Raises `UserError` if `out` cannot be written, or has
+    come into being meanwhile, and `RunError` if the disk is full.
     """
-    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    replaced = building.with_suffix(".old")
     try:
         make_directory(out.parent)
-        building.mkdir()
-        yield building
-        for path in building.iterdir():
-            sync(path)
-        sync(building)
-        if is_present(out):
-            out.rename(replaced)
-        try:
-            building.rename(out)
-        except OSError:
-            if is_present(replaced):
-                replaced.rename(out)
-            raise
-        sync(out.parent)
-        remove_leftovers(out)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+            building, replaced = Path(place) / "new", Path(place) / "old"
+            building.mkdir()
+            yield building
+            for path in building.iterdir():
+                sync(path)
+            sync(building)
+            check_target(out, overwrite=overwrite)
+            try:
+                if is_present(out):
+                    out.rename(replaced)
+                building.rename(out)
+            except BaseException:  # Ctrl-C, too
+                if is_present(replaced) and not is_present(out):
+                    replaced.rename(out)
+                raise
+            sync(out.parent)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what killed processes have left beside `out`."""
-    for path in out.parent.iterdir():
-        match = re.fullmatch(re.escape(f".{out.name}.") + r"(\d+)\.(tmp|old)", path.name)
-        if match and not is_process_running(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
+        kind = RunError if error.errno in DISK_FULL else UserError
+        raise kind(f"{out} cannot be written: {error.strerror or error}") from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -155,26 +141,29 @@ def main(argv: Sequence[str]) -> int:
     command_line = CommandLine(__doc__, ExportConfig, ACTIONS, operands=OPERAND)
     flags, actions, problems = command_line.parse(argv)
     config = ExportConfig(**flags)
-    if problems := problems or find_problems(config):
+    if problems := problems or find_problems(config, verify="verify" in actions):
         raise UserError(*problems)
     chosen = find_model(config, operands := actions["model"])
     name = choose_name(config, operands, chosen.path)
     suffix = "" if config.dtype == "fp32" else f"-{config.dtype}"
     out = Path(config.out or EXPORTS_DIR / f"{name}-{config.format}{suffix}")
-    check_target(out, overwrite="overwrite" in actions)
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: name a new directory")
+    overwrite = "overwrite" in actions
+    check_target(out, overwrite=overwrite)
     output = Output()
     output.print_note(f"{chosen.path}: exporting …")
 
     # These bring torch: imported once the settings are known to be good.
     from exporters.card import write_card
-    from exporters.source import find_run, load_source
+    from exporters.source import load_run, load_source
     from exporters.verify import compare_with_source
 
     exporter = importlib.import_module(f"exporters.{EXPORTERS[config.format]}")
     source = load_source(chosen.path)
     exporter.check(source, config.dtype)
-    run = find_run(source.bundle, Path(config.runs_dir))
-    with publish(out) as building:
+    run = load_run(source.bundle, Path(config.runs_dir))
+    with publish(out, overwrite=overwrite) as building:
         exporter.write(source, building, config.dtype, name)
         write_card(
             building, source, run, format=config.format, name=name, files=hash_files(building)
@@ -184,14 +173,9 @@ def main(argv: Sequence[str]) -> int:
     output.print(f"Exported to {out} ({format_bytes(size)})")
     if "verify" in actions:
         try:
-            target = exporter.open_export(out)
-        except ImportError as error:
-            extra = "llamacpp" if error.name == "xllamacpp" else "export"
-            output.print_warning(
-                f"not verified: {error.name} is not installed: {INSTALL.format(extra)}"
-            )
-            return 1
-        comparison = compare_with_source(source, target)
+            comparison = compare_with_source(source, exporter.open_export(out))
+        except Exception as error:  # the other program's, which may raise anything
+            raise RunError(f"{out}: cannot be verified: {format_reason(error)}") from error
         output.print(comparison.format())
         if not comparison.is_equal(config.dtype):
             return 1

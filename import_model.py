@@ -8,10 +8,13 @@ The result is a bundle without optimizer state, for every other command: `infere
 `evaluate.py`, `inspect_model.py`, and `train.py --init-from`. No code of the file is run.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from bundle import (
     BUNDLE_FILES,
@@ -132,11 +135,15 @@ def main(argv: Sequence[str]) -> int:
         imported = read_directory(source)
     else:
         imported = read_checkpoint(source, Path(config.meta) if config.meta else None)
+    is_named = target.parent.resolve() == Path(config.checkpoints_dir).resolve()
     try:
-        with lock_named_model(target if config.model_name else None):
+        with lock_named_model(target if is_named else None):
+            find_target(config, overwrite="overwrite" in actions)  # another import may be done
             write_imported(imported, target)
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        # safetensors writes in Rust, and puts the system's reason last.
+        reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
+        raise RunError(f"{target}: cannot be written: {reason}") from None
     count = sum(tensor.numel() for tensor in imported.weights.values())
     kind = "characters" if imported.tokenizer["token_kind"] == "char" else "tokens"
     output.print(
@@ -146,8 +153,7 @@ def main(argv: Sequence[str]) -> int:
     for note in imported.notes:
         output.print_note(note)
     output.print(f"Model: {format_name(str(target))}")
-    name = f"--model-name {config.model_name}" if config.model_name else config.out
-    output.print(f"Next:  {format_command('inference.py')} {name}")
+    output.print(f"Next:  {format_command('inference.py')} {shlex.quote(str(target))}")
     return 0
 
 

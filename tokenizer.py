@@ -40,7 +40,7 @@ class CharTokenizer:
 
     token_kind = "char"
     unit = "character"
-    splits_words = True  # the tokens of a text's parts are those of the text, wherever it is cut
+    is_per_character = True  # so a text may be cut anywhere before it is encoded
 
     def __init__(self, chars: Sequence[str]):
         is_list = isinstance(chars, (list, tuple))
@@ -128,7 +128,7 @@ class GPT2Tokenizer:
 
     token_kind = "gpt2"
     unit = "token"
-    splits_words = False
+    is_per_character = False
     vocab_size = 50_304  # num_tokens rounded up to a multiple of 64, for faster tensor cores
     num_tokens = 50_257
     dtype = np.dtype(np.uint16)
@@ -203,7 +203,7 @@ class BPETokenizer:
 
     token_kind = "bpe"
     unit = "token"
-    splits_words = False
+    is_per_character = False
     default_prompt = "\n"
 
     def __init__(self, merges: Sequence[Sequence[int]]):

@@ -12,13 +12,13 @@ def list_bpe(
 
     A printable character stands for each byte, as in GPT-2's `vocab.json` and `merges.txt`.
     """
-    alphabet, tokens = list_byte_level_alphabet(), tokenizer.tokens
     if isinstance(tokenizer, BPETokenizer):
-        merges = [(tokens[first], tokens[second]) for first, second in tokenizer.merges]
-    else:  # tiktoken has no merges: their order is that of the tokens
-        ranks = {token: number for number, token in enumerate(tokens)}
-        found = (find_merge(token, ranks) for token in tokens if len(token) > 1)
-        merges = list(filter(None, found))
+        names = tokenizer.byte_level_tokens
+        return names, [(names[first], names[second]) for first, second in tokenizer.merges]
+    alphabet, tokens = list_byte_level_alphabet(), tokenizer.tokens
+    # tiktoken has no merges: their order is that of the tokens.
+    ranks = {token: number for number, token in enumerate(tokens)}
+    merges = filter(None, (find_merge(token, ranks) for token in tokens if len(token) > 1))
 
     def write(token: bytes) -> str:
         return "".join(map(alphabet.__getitem__, token))

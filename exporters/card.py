@@ -1,19 +1,19 @@
 """The model card of an export: `README.md`, and the loss curve that it shows.
 
-It is made from the bundle and the record of its run. It has no path and no name of a user: of a
-path, only the last part.
+It is made from the bundle and the record of its run. Paths are cut to their last part, as others
+may have the name of a user.
 """
 
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import ValidationError
 
 from corpus import LARGE_BYTES
 from data import load_dataset
@@ -23,10 +23,10 @@ from exporters.source import ExportSource
 from generate import generate_tokens
 from parameters import GROUPS, ModelConfig
 from utils.checks import format_value
-from utils.data_files import SAMPLE_CORPUS, find_files, has_bytes
+from utils.data_files import SAMPLE_CORPUS, has_bytes
 from utils.errors import RunError, UserError, escape_unprintable
-from utils.files import write_durable
-from utils.output import format_duration, pluralize
+from utils.files import find_text_file_problem, write_durable
+from utils.output import escape_control, format_duration, pluralize
 from utils.overlap import find_longest_overlap
 from utils.report import compute_losses, render
 from utils.report.runs import TRAIN, VAL, VAL_BITS, Run
@@ -37,7 +37,7 @@ SAMPLE_TOKENS, SAMPLE_SEED, SAMPLE_TEMPERATURE = 300, 1337, 0.8
 MIN_OVERLAP = 4  # tokens
 SOFTWARE = {"python": "Python", "torch": "PyTorch"}  # in env.txt
 BEYOND = ", and cannot continue a longer text"
-# What becomes of characters of a prompt that the vocabulary lacks.
+# Treatment of characters in a prompt that the vocabulary lacks.
 UNKNOWN = {"hf": "are left out", "onnx": "are left out", "gguf": "are an error"}
 MAX_CELL = 300  # characters of a value in a table
 # Settings that are in the table of facts already, or that no model depends on.
@@ -63,7 +63,7 @@ def write_card(
     if has_curve:
         values = compute_losses(run, width=720, height=380)
         write_durable(directory / "loss.svg", render("curve.svg.jinja", **values))
-    sample = generate_sample(source)
+    sample, data = generate_sample(source), describe_data(source, run)
     parameters = source.model.count_parameters()
     values = {
         "source": source,
@@ -73,16 +73,17 @@ def write_card(
         "file": next((each for each in files if each.endswith(".gguf")), None),
         "files": sorted(files.items()),
         "parameters": parameters,
-        "data": describe_data(source, run),
+        "data": data,
         "prompt": tokenizer.default_prompt,
-        "shell_prompt": shlex.quote(tokenizer.default_prompt.replace("\n", "\\n")),
-        "sample": sample,
+        "shell_prompt": shlex.quote(escape_unprintable(tokenizer.default_prompt)),
+        "length": max(1, min(200, source.config.block_size - 1)),
+        "sample": escape_control(sample).strip("\n"),
         "temperature": SAMPLE_TEMPERATURE,
         "seed": SAMPLE_SEED,
         "fence": create_fence(sample),
         "overlap": describe_overlap(source, sample, run),
         "curve": has_curve,
-        "facts": list(list_facts(source, run)),
+        "facts": list(list_facts(source, run, data)),
         "settings": list(list_changed_settings(source)),
         "unit": tokenizer.unit,
         "unknown": UNKNOWN[format] if tokenizer.token_kind == "char" else "",
@@ -106,8 +107,7 @@ def describe_data(source: ExportSource, run: Run | None) -> dict[str, Any]:
     if state.is_imported:
         return {"name": "an unknown text", "sha256": None, "size": "size unknown"}
     recorded = run.facts.data if run else None
-    # Standard input and the default text have no path.
-    path = state.settings.get("data") or (recorded.name if recorded else SAMPLE_CORPUS)
+    path = recorded.name if recorded else state.settings.get("data") or SAMPLE_CORPUS
     size = recorded.tokens if recorded else None
     return {
         "name": escape_unprintable(get_last_part(str(path))),
@@ -121,10 +121,11 @@ def get_last_part(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "text"
 
 
-def list_facts(source: ExportSource, run: Run | None) -> Iterator[tuple[str, str]]:
-    """Yield what is known of the model and its training, by name."""
+def list_facts(
+    source: ExportSource, run: Run | None, data: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yield the facts of the model and its training, by name."""
     config, state, unit = source.config, source.bundle.state, source.tokenizer.unit
-    data = describe_data(source, run)
     yield "Text", f"{data['name']}, {data['size']}"
     if data["sha256"]:
         yield "SHA-256 of the text", data["sha256"]
@@ -212,38 +213,48 @@ def describe_overlap(source: ExportSource, sample: str, run: Run | None) -> str:
 
     Without that text, that of the sample at the end of the run.
     """
-    tokens = read_training_tokens(source)
-    if tokens is not None:
-        ids = np.asarray(source.tokenizer.encode(sample))
-        found = source.tokenizer.decode(ids[find_longest_overlap(ids, tokens, MIN_OVERLAP)])
-        subject = "Its longest stretch that stands verbatim in the training text"
-    elif run is not None and run.result.longest_overlap:
+    try:
+        tokens = read_training_tokens(source)
+    except (UserError, RunError, OSError) as error:
+        if run is None or not run.result.longest_overlap:
+            return f"It was not compared with the training text: {format_cell(str(error))}."
         found = run.result.longest_overlap
         subject = (
             "In another sample, at the end of training, the longest stretch that stands verbatim "
             "in the training text"
         )
     else:
-        return "It was not compared with the training text, which was not at hand."
+        ids = np.asarray(source.tokenizer.encode(sample))
+        found = source.tokenizer.decode(ids[find_longest_overlap(ids, tokens, MIN_OVERLAP)])
+        subject = "Its longest stretch that stands verbatim in the training text"
     quoted = format_cell(json.dumps(found, ensure_ascii=False))
     return f"{subject} has {pluralize(len(found), 'character')}: {quoted}."
 
 
-def read_training_tokens(source: ExportSource) -> np.ndarray | None:
-    """Return the training split `(N,)`, or None if its text is not there, changed, or large."""
+def read_training_tokens(source: ExportSource) -> np.ndarray:
+    """Return the training split, `(N,)`.
+
+    Raises `UserError` if the text is not known, not there, changed or large. A bundle is data from
+    a stranger: it may name one file, and nothing is written to the cache.
+    """
     state = source.bundle.state
-    if state.get_fact("data_sha256") is None:
-        return None
-    known = {**state.settings, "tokenizer": source.tokenizer.token_kind}
-    config = ModelConfig(**{**source.config.model_dump(), **known})
-    with suppress(UserError, RunError, OSError):
-        if config.data is not None and has_bytes(find_files(config.data), LARGE_BYTES):
-            return None
-        is_sample_corpus = config.data is None
-        data = load_dataset(config, tokenizer=source.tokenizer, use_sample_corpus=is_sample_corpus)
-        if data.sha256 == state.get_fact("data_sha256"):
-            return data.splits["train"]
-    return None
+    path, digest = state.settings.get("data"), state.get_fact("data_sha256")
+    if digest is None:
+        raise UserError("it is not known")
+    if path is not None:
+        if problem := find_text_file_problem(Path(path)):
+            raise UserError(problem)
+        if has_bytes([Path(path)], LARGE_BYTES):
+            raise UserError("it is large")
+    settings = {**source.config.model_dump(), **state.settings, "token_store": "off"}
+    try:
+        config = ModelConfig(**{**settings, "tokenizer": source.tokenizer.token_kind})
+    except ValidationError:  # settings that do not fit together
+        raise UserError("its settings are not valid") from None
+    data = load_dataset(config, tokenizer=source.tokenizer, use_sample_corpus=path is None)
+    if data.sha256 != digest:
+        raise UserError("it has changed since")
+    return data.splits["train"]
 
 
 def create_fence(text: str) -> str:

@@ -4,6 +4,7 @@
 docs/gguf.md.
 """
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,11 @@ from exporters.source import ExportSource
 from model import get_gated_width
 from tokenizer import CharTokenizer, Tokenizer
 from utils.errors import UserError
-from utils.files import sync
+from utils.files import glob_files, is_directory, open_regular, sync
 
 if TYPE_CHECKING:
     from exporters.llamacpp import LlamaModel
 
-DTYPES = ("fp32", "fp16", "bf16", "q8_0")
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GGUF_DTYPES = {
     torch.float32: GGMLQuantizationType.F32,
@@ -205,14 +205,32 @@ def convert(tensor: Tensor, dtype: str) -> Tensor:
     return torch.from_numpy(quantize(tensor.numpy(), GGMLQuantizationType.Q8_0))
 
 
+class BoundedReader(gguf.GGUFReader):
+    """The library's reader, which ends at the end of the file.
+
+    In gguf 0.19, whose method this is, an array may claim any length: beyond the end, each of its
+    values is empty, and reading never ends.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if found.size < count:
+            raise ValueError("it is truncated")
+        return found
+
+
 def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
     """Return the dtype and the tensors of a GGUF file, as `create_tensors` returns them.
 
-    Raises OSError or ValueError if it is none that an export could be.
+    `path` is the file, or a directory with it. Raises OSError or ValueError if it is none that an
+    export could be.
     """
+    path = find_file(path)
     kinds = {kind: dtype for dtype, kind in GGUF_DTYPES.items()}
     try:
-        reader = gguf.GGUFReader(path)
+        reader = BoundedReader(path)
+        if sum(int(each.n_bytes) for each in reader.tensors) > path.stat().st_size:
+            raise ValueError("its tensors overlap")
         number = reader.fields["general.file_type"].contents()
         dtype = next(name for name, kind in FILE_TYPES.items() if kind == number)
         tensors = {
@@ -230,5 +248,16 @@ def open_export(directory: Path) -> "LlamaModel":
     """Load an export by llama.cpp. Raises ImportError if xllamacpp is not installed."""
     from exporters.llamacpp import LlamaModel  # late: its library takes 100 MB of memory
 
-    (path,) = directory.glob("*.gguf")
-    return LlamaModel(path)
+    return LlamaModel(find_file(directory))
+
+
+def find_file(place: Path) -> Path:
+    """Return a file itself, or the only GGUF file of a directory.
+
+    Raises OSError if there is none, or several, or if it is not a regular file.
+    """
+    paths = glob_files(place, "*.gguf") if is_directory(place) else [place]
+    if len(paths) != 1:
+        raise OSError(errno.ENOENT, f"{len(paths)} GGUF files, where one is wanted", str(place))
+    open_regular(paths[0]).close()
+    return paths[0]

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-DTYPES = ("fp32", "fp16", "bf16")
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Folio's names of modules, and theirs. `{}` is the number of the block.
@@ -248,12 +247,17 @@ def read_tensors(directory: Path) -> tuple[str, dict[str, Tensor]]:
 
     Raises OSError, ValueError or SafetensorError if it has none that an export could have.
     """
-    tensors = load(read_regular(directory / WEIGHTS_FILE))
+    tensors = load(read_regular(find_file(directory)))
     kind = next(iter(tensors.values())).dtype if tensors else None
     for dtype, each in TORCH_DTYPES.items():
         if each == kind:
             return dtype, tensors
     raise ValueError(f"its tensors are {kind or 'missing'}")
+
+
+def find_file(directory: Path) -> Path:
+    """Return the file of the weights."""
+    return directory / WEIGHTS_FILE
 
 
 def open_export(directory: Path) -> "TransformersModel":

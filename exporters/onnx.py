@@ -33,7 +33,6 @@ from utils.output import format_bytes
 if TYPE_CHECKING:
     import onnx
 
-DTYPES = ("fp32",)
 OPSET = 20
 MAX_BYTES = 2_000_000_000  # an ONNX file is one message of Protocol Buffers, which end at 2 GiB
 

@@ -37,9 +37,12 @@ class ExportRecord(BaseModel, extra="forbid", frozen=True, strict=True):
 
 
 def hash_files(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of an export but its record, by name."""
-    paths = [path for path in files.glob_files(directory, "*") if files.is_file(path)]
-    return {path.name: files.hash_file(path) for path in sorted(paths) if path.name != RECORD_FILE}
+    """Return the SHA-256 of each file of an export but its record, by name; of a directory, ""."""
+    paths = [path for path in files.glob_files(directory, "*") if path.name != RECORD_FILE]
+    return {
+        path.name: "" if files.is_directory(path) else files.hash_file(path)
+        for path in sorted(paths)
+    }
 
 
 def write_record(
@@ -74,8 +77,16 @@ def read_record(directory: Path) -> ExportRecord:
 
 
 def find_changes(directory: Path, record: ExportRecord) -> list[str]:
-    """Return one line for each file of an export that was changed, removed or added since."""
-    found = hash_files(directory)
+    """Return one line for each file of an export that was changed, removed or added since.
+
+    Raises `UserError` if a file cannot be read.
+    """
+    try:
+        found = hash_files(directory)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or directory}: cannot be read: {error.strerror}"
+        ) from None
     changes = [f"{name} is missing" for name in record.files if name not in found]
     changes += [f"{name} was added" for name in found if name not in record.files]
     changes += [

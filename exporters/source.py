@@ -1,7 +1,7 @@
 """The model that is exported, as the exporters read it."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,10 +50,10 @@ class ExportSource:
                 )
 
 
-def find_run(bundle: Bundle, runs_dir: Path) -> Run | None:
-    """Return the run that saved a bundle: the one that it is in, or one of its id in `runs_dir`.
+def load_run(bundle: Bundle, runs_dir: Path) -> Run | None:
+    """Read the record of the run that saved a bundle: it is in that run, or names its id.
 
-    None if there is none, or its record is damaged.
+    Returns None if there is no such run in `runs_dir`, or its record is damaged.
     """
     place = find_run_of(bundle.path) or find_run_by_id(bundle.state.run_id, runs_dir)
     with contextlib.suppress(UserError):
@@ -72,4 +72,5 @@ def load_source(directory: Path) -> ExportSource:
     check_memory(bundle.config, bundle.vocab_size, None)
     model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
     load_weights(bundle, model)
+    bundle = replace(bundle, contents={})  # frees the bytes of the weights
     return ExportSource(bundle, tokenizer, model.eval())

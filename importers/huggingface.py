@@ -86,7 +86,7 @@ def read_directory(directory: Path) -> ImportedModel:
         config = config.model_copy(update={"bias": True})
     imported = ImportedModel(
         name=f"{'GPT-2' if is_gpt2 else 'Qwen3'} {directory.absolute().name}",
-        weights_sha256=hash_files(files),
+        weights_sha256=hash_concatenated(files),
         config=config,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
@@ -240,7 +240,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def hash_files(files: Sequence[Path]) -> str:
+def hash_concatenated(files: Sequence[Path]) -> str:
     """Return the SHA-256 of the content of files, one after the other."""
     digest = hashlib.sha256()
     for path in files:
@@ -279,9 +279,15 @@ def read_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a tokenizer of Folio's: {format_reason(error)}") from None
-    for name in ("normalizer", "truncation", "padding"):
-        if values.get(name) is not None:
-            raise UserError(f"{path}: {name} is {format_value(values[name])}: Folio has none")
+    changes = {name: values.get(name) for name in ("normalizer", "truncation", "padding")}
+    processor = values.get("post_processor")
+    if not (isinstance(processor, dict) and processor.get("type") == "ByteLevel"):  # moves offsets
+        changes["post_processor"] = processor
+    names = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    changes |= {name: model.get(name) for name in names}
+    for name, value in changes.items():
+        if value:
+            raise UserError(f"{path}: {name} is {format_value(value)}: Folio has none")
     splitter = values.get("pre_tokenizer")
     if not merges and not added and splitter is None and all(len(token) == 1 for token in tokens):
         state = {"token_kind": CharTokenizer.token_kind, "chars": tokens}

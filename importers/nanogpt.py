@@ -71,6 +71,7 @@ def read_checkpoint(path: Path, meta: Path | None = None) -> ImportedModel:
         }
     expected = {theirs: tuple(model[name].shape) for theirs, name in names.items()}
     check_shapes(path, get_shapes(tensors), expected)
+    tokenizer = _read_tokenizer(path, meta, parts.get("config"), vocab_size)
     notes: list[str] = []
     weights = to_float32(path, tensors, notes)
     imported = ImportedModel(
@@ -78,7 +79,7 @@ def read_checkpoint(path: Path, meta: Path | None = None) -> ImportedModel:
         weights_sha256=hash_file(path),
         config=config,
         vocab_size=vocab_size,
-        tokenizer=_read_tokenizer(path, meta, parts.get("config"), vocab_size),
+        tokenizer=tokenizer,
         weights={name: weights[theirs] for theirs, name in names.items()},
         step=_get_step(parts.get("iter_num")),
         notes=notes,
@@ -123,7 +124,7 @@ def _read_tokenizer(
     dataset = config.get("dataset") if isinstance(config, Mapping) else None
     places = [path.parent / "meta.pkl"]
     if isinstance(dataset, str) and re.fullmatch(NAME_PATTERN, dataset):  # no path of a stranger
-        places.append(path.absolute().parents[1] / "data" / dataset / "meta.pkl")
+        places.append(path.absolute().parent.parent / "data" / dataset / "meta.pkl")
     found = meta or next(filter(is_file, places), None)
     if found is not None:
         chars = read_meta(found)
@@ -164,6 +165,7 @@ def read_meta(path: Path) -> list[str]:
         wrong = [char for char in chars if not isinstance(char, str) or len(char) != 1]
         if wrong:
             raise ValueError(f"itos has {format_value(wrong[0])}, not only single characters")
+        "".join(chars).encode("utf-8")  # raises for a lone surrogate, which no file can hold
         if meta.get("stoi", None) not in (
             None,
             {char: number for number, char in enumerate(chars)},

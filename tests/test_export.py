@@ -3,12 +3,13 @@
 python -m pytest tests/test_export.py
 """
 
-import dataclasses
 import errno
+import importlib.util
 import json
+import math
 import os
 import re
-import subprocess
+import struct
 import sys
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import pytest
 import torch
 import transformers
 from helpers import CHECKOUT, LINES, save_random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import export
 import import_model
 import inspect_model
 from bundle import read_bundle
-from exporters import card, huggingface, verify
+from exporters import card, huggingface
 from exporters.bpe import list_bpe
 from exporters.card import format_cell
 from exporters.huggingface import from_transformers, open_export
@@ -55,7 +56,6 @@ VARIANTS = {
     "gpt2, untied": {"architecture": "gpt2", "tie_weights": False, "activation": "silu"},
     "gpt2, untied, biases": {"architecture": "gpt2", "tie_weights": False, "bias": True},
 }
-DEAD_PROCESS_ID = 2**30
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
 for_each_vocabulary = pytest.mark.parametrize("name", VOCABULARIES)
 
@@ -254,15 +254,13 @@ def test_the_card_has_what_is_known_of_the_training(trained):
     text = (directory / "README.md").read_text(encoding="utf-8")
     state = read_bundle(trained / "artifacts" / "export").state
     record = json.loads((trained / "meta" / "full_config.json").read_bytes())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True)
     facts = [
         "comedy.txt, 5,",
         record["run"]["data"]["sha256"],
         f"{state.val_loss:.4f} nats per character",
         f"{record['run']['parameters']:,} parameters",
         f"{state.step} of 6, batch 4 x 16 characters",
-        f"torch {torch.__version__}".removeprefix("torch "),
-        commit.stdout.decode().strip() or "Commit",
+        torch.__version__,
         state.files["model.safetensors"],
         "AutoModelForCausalLM",
         "loss.svg",
@@ -292,7 +290,7 @@ def test_the_card_quotes_the_longest_stretch_that_stands_in_the_training_text(
 
 def test_a_bundle_without_its_run_has_a_card_that_says_what_is_not_known(save):
     text = (run_export(save(), "--format=hf") / "README.md").read_text(encoding="utf-8")
-    assert "not at hand" in text and "loss.svg" not in text
+    assert "was not compared" in text and "loss.svg" not in text
 
 
 def test_markup_in_a_stranger_s_record_is_text_in_the_card(save, tmp_path):
@@ -395,19 +393,40 @@ def test_a_full_disk_leaves_the_older_export_or_nothing(save, overwrite, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(huggingface, "write_durable", fill_disk)
-    fail(export.main, bundle, "--format=hf", "--out=out", "--overwrite")
+    fail(export.main, bundle, "--format=hf", "--out=out", "--overwrite", status=1)
     assert "No space left" in capsys.readouterr().err
     assert sorted(path.name for path in Path.cwd().iterdir()) == (["out"] if overwrite else [])
     if overwrite:
         assert read_all(Path("out")) == before
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(save):
+def test_ctrl_c_at_the_last_moment_leaves_the_older_export(save, monkeypatch):
     bundle = save()
-    for name in (f".out.{DEAD_PROCESS_ID}.tmp", ".out.mine.tmp"):
-        Path(name).mkdir()
-    run_export(bundle, "--format=hf")
-    assert sorted(path.name for path in Path.cwd().iterdir()) == [".out.mine.tmp", "out"]
+    before = read_all(run_export(bundle, "--format=hf"))
+    rename = Path.rename
+
+    def interrupt(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    fail(export.main, bundle, "--format=hf", "--out=out", "--overwrite", status=130)
+    assert read_all(Path("out")) == before
+    assert [path.name for path in Path.cwd().iterdir()] == ["out"]
+
+
+def test_a_directory_that_appears_meanwhile_is_not_replaced(save, monkeypatch, capsys):
+    write = huggingface.write
+
+    def write_slowly(*arguments):
+        write(*arguments)
+        Path("out").mkdir()
+        Path("out", "diary.txt").write_text("dear diary", encoding="utf-8")
+
+    monkeypatch.setattr(huggingface, "write", write_slowly)
+    fail(export.main, save(), "--format=hf", "--out=out")
+    assert [path.name for path in Path.cwd().rglob("*")] == ["out", "diary.txt"]
 
 
 def test_verify_prints_a_line_with_the_library_and_the_figures(save, capsys):
@@ -416,25 +435,38 @@ def test_verify_prints_a_line_with_the_library_and_the_figures(save, capsys):
     assert transformers.__version__ in line
 
 
-def test_verify_without_the_library_keeps_the_export_and_names_the_extra(save, monkeypatch, capsys):
+def test_verify_without_its_library_names_the_extra_before_any_work(save, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    fail(export.main, save(), "--format=hf", "--out=out", "--verify")
+    error = capsys.readouterr().err
+    assert "transformers" in error and "[export]" in error
+    assert not Path("out").exists()
+
+
+def test_a_program_that_cannot_load_the_export_is_one_line(save, monkeypatch, capsys):
     def refuse(directory):
-        raise ImportError("No module named 'transformers'", name="transformers")
+        raise LookupError("no such architecture")
 
     monkeypatch.setattr(huggingface, "open_export", refuse)
     fail(export.main, save(), "--format=hf", "--out=out", "--verify", status=1)
-    error = capsys.readouterr().err
-    assert "transformers" in error and "[export]" in error
-    assert Path("out", "config.json").exists()
+    assert "no such architecture" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_difference_that_verify_finds_is_exit_status_1(save, monkeypatch, capsys):
-    compare = verify.compare_with_source
-
-    def differ(source, target):
-        return dataclasses.replace(compare(source, target), difference=0.5)
-
-    monkeypatch.setattr(verify, "compare_with_source", differ)
-    fail(export.main, save(), "--format=hf", "--out=out", "--verify", status=1)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("change", [0.0, math.nan])
+def test_a_changed_weight_is_more_than_the_rounding_of_any_dtype(save, dtype, change):
+    bundle = save()
+    directory = run_export(bundle, "--format=hf", f"--dtype={dtype}")
+    source = load_source(bundle)
+    assert compare_with_source(source, open_export(directory)).is_equal(dtype)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = change
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert not compare_with_source(source, open_export(directory)).is_equal(dtype)
 
 
 # Whether an export still is what a model gave ----------------------------------------------------
@@ -465,6 +497,45 @@ def test_an_export_of_another_model_is_not_the_model_s(save, tmp_path, capsys):
     save_random_model(tmp_path / "other", CharTokenizer(sorted(set(TEXT))), std=0.1, **SHAPE)
     assert run_command(inspect_model.main, [str(tmp_path / "other"), f"--verify={directory}"]) == 1
     assert "other weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--last"], []])
+def test_the_step_of_a_run_that_was_exported_is_found(trained, words):
+    directory = run_export(trained, "--format=hf", *words)
+    assert run_command(inspect_model.main, [str(trained), f"--verify={directory}"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "q8_0"])
+def test_a_gguf_is_verified_in_its_directory_and_alone(save, dtype, tmp_path, capsys):
+    bundle = save()
+    directory = run_export(bundle, "--format=gguf", f"--dtype={dtype}")
+    (file,) = directory.glob("*.gguf")
+    alone = file.rename(tmp_path / "alone.gguf")
+    assert run_command(inspect_model.main, [str(bundle), f"--verify={alone}"]) == 0
+    alone.rename(file)
+    assert run_command(inspect_model.main, [str(bundle), f"--verify={directory}"]) == 0
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    fail(inspect_model.main, bundle, f"--verify={file}", status=1)
+    fail(inspect_model.main, bundle, f"--verify={directory}", status=1)
+    assert "differs" in capsys.readouterr().out
+
+
+def test_a_gguf_that_claims_an_endless_array_is_refused(save, tmp_path):
+    claim = struct.pack("<IIQQ", 0x46554747, 3, 0, 1)  # magic, version, no tensor, one field
+    claim += struct.pack("<Q1sIIQ", 1, b"x", 9, 0, 2**60)  # its name, an array of bytes
+    (tmp_path / "forged.gguf").write_bytes(claim)
+    fail(inspect_model.main, save(), f"--verify={tmp_path / 'forged.gguf'}")
+
+
+def test_a_file_far_larger_than_the_model_is_not_read(save, tmp_path, capsys):
+    directory = run_export(save(), "--format=hf")
+    with open(directory / "model.safetensors", "r+b") as file:
+        file.truncate(1 << 40)  # a sparse file of a terabyte
+    (directory / "export.json").unlink()
+    fail(inspect_model.main, tmp_path / "model", f"--verify={directory}", status=1)
+    assert "too large" in capsys.readouterr().out
 
 
 def test_the_model_of_an_export_is_found_by_its_run(trained, capsys):

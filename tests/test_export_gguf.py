@@ -219,7 +219,7 @@ def test_the_file_has_the_same_bytes_each_time_and_no_path(convert):
     assert fields["general.name"].contents() == "model"
 
 
-@pytest.mark.parametrize("dtype", gguf.DTYPES)
+@pytest.mark.parametrize("dtype", gguf.SUFFIXES)
 def test_the_tensors_of_a_file_are_read_back_bit_for_bit(dtype, convert):
     source, _, path = convert(dtype=dtype, **VARIANTS["gpt2, untied"])
     found_dtype, found = gguf.read_tensors(path)

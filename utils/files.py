@@ -17,6 +17,7 @@ from typing import IO
 # They return False also for an invalid path and without permission, where pathlib's raise.
 is_directory = os.path.isdir
 is_file = os.path.isfile
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIRECTORY = "a directory, where a file is wanted"
 DEVICE = "a device or a pipe, where a file is wanted"
 
