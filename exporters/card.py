@@ -36,7 +36,7 @@ TARGETS = {"hf": "Transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
 SAMPLE_TOKENS, SAMPLE_SEED, SAMPLE_TEMPERATURE = 300, 1337, 0.8
 MIN_OVERLAP = 4  # tokens
 SOFTWARE = {"python": "Python", "torch": "PyTorch"}  # in env.txt
-BEYOND = ", and cannot continue a longer text"
+BEYOND = "; a longer text cannot be continued"
 # Treatment of characters in a prompt that the vocabulary lacks.
 UNKNOWN = {"hf": "are left out", "onnx": "are left out", "gguf": "are an error"}
 MAX_CELL = 300  # characters of a value in a table
