@@ -20,6 +20,7 @@ import torch
 
 import export
 from benchmarks import get_commit
+from bundle import WEIGHTS_FILE, read_bundle
 from data import load_dataset
 from decode_numba import count_cores
 from decode_torch import TorchEngine
@@ -82,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     engines = {
         "Folio, torch": TorchEngine(source.model),
-        "Folio, numba": load_engine_from_bundle(source.bundle, InferenceConfig(engine="numba")),
+        "Folio, numba": load_engine_from_bundle(
+            read_bundle(bundle, WEIGHTS_FILE), InferenceConfig(engine="numba")
+        ),
     }
     works = {
         name: lambda engine=engine: generate_tokens(engine, start, n, GREEDY)[0, start.size :]
