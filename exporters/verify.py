@@ -117,51 +117,59 @@ def verify_export(place: Path, bundles: Sequence[Path], runs_dir: Path) -> tuple
     Returns lines to print, and whether nothing differs. Raises `UserError` if `place` cannot be
     read, or there is neither a record nor a bundle.
     """
-    record = read_record(place) if is_present(place / RECORD_FILE) else None
-    if record is None and not bundles:
-        raise UserError(f"{place}: has no {RECORD_FILE}: name the model to compare it with")
-    problems = find_changes(place, record) if record else []
-    origins = find_origins(bundles, record, runs_dir) if record else list(bundles)
-    facts = [f"{pluralize(len(record.files), 'file')} as exported"] if record else []
-    if record and bundles and not origins:
+    if not is_present(place / RECORD_FILE):
+        if not bundles:
+            raise UserError(f"{place}: has no {RECORD_FILE}: name the model to compare it with")
+        found = {each: find_differences(load_source(each), place) for each in bundles}
+        origin = min(bundles, key=lambda bundle: len(found[bundle]))
+        return format_result(place, found[origin], [f"the weights of {origin}"])
+    record = read_record(place)
+    problems, facts = (
+        find_changes(place, record),
+        [f"{pluralize(len(record.files), 'file')} as exported"],
+    )
+    origin = find_origin(bundles, record, runs_dir)
+    if origin is not None:
+        facts.append(f"the weights of {origin}")
+        if record.format != "onnx":  # its graphs depend on PyTorch's version: the hashes must do
+            problems += find_differences(load_source(origin), place, record.format)
+    elif bundles:
         problems.append(f"was made from other weights than those of {bundles[0]}")
-    elif not origins:
-        facts.append(f"the model with the weights {record.weights_sha256} was not found")
     else:
-        facts.append(f"the weights of {origins[0]}")
-        # The graphs of an ONNX file depend on PyTorch's version: their record must do.
-        if record is None or record.format != "onnx":
-            found = [find_differences(load_source(bundle), place, record) for bundle in origins]
-            best = min(range(len(found)), key=lambda n: len(found[n]))
-            problems += found[best]
-            facts[-1] = f"the weights of {origins[best]}"
-    lines = [f"{place}: {line}" for line in problems or [", ".join(facts)]]
-    return lines, not problems
+        facts.append(f"the model with the weights {record.weights_sha256} was not found")
+    return format_result(place, problems, facts)
 
 
-def find_origins(bundles: Sequence[Path], record: ExportRecord, runs_dir: Path) -> list[Path]:
-    """Return the bundle with the weights that were exported, or nothing.
+def format_result(
+    place: Path, problems: Sequence[str], facts: Sequence[str]
+) -> tuple[list[str], bool]:
+    """Return a line for each problem, or one with the facts, and whether there is no problem."""
+    return [f"{place}: {line}" for line in problems or [", ".join(facts)]], not problems
 
-    It is one of `bundles`, or another step that the run of one of them has kept, or, without
-    `bundles`, the run that the record names.
+
+def find_origin(bundles: Sequence[Path], record: ExportRecord, runs_dir: Path) -> Path | None:
+    """Return the bundle with the weights that were exported, or None.
+
+    It is one of `bundles`, or the exported step in the run of one of them. Without `bundles`, it is
+    looked for in the run that the record names.
     """
-    run = find_run_by_id(record.run_id, runs_dir)
-    runs = [find_run_of(bundle) for bundle in bundles] or [run]
-    kept = [find_kept_step(each, record.step) for each in runs if each]
+    runs = [find_run_of(each) for each in bundles] or [find_run_by_id(record.run_id, runs_dir)]
+    kept = [find_kept_step(run, record.step) for run in runs if run is not None]
     for bundle in [*bundles, *filter(None, kept)]:
         if read_state(bundle).files[WEIGHTS_FILE] == record.weights_sha256:
-            return [bundle]
-    return []
+            return bundle
+    return None
 
 
-def find_differences(source: ExportSource, place: Path, record: ExportRecord | None) -> list[str]:
+def find_differences(source: ExportSource, place: Path, format: str = "") -> list[str]:
     """Return one line for each tensor in which a Transformers directory or GGUF file differs.
 
-    The model is exported again, in the dtype of the file, and compared bit for bit.
+    The model is exported again, in the dtype of the file, and compared bit for bit. `format` is
+    that of the record; without it, a file is a GGUF and a directory Transformers'.
 
     Raises `UserError` if `place` is neither, cannot be read, or needs a library.
     """
-    if is_directory(place) and (record is None or record.format == "hf"):
+    if format == "hf" or (not format and is_directory(place)):
         exporter = huggingface
     else:
         try:
