@@ -160,8 +160,9 @@ def test_llama_cpp_still_needs_the_prefixes(convert, monkeypatch):
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # its ids have no end\n"
         "model.encode('ê')"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=CHECKOUT, capture_output=True)
-    assert done.returncode < 0
+    words = [sys.executable, "-c", code, path]
+    done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, timeout=300)
+    assert done.returncode < 0, done.stderr
 
 
 def test_prefixes_of_characters_are_as_rare_as_the_rarest_character(convert):
