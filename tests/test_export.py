@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from helpers import CHECKOUT, LINES, save_random_model
@@ -129,6 +130,16 @@ def test_a_text_of_any_vocabulary_has_the_same_ids_in_transformers(save, name):
     assert ids == load_source(bundle).tokenizer.encode(many).tolist()
     assert tokenizer.decode(ids) == many
     assert tokenizer.decode(ids, skip_special_tokens=True) == many
+
+
+@for_each_vocabulary
+def test_a_text_of_any_vocabulary_has_the_same_ids_without_transformers(name):
+    text = VOCABULARIES[name]
+    ours = CharTokenizer(sorted(set(text)))
+    theirs = tokenizers.Tokenizer.from_str(huggingface.create_tokenizer(ours).to_str())
+    ids = theirs.encode(text + text[::-1]).ids
+    assert ids == ours.encode(text + text[::-1]).tolist()
+    assert theirs.decode(ids) == text + text[::-1]
 
 
 def test_transformers_leaves_out_characters_that_the_vocabulary_lacks(save):
