@@ -366,10 +366,15 @@ def test_a_small_model_has_one_thread(monkeypatch):
 
 
 def test_filters_keep_the_tokens_of_pytorch_also_where_logits_are_equal():
-    """With a head of few distinct rows many logits are equal, and ties must be cut alike."""
+    """With a head of few distinct rows many logits are equal, and ties must be cut alike.
+
+    Each row selects one channel, as equal rows of many numbers may differ in rounding: PyTorch's
+    kernels add the last rows in another order, on some processors.
+    """
     model = create_model(tie_weights=False)
     with torch.no_grad():
-        model.head.weight[:] = model.head.weight[torch.arange(V) % 3]
+        model.head.weight.zero_()
+        model.head.weight[torch.arange(V), torch.arange(V) % 3] = 4
     engine = create_engine(model)
     for k, p in itertools.product((1, 2, 13, 20, 36), (0.1, 0.5, 0.95)):
         assert_same_text(model, engine, [1], 24, SamplingParams(top_k=k, top_p=p))
