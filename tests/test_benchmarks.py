@@ -46,6 +46,7 @@ def timed(text_file, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_exports_are_compared_by_loss_text_and_speed(tiny, quiet, monkeypatch, capsys):
     run = train(tiny(), output=quiet).run_dir
     monkeypatch.setattr(exports, "EXPORTS", [("hf", "fp32"), ("gguf", "fp16")])
