@@ -121,6 +121,8 @@ def prepare(command: str, clone: Path) -> list[str] | None:
     if "--max-iters" in words:
         index = words.index("--max-iters") + 1
         words[index] = str(max(1, int(words[index]) // 100))
+    if "--vocab-size" in words:  # the text is short
+        words[words.index("--vocab-size") + 1] = "280"
     if "--max-minutes" in words:
         words[words.index("--max-minutes") + 1] = "0.02"
     if "--data" in words:
