@@ -16,7 +16,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from exporters.bpe import list_bpe
-from exporters.huggingface import is_transposed, to_transformers
+from exporters.huggingface import TORCH_DTYPES, is_transposed, to_transformers
 from exporters.source import ExportSource
 from model import get_gated_width
 from tokenizer import CharTokenizer, Tokenizer
@@ -26,7 +26,6 @@ from utils.files import glob_files, is_directory, open_regular, sync
 if TYPE_CHECKING:
     from exporters.llamacpp import LlamaModel
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GGUF_DTYPES = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,

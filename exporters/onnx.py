@@ -115,8 +115,9 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     inputs, outputs = (list_cache_names(kind, config.n_layer) for kind in ("past", "present"))
     names = ["input_ids", *inputs], ["logits", *outputs]
     step = trace(DecodeStep(model), (ids, past), sizes, *names)
+    metadata = create_metadata(source)
     for file, graph in (("model.onnx", whole), ("decoder.onnx", step)):
-        save(graph, directory / file, create_metadata(source))
+        save(graph, directory / file, metadata)
     huggingface.write_tokenizer(directory / "tokenizer.json", source.tokenizer)
 
 
