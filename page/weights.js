@@ -1,0 +1,69 @@
+// Weights: base64 → safetensors (github.com/huggingface/safetensors) → float32.
+
+const BYTES = { F32: 4, F16: 2, I8: 1 }; // of a number of each dtype
+const MAX_HEADER = 10_000_000; // bytes
+
+/** Return the bytes of a base64 text, as a Uint8Array. */
+export function decodeBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const characters = atob(text);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
+}
+
+/**
+ * Return the tensors of a safetensors file by name: Map of { dtype, shape, bytes }.
+ *
+ * Throws an Error if the file is cut off or its header is not valid.
+ */
+export function readSafetensors(file) {
+  if (file.length < 8) throw new Error("the weights are cut off");
+  const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
+  const length = Number(view.getBigUint64(0, true));
+  if (length > MAX_HEADER || 8 + length > file.length) throw new Error("the weights are cut off");
+  const header = JSON.parse(new TextDecoder().decode(file.subarray(8, 8 + length)));
+  const content = file.subarray(8 + length);
+  const tensors = new Map();
+  for (const [name, { dtype, shape, data_offsets: offsets }] of Object.entries(header)) {
+    if (name === "__metadata__") continue;
+    const [start, end] = offsets;
+    const bytes = content.subarray(start, end);
+    const size = shape.reduce((product, length) => product * length, 1);
+    if (bytes.length !== end - start) throw new Error("the weights are cut off");
+    if (!(dtype in BYTES) || bytes.length !== size * BYTES[dtype]) {
+      throw new Error(`${name} is not a tensor of ${dtype} ${shape}`);
+    }
+    tensors.set(name, { dtype, shape, bytes });
+  }
+  return tensors;
+}
+
+/** Write the numbers of a tensor into a Float32Array of its size. `scale` is a tensor, one number
+ * a row, that int8 numbers are multiplied by. */
+export function decodeTensor({ dtype, shape, bytes }, target, scale) {
+  const aligned = bytes.slice().buffer; // a view of wider numbers needs an aligned start
+  if (dtype === "F32") target.set(new Float32Array(aligned));
+  else if (dtype === "F16") decodeHalves(new Uint16Array(aligned), target);
+  else {
+    const numbers = new Int8Array(aligned);
+    const columns = shape[shape.length - 1];
+    const factors = new Float32Array(scale.bytes.slice().buffer);
+    for (let i = 0; i < numbers.length; i++) target[i] = numbers[i] * factors[Math.floor(i / columns)];
+  }
+}
+
+/** Convert float16 numbers, as Uint16Array, to float32. */
+function decodeHalves(halves, target) {
+  for (let i = 0; i < halves.length; i++) {
+    const sign = halves[i] & 0x8000 ? -1 : 1;
+    const exponent = (halves[i] >> 10) & 0x1f;
+    const fraction = halves[i] & 0x3ff;
+    target[i] =
+      exponent === 0
+        ? sign * fraction * 2 ** -24 // subnormal
+        : sign * (1 + fraction / 1024) * POWERS[exponent];
+  }
+}
+
+const POWERS = Array.from({ length: 32 }, (_, exponent) => 2 ** (exponent - 15));
