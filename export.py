@@ -1,6 +1,6 @@
-"""Export a model to a directory that other programs open: Transformers, ONNX Runtime, llama.cpp.
+"""Export a model to a directory that other programs open: Transformers, llama.cpp, a browser.
 
-    python export.py --format hf                                   # the newest run
+    python export.py --format html --open                          # the newest run, as a page
     python export.py dante --format gguf --dtype q8_0 --verify
     python export.py runs/20260131_235959_baseline --format onnx --out baseline-onnx
 
@@ -13,76 +13,108 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from bundle import find_run_of
+from exporters.browser import find_chromium
 from exporters.record import RECORD_FILE, hash_files, read_record, write_record
 from inference import ModelChoice, find_model
 from parameters import NAME_PATTERN
 from utils.checks import format_name
-from utils.command_line import Action, CommandLine
+from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import RunError, UserError, format_reason
 from utils.files import DISK_FULL, is_present, is_real_directory, make_directory, sync
 from utils.output import Output, format_bytes, run_command
 
 EXPORTS_DIR = Path("exports")
-EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf"}  # modules of exporters/
-DTYPES = {
+EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf", "html": "html"}  # modules
+DTYPES = {  # the default first
     "hf": ("fp32", "fp16", "bf16"),
     "onnx": ("fp32",),
     "gguf": ("fp32", "fp16", "bf16", "q8_0"),
+    "html": ("fp16", "int8", "fp32"),
 }
-# The libraries that write an export, and the one that opens it for --verify.
-LIBRARIES = {"hf": ["tokenizers"], "onnx": ["onnx", "onnxscript", "tokenizers"], "gguf": ["gguf"]}
-VERIFIERS = {"hf": "transformers", "onnx": "onnxruntime", "gguf": "xllamacpp"}
+# The libraries that write an export, and the one that opens it for --verify; their extra.
+LIBRARIES = {
+    "hf": ["tokenizers"],
+    "onnx": ["onnx", "onnxscript", "tokenizers"],
+    "gguf": ["gguf"],
+    "html": [],
+}
+VERIFIERS = {
+    "hf": "transformers",
+    "onnx": "onnxruntime",
+    "gguf": "xllamacpp",
+    "html": "playwright",
+}
+EXTRAS = {"xllamacpp": "llamacpp", "playwright": "browser"}  # of all others: export
+FOR_HTML = ("checkpoints", "memorization", "with", "force", "open")
 
 
 class ExportConfig(ModelChoice):
     """The model, the format and the place."""
 
-    format: Literal["hf", "onnx", "gguf"] | None = None
-    """hf (Transformers and all that reads its files), onnx (ONNX Runtime) or gguf (llama.cpp)."""
+    format: Literal["hf", "onnx", "gguf", "html"] | None = None
+    """hf (Transformers), onnx (ONNX Runtime), gguf (llama.cpp) or html (a page for a browser)."""
 
     out: Annotated[str, Field(min_length=1)] | None = None
     """Directory to create. null: exports/NAME-FORMAT, NAME being the model's."""
 
-    dtype: Literal["fp32", "fp16", "bf16", "q8_0"] = "fp32"
-    """Type of the weights. hf: fp32, fp16, bf16; onnx: fp32; gguf: all."""
+    dtype: Literal["fp32", "fp16", "bf16", "q8_0", "int8"] | None = None
+    """Type of the weights. hf: fp32, fp16, bf16; onnx: fp32; gguf: fp32, fp16, bf16, q8_0; html:
+    fp16, int8, fp32. null: the first of these."""
+
+    checkpoints: Annotated[int, Field(ge=1, le=1000)] = 1
+    """html: steps of the run in the page: the exported one, the last, step 0, others between."""
+
+    memorization: bool = True
+    """html: hashes of the training text in the page, with which it marks what is copied from it."""
 
 
 ACTIONS = (
     Action("overwrite", "Replace an export that is there already."),
+    Action("with", "html: a second model for the page, to compare.", "MODEL"),
+    Action("force", "html: write a page of more than 100 MB."),
+    Action("open", "html: open the page in a browser."),
     Action("verify", "Load the export in its target program; compare logits, text and tokens."),
 )
+PLACES = {"runs_dir", "checkpoints_dir"}
 OPERAND = Action("model", "A run, a bundle or a named model: as --run.", "MODEL")
 
 
-def choose_name(config: ExportConfig, operands: Sequence[str], bundle: Path) -> str:
+def choose_name(given: str, bundle: Path) -> str:
     """Return a name for the export: the model's, as the user gave it, or that of its directory."""
-    given = config.model_name or config.run or next(iter(operands), "")
     directory = find_run_of(bundle) or bundle
     name = given if re.fullmatch(NAME_PATTERN, given) else directory.resolve().name
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or "model"
 
 
-def find_problems(config: ExportConfig, *, verify: bool) -> list[str]:
+def find_problems(config: ExportConfig, actions: Mapping[str, Any]) -> list[str]:
     """Return one message for each setting that is missing or does not fit the others."""
     if config.format is None:
-        return ["--format is missing: hf, onnx or gguf"]
+        return [f"--format is missing: {', '.join(EXPORTERS)}"]
     problems = []
-    if config.dtype not in DTYPES[config.format]:
+    if config.dtype not in (None, *DTYPES[config.format]):
         legal = ", ".join(DTYPES[config.format])
         problems.append(f"--dtype {config.dtype}: {config.format} exports have {legal}")
+    given = config.model_fields_set | actions.keys()
+    if config.format != "html":
+        flags = [format_flag(name) for name in FOR_HTML if name in given]
+        problems += [f"{flag} is for --format html" for flag in flags]
     needed = {f"--format {config.format}": LIBRARIES[config.format]}
-    if verify:
+    if "verify" in actions:
         needed["--verify"] = [VERIFIERS[config.format]]
+        if config.format == "html" and not find_chromium():
+            problems.append(
+                "--verify needs Chromium: install it, or set FOLIO_CHROMIUM to its path"
+            )
     for flag, names in needed.items():
         if missing := [name for name in names if not importlib.util.find_spec(name)]:
-            extra = "llamacpp" if missing == ["xllamacpp"] else "export"
+            extra = EXTRAS.get(missing[0], "export")
             problems.append(f"{flag} needs {', '.join(missing)}: `pip install '.[{extra}]'`")
     return problems
 
@@ -141,11 +173,18 @@ def main(argv: Sequence[str]) -> int:
     command_line = CommandLine(__doc__, ExportConfig, ACTIONS, operands=OPERAND)
     flags, actions, problems = command_line.parse(argv)
     config = ExportConfig(**flags)
-    if problems := problems or find_problems(config, verify="verify" in actions):
+    if problems := problems or find_problems(config, actions):
         raise UserError(*problems)
     chosen = find_model(config, operands := actions["model"])
-    name = choose_name(config, operands, chosen.path)
-    suffix = "" if config.dtype == "fp32" else f"-{config.dtype}"
+    given = config.model_name or config.run or next(iter(operands), "")
+    models = {choose_name(given, chosen.path): chosen.path}
+    (name,) = models
+    if other := actions.get("with"):
+        path = find_model(ModelChoice(**config.model_dump(include=PLACES)), [other]).path
+        other_name = choose_name(other, path)
+        models[other_name if other_name != name else f"{name}-2"] = path
+    dtype = config.dtype or DTYPES[config.format][0]
+    suffix = "" if dtype == DTYPES[config.format][0] else f"-{dtype}"
     out = Path(config.out or EXPORTS_DIR / f"{name}-{config.format}{suffix}")
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: name a new directory")
@@ -155,29 +194,43 @@ def main(argv: Sequence[str]) -> int:
     output.print_note(f"{chosen.path}: exporting …")
 
     # These bring torch: imported once the settings are known to be good.
-    from exporters.card import write_card
+    from exporters.card import create_card, write_card
     from exporters.source import load_run, load_source
     from exporters.verify import compare_with_source
 
     exporter = importlib.import_module(f"exporters.{EXPORTERS[config.format]}")
-    source = load_source(chosen.path)
-    exporter.check(source, config.dtype)
-    run = load_run(source.bundle, Path(config.runs_dir))
+    sources = {each: load_source(path) for each, path in models.items()}
+    for source in sources.values():
+        exporter.check(source, dtype)
+    runs_dir = Path(config.runs_dir)
+    cards = [
+        create_card(source, load_run(source.bundle, runs_dir), each)
+        for each, source in sources.items()
+    ]
+    source = sources[name]
+    options = {}
+    if config.format == "html":
+        options = {
+            "cards": cards,
+            "checkpoints": config.checkpoints,
+            "memorization": config.memorization,
+            "force": "force" in actions,
+            "on_progress": output.print_note,
+        }
     with publish(out, overwrite=overwrite) as building:
-        exporter.write(source, building, config.dtype, name)
-        write_card(
-            building, source, run, format=config.format, name=name, files=hash_files(building)
-        )
-        write_record(building, source, config.format, config.dtype, name)
+        exporter.write(source, building, dtype, name, **options)
+        write_card(building, cards[0], format=config.format, files=hash_files(building))
+        write_record(building, source, config.format, dtype, name)
     size = sum(path.stat().st_size for path in out.iterdir())
     output.print(f"Exported to {out} ({format_bytes(size)})")
     if "verify" in actions:
         try:
-            comparison = compare_with_source(source, exporter.open_export(out))
+            target = exporter.open_export(out)
+            comparison = compare_with_source(source, target)
         except Exception as error:  # the other program's, which may raise anything
             raise RunError(f"{out}: cannot be verified: {format_reason(error)}") from error
         output.print(comparison.format())
-        if not comparison.is_equal(config.dtype):
+        if not comparison.is_equal(dtype):
             return 1
     return output.exit_status
 

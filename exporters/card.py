@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,59 +33,103 @@ from utils.report import compute_losses, render
 from utils.report.runs import TRAIN, VAL, VAL_BITS, Run
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-TARGETS = {"hf": "Transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
+TARGETS = {
+    "hf": "Transformers",
+    "onnx": "ONNX Runtime",
+    "gguf": "llama.cpp",
+    "html": "a web browser",
+}
 SAMPLE_TOKENS, SAMPLE_SEED, SAMPLE_TEMPERATURE = 300, 1337, 0.8
 MIN_OVERLAP = 4  # tokens
 SOFTWARE = {"python": "Python", "torch": "PyTorch"}  # in env.txt
 BEYOND = "; a longer text cannot be continued"
 # Treatment of characters in a prompt that the vocabulary lacks.
-UNKNOWN = {"hf": "are left out", "onnx": "are left out", "gguf": "are an error"}
+UNKNOWN = {
+    "hf": "are left out",
+    "onnx": "are left out",
+    "gguf": "are an error",
+    "html": "are left out",
+}
 MAX_CELL = 300  # characters of a value in a table
 # Settings that are in the table of facts already, or that no model depends on.
 SHOWN = {*GROUPS["architecture"].model_fields, "data", "seed", "init_from", "batch_size"}
 IRRELEVANT = {*GROUPS["tracking"].model_fields, *GROUPS["saving"].model_fields, "token_store"}
 
 
-def write_card(
-    directory: Path,
-    source: ExportSource,
-    run: Run | None,
-    *,
-    format: str,
-    name: str,
-    files: Mapping[str, str],
-) -> None:
+@dataclass(frozen=True)
+class Card:
+    """The facts that the card of a model states, as plain text.
+
+    `tokens` is the training split, `(N,)`; if it is None, `reason` says why.
+    """
+
+    name: str
+    source: ExportSource
+    run: Run | None
+    data: dict[str, Any]
+    facts: list[tuple[str, str]]
+    settings: list[tuple[str, str]]
+    sample: str
+    overlap: str
+    tokens: np.ndarray | None
+    reason: str
+
+
+def create_card(source: ExportSource, run: Run | None, name: str) -> Card:
+    """Collect the facts about a model, generate a sample, and compare it with the training text."""
+    try:
+        tokens, reason = read_training_tokens(source), ""
+    except (UserError, RunError, OSError) as error:
+        path = str(source.bundle.state.settings.get("data") or "")
+        reason = getattr(error, "strerror", None) or str(error)
+        tokens, reason = None, reason.replace(path, get_last_part(path)) if path else reason
+    data, sample = describe_data(source, run), generate_sample(source)
+    return Card(
+        name=name,
+        source=source,
+        run=run,
+        data=data,
+        facts=list(list_facts(source, run, data)),
+        settings=list(list_changed_settings(source)),
+        sample=sample,
+        overlap=describe_overlap(source, sample, run, tokens, reason),
+        tokens=tokens,
+        reason=reason,
+    )
+
+
+def write_card(directory: Path, card: Card, *, format: str, files: Mapping[str, str]) -> None:
     """Write `README.md`, and `loss.svg` if the run's metrics are there.
 
     `files` has the SHA-256 of each exported file.
     """
+    source, run = card.source, card.run
     tokenizer = source.tokenizer
     has_curve = run is not None and bool(run.metrics)
     if has_curve:
         values = compute_losses(run, width=720, height=380)
         write_durable(directory / "loss.svg", render("curve.svg.jinja", **values))
-    sample, data = generate_sample(source), describe_data(source, run)
     parameters = source.model.count_parameters()
     values = {
         "source": source,
         "format": format,
         "target": TARGETS[format],
-        "title": name,
-        "file": next((each for each in files if each.endswith(".gguf")), None),
+        "title": card.name,
+        "file": next((each for each in files if each.endswith((".gguf", ".html"))), None),
         "files": sorted(files.items()),
         "parameters": parameters,
-        "data": data,
+        "data": card.data,
         "prompt": tokenizer.default_prompt,
         "shell_prompt": shlex.quote(escape_unprintable(tokenizer.default_prompt)),
         "length": max(1, min(200, source.config.block_size - 1)),
-        "sample": escape_control(sample).strip("\n"),
+        "sample": escape_control(card.sample).strip("\n"),
         "temperature": SAMPLE_TEMPERATURE,
         "seed": SAMPLE_SEED,
-        "fence": create_fence(sample),
-        "overlap": describe_overlap(source, sample, run),
+        "fence": create_fence(card.sample),
+        "overlap": escape_markup(card.overlap),
         "curve": has_curve,
-        "facts": list(list_facts(source, run, data)),
-        "settings": list(list_changed_settings(source)),
+        "facts": card.facts,
+        "settings": card.settings,
         "unit": tokenizer.unit,
         "unknown": UNKNOWN[format] if tokenizer.token_kind == "char" else "",
         "beyond": "" if format == "hf" and source.config.architecture == "modern" else BEYOND,
@@ -208,26 +253,26 @@ def generate_sample(source: ExportSource) -> str:
     return tokenizer.decode(ids[0])
 
 
-def describe_overlap(source: ExportSource, sample: str, run: Run | None) -> str:
-    """Describe the longest stretch of the sample that stands in the training text.
+def describe_overlap(
+    source: ExportSource, sample: str, run: Run | None, tokens: np.ndarray | None, reason: str
+) -> str:
+    """Describe the longest stretch of the sample that stands in the training text, `tokens`.
 
     Without that text, that of the sample at the end of the run.
     """
-    try:
-        tokens = read_training_tokens(source)
-    except (UserError, RunError, OSError) as error:
-        if run is None or not run.result.longest_overlap:
-            return f"It was not compared with the training text: {format_cell(str(error))}."
+    if tokens is not None:
+        ids = np.asarray(source.tokenizer.encode(sample))
+        found = source.tokenizer.decode(ids[find_longest_overlap(ids, tokens, MIN_OVERLAP)])
+        subject = "Its longest stretch that stands verbatim in the training text"
+    elif run is None or not run.result.longest_overlap:
+        return f"It was not compared with the training text: {truncate(reason)}."
+    else:
         found = run.result.longest_overlap
         subject = (
             "In another sample, at the end of training, the longest stretch that stands verbatim "
             "in the training text"
         )
-    else:
-        ids = np.asarray(source.tokenizer.encode(sample))
-        found = source.tokenizer.decode(ids[find_longest_overlap(ids, tokens, MIN_OVERLAP)])
-        subject = "Its longest stretch that stands verbatim in the training text"
-    quoted = format_cell(json.dumps(found, ensure_ascii=False))
+    quoted = truncate(json.dumps(found, ensure_ascii=False))
     return f"{subject} has {pluralize(len(found), 'character')}: {quoted}."
 
 
@@ -264,6 +309,15 @@ def create_fence(text: str) -> str:
 
 def format_cell(value: str) -> str:
     """Return a value for Markdown text or a table, on one line, without markup."""
+    return escape_markup(truncate(value))
+
+
+def truncate(value: str) -> str:
+    """Return a value on one line, cut to `MAX_CELL` characters."""
     text = escape_unprintable(value)
-    text = text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+
+
+def escape_markup(text: str) -> str:
+    """Escape the characters that Markdown or HTML would take for markup."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)

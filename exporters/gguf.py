@@ -4,7 +4,6 @@
 docs/gguf.md.
 """
 
-import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from exporters.source import ExportSource
 from model import get_gated_width
 from tokenizer import CharTokenizer, Tokenizer
 from utils.errors import UserError
-from utils.files import glob_files, is_directory, open_regular, sync
+from utils.files import find_only_file, sync
 
 if TYPE_CHECKING:
     from exporters.llamacpp import LlamaModel
@@ -251,12 +250,5 @@ def open_export(directory: Path) -> "LlamaModel":
 
 
 def find_file(place: Path) -> Path:
-    """Return a file itself, or the only GGUF file of a directory.
-
-    Raises OSError if there is none, or several, or if it is not a regular file.
-    """
-    paths = glob_files(place, "*.gguf") if is_directory(place) else [place]
-    if len(paths) != 1:
-        raise OSError(errno.ENOENT, f"{len(paths)} GGUF files, where one is wanted", str(place))
-    open_regular(paths[0]).close()
-    return paths[0]
+    """Return a file itself, or the only GGUF file of a directory. Raises OSError without one."""
+    return find_only_file(place, "*.gguf")

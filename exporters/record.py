@@ -27,7 +27,7 @@ class ExportRecord(BaseModel, extra="forbid", frozen=True, strict=True):
     """
 
     format_version: Literal[1] = 1
-    format: Literal["hf", "onnx", "gguf"]
+    format: Literal["hf", "onnx", "gguf", "html"]
     dtype: str
     name: str
     run_id: str | None

@@ -26,7 +26,7 @@ GREEDY_TOKENS = 200
 SPARE_BYTES = 1 << 26  # of a file, for its vocabulary and the tensors that Folio has no part of
 # How much logits may differ, in units of their standard deviation. In fp32, sums in another order
 # differ by 1e-5, and llama.cpp's table of GELU by 1e-3.
-MAX_DIFFERENCES = {"fp32": 3e-3, "fp16": 0.03, "bf16": 0.15, "q8_0": 0.5}
+MAX_DIFFERENCES = {"fp32": 3e-3, "fp16": 0.03, "bf16": 0.15, "q8_0": 0.5, "int8": 0.5}
 
 
 class TargetModel(Protocol):

@@ -93,6 +93,19 @@ def glob_files(directory: Path, pattern: str) -> list[Path]:
         return []
 
 
+def find_only_file(place: Path, pattern: str) -> Path:
+    """Return a file itself, or the only one in a directory that matches `pattern`.
+
+    Raises `OSError` if there is none, or several, or if it is not a regular file.
+    """
+    paths = glob_files(place, pattern) if is_directory(place) else [place]
+    if len(paths) != 1:
+        reason = f"{len(paths)} files {pattern}, where one is wanted"
+        raise OSError(errno.ENOENT, reason, str(place))
+    open_regular(paths[0]).close()
+    return paths[0]
+
+
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with open_regular(path) as file:
