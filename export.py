@@ -13,6 +13,7 @@ import importlib.util
 import re
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,16 +22,23 @@ from pydantic import Field
 
 from bundle import find_run_of
 from exporters.browser import find_chromium
-from exporters.record import RECORD_FILE, hash_files, read_record, write_record
+from exporters.record import (
+    EXPORTS_DIR,
+    RECORD_FILE,
+    find_pages,
+    hash_files,
+    read_record,
+    write_record,
+)
 from inference import ModelChoice, find_model
-from parameters import NAME_PATTERN
+from parameters import NAME_PATTERN, Positive
 from utils.checks import format_name
-from utils.command_line import Action, CommandLine, format_flag
+from utils.command_line import Action, CommandLine
 from utils.errors import RunError, UserError, format_reason
-from utils.files import DISK_FULL, is_present, is_real_directory, make_directory, sync
+from utils.files import DISK_FULL, is_file, is_present, is_real_directory, make_directory, sync
 from utils.output import Output, format_bytes, run_command
+from utils.run_manager import RunDirectory
 
-EXPORTS_DIR = Path("exports")
 EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf", "html": "html"}  # modules
 DTYPES = {  # the default first
     "hf": ("fp32", "fp16", "bf16"),
@@ -52,7 +60,13 @@ VERIFIERS = {
     "html": "playwright",
 }
 EXTRAS = {"xllamacpp": "llamacpp", "playwright": "browser"}  # of all others: export
-FOR_HTML = ("checkpoints", "memorization", "with", "force", "open")
+FOR_HTML = {
+    "checkpoints": "--checkpoints",
+    "memorization": "--[no-]memorization",
+    "with": "--with",
+    "force": "--force",
+    "open": "--open",
+}
 
 
 class ExportConfig(ModelChoice):
@@ -68,7 +82,7 @@ class ExportConfig(ModelChoice):
     """Type of the weights. hf: fp32, fp16, bf16; onnx: fp32; gguf: fp32, fp16, bf16, q8_0; html:
     fp16, int8, fp32. null: the first of these."""
 
-    checkpoints: Annotated[int, Field(ge=1, le=1000)] = 1
+    checkpoints: Positive = 1
     """html: steps of the run in the page: the exported one, the last, step 0, others between."""
 
     memorization: bool = True
@@ -101,10 +115,10 @@ def find_problems(config: ExportConfig, actions: Mapping[str, Any]) -> list[str]
     if config.dtype not in (None, *DTYPES[config.format]):
         legal = ", ".join(DTYPES[config.format])
         problems.append(f"--dtype {config.dtype}: {config.format} exports have {legal}")
-    given = config.model_fields_set | actions.keys()
     if config.format != "html":
-        flags = [format_flag(name) for name in FOR_HTML if name in given]
-        problems += [f"{flag} is for --format html" for flag in flags]
+        given = config.model_fields_set | actions.keys()
+        others = [flag for name, flag in FOR_HTML.items() if name in given]
+        problems += [f"{flag} is for --format html" for flag in others]
     needed = {f"--format {config.format}": LIBRARIES[config.format]}
     if "verify" in actions:
         needed["--verify"] = [VERIFIERS[config.format]]
@@ -168,6 +182,18 @@ def publish(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise kind(f"{out} cannot be written: {error.strerror or error}") from None
 
 
+def choose_models(config: ExportConfig, actions: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the bundle to export and that of --with, by the names they have in the export."""
+    operands = actions["model"]
+    chosen = find_model(config, operands).path
+    name = choose_name(config.model_name or config.run or next(iter(operands), ""), chosen)
+    if "with" not in actions:
+        return {name: chosen}
+    other = find_model(ModelChoice(**config.model_dump(include=PLACES)), [actions["with"]]).path
+    other_name = choose_name(actions["with"], other)
+    return {name: chosen, other_name if other_name != name else f"{name}-2": other}
+
+
 def main(argv: Sequence[str]) -> int:
     """Find the model, write its export, and verify it if that is asked for."""
     command_line = CommandLine(__doc__, ExportConfig, ACTIONS, operands=OPERAND)
@@ -175,14 +201,8 @@ def main(argv: Sequence[str]) -> int:
     config = ExportConfig(**flags)
     if problems := problems or find_problems(config, actions):
         raise UserError(*problems)
-    chosen = find_model(config, operands := actions["model"])
-    given = config.model_name or config.run or next(iter(operands), "")
-    models = {choose_name(given, chosen.path): chosen.path}
-    (name,) = models
-    if other := actions.get("with"):
-        path = find_model(ModelChoice(**config.model_dump(include=PLACES)), [other]).path
-        other_name = choose_name(other, path)
-        models[other_name if other_name != name else f"{name}-2"] = path
+    models = choose_models(config, actions)
+    name, bundle = next(iter(models.items()))
     dtype = config.dtype or DTYPES[config.format][0]
     suffix = "" if dtype == DTYPES[config.format][0] else f"-{dtype}"
     out = Path(config.out or EXPORTS_DIR / f"{name}-{config.format}{suffix}")
@@ -191,23 +211,23 @@ def main(argv: Sequence[str]) -> int:
     overwrite = "overwrite" in actions
     check_target(out, overwrite=overwrite)
     output = Output()
-    output.print_note(f"{chosen.path}: exporting …")
+    output.print_note(f"{bundle}: exporting …")
 
     # These bring torch: imported once the settings are known to be good.
     from exporters.card import create_card, write_card
     from exporters.source import load_run, load_source
     from exporters.verify import compare_with_source
+    from utils.report import write_report
 
     exporter = importlib.import_module(f"exporters.{EXPORTERS[config.format]}")
-    sources = {each: load_source(path) for each, path in models.items()}
+    sources = {each: load_source(place) for each, place in models.items()}
     for source in sources.values():
         exporter.check(source, dtype)
-    runs_dir = Path(config.runs_dir)
     cards = [
-        create_card(source, load_run(source.bundle, runs_dir), each)
+        create_card(source, load_run(source.bundle, Path(config.runs_dir)), each)
         for each, source in sources.items()
     ]
-    source = sources[name]
+    source, run = sources[name], cards[0].run
     options = {}
     if config.format == "html":
         options = {
@@ -223,10 +243,19 @@ def main(argv: Sequence[str]) -> int:
         write_record(building, source, config.format, dtype, name)
     size = sum(path.stat().st_size for path in out.iterdir())
     output.print(f"Exported to {out} ({format_bytes(size)})")
+    if config.format == "html":
+        page = out / f"{name}.html"
+        if run is not None and is_file(report := RunDirectory(run.path).report):
+            try:
+                write_report(report, run.path, list(dict.fromkeys([*find_pages(run.name), page])))
+            except OSError as error:
+                output.print_warning(f"{report}: has no link to the page: {error.strerror}")
+        if "open" in actions and not webbrowser.open(page.resolve().as_uri()):
+            output.print_warning(f"no browser was found: open {page} in one")
     if "verify" in actions:
         try:
-            target = exporter.open_export(out)
-            comparison = compare_with_source(source, target)
+            with contextlib.closing(exporter.open_export(out)) as target:
+                comparison = compare_with_source(source, target)
         except Exception as error:  # the other program's, which may raise anything
             raise RunError(f"{out}: cannot be verified: {format_reason(error)}") from error
         output.print(comparison.format())

@@ -6,7 +6,7 @@
     python report.py last --output picture.svg             # curves and sample, for a README
 
 Every run writes its page at its end: runs/<id>/report.html. This command draws it again from the
-run's files; a comparison is written beside the runs.
+run's files, with links to its HTML exports in exports/; a comparison is written beside the runs.
 """
 
 import shlex
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle import find_directory, is_run, list_runs
+from exporters.record import find_pages
 from parameters import Settings
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
         if target.suffix == ".svg":
             write_picture(target, Run(runs[0]))
         elif is_one:
-            write_report(target, runs[0])
+            write_report(target, runs[0], find_pages(first.name))
         else:
             write_comparison(target, [Run(run) for run in runs])
     except OSError as error:

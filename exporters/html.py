@@ -72,10 +72,10 @@ def write(
     name: str,
     *,
     cards: Sequence[Card],
-    checkpoints: int = 1,
-    memorization: bool = True,
-    force: bool = False,
-    on_progress: Callable[[str], None] = print,
+    checkpoints: int,
+    memorization: bool,
+    force: bool,
+    on_progress: Callable[[str], None],
 ) -> None:
     """Write the page into an empty directory. The same bytes each time.
 

@@ -234,3 +234,6 @@ class OnnxModel:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
         return self.tokenizer.decode(ids)
+
+    def close(self) -> None:
+        """Do nothing: the memory is Python's."""

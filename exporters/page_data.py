@@ -50,19 +50,20 @@ class Checkpoint:
 def select_checkpoints(source: ExportSource, run: Run | None, count: int) -> list[Checkpoint]:
     """Return at most `count` checkpoints of a model's run, in the order of their steps.
 
-    First the exported one, then the last, the initialization if it can be rebuilt, and each time
-    the one that is farthest from those chosen before.
+    First the exported one, then the last, the first, which may be the initialization, and then
+    those that are nearest to equal distances.
     """
     bundles: dict[int, Bundle | None] = {**find_bundles(source, run)}
     shown, last = source.bundle.state.step, max(bundles)
     best = bundles[last].state.get_fact("best_step")
     if can_rebuild_initial(source):
         bundles.setdefault(0, None)
-    chosen = [shown]
-    while len(chosen) < count and (rest := sorted(bundles.keys() - set(chosen))):
-        ends = [step for step in (last, 0) if step in rest]
-        gaps = [min(abs(step - each) for each in chosen) for step in rest]
-        chosen.append(ends[0] if ends else rest[int(np.argmax(gaps))])
+    steps = np.array(sorted(bundles))
+    chosen = list(dict.fromkeys([shown, last, int(steps[0])]))[:count]
+    missing = min(count, len(steps)) - len(chosen)
+    for target in np.linspace(steps[0], last, missing + 2)[1:-1]:
+        rest = np.setdiff1d(steps, chosen)
+        chosen.append(int(rest[np.abs(rest - target).argmin()]))
     evaluations = {line["step"]: line for line in (run.metrics if run else ()) if VAL in line}
 
     def describe(step: int) -> Checkpoint:

@@ -3,6 +3,7 @@
 Nothing here needs torch.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from exporters.source import ExportSource
 
+EXPORTS_DIR = Path("exports")
 RECORD_FILE = "export.json"
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -74,6 +76,17 @@ def read_record(directory: Path) -> ExportRecord:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise UserError(f"{path}: {key}: {problem['msg']}") from None
+
+
+def find_pages(run_id: str, exports_dir: Path = EXPORTS_DIR) -> list[Path]:
+    """Return the HTML exports in a directory that were made of a run's models."""
+    pages = []
+    for place in sorted(files.glob_files(exports_dir, "*")):
+        with contextlib.suppress(UserError):  # not an export
+            record = read_record(place)
+            if (record.format, record.run_id) == ("html", run_id):
+                pages += [place / name for name in record.files if name.endswith(".html")]
+    return [page for page in pages if files.is_file(page)]
 
 
 def find_changes(directory: Path, record: ExportRecord) -> list[str]:

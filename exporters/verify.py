@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from bundle import WEIGHTS_FILE, find_kept_step, find_run_by_id, find_run_of, read_state
 from decode_torch import TorchEngine
 from engine import SamplingParams
-from exporters import huggingface
+from exporters import html, huggingface
 from exporters.record import RECORD_FILE, ExportRecord, find_changes, read_record
 from exporters.source import ExportSource, load_source
 from generate import generate_tokens
@@ -46,6 +46,9 @@ class TargetModel(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
+
+    def close(self) -> None:
+        """Free what the program holds."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +165,18 @@ def find_origin(bundles: Sequence[Path], record: ExportRecord, runs_dir: Path) -
 
 
 def find_differences(source: ExportSource, place: Path, format: str = "") -> list[str]:
-    """Return one line for each tensor in which a Transformers directory or GGUF file differs.
+    """Return one line for each tensor in which a Transformers directory, GGUF or page differs.
 
     The model is exported again, in the dtype of the file, and compared bit for bit. `format` is
-    that of the record; without it, a file is a GGUF and a directory Transformers'.
+    that of the record; without it, a directory is Transformers', and a file a page or a GGUF.
 
-    Raises `UserError` if `place` is neither, cannot be read, or needs a library.
+    Raises `UserError` if `place` is none of these, cannot be read, or needs a library.
     """
+    limit = 4 * source.model.count_parameters() + SPARE_BYTES
     if format == "hf" or (not format and is_directory(place)):
         exporter = huggingface
+    elif format == "html" or (not format and place.suffix == ".html"):
+        exporter, limit = html, html.MAX_PAGE + SPARE_BYTES
     else:
         try:
             from exporters import gguf as exporter  # late: it needs an optional dependency
@@ -178,7 +184,7 @@ def find_differences(source: ExportSource, place: Path, format: str = "") -> lis
             raise UserError("gguf is not installed: `pip install '.[export]'`") from None
     try:
         path = exporter.find_file(place)
-        if path.stat().st_size > 4 * source.model.count_parameters() + SPARE_BYTES:
+        if path.stat().st_size > limit:
             return [f"{path.name} is too large to be this model"]
         dtype, found = exporter.read_tensors(place)
     except (OSError, ValueError, SafetensorError) as error:

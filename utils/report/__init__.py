@@ -1,12 +1,14 @@
 """Draw a run as a page: an HTML file that needs no network and no other file."""
 
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -37,8 +39,8 @@ class Setting(NamedTuple):
     is_changed: bool
 
 
-def write_report(target: Path, run_dir: Path) -> None:
-    """Write the page of a run.
+def write_report(target: Path, run_dir: Path, exports: Sequence[Path] = ()) -> None:
+    """Write the page of a run, with links to the pages that run its models.
 
     Raises `UserError` if the run's record is missing or damaged, and `OSError` if `target` cannot
     be written.
@@ -60,6 +62,10 @@ def write_report(target: Path, run_dir: Path) -> None:
         "changed": [setting for setting in settings if setting.is_changed],
         "unchanged": [setting for setting in settings if not setting.is_changed],
         "val_losses": dict(run.get_points(VAL)),
+        "exports": [
+            (page.name, quote(Path(os.path.relpath(page, target.parent)).as_posix()))
+            for page in exports
+        ],
         "command": shlex.join(["python", "train.py", *run.facts.argv]),
         "small_charts": [compute_chart([line], title=line.label, **size) for line in small],
     }

@@ -79,7 +79,7 @@ class RunFacts(BaseModel):
 
 class _Overfitting(BaseModel):
     since: Number
-    rise: float
+    rise: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Result(BaseModel):
