@@ -36,7 +36,6 @@ class BrowserModel:
             self._page = self._browser.new_page()
             self._page.set_default_timeout(TIMEOUT)
             self._page.goto(page.resolve().as_uri())
-            self._page.evaluate("async () => { await app.ready; }")
         except BaseException:
             self.close()
             raise
@@ -53,7 +52,7 @@ class BrowserModel:
     def generate(self, ids: np.ndarray, n: int) -> np.ndarray:
         """Return the n most likely tokens that follow `ids`, one after another, `(n,)`."""
         settings = {"count": n, "seed": 0, "sampling": {"temperature": 0}}
-        return np.array(self._call("generate", {"ids": ids.tolist(), **settings}, "result.ids"))
+        return np.array(self._call("generate", {"prompt": ids.tolist(), **settings}, "result.ids"))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -67,5 +66,5 @@ class BrowserModel:
 
     def _call(self, name: str, values: dict[str, Any], result: str) -> Any:
         """Run a command of the page's engine, and return a part of its result."""
-        words = f"([name, values]) => app.engine.call(name, values).then((result) => {result})"
+        words = f"([name, values]) => app.call(name, values).then((result) => {result})"
         return self._page.evaluate(words, [name, {"model": 0, **values}])

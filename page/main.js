@@ -47,7 +47,7 @@ class Frame {
         state.set({ view: name });
       },
     }, create("span", { className: "number", ariaHidden: "true" }, index + 1), STRINGS[name].name));
-    document.body.replaceChildren(
+    document.getElementById("page").replaceChildren(
       create("header", {},
         create("h1", {}, model.name),
         create("p", { className: "quiet" }, STRINGS.page.shape(model.parameters, model.config, unit)),
@@ -217,7 +217,7 @@ function openPage() {
     return app;
   } catch (error) {
     if (!(error instanceof DamagedPage)) throw error;
-    document.body.replaceChildren(create("main", {}, create("p", { className: "error", role: "alert" }, STRINGS.page.damaged)));
+    document.getElementById("page").replaceChildren(create("main", {}, create("p", { className: "error", role: "alert" }, STRINGS.page.damaged)));
     return null;
   }
 }
