@@ -27,7 +27,7 @@ test-slow: $(VENV)/.dev ## Run the slow tests: installation, documented commands
 test-stress: $(VENV)/.dev ## Run the stress tests: hundreds of SIGKILLs, many concurrent runs
 	$(BIN)/python -m pytest -m stress $(ARGS)
 
-test-browser: $(VENV)/.all ## Run the browser tests in an installed Chromium
+test-browser: $(VENV)/.all ## Run the browser tests in an installed Chromium, and under node
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests on a CUDA device

@@ -1,15 +1,11 @@
 """The report, its picture, TensorBoard and Aim in a real browser.
 
-python -m pytest -m browser tests/browser
-FOLIO_SCREENSHOTS=/tmp/shots python -m pytest -m browser tests/browser    # save screenshots
-
-Needs the extra `browser` and a Chromium (`apt-get install chromium`, or FOLIO_CHROMIUM=path).
+python -m pytest -m browser tests/browser/test_pages.py
 """
 
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -29,56 +25,6 @@ from utils.run_manager import RunDirectory
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
-
-# Without these Chromium calls the network at every start.
-QUIET = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
-    *("--disable-component-update", "--no-first-run", "--disable-quic"),
-)
-SECONDS = 60_000  # milliseconds: how long a page may take to show something
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("FOLIO_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    assert path, "no Chromium: apt-get install chromium, or set FOLIO_CHROMIUM"
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=path, args=QUIET)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def picture(request) -> Callable[["playwright.Page", str], None]:
-    """Save a screenshot of a page if FOLIO_SCREENSHOTS is set."""
-
-    def take(page: "playwright.Page", name: str) -> None:
-        if directory := os.environ.get("FOLIO_SCREENSHOTS"):
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
-
-    return take
-
-
-@pytest.fixture
-def open_page(browser) -> Iterator[Callable[..., "playwright.Page"]]:
-    """Open an address. `page.errors` has its scripts' errors, `page.calls` its requests."""
-    contexts = []
-
-    def open_it(address: str, **options) -> "playwright.Page":
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.errors, page.calls = [], []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("request", lambda request: page.calls.append(request.url))
-        page.goto(address, timeout=SECONDS)
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture
@@ -232,9 +178,9 @@ def test_tensorboard_shows_the_loss_curves_of_the_run(run, open_page, serve, pic
     page = visit(open_page, f"{address}/?tagFilter=loss#timeseries")
     for tag in ("eval/train_loss", "eval/val_loss", "loss/train"):
         card = page.locator("card-view", has=page.get_by_text(tag, exact=True))
-        card.scroll_into_view_if_needed(timeout=SECONDS)
+        card.scroll_into_view_if_needed()
         line = card.locator("line-chart svg path").first
-        line.wait_for(state="attached", timeout=SECONDS)
+        line.wait_for(state="attached")
         assert line.evaluate("path => path.getTotalLength()") > 30  # pixels of a curve
     names = page.locator("runs-data-table tb-data-table-content-row")
     assert names.count() == 1, "one run of Folio is one run of TensorBoard"
@@ -246,15 +192,15 @@ def test_tensorboard_shows_train_and_val_loss_in_one_chart_and_the_settings(
 ):
     address = serve("tensorboard", "--logdir", "runs")
     page = visit(open_page, f"{address}/#custom_scalars")
-    page.get_by_text("train and val, evaluated").wait_for(timeout=SECONDS)
+    page.get_by_text("train and val, evaluated").wait_for()
     picture(page, "tensorboard_custom")
     page = open_page(f"{address}/#hparams")
-    page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
-    page.get_by_text(re.compile("^seen ")).first.wait_for(timeout=SECONDS)  # its tag
+    page.get_by_text("n_embd").first.wait_for()
+    page.get_by_text(re.compile("^seen ")).first.wait_for()  # its tag
     picture(page, "tensorboard_hparams")
     page = open_page(f"{address}/#text")
     names = page.locator(".heading .name")
-    names.first.wait_for(timeout=SECONDS)
+    names.first.wait_for()
     assert names.first.inner_text().startswith("sample")  # of training, or of the exported model
     picture(page, "tensorboard_text")
 
@@ -263,11 +209,11 @@ def test_aim_lists_the_run_with_its_parameters(run, open_page, serve, picture):
     address = serve("aim", "up", "--repo", ".")
     page = visit(open_page, f"{address}/runs")
     name = page.get_by_text(run.run_dir.name).first
-    name.wait_for(timeout=SECONDS)
+    name.wait_for()
     picture(page, "aim_runs")
     name.click()
     # Aim draws only the lines that fit; a taller window has room for every setting.
     page.set_viewport_size({"width": 1280, "height": 2000})
-    page.get_by_text("Run Params").first.click(timeout=SECONDS)
-    page.get_by_text("n_embd").first.wait_for(timeout=SECONDS)
+    page.get_by_text("Run Params").first.click()
+    page.get_by_text("n_embd").first.wait_for()
     picture(page, "aim_params")
