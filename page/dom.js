@@ -71,10 +71,15 @@ export function addArrowKeys(group, columns = () => 1) {
   });
 }
 
-/** Draw lines over one axis: an SVG of `width` × `height` units that scales with the page. */
-export function drawChart({ series, width = 640, height = 240, xLabel, yLabel, marks = [], title }) {
+/**
+ * Draw lines over one axis: an SVG of `width` × `height` pixels.
+ *
+ * series: [{ points: [[x, y], …], name, color }], color a class. marks: vertical lines,
+ * [{ at, label }].
+ */
+export function drawChart({ series, width, height = 240, xLabel, yLabel, marks = [], title }) {
   const points = series.flatMap((each) => each.points);
-  const margin = { left: 46, right: 14, top: 12, bottom: 34 };
+  const margin = { left: 46, right: 14, top: 24, bottom: 34 };
   const xs = points.map(([x]) => x), ys = points.map(([, y]) => y);
   const xRange = [Math.min(...xs), Math.max(...xs)], yRange = [Math.min(...ys), Math.max(...ys)];
   if (xRange[0] === xRange[1]) xRange[1] += 1;
@@ -93,8 +98,8 @@ export function drawChart({ series, width = 640, height = 240, xLabel, yLabel, m
   for (const tick of chooseTicks(...xRange, width > 400 ? 6 : 4).filter((tick) => tick <= xRange[1])) {
     svg.append(createSvg("text", { x: x(tick), y: height - margin.bottom + 16, "text-anchor": "middle" }, number(tick)));
   }
-  svg.append(createSvg("text", { x: width - margin.right, y: height - 4, "text-anchor": "end" }, xLabel));
-  svg.append(createSvg("text", { x: 0, y: height - 4 }, yLabel));
+  svg.append(createSvg("text", { x: width - margin.right, y: height - 3, "text-anchor": "end" }, xLabel));
+  svg.append(createSvg("text", { x: 0, y: 11 }, yLabel));
   for (const { points, name, color } of series) {
     const path = points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
     svg.append(createSvg("path", { d: path, class: `line ${color}` }));

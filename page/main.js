@@ -112,7 +112,7 @@ class Frame {
     const values = state.parse(given);
     if (!given.has("text")) {
       const sample = (model.card.sample ?? "").slice(0, FIRST_TEXT);
-      values.text = model.tokenizer.decode(app.encode(sample)) || model.default_prompt;
+      values.text = model.tokenizer.decode(app.encode(sample)).trimStart() || model.default_prompt;
     }
     values.text = values.text.slice(0, MAX_TEXT);
     if (!given.has("from")) values.from = values.text.length;

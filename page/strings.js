@@ -108,8 +108,8 @@ export const STRINGS = {
     title: "The same prompt, at different times of training",
     lead: "Move through the checkpoints of the run. The prompt is your text; seed and sampling stay the same.",
     slider: "Checkpoint",
-    kinds: { initial: "before training", checkpoint: "checkpoint", best: "best", last: "last" },
-    step: (step, kind) => `step ${number(step)} (${kind})`,
+    kinds: { initial: "before training", checkpoint: "", best: "best", last: "last" },
+    step: (step, kind) => `step ${number(step)}${kind && ` (${kind})`}`,
     losses: (train, val) =>
       [train === null ? null : `train loss ${number(train, 3)}`, val === null ? null : `val loss ${number(val, 3)}`]
         .filter(Boolean).join(", "),
@@ -125,8 +125,7 @@ export const STRINGS = {
     yLabel: "loss (nats)",
     noCurve: "The record of the run's losses was not there when the page was made.",
     sample: "Continuation",
-    again: "Use this checkpoint in all views",
-    used: "All views use this checkpoint.",
+    used: "All views show the model of this checkpoint, until you move the slider back.",
   },
 
   attention: {
@@ -219,7 +218,7 @@ export const STRINGS = {
       "By chance, about one place in 25,000 is underlined wrongly.",
     found: (count, longest, share) =>
       count === 0 ? "No stretch of this text was found in the training text." :
-        `${plural(count, "stretch").replace("stretchs", "stretches")} found, the longest has at least ${plural(longest, "character")}: ${percent(share)} of the text.`,
+        `${count === 1 ? "1 stretch" : `${number(count)} stretches`} found, the longest has at least ${plural(longest, "character")}: ${percent(share)} of the text.`,
     none: (reason) => `The page was made without this: ${reason}.`,
     generate: (count, unit) => `Generate ${plural(count, unit)} more`,
   },

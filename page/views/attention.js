@@ -24,7 +24,7 @@ export function createAttentionView(app) {
   const cells = [];
   for (let layer = 0; layer < L; layer++) {
     const row = create("div", { className: "layer", role: "group", ariaLabel: text.layer(layer) },
-      create("h4", {}, text.layer(layer)));
+      create("h3", {}, text.layer(layer)));
     for (let head = 0; head < H; head++) {
       const name = text.head(layer, head);
       const canvas = create("canvas", { className: "map", ariaHidden: "true" });

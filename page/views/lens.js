@@ -10,7 +10,7 @@ export function createLensView(app) {
   const unit = app.model.tokenizer.unit;
   const { block_size: T } = app.model.config;
   const cut = create("p", { className: "quiet", hidden: true });
-  const table = create("table", { className: "lens" });
+  const table = create("table", { className: "lens", ariaLabel: text.caption });
   const detail = create("p", { className: "detail", ariaLive: "polite" }, text.choose);
   const scroll = create("div", { className: "scroll" }, table);
   let columns = 1;
@@ -52,7 +52,7 @@ export function createLensView(app) {
         return create("td", { className: id === shown[i + 1] ? "right" : "" }, cell);
       }));
     });
-    table.replaceChildren(create("caption", {}, text.caption), create("thead", {}, head), create("tbody", {}, rows));
+    table.replaceChildren(create("thead", {}, head), create("tbody", {}, rows));
     scroll.scrollLeft = scroll.scrollWidth;
   }
 

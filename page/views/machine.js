@@ -23,7 +23,7 @@ export function createMachineView(app) {
     const parameters = pattern ? count(pattern) : 0;
     const sources = parts.map((part) => [part, app.source[part]]).filter(([, source]) => source);
     return create("div", { className: "box" },
-      create("h4", {}, name),
+      create("h3", {}, name),
       create("p", {}, what),
       create("p", { className: "quiet" }, shape, " · ", text.parameters(parameters, parameters / model.parameters)),
       sources.map(([part, { start, end, text: code }]) => create("details", {},

@@ -87,8 +87,8 @@ export function createSurpriseView(app) {
     const points = scored.bits.map((bits, i) => [i + 2, (sum += bits) / (i + 1)]);
     const thinned = points.filter((_, i) => i % Math.ceil(points.length / 600) === 0);
     chart.replaceChildren(
-      drawChart({ series: [{ points: thinned, color: "line-1" }], height: 180, xLabel: text.position, yLabel: text.unit, title: text.chart }),
-      create("figcaption", {}, text.chart));
+        create("figcaption", {}, text.chart),
+        drawChart({ width: chart.clientWidth || 640, series: [{ points: thinned, color: "line-1" }], height: 180, xLabel: text.position, yLabel: text.unit, title: text.chart }));
   }
 
   const scale = create("span", { className: "scale" });

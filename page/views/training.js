@@ -34,8 +34,8 @@ export function createTrainingView(app) {
       const series = ["train", "val"].filter((each) => model.curve[each].length).map((each, i) =>
         ({ points: model.curve[each], name: text[each], color: `line-${2 - i}` }));
       chart.replaceChildren(
-        drawChart({ series, xLabel: text.xLabel, yLabel: text.yLabel, title: text.chart, marks: [{ at: step, label: name(index) }] }),
-        create("figcaption", {}, text.chart));
+        create("figcaption", {}, text.chart),
+        drawChart({ width: chart.clientWidth || 640, series, xLabel: text.xLabel, yLabel: text.yLabel, title: text.chart, marks: [{ at: step, label: name(index) }] }));
     } else chart.replaceChildren(create("p", { className: "quiet" }, text.noCurve));
 
     const ids = app.encode();
@@ -61,7 +61,7 @@ export function createTrainingView(app) {
     create("h2", {}, text.title), create("p", {}, text.lead),
     isSingle ? create("div", { className: "note" }, create("p", {}, text.one), create("pre", { className: "command" }, text.commands)) : null,
     create("p", {}, label),
-    isSingle ? null : create("div", { className: "times" }, slider, ticks),
+    isSingle ? null : create("div", { className: "times" }, slider, ticks, create("p", { className: "quiet" }, text.used)),
     losses, bits,
     model.overfitting ? create("p", { className: "note" }, text.overfitting(model.overfitting.since, model.overfitting.rise)) : null,
     chart, create("h3", {}, text.sample), sample);
