@@ -17,6 +17,7 @@ export class App {
     const program = decodeBase64(document.getElementById("folio-kernels").textContent.trim());
     this.client = new Client(document.getElementById("folio-engine").textContent, program);
     this.state = new State();
+    this.onError = () => {}; // called with an Error that a view's button met
     // How the text from state's `from` on was generated: its ids, and the settings.
     this.generated = { ids: null, settings: null };
   }
@@ -43,6 +44,15 @@ export class App {
     if (options.signal?.aborted) throw new Error("cancelled");
     if (name === "generate") args.sampling = { ...SAMPLING, ...args.sampling };
     return this.client.call(name, { key, ...args }, options);
+  }
+
+  /** Do what a button asks for; an error is shown, unless it was stopped. */
+  async attempt(work) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.message !== "cancelled") this.onError(error);
+    }
   }
 
   getText() {

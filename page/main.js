@@ -28,6 +28,7 @@ const VIEWS = {
 };
 const MAX_TEXT = 20_000; // characters that are typed or pasted
 const FIRST_TEXT = 120; // characters of the card's sample that the page opens with
+const ADDRESS = 250; // milliseconds without a change before the address follows
 const TYPING = 120; // milliseconds without a key before a typed text is computed
 
 /** Shows the frame and the current view, and keeps them up to date with the state. */
@@ -139,7 +140,9 @@ class Frame {
       this.notes.replaceChildren(...notes.map((note) => create("p", {}, note)));
     }
     for (const [name, slider] of Object.entries(this.sliders)) slider.set(state.get(name));
-    history.replaceState(null, "", `#${state.format()}`);
+    // Not at once: browsers refuse many changes of the address in a short time.
+    clearTimeout(this.addressTimer);
+    this.addressTimer = setTimeout(() => history.replaceState(null, "", `#${state.format()}`), ADDRESS);
     const name = state.get("view");
     this.links.forEach((link, index) => {
       const each = Object.keys(VIEWS)[index];
@@ -188,6 +191,7 @@ class Frame {
   }
 
   async copyLink() {
+    history.replaceState(null, "", `#${this.app.state.format()}`);
     try {
       await navigator.clipboard.writeText(location.href);
       this.copied.textContent = STRINGS.page.copied;
@@ -210,9 +214,7 @@ function openPage() {
     const frame = new Frame(app);
     app.state.listeners.push((names) => frame.show(names));
     addEventListener("hashchange", () => frame.followLink());
-    addEventListener("unhandledrejection", (event) => {
-      if (event.reason?.message === "cancelled") event.preventDefault();
-    });
+    app.onError = (error) => frame.showError(error);
     frame.followLink();
     return app;
   } catch (error) {

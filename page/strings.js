@@ -78,7 +78,8 @@ export const STRINGS = {
     left: (kept, all) => `${number(kept)} of ${number(all)} may be drawn.`,
     more: (count) => `${number(count)} less likely ones are not shown.`,
     rate: (count, unit, seconds) => `${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
-    command: "The same text on the command line, from the run that this page was made of:",
+    command: (dtype) =>
+      `On the command line, ${dtype === "fp32" ? "the same text" : `the same text, but for this page's weights being rounded to ${dtype}`}:`,
   },
 
   surprise: {
@@ -134,7 +135,7 @@ export const STRINGS = {
     lead: (unit) =>
       `One map for each head: a row is a ${unit}, a column one before it; dark is much attention. Choose a head, then a ${unit}: ` +
       "its colours show where that head looks from there.",
-    cut: (count, unit) => `Shown for the first ${plural(count, unit)} of the text.`,
+    cut: (count, unit) => `Shown for the last ${plural(count, unit)} of the text, all that the model sees.`,
     layer: (layer) => `Layer ${layer + 1}`,
     head: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`,
     scores: (previous, induction) => `prev ${percent(previous)}, ind ${percent(induction)}`,

@@ -53,7 +53,7 @@ export function createAttentionView(app) {
 
   function look(target) {
     if (target.dataset?.stop === undefined || !shown) return;
-    app.state.set({ at: Number(target.dataset.stop) });
+    app.state.set({ at: shown.first + Number(target.dataset.stop) });
   }
 
   /** Return the attention weights from a position, (position + 1,). */
@@ -68,14 +68,14 @@ export function createAttentionView(app) {
   }
 
   function showChosen() {
-    const { ids, t } = shown;
+    const { ids, t, first } = shown;
     const [layer, head] = getChosen();
     const name = text.head(layer, head);
     for (const each of cells) each.choose.setAttribute("aria-pressed", each.layer === layer && each.head === head);
     title.textContent = name;
     large.setAttribute("aria-label", text.map(name));
     paint(large, t, (position) => getWeights(layer, head, position));
-    const stop = app.state.get("at");
+    const stop = app.state.get("at") - first;
     const at = stop < 0 || stop >= t ? t - 1 : stop;
     const weights = getWeights(layer, head, at);
     const largest = Math.max(...weights);
@@ -86,8 +86,8 @@ export function createAttentionView(app) {
       span.style.backgroundColor = share > 0.02 ? `color-mix(in srgb, var(--look) ${Math.round(100 * share)}%, transparent)` : "transparent";
     });
     const order = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]).slice(0, 4);
-    const targets = order.map((i) => `${app.nameToken(ids[i])} (${STRINGS.token.position(i)}) ${STRINGS.percent(weights[i])}`);
-    reads.textContent = text.reads(`${app.nameToken(ids[at])} (${STRINGS.token.position(at)})`, targets.join(", "));
+    const targets = order.map((i) => `${app.nameToken(ids[i])} (${STRINGS.token.position(first + i)}) ${STRINGS.percent(weights[i])}`);
+    reads.textContent = text.reads(`${app.nameToken(ids[at])} (${STRINGS.token.position(first + at)})`, targets.join(", "));
   }
 
   async function update(signal, changed) {
@@ -96,13 +96,14 @@ export function createAttentionView(app) {
       return;
     }
     const all = app.encodePrompt(app.getText());
-    const ids = all.slice(0, T);
+    const ids = all.slice(-T);
+    const first = all.length - ids.length;
     cut.hidden = all.length <= T;
     cut.textContent = text.cut(ids.length, unit);
     const maps = await app.call("attend", { ids }, { signal });
     scores = await app.call("headScores", {}, { signal });
     if (signal.aborted) return;
-    shown = { ids, t: ids.length, maps };
+    shown = { ids, t: ids.length, maps, first };
     const off = getOff();
     const small = Math.min(SMALL, ids.length);
     for (const { layer, head, canvas, score, on } of cells) {
@@ -110,7 +111,6 @@ export function createAttentionView(app) {
       score.textContent = text.scores(scores.previous[layer * H + head], scores.induction[layer * H + head]);
       on.checked = !off.includes(`${layer}.${head}`);
     }
-    const at = Math.min(app.state.get("at"), ids.length - 1);
     passage.replaceChildren(...model.tokenizer.split(ids).map((piece, index) => {
       const span = create("span", { className: "piece", role: "button", tabIndex: -1, ariaLabel: app.nameToken(ids[index]) }, showLineEnds(piece));
       span.dataset.stop = index;

@@ -34,9 +34,8 @@ export function createCompareView(app) {
   }
 
   async function update(signal) {
-    const models = app.models.slice(0, 1).concat(app.models.slice(-1)).slice(0, app.models.length);
-    if (models.length === 1) message.textContent = text.itself;
-    const shown = models.map((model) => {
+    if (app.models.length === 1) message.textContent = text.itself;
+    const shown = app.models.map((model) => {
       const sample = create("pre", { className: "sample", tabIndex: 0, ariaLabel: model.name });
       const facts = create("p", { className: "quiet" });
       const element = create("div", {},

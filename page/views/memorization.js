@@ -15,12 +15,9 @@ export function createMemorizationView(app) {
   let hashes = null; // decoded when they are needed first
   button.onclick = async () => {
     button.disabled = true;
-    try {
-      await app.generate(app.state.get("count"));
-    } finally {
-      button.disabled = false;
-      button.focus();
-    }
+    await app.attempt(() => app.generate(app.state.get("count")));
+    button.disabled = false;
+    button.focus();
   };
 
   async function update() {

@@ -20,7 +20,7 @@ export function createNextView(app) {
   const facts = create("p", { className: "quiet" });
   const bars = create("ol", { className: "bars" });
   const command = create("code", { className: "command" });
-  const hint = create("p", { className: "quiet", hidden: true }, text.command, " ", command);
+  const hint = create("p", { className: "quiet", hidden: true }, text.command(app.model.dtype), " ", command);
   let running = null;
 
   const showButtons = () => {
@@ -35,13 +35,12 @@ export function createNextView(app) {
     running = new AbortController();
     showButtons();
     if (count > 1) stop.focus();
-    try {
-      const result = await app.generate(count, running.signal);
-      if (count > 1) status.textContent = text.rate(result.ids.length, app.model.tokenizer.unit, result.seconds);
-    } finally {
-      running = null;
-      showButtons();
-      app.state.touch("text");
+    const result = await app.attempt(() => app.generate(count, running.signal));
+    running = null;
+    showButtons();
+    app.state.touch("text");
+    if (result && count > 1) {
+      status.textContent = text.rate(result.ids.length, app.model.tokenizer.unit, result.seconds);
       if (document.activeElement === document.body || document.activeElement === stop) run.focus();
     }
   }
