@@ -138,7 +138,7 @@ export const STRINGS = {
     cut: (count, unit) => `Shown for the last ${plural(count, unit)} of the text, all that the model sees.`,
     layer: (layer) => `Layer ${layer + 1}`,
     head: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`,
-    scores: (previous, induction) => `prev ${percent(previous)}, ind ${percent(induction)}`,
+    scores: (previous, induction) => `prev ${percent(previous)}\nind ${percent(induction)}`,
     scoresLong:
       "prev: attention to the token before. ind (induction): attention to what followed the same token earlier. Both are means over a random text that is repeated.",
     on: "on",
