@@ -76,7 +76,8 @@ export class App {
 
   /** Return the text as { prompt, generated }, ids. */
   getContext() {
-    const generated = this.generated.ids ?? this.encode(this.getText().slice(this.state.get("from")));
+    const generated =
+      this.generated.ids ?? this.encode(this.getText().slice(this.state.get("from")));
     return { prompt: this.encodePrompt(this.getPrompt()), generated };
   }
 
@@ -88,7 +89,9 @@ export class App {
 
   /** Return whether the generated part of the text was generated with the settings of now. */
   isGeneratedAsSet() {
-    return this.generated.settings === null || this.generated.settings === this.state.formatSampling();
+    return (
+      this.generated.settings === null || this.generated.settings === this.state.formatSampling()
+    );
   }
 
   /**
@@ -101,7 +104,12 @@ export class App {
     const context = this.getContext();
     const start = this.getPrompt();
     const ids = [...context.generated];
-    const args = { ...context, count, seed: this.state.get("seed"), sampling: this.state.getSampling() };
+    const args = {
+      ...context,
+      count,
+      seed: this.state.get("seed"),
+      sampling: this.state.getSampling(),
+    };
     return this.call("generate", args, {
       signal,
       onPart: (part) => {
