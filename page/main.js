@@ -327,4 +327,8 @@ function openPage() {
   }
 }
 
-const app = openPage();
+let app = null; // also for programs that drive the page
+
+document.addEventListener("DOMContentLoaded", () => {
+  app = openPage(); // the data comes after this script
+});

@@ -9,7 +9,6 @@ Needs the extra `browser` and a Chromium (`apt-get install chromium`, or FOLIO_C
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from callbacks import TrainResult
+from exporters.browser import QUIET, find_chromium
 from parameters import ModelConfig
 from report import write_comparison, write_picture
 from trainer import train
@@ -30,18 +30,12 @@ from utils.run_manager import RunDirectory
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
 
-# Without these Chromium calls the network at every start.
-QUIET = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
-    *("--disable-component-update", "--no-first-run", "--disable-quic"),
-)
 SECONDS = 60_000  # milliseconds: how long a page may take to show something
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright.Browser"]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("FOLIO_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    path = find_chromium()
     assert path, "no Chromium: apt-get install chromium, or set FOLIO_CHROMIUM"
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=path, args=QUIET)
