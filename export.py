@@ -37,6 +37,8 @@ from utils.command_line import Action, CommandLine
 from utils.errors import RunError, UserError, format_reason
 from utils.files import DISK_FULL, is_file, is_present, is_real_directory, make_directory, sync
 from utils.output import Output, format_bytes, run_command
+from utils.report import write_report
+from utils.report.runs import Run
 from utils.run_manager import RunDirectory
 
 EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf", "html": "html"}  # modules
@@ -194,6 +196,16 @@ def choose_models(config: ExportConfig, actions: Mapping[str, Any]) -> dict[str,
     return {name: chosen, other_name if other_name != name else f"{name}-2": other}
 
 
+def link_page(page: Path, run: Run, output: Output) -> None:
+    """Draw the report of a run again, if there is one, with a link to the page."""
+    report = RunDirectory(run.path).report
+    if is_file(report):
+        try:
+            write_report(report, run.path, list(dict.fromkeys([*find_pages(run.name), page])))
+        except OSError as error:
+            output.print_warning(f"{report} has no link to the page: {error.strerror}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Find the model, write its export, and verify it if that is asked for."""
     command_line = CommandLine(__doc__, ExportConfig, ACTIONS, operands=OPERAND)
@@ -217,17 +229,15 @@ def main(argv: Sequence[str]) -> int:
     from exporters.card import create_card, write_card
     from exporters.source import load_run, load_source
     from exporters.verify import compare_with_source
-    from utils.report import write_report
 
     exporter = importlib.import_module(f"exporters.{EXPORTERS[config.format]}")
-    sources = {each: load_source(place) for each, place in models.items()}
-    for source in sources.values():
+    cards = []
+    for each, place in models.items():
+        source = load_source(place)
         exporter.check(source, dtype)
-    cards = [
-        create_card(source, load_run(source.bundle, Path(config.runs_dir)), each)
-        for each, source in sources.items()
-    ]
-    source, run = sources[name], cards[0].run
+        run = load_run(source.bundle, Path(config.runs_dir))
+        cards.append(create_card(source, run, each))
+    source, run = cards[0].source, cards[0].run
     options = {}
     if config.format == "html":
         options = {
@@ -245,11 +255,8 @@ def main(argv: Sequence[str]) -> int:
     output.print(f"Exported to {out} ({format_bytes(size)})")
     if config.format == "html":
         page = out / f"{name}.html"
-        if run is not None and is_file(report := RunDirectory(run.path).report):
-            try:
-                write_report(report, run.path, list(dict.fromkeys([*find_pages(run.name), page])))
-            except OSError as error:
-                output.print_warning(f"{report}: has no link to the page: {error.strerror}")
+        if run is not None:
+            link_page(page, run, output)
         if "open" in actions and not webbrowser.open(page.resolve().as_uri()):
             output.print_warning(f"no browser was found: open {page} in one")
     if "verify" in actions:

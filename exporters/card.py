@@ -79,10 +79,8 @@ def create_card(source: ExportSource, run: Run | None, name: str) -> Card:
     """Collect the facts about a model, generate a sample, and compare it with the training text."""
     try:
         tokens, reason = read_training_tokens(source), ""
-    except (UserError, RunError, OSError) as error:
-        path = str(source.bundle.state.settings.get("data") or "")
-        reason = getattr(error, "strerror", None) or str(error)
-        tokens, reason = None, reason.replace(path, get_last_part(path)) if path else reason
+    except UserError as error:
+        tokens, reason = None, str(error)
     data, sample = describe_data(source, run), generate_sample(source)
     return Card(
         name=name,
@@ -296,7 +294,10 @@ def read_training_tokens(source: ExportSource) -> np.ndarray:
         config = ModelConfig(**{**settings, "tokenizer": source.tokenizer.token_kind})
     except ValidationError:  # settings that do not fit together
         raise UserError("its settings are not valid") from None
-    data = load_dataset(config, tokenizer=source.tokenizer, use_sample_corpus=path is None)
+    try:
+        data = load_dataset(config, tokenizer=source.tokenizer, use_sample_corpus=path is None)
+    except (UserError, RunError, OSError):  # whose messages have the path
+        raise UserError("it cannot be read") from None
     if data.sha256 != digest:
         raise UserError("it has changed since")
     return data.splits["train"]

@@ -45,7 +45,8 @@ MAX_PAGE = 500_000_000  # V8 has no longer strings
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float16}  # of vectors
 BINARY, JSON = "application/octet-stream", "application/json"
 CLOSING = re.compile(r"</script|</style|<!--", re.IGNORECASE)  # would end an element
-IMPORT = re.compile(r'^import\s*\{[^}]*\}\s*from\s*"(?P<path>\.\.?/[^"]+)";\n', re.MULTILINE)
+NAMES = r"\{\s*(?:[\w$]+\s*,\s*)*(?:[\w$]+\s*)?\}"
+IMPORT = re.compile(rf'^import\s*{NAMES}\s*from\s*"(?P<path>\.\.?/[^"]+)";\n?', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?function\b|class\b|const\b)", re.MULTILINE)
 DEFINITION = re.compile(
     r"^(?:async )?(?:function\*?|class|const|let|var) +([\w$]+|[\[{][^=]*)", re.MULTILINE

@@ -56,7 +56,7 @@ def select_checkpoints(source: ExportSource, run: Run | None, count: int) -> lis
     bundles: dict[int, Bundle | None] = {**find_bundles(source, run)}
     shown, last = source.bundle.state.step, max(bundles)
     best = bundles[last].state.get_fact("best_step")
-    if can_rebuild_initial(source):
+    if is_from_scratch(source):
         bundles.setdefault(0, None)
     steps = np.array(sorted(bundles))
     chosen = list(dict.fromkeys([shown, last, int(steps[0])]))[:count]
@@ -88,8 +88,8 @@ def find_bundles(source: ExportSource, run: Run | None) -> dict[int, Bundle]:
     return {**found, ours.state.step: ours}
 
 
-def can_rebuild_initial(source: ExportSource) -> bool:
-    """Return whether the run trained from scratch, so that its seed gives its initialization."""
+def is_from_scratch(source: ExportSource) -> bool:
+    """Return whether a run trained the model from scratch: its seed gives its initialization."""
     state = source.bundle.state
     return state.get_fact("start_step") == 0 and not state.lineage and "seed" in state.settings
 

@@ -17,6 +17,7 @@ export class App {
     const program = decodeBase64(document.getElementById("folio-kernels").textContent.trim());
     this.client = new Client(document.getElementById("folio-engine").textContent, program);
     this.state = new State();
+    this.onError = () => {}; // called with an Error that a view's button met
     // How the text from state's `from` on was generated: its ids, and the settings.
     this.generated = { ids: null, settings: null };
   }
@@ -45,6 +46,15 @@ export class App {
     return this.client.call(name, { key, ...args }, options);
   }
 
+  /** Do what a button asks for; an error is shown, unless it was stopped. */
+  async attempt(work) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.message !== "cancelled") this.onError(error);
+    }
+  }
+
   getText() {
     return this.state.get("text");
   }
@@ -66,7 +76,8 @@ export class App {
 
   /** Return the text as { prompt, generated }, ids. */
   getContext() {
-    const generated = this.generated.ids ?? this.encode(this.getText().slice(this.state.get("from")));
+    const generated =
+      this.generated.ids ?? this.encode(this.getText().slice(this.state.get("from")));
     return { prompt: this.encodePrompt(this.getPrompt()), generated };
   }
 
@@ -78,7 +89,9 @@ export class App {
 
   /** Return whether the generated part of the text was generated with the settings of now. */
   isGeneratedAsSet() {
-    return this.generated.settings === null || this.generated.settings === this.state.formatSampling();
+    return (
+      this.generated.settings === null || this.generated.settings === this.state.formatSampling()
+    );
   }
 
   /**
@@ -91,7 +104,12 @@ export class App {
     const context = this.getContext();
     const start = this.getPrompt();
     const ids = [...context.generated];
-    const args = { ...context, count, seed: this.state.get("seed"), sampling: this.state.getSampling() };
+    const args = {
+      ...context,
+      count,
+      seed: this.state.get("seed"),
+      sampling: this.state.getSampling(),
+    };
     return this.call("generate", args, {
       signal,
       onPart: (part) => {

@@ -10,7 +10,9 @@ export class Client {
     this.nextId = 0;
     this.program = program;
     try {
-      const url = URL.createObjectURL(new Blob([code, "\nserve(self);"], { type: "text/javascript" }));
+      const url = URL.createObjectURL(
+        new Blob([code, "\nserve(self);"], { type: "text/javascript" }),
+      );
       this.worker = new Worker(url);
       this.worker.onmessage = ({ data }) => this.receive(data);
       this.worker.onerror = () => this.runHere();

@@ -49,15 +49,20 @@ export function readPage(root, prefix = "own") {
     throw new DamagedPage();
   }
   if (data?.format_version !== FORMAT_VERSION) throw new DamagedPage();
-  const models = data.models.map((each, index) => new PageModel(each, getText, `${prefix}-${index}`));
+  const models = data.models.map(
+    (each, index) => new PageModel(each, getText, `${prefix}-${index}`),
+  );
   return { ...data, models };
 }
 
 /** Throw DamagedPage if a model's data is not what the page can show: it may be a stranger's. */
 function checkModel({ config, num_tokens: V, tokenizer, checkpoints, shown }) {
-  const counts = ["block_size", "n_embd", "n_head", "n_layer", "hidden"].map((name) => config?.[name]);
+  const counts = ["block_size", "n_embd", "n_head", "n_layer", "hidden"].map(
+    (name) => config?.[name],
+  );
   const isCount = (value) => Number.isInteger(value) && value > 0 && value < 2 ** 24;
-  if (![V, ...counts].every(isCount) || config.n_embd % config.n_head !== 0) throw new DamagedPage();
+  if (![V, ...counts].every(isCount) || config.n_embd % config.n_head !== 0)
+    throw new DamagedPage();
   if (countNumbers(config, V) > MAX_MODEL_NUMBERS) throw new DamagedPage();
   const vocabulary = tokenizer?.chars ?? tokenizer?.tokens;
   if (!Array.isArray(vocabulary) || vocabulary.length !== V) throw new DamagedPage();

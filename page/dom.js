@@ -47,7 +47,13 @@ export function createSlider({ label, hint, min, max, step, value, format, onInp
     if (Number(input.value) !== number) input.value = number;
     show(number);
   };
-  const element = create("label", { className: "slider", title: hint ?? "" }, create("span", {}, label), input, output);
+  const element = create(
+    "label",
+    { className: "slider", title: hint ?? "" },
+    create("span", {}, label),
+    input,
+    output,
+  );
   return { element, input, set };
 }
 
@@ -71,65 +77,19 @@ export function addArrowKeys(group, columns = () => 1) {
   });
 }
 
-/** Draw lines over one axis: an SVG of `width` × `height` units that scales with the page. */
-export function drawChart({ series, width = 640, height = 240, xLabel, yLabel, marks = [], title }) {
-  const points = series.flatMap((each) => each.points);
-  const margin = { left: 46, right: 14, top: 12, bottom: 34 };
-  const xs = points.map(([x]) => x), ys = points.map(([, y]) => y);
-  const xRange = [Math.min(...xs), Math.max(...xs)], yRange = [Math.min(...ys), Math.max(...ys)];
-  if (xRange[0] === xRange[1]) xRange[1] += 1;
-  const ticks = chooseTicks(...yRange, 4);
-  yRange[0] = Math.min(yRange[0], ticks[0]);
-  yRange[1] = Math.max(yRange[1], ticks[ticks.length - 1]);
-  if (yRange[0] === yRange[1]) yRange[1] += 1;
-  const x = (value) => margin.left + ((value - xRange[0]) / (xRange[1] - xRange[0])) * (width - margin.left - margin.right);
-  const y = (value) => height - margin.bottom - ((value - yRange[0]) / (yRange[1] - yRange[0])) * (height - margin.top - margin.bottom);
-  const svg = createSvg("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": title });
-  const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
-  for (const tick of ticks) {
-    svg.append(createSvg("line", { x1: margin.left, x2: width - margin.right, y1: y(tick), y2: y(tick), class: "grid" }));
-    svg.append(createSvg("text", { x: margin.left - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick)));
-  }
-  for (const tick of chooseTicks(...xRange, width > 400 ? 6 : 4).filter((tick) => tick <= xRange[1])) {
-    svg.append(createSvg("text", { x: x(tick), y: height - margin.bottom + 16, "text-anchor": "middle" }, number(tick)));
-  }
-  svg.append(createSvg("text", { x: width - margin.right, y: height - 4, "text-anchor": "end" }, xLabel));
-  svg.append(createSvg("text", { x: 0, y: height - 4 }, yLabel));
-  for (const { points, name, color } of series) {
-    const path = points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
-    svg.append(createSvg("path", { d: path, class: `line ${color}` }));
-    if (name) {
-      const [a, b] = points[points.length - 1];
-      svg.append(createSvg("text", { x: x(a) - 4, y: y(b) - 6, "text-anchor": "end", class: "label" }, name));
-    }
-  }
-  for (const { at, label } of marks) {
-    svg.append(createSvg("line", { x1: x(at), x2: x(at), y1: margin.top, y2: height - margin.bottom, class: "mark" }));
-    const isRight = x(at) > width / 2;
-    svg.append(createSvg("text", { x: x(at) + (isRight ? -4 : 4), y: margin.top + 8, "text-anchor": isRight ? "end" : "start", class: "label" }, label));
-  }
-  return svg;
-}
-
-/** Return about `number` round values over a range. */
-function chooseTicks(low, high, number) {
-  const rough = (high - low || 1) / number;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
-  const ticks = [];
-  for (let tick = Math.floor(low / step) * step; tick < high + step; tick += step) {
-    ticks.push(Number(tick.toPrecision(12)));
-    if (tick >= high) break;
-  }
-  return ticks;
-}
-
 /** Return a CSS color for a surprise: pale blue at 0 bits, yellow, orange, and red from 8 bits. */
 export function getHeat(bits) {
-  const colors = [[214, 234, 255], [255, 243, 176], [255, 176, 92], [255, 92, 72]];
+  const colors = [
+    [214, 234, 255],
+    [255, 243, 176],
+    [255, 176, 92],
+    [255, 92, 72],
+  ];
   const place = (Math.min(Math.max(bits / 8, 0), 1) || 0) * (colors.length - 1);
   const below = Math.min(Math.floor(place), colors.length - 2);
-  const mixed = colors[below].map((from, i) => Math.round(from + (colors[below + 1][i] - from) * (place - below)));
+  const mixed = colors[below].map((from, i) =>
+    Math.round(from + (colors[below + 1][i] - from) * (place - below)),
+  );
   return `rgb(${mixed.join(" ")})`;
 }
 

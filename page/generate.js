@@ -48,7 +48,11 @@ export class Context {
       // The last token needs no place in the cache yet.
       const n = Math.min(this.T - this.position - t + 1, tokens.length - done);
       const known = tokens.slice(done, done + n);
-      const x = this.model.forward([...this.unread, ...known.slice(0, -1)], this.position, this.observer);
+      const x = this.model.forward(
+        [...this.unread, ...known.slice(0, -1)],
+        this.position,
+        this.observer,
+      );
       for (let i = 0; i < n; i++) onLogits?.(done + i, this.model.computeLogits(x, t - 1 + i));
       this.position += t + n - 1;
       this.recent = [...this.recent, ...known].slice(-this.T);

@@ -11,7 +11,10 @@ export function multiplyInJavaScript(x, rows, y, count, rowStride, yStride) {
   const whole = K - (K % 4);
   for (let i = 0; i < count; i++) {
     const start = i * rowStride;
-    let sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+    let sum0 = 0,
+      sum1 = 0,
+      sum2 = 0,
+      sum3 = 0;
     for (let k = 0; k < whole; k += 4) {
       sum0 += x[k] * rows[start + k];
       sum1 += x[k + 1] * rows[start + k + 1];
@@ -47,7 +50,15 @@ export class Kernels {
     this.isWebAssembly = multiply !== null;
     if (this.isWebAssembly) {
       this.multiply = (x, rows, y, count, rowStride, yStride) =>
-        multiply(x.byteOffset, rows.byteOffset, y.byteOffset, count, x.length, 4 * rowStride, 4 * yStride);
+        multiply(
+          x.byteOffset,
+          rows.byteOffset,
+          y.byteOffset,
+          count,
+          x.length,
+          4 * rowStride,
+          4 * yStride,
+        );
     } else {
       this.multiply = multiplyInJavaScript;
     }

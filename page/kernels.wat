@@ -1,5 +1,5 @@
 ;; The one kernel of the page, in WebAssembly's text format. kernels.js has the same in JavaScript.
-;; kernels.wasm is this file, assembled: `python -m exporters.wasm`; a test compares the two.
+;; kernels.wasm is this file, assembled (docs/development.md has the command); a test compares the two.
 
 (module
   (import "page" "memory" (memory 1))

@@ -28,6 +28,7 @@ const VIEWS = {
 };
 const MAX_TEXT = 20_000; // characters that are typed or pasted
 const FIRST_TEXT = 120; // characters of the card's sample that the page opens with
+const ADDRESS = 250; // milliseconds without a change before the address follows
 const TYPING = 120; // milliseconds without a key before a typed text is computed
 
 /** Shows the frame and the current view, and keeps them up to date with the state. */
@@ -41,19 +42,42 @@ class Frame {
     const unit = model.tokenizer.unit;
     this.status = create("p", { className: "error", role: "alert", hidden: true });
     this.main = create("main", { id: "view", tabIndex: -1 });
-    this.links = Object.keys(VIEWS).map((name, index) => create("a", {
-      onclick: (event) => {
-        event.preventDefault();
-        state.set({ view: name });
-      },
-    }, create("span", { className: "number", ariaHidden: "true" }, index + 1), STRINGS[name].name));
+    this.links = Object.keys(VIEWS).map((name, index) =>
+      create(
+        "a",
+        {
+          onclick: (event) => {
+            event.preventDefault();
+            state.set({ view: name });
+          },
+        },
+        create("span", { className: "number", ariaHidden: "true" }, index + 1),
+        STRINGS[name].name,
+      ),
+    );
     document.getElementById("page").replaceChildren(
-      create("header", {},
+      create(
+        "header",
+        {},
         create("h1", {}, model.name),
-        create("p", { className: "quiet" }, STRINGS.page.shape(model.parameters, model.config, unit)),
-        create("p", {}, STRINGS.page.lead(model, unit))),
-      create("nav", { ariaLabel: STRINGS.page.views }, create("ol", {}, this.links.map((link) => create("li", {}, link)))),
-      create("div", { className: "frame" }, this.panel, create("div", {}, this.status, this.main)));
+        create(
+          "p",
+          { className: "quiet" },
+          STRINGS.page.shape(model.parameters, model.config, unit),
+        ),
+        create("p", {}, STRINGS.page.lead(model, unit)),
+      ),
+      create(
+        "nav",
+        { ariaLabel: STRINGS.page.views },
+        create(
+          "ol",
+          {},
+          this.links.map((link) => create("li", {}, link)),
+        ),
+      ),
+      create("div", { className: "frame" }, this.panel, create("div", {}, this.status, this.main)),
+    );
     document.title = `${model.name} · Folio`;
   }
 
@@ -66,25 +90,72 @@ class Frame {
     const decimals = (value) => STRINGS.number(value, 2);
     const vocabulary = Math.min(model.num_tokens, 200);
     const sliders = {
-      temperature: { label: text.temperature, hint: text.temperatureHint, min: 0, max: 2, step: 0.05, format: decimals },
-      top_k: { label: text.topK, hint: text.topKHint, min: 0, max: vocabulary, step: 1, format: all },
-      top_p: { label: text.topP, hint: text.topPHint, min: 0.01, max: 1, step: 0.01, format: (value) => (value === 1 ? text.all : decimals(value)) },
-      min_p: { label: text.minP, hint: text.minPHint, min: 0, max: 0.99, step: 0.01, format: (value) => (value === 0 ? text.none : decimals(value)) },
+      temperature: {
+        label: text.temperature,
+        hint: text.temperatureHint,
+        min: 0,
+        max: 2,
+        step: 0.05,
+        format: decimals,
+      },
+      top_k: {
+        label: text.topK,
+        hint: text.topKHint,
+        min: 0,
+        max: vocabulary,
+        step: 1,
+        format: all,
+      },
+      top_p: {
+        label: text.topP,
+        hint: text.topPHint,
+        min: 0.01,
+        max: 1,
+        step: 0.01,
+        format: (value) => (value === 1 ? text.all : decimals(value)),
+      },
+      min_p: {
+        label: text.minP,
+        hint: text.minPHint,
+        min: 0,
+        max: 0.99,
+        step: 0.01,
+        format: (value) => (value === 0 ? text.none : decimals(value)),
+      },
     };
     this.sliders = {};
     for (const [name, options] of Object.entries(sliders)) {
-      this.sliders[name] = createSlider({ ...options, value: state.get(name), onInput: (value) => state.set({ [name]: value }) });
+      this.sliders[name] = createSlider({
+        ...options,
+        value: state.get(name),
+        onInput: (value) => state.set({ [name]: value }),
+      });
     }
     const numberField = (name, label, hint) => {
-      const input = create("input", { type: "number", min: name === "seed" ? 0 : 1, max: name === "seed" ? 2 ** 32 - 1 : 5000, step: 1 });
+      const input = create("input", {
+        type: "number",
+        min: name === "seed" ? 0 : 1,
+        max: name === "seed" ? 2 ** 32 - 1 : 5000,
+        step: 1,
+      });
       input.onchange = () => {
         if (input.checkValidity() && input.value !== "") state.set({ [name]: Number(input.value) });
         input.value = state.get(name);
       };
       this.sliders[name] = { set: (value) => (input.value = value) };
-      return create("label", { className: "field", title: hint ?? "" }, create("span", {}, label), input);
+      return create(
+        "label",
+        { className: "field", title: hint ?? "" },
+        create("span", {}, label),
+        input,
+      );
     };
-    this.textarea = create("textarea", { id: "text", rows: 6, spellcheck: false, autocapitalize: "off" });
+    this.textarea = create("textarea", {
+      id: "text",
+      rows: 6,
+      spellcheck: false,
+      autocapitalize: "off",
+    });
     this.textarea.setAttribute("aria-describedby", "notes");
     this.textarea.oninput = () => {
       this.isCut = this.textarea.value.length > MAX_TEXT;
@@ -92,16 +163,33 @@ class Frame {
     };
     this.notes = create("div", { id: "notes", className: "notes", role: "status" });
     this.copied = create("span", { role: "status" });
-    const copy = create("button", { type: "button", onclick: () => this.copyLink() }, STRINGS.page.copy);
-    const reset = create("button", { type: "button", onclick: () => this.reset() }, STRINGS.page.reset);
-    const settings = create("details", { open: matchMedia("(min-width: 900px)").matches },
+    const copy = create(
+      "button",
+      { type: "button", onclick: () => this.copyLink() },
+      STRINGS.page.copy,
+    );
+    const reset = create(
+      "button",
+      { type: "button", onclick: () => this.reset() },
+      STRINGS.page.reset,
+    );
+    const settings = create(
+      "details",
+      { open: matchMedia("(min-width: 900px)").matches },
       create("summary", {}, text.name),
       Object.keys(sliders).map((name) => this.sliders[name].element),
-      numberField("seed", text.seed, text.seedHint), numberField("count", text.count(unit)));
-    this.panel = create("form", { className: "panel", onsubmit: (event) => event.preventDefault() },
+      numberField("seed", text.seed, text.seedHint),
+      numberField("count", text.count(unit)),
+    );
+    this.panel = create(
+      "form",
+      { className: "panel", onsubmit: (event) => event.preventDefault() },
       create("label", { htmlFor: "text", className: "heading" }, STRINGS.page.text),
-      this.textarea, this.notes, settings,
-      create("div", { className: "buttons" }, copy, reset, this.copied));
+      this.textarea,
+      this.notes,
+      settings,
+      create("div", { className: "buttons" }, copy, reset, this.copied),
+    );
   }
 
   /** Show what the page's address says. */
@@ -112,7 +200,7 @@ class Frame {
     const values = state.parse(given);
     if (!given.has("text")) {
       const sample = (model.card.sample ?? "").slice(0, FIRST_TEXT);
-      values.text = model.tokenizer.decode(app.encode(sample)) || model.default_prompt;
+      values.text = model.tokenizer.decode(app.encode(sample)).trimStart() || model.default_prompt;
     }
     values.text = values.text.slice(0, MAX_TEXT);
     if (!given.has("from")) values.from = values.text.length;
@@ -131,7 +219,11 @@ class Frame {
       const unknown = model.tokenizer.findUnknown(text).map(makeVisible);
       const notes = [
         text === "" ? STRINGS.page.empty(makeVisible(model.default_prompt)) : null,
-        unknown.length ? STRINGS.page.unknown(`${unknown.slice(0, 30).join(" ")}${unknown.length > 30 ? " …" : ""}`) : null,
+        unknown.length
+          ? STRINGS.page.unknown(
+              `${unknown.slice(0, 30).join(" ")}${unknown.length > 30 ? " …" : ""}`,
+            )
+          : null,
         this.isCut ? STRINGS.page.tooLong(MAX_TEXT) : null,
         state.isTextInLink() ? null : STRINGS.page.notInLink,
       ].filter(Boolean);
@@ -139,7 +231,12 @@ class Frame {
       this.notes.replaceChildren(...notes.map((note) => create("p", {}, note)));
     }
     for (const [name, slider] of Object.entries(this.sliders)) slider.set(state.get(name));
-    history.replaceState(null, "", `#${state.format()}`);
+    // Not at once: browsers refuse many changes of the address in a short time.
+    clearTimeout(this.addressTimer);
+    this.addressTimer = setTimeout(
+      () => history.replaceState(null, "", `#${state.format()}`),
+      ADDRESS,
+    );
     const name = state.get("view");
     this.links.forEach((link, index) => {
       const each = Object.keys(VIEWS)[index];
@@ -183,11 +280,13 @@ class Frame {
   }
 
   showError(error) {
-    this.status.textContent = error instanceof DamagedPage ? STRINGS.page.damaged : STRINGS.page.failed(error.message);
+    this.status.textContent =
+      error instanceof DamagedPage ? STRINGS.page.damaged : STRINGS.page.failed(error.message);
     this.status.hidden = false;
   }
 
   async copyLink() {
+    history.replaceState(null, "", `#${this.app.state.format()}`);
     try {
       await navigator.clipboard.writeText(location.href);
       this.copied.textContent = STRINGS.page.copied;
@@ -210,16 +309,26 @@ function openPage() {
     const frame = new Frame(app);
     app.state.listeners.push((names) => frame.show(names));
     addEventListener("hashchange", () => frame.followLink());
-    addEventListener("unhandledrejection", (event) => {
-      if (event.reason?.message === "cancelled") event.preventDefault();
-    });
+    app.onError = (error) => frame.showError(error);
     frame.followLink();
     return app;
   } catch (error) {
     if (!(error instanceof DamagedPage)) throw error;
-    document.getElementById("page").replaceChildren(create("main", {}, create("p", { className: "error", role: "alert" }, STRINGS.page.damaged)));
+    document
+      .getElementById("page")
+      .replaceChildren(
+        create(
+          "main",
+          {},
+          create("p", { className: "error", role: "alert" }, STRINGS.page.damaged),
+        ),
+      );
     return null;
   }
 }
 
-const app = openPage();
+let app = null; // also for programs that drive the page
+
+document.addEventListener("DOMContentLoaded", () => {
+  app = openPage(); // the data comes after this script
+});

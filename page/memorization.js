@@ -19,7 +19,9 @@ export function hashUnits(text, start, length) {
 /** Return the set of the hashes: sorted, their differences as LEB128 numbers in base64. */
 export function decodeHashes(base64) {
   const hashes = new Set();
-  let hash = 0, difference = 0, shift = 0;
+  let hash = 0,
+    difference = 0,
+    shift = 0;
   for (const byte of decodeBase64(base64)) {
     difference += (byte & 0x7f) * 2 ** shift;
     shift += 7;

@@ -18,12 +18,13 @@ const STATE_DEFAULTS = {
 };
 const LIMITS = {
   seed: [0, 2 ** 32 - 1],
-  temperature: [0, 3],
-  top_k: [0, 100_000],
+  temperature: [0, 2],
+  top_k: [0, 1_000_000],
   top_p: [0.01, 1],
   min_p: [0, 0.99],
   count: [1, 5000],
 };
+const FRACTIONS = ["temperature", "top_p", "min_p"]; // all other numbers are integers
 const MAX_LINK_TEXT = 2000; // characters
 
 /** The values of the page's state by name; `set` changes some, and calls the listeners. */
@@ -82,12 +83,15 @@ export class State {
   parse(given) {
     const changes = { ...STATE_DEFAULTS };
     for (const [name, text] of given) {
-      if (!(name in STATE_DEFAULTS)) continue;
-      const isText = typeof STATE_DEFAULTS[name] === "string";
-      const value = isText ? text : Number(text);
-      if (!isText && !Number.isFinite(value)) continue;
-      const [low, high] = LIMITS[name] ?? [-Infinity, Infinity];
-      changes[name] = isText ? value : Math.min(Math.max(value, low), high);
+      if (!Object.hasOwn(STATE_DEFAULTS, name)) continue;
+      if (typeof STATE_DEFAULTS[name] === "string") {
+        changes[name] = text;
+        continue;
+      }
+      const value = FRACTIONS.includes(name) ? Number(text) : Math.round(Number(text));
+      if (!Number.isFinite(value)) continue;
+      const [low, high] = LIMITS[name] ?? [-1, Number.MAX_SAFE_INTEGER];
+      changes[name] = Math.min(Math.max(value, low), high);
     }
     return changes;
   }

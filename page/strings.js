@@ -2,7 +2,8 @@
 
 const number = (value, digits = 0) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-const percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`);
+const percent = (share) =>
+  share >= 0.9995 ? "100 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
 const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 export const STRINGS = {
@@ -21,7 +22,8 @@ export const STRINGS = {
       `${n_embd} channels · sees the last ${plural(block_size, unit)}`,
     views: "Views",
     text: "Text",
-    textHint: (unit) => `The views are about this text. Change it: the model continues it ${unit} by ${unit}.`,
+    textHint: (unit) =>
+      `The views are about this text. Change it: the model continues it ${unit} by ${unit}.`,
     unknown: (chars) => `Left out, as the model never saw these characters: ${chars}`,
     empty: (prompt) => `The text is empty: the model starts from ${prompt}.`,
     tooLong: (limit) => `Only the first ${number(limit)} characters are used.`,
@@ -43,7 +45,8 @@ export const STRINGS = {
     seedHint: "Fixes the random draws: the same seed gives the same text.",
     count: (unit) => `Length (${unit}s)`,
     temperature: "Temperature",
-    temperatureHint: "Divides the logits. Below 1: safer; above 1: wilder; 0: always the likeliest.",
+    temperatureHint:
+      "Divides the logits. Below 1: safer; above 1: wilder; 0: always the likeliest.",
     topK: "Top-k",
     topKHint: "Only the k likeliest may be drawn.",
     topP: "Top-p",
@@ -70,15 +73,20 @@ export const STRINGS = {
     stop: "Stop",
     undo: "Undo",
     bar: (name, before, after) =>
-      after === null ? `${name}: ${before}, cut` : `${name}: ${before}, after sampling settings ${after}`,
+      after === null
+        ? `${name}: ${before}, cut`
+        : `${name}: ${before}, after sampling settings ${after}`,
     append: (name) => `Append ${name}`,
     before: "model",
     after: "drawn from",
-    entropy: (bits, choices) => `Uncertainty: ${number(bits, 2)} bits, as much as ${number(choices, 1)} equally likely choices.`,
+    entropy: (bits, choices) =>
+      `Uncertainty: ${number(bits, 2)} bits, as much as ${number(choices, 1)} equally likely choices.`,
     left: (kept, all) => `${number(kept)} of ${number(all)} may be drawn.`,
     more: (count) => `${number(count)} less likely ones are not shown.`,
-    rate: (count, unit, seconds) => `${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
-    command: "The same text on the command line, from the run that this page was made of:",
+    rate: (count, unit, seconds) =>
+      `${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
+    command: (dtype) =>
+      `On the command line, ${dtype === "fp32" ? "the same text" : `the same text, but for this page's weights being rounded to ${dtype}`}:`,
   },
 
   surprise: {
@@ -93,7 +101,8 @@ export const STRINGS = {
     choose: "Choose a place in the text to see what the model expected there.",
     short: (unit) => `Write at least two ${unit}s.`,
     detail: (name, place) => `${name} at ${place}`,
-    facts: (probability, bits, rank) => `probability ${probability}, ${number(bits, 2)} bits, rank ${number(rank)}`,
+    facts: (probability, bits, rank) =>
+      `probability ${probability}, ${number(bits, 2)} bits, rank ${number(rank)}`,
     first: "The first has no prediction: there is nothing before it.",
     top: "The five likeliest here:",
     branch: (name) => `Go on with ${name} from here`,
@@ -108,11 +117,15 @@ export const STRINGS = {
     title: "The same prompt, at different times of training",
     lead: "Move through the checkpoints of the run. The prompt is your text; seed and sampling stay the same.",
     slider: "Checkpoint",
-    kinds: { initial: "before training", checkpoint: "checkpoint", best: "best", last: "last" },
-    step: (step, kind) => `step ${number(step)} (${kind})`,
+    kinds: { initial: "before training", checkpoint: "", best: "best", last: "last" },
+    step: (step, kind) => `step ${number(step)}${kind && ` (${kind})`}`,
     losses: (train, val) =>
-      [train === null ? null : `train loss ${number(train, 3)}`, val === null ? null : `val loss ${number(val, 3)}`]
-        .filter(Boolean).join(", "),
+      [
+        train === null ? null : `train loss ${number(train, 3)}`,
+        val === null ? null : `val loss ${number(val, 3)}`,
+      ]
+        .filter(Boolean)
+        .join(", "),
     text: (bits, unit) => `Your text: ${number(bits, 3)} bits a ${unit}.`,
     one: "This page has one checkpoint. To pack more, keep some while training, and export them:",
     commands: "python train.py --keep-every 100\npython export.py --format html --checkpoints 8",
@@ -125,8 +138,7 @@ export const STRINGS = {
     yLabel: "loss (nats)",
     noCurve: "The record of the run's losses was not there when the page was made.",
     sample: "Continuation",
-    again: "Use this checkpoint in all views",
-    used: "All views use this checkpoint.",
+    used: "All views show the model of this checkpoint, until you move the slider back.",
   },
 
   attention: {
@@ -135,10 +147,11 @@ export const STRINGS = {
     lead: (unit) =>
       `One map for each head: a row is a ${unit}, a column one before it; dark is much attention. Choose a head, then a ${unit}: ` +
       "its colours show where that head looks from there.",
-    cut: (count, unit) => `Shown for the first ${plural(count, unit)} of the text.`,
+    cut: (count, unit) =>
+      `Shown for the last ${plural(count, unit)} of the text, all that the model sees.`,
     layer: (layer) => `Layer ${layer + 1}`,
     head: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`,
-    scores: (previous, induction) => `prev ${percent(previous)}, ind ${percent(induction)}`,
+    scores: (previous, induction) => `prev ${percent(previous)}\nind ${percent(induction)}`,
     scoresLong:
       "prev: attention to the token before. ind (induction): attention to what followed the same token earlier. Both are means over a random text that is repeated.",
     on: "on",
@@ -188,20 +201,36 @@ export const STRINGS = {
     lead: "Every part with its true shape and number of parameters, and the lines of model.py that compute it.",
     lines: (start, end) => `model.py, lines ${start} to ${end}`,
     times: (count) => `× ${count}`,
-    parameters: (count, share) => (count === 0 ? "no parameters" : `${plural(count, "parameter")} (${percent(share)})`),
+    parameters: (count, share) =>
+      count === 0 ? "no parameters" : `${plural(count, "parameter")} (${percent(share)})`,
     total: (count, bytes) => `${plural(count, "parameter")} in all: ${bytes} in this page.`,
     parts: {
       tokens: ["Tokens", "The text, as numbers: one id for each entry of the vocabulary."],
       embedding: ["Token embedding", "Looks up a vector for each token."],
       positions: ["Position embedding", "Adds a vector for each position."],
       norm: ["Norm", "Scales each vector to a fixed size."],
-      attention: ["Attention", "Each head lets a position read from those before it: queries, keys and values, then a projection."],
-      rotary: ["Query-key norm, rotary positions", "Normalizes queries and keys, and turns them by an angle that grows with the position."],
-      mlp: ["MLP", "Transforms each position on its own: up to a larger width, activation, and down."],
-      gated: ["Gated MLP", "Transforms each position on its own: an up projection times an activated gate, and down."],
+      attention: [
+        "Attention",
+        "Each head lets a position read from those before it: queries, keys and values, then a projection.",
+      ],
+      rotary: [
+        "Query-key norm, rotary positions",
+        "Normalizes queries and keys, and turns them by an angle that grows with the position.",
+      ],
+      mlp: [
+        "MLP",
+        "Transforms each position on its own: up to a larger width, activation, and down.",
+      ],
+      gated: [
+        "Gated MLP",
+        "Transforms each position on its own: an up projection times an activated gate, and down.",
+      ],
       finalNorm: ["Final norm", "The same, before the head."],
       head: ["LM head", "A logit for each token of the vocabulary."],
-      tied: ["LM head (tied)", "The token embedding again: a logit for each token of the vocabulary."],
+      tied: [
+        "LM head (tied)",
+        "The token embedding again: a logit for each token of the vocabulary.",
+      ],
       softmax: ["Softmax", "Turns logits into probabilities."],
     },
     add: "adds its output to the residual stream",
@@ -218,8 +247,9 @@ export const STRINGS = {
       `The page does not hold the text: it holds ${number(count)} hashes of short stretches of its ${number(characters)} characters. ` +
       "By chance, about one place in 25,000 is underlined wrongly.",
     found: (count, longest, share) =>
-      count === 0 ? "No stretch of this text was found in the training text." :
-        `${plural(count, "stretch").replace("stretchs", "stretches")} found, the longest has at least ${plural(longest, "character")}: ${percent(share)} of the text.`,
+      count === 0
+        ? "No stretch of this text was found in the training text."
+        : `${count === 1 ? "1 stretch" : `${number(count)} stretches`} found, the longest has at least ${plural(longest, "character")}: ${percent(share)} of the text.`,
     none: (reason) => `The page was made without this: ${reason}.`,
     generate: (count, unit) => `Generate ${plural(count, unit)} more`,
   },

@@ -2,7 +2,9 @@
 
 /** Return the tokenizer of a page's data: { kind, chars } or { kind, tokens, merges }. */
 export function createTokenizer(data) {
-  return data.kind === "char" ? new CharTokenizer(data.chars) : new BPETokenizer(data.tokens, data.merges);
+  return data.kind === "char"
+    ? new CharTokenizer(data.chars)
+    : new BPETokenizer(data.tokens, data.merges);
 }
 
 /** One id for each character of the training text. */
@@ -62,7 +64,10 @@ class BPETokenizer {
     this.byteIds = alphabet.map((char) => ids.get(char));
     this.ranks = new Map(); // of a pair of ids, to { rank, id }
     merges.forEach(([first, second], rank) => {
-      this.ranks.set(this.pairKey(first, second), { rank, id: ids.get(tokens[first] + tokens[second]) });
+      this.ranks.set(this.pairKey(first, second), {
+        rank,
+        id: ids.get(tokens[first] + tokens[second]),
+      });
     });
     this.known = new Map(); // words that were encoded
   }
@@ -92,7 +97,8 @@ class BPETokenizer {
       if (best === null) return ids;
       const merged = [];
       for (let i = 0; i < ids.length; i++) {
-        const isPair = i + 1 < ids.length && this.ranks.get(this.pairKey(ids[i], ids[i + 1])) === best;
+        const isPair =
+          i + 1 < ids.length && this.ranks.get(this.pairKey(ids[i], ids[i + 1])) === best;
         merged.push(isPair ? best.id : ids[i]);
         if (isPair) i++;
       }
@@ -122,7 +128,9 @@ class BPETokenizer {
   label(id) {
     const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.bytes[id]);
     if (!text.includes("\ufffd")) return makeVisible(text);
-    return Array.from(this.bytes[id], (byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
+    return Array.from(this.bytes[id], (byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join(
+      "",
+    );
   }
 }
 
@@ -135,7 +143,12 @@ export function listByteLevelAlphabet() {
   });
 }
 
-const SYMBOLS = new Map([[" ", "␣"], ["\n", "↵"], ["\t", "⇥"], ["\r", "␍"]]);
+const SYMBOLS = new Map([
+  [" ", "␣"],
+  ["\n", "↵"],
+  ["\t", "⇥"],
+  ["\r", "␍"],
+]);
 
 /** Return a text with its spaces, line ends and control characters made visible. */
 export function makeVisible(text) {

@@ -49,7 +49,8 @@ export function decodeTensor({ dtype, shape, bytes }, target, scale) {
     const numbers = new Int8Array(aligned);
     const columns = shape[shape.length - 1];
     const factors = new Float32Array(scale.bytes.slice().buffer);
-    for (let i = 0; i < numbers.length; i++) target[i] = numbers[i] * factors[Math.floor(i / columns)];
+    for (let i = 0; i < numbers.length; i++)
+      target[i] = numbers[i] * factors[Math.floor(i / columns)];
   }
 }
 

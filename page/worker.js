@@ -114,8 +114,15 @@ const COMMANDS = {
   async generate(engine, { key, prompt, generated = [], count, sampling, seed }, call) {
     const start = performance.now();
     const all = { ids: [], bits: [] };
-    let part = { ids: [], bits: [] }, reported = start;
-    for (const { token, logits } of streamTokens(engine.get(key), prompt, generated, sampling, seed)) {
+    let part = { ids: [], bits: [] };
+    let reported = start;
+    for (const { token, logits } of streamTokens(
+      engine.get(key),
+      prompt,
+      generated,
+      sampling,
+      seed,
+    )) {
       if (all.ids.length === count) break; // only if count is 0
       const bits = -computeLogProbability(logits, token) / Math.LN2;
       for (const list of [all, part]) {
@@ -192,7 +199,8 @@ const COMMANDS = {
     const t = Math.min(64, Math.floor(T / 2));
     const random = new MersenneTwister(1);
     const once = Array.from({ length: t }, () => Math.floor(random.draw() * model.V));
-    const previous = new Float32Array(L * H), induction = new Float32Array(L * H);
+    const previous = new Float32Array(L * H);
+    const induction = new Float32Array(L * H);
     model.forward([...once, ...once], 0, {
       onAttention: (layer, head, position, weights) => {
         if (position < t) return;

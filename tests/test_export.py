@@ -361,7 +361,7 @@ def test_an_export_is_replaced_only_with_overwrite_and_nothing_else_ever(save, c
     ("words", "fact"),
     [
         ([], "--format"),
-        (["--format=pytorch"], "hf, onnx or gguf"),
+        (["--format=pytorch"], "hf, onnx, gguf"),
         (["--format=hf", "--dtype=q8_0"], "fp32, fp16, bf16"),
         (["--format=onnx", "--dtype=fp16"], "fp32"),
         (["--format=hf", "--out=model/config.json"], "config.json"),

@@ -17,35 +17,61 @@ export function createAttentionView(app) {
   const large = create("canvas", { className: "map", role: "img" });
   const passage = create("div", { className: "passage", role: "group" });
   const reads = create("p", { className: "detail", ariaLive: "polite" });
-  const allOn = create("button", { type: "button", onclick: () => app.state.set({ off: "" }) }, text.allOn);
+  const allOn = create(
+    "button",
+    { type: "button", onclick: () => app.state.set({ off: "" }) },
+    text.allOn,
+  );
   let shown = null; // { ids, t, maps }
   let scores = null;
   addArrowKeys(passage);
   const cells = [];
   for (let layer = 0; layer < L; layer++) {
-    const row = create("div", { className: "layer", role: "group", ariaLabel: text.layer(layer) },
-      create("h4", {}, text.layer(layer)));
+    const row = create(
+      "div",
+      { className: "layer", role: "group", ariaLabel: text.layer(layer) },
+      create("h3", {}, text.layer(layer)),
+    );
     for (let head = 0; head < H; head++) {
       const name = text.head(layer, head);
       const canvas = create("canvas", { className: "map", ariaHidden: "true" });
       const score = create("span", { className: "score" });
-      const choose = create("button", { type: "button", ariaLabel: text.map(name), title: name,
-        onclick: () => app.state.set({ layer, head }) }, canvas);
-      const on = create("input", { type: "checkbox", checked: true, ariaLabel: text.switchOff(name),
-        onchange: () => toggle(`${layer}.${head}`) });
+      const choose = create(
+        "button",
+        {
+          type: "button",
+          ariaLabel: text.map(name),
+          title: name,
+          onclick: () => app.state.set({ layer, head }),
+        },
+        canvas,
+      );
+      const on = create("input", {
+        type: "checkbox",
+        checked: true,
+        ariaLabel: text.switchOff(name),
+        onchange: () => toggle(`${layer}.${head}`),
+      });
       cells.push({ layer, head, canvas, score, choose, on });
-      row.append(create("div", { className: "cell" }, choose, score, create("label", {}, on, text.on)));
+      row.append(
+        create("div", { className: "cell" }, choose, score, create("label", {}, on, text.on)),
+      );
     }
     grid.append(row);
   }
 
   function getOff() {
-    return app.state.get("off").split(",").filter((each) => cells.some(({ layer, head }) => each === `${layer}.${head}`));
+    return app.state
+      .get("off")
+      .split(",")
+      .filter((each) => cells.some(({ layer, head }) => each === `${layer}.${head}`));
   }
 
   function toggle(key) {
     const off = getOff();
-    app.state.set({ off: (off.includes(key) ? off.filter((each) => each !== key) : [...off, key]).join(",") });
+    app.state.set({
+      off: (off.includes(key) ? off.filter((each) => each !== key) : [...off, key]).join(","),
+    });
   }
 
   passage.addEventListener("focusin", ({ target }) => look(target));
@@ -53,7 +79,7 @@ export function createAttentionView(app) {
 
   function look(target) {
     if (target.dataset?.stop === undefined || !shown) return;
-    app.state.set({ at: Number(target.dataset.stop) });
+    app.state.set({ at: shown.first + Number(target.dataset.stop) });
   }
 
   /** Return the attention weights from a position, (position + 1,). */
@@ -68,14 +94,15 @@ export function createAttentionView(app) {
   }
 
   function showChosen() {
-    const { ids, t } = shown;
+    const { ids, t, first } = shown;
     const [layer, head] = getChosen();
     const name = text.head(layer, head);
-    for (const each of cells) each.choose.setAttribute("aria-pressed", each.layer === layer && each.head === head);
+    for (const each of cells)
+      each.choose.setAttribute("aria-pressed", each.layer === layer && each.head === head);
     title.textContent = name;
     large.setAttribute("aria-label", text.map(name));
     paint(large, t, (position) => getWeights(layer, head, position));
-    const stop = app.state.get("at");
+    const stop = app.state.get("at") - first;
     const at = stop < 0 || stop >= t ? t - 1 : stop;
     const weights = getWeights(layer, head, at);
     const largest = Math.max(...weights);
@@ -83,11 +110,22 @@ export function createAttentionView(app) {
       span.tabIndex = i === at ? 0 : -1;
       span.classList.toggle("chosen", i === at);
       const share = i <= at ? weights[i] / largest : 0;
-      span.style.backgroundColor = share > 0.02 ? `color-mix(in srgb, var(--look) ${Math.round(100 * share)}%, transparent)` : "transparent";
+      span.style.backgroundColor =
+        share > 0.02
+          ? `color-mix(in srgb, var(--look) ${Math.round(100 * share)}%, transparent)`
+          : "transparent";
     });
-    const order = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]).slice(0, 4);
-    const targets = order.map((i) => `${app.nameToken(ids[i])} (${STRINGS.token.position(i)}) ${STRINGS.percent(weights[i])}`);
-    reads.textContent = text.reads(`${app.nameToken(ids[at])} (${STRINGS.token.position(at)})`, targets.join(", "));
+    const order = Array.from(weights.keys())
+      .sort((a, b) => weights[b] - weights[a])
+      .slice(0, 4);
+    const targets = order.map(
+      (i) =>
+        `${app.nameToken(ids[i])} (${STRINGS.token.position(first + i)}) ${STRINGS.percent(weights[i])}`,
+    );
+    reads.textContent = text.reads(
+      `${app.nameToken(ids[at])} (${STRINGS.token.position(first + at)})`,
+      targets.join(", "),
+    );
   }
 
   async function update(signal, changed) {
@@ -96,26 +134,40 @@ export function createAttentionView(app) {
       return;
     }
     const all = app.encodePrompt(app.getText());
-    const ids = all.slice(0, T);
+    const ids = all.slice(-T);
+    const first = all.length - ids.length;
     cut.hidden = all.length <= T;
     cut.textContent = text.cut(ids.length, unit);
     const maps = await app.call("attend", { ids }, { signal });
     scores = await app.call("headScores", {}, { signal });
     if (signal.aborted) return;
-    shown = { ids, t: ids.length, maps };
+    shown = { ids, t: ids.length, maps, first };
     const off = getOff();
     const small = Math.min(SMALL, ids.length);
     for (const { layer, head, canvas, score, on } of cells) {
       paint(canvas, small, (position) => getWeights(layer, head, position));
-      score.textContent = text.scores(scores.previous[layer * H + head], scores.induction[layer * H + head]);
+      score.textContent = text.scores(
+        scores.previous[layer * H + head],
+        scores.induction[layer * H + head],
+      );
       on.checked = !off.includes(`${layer}.${head}`);
     }
-    const at = Math.min(app.state.get("at"), ids.length - 1);
-    passage.replaceChildren(...model.tokenizer.split(ids).map((piece, index) => {
-      const span = create("span", { className: "piece", role: "button", tabIndex: -1, ariaLabel: app.nameToken(ids[index]) }, showLineEnds(piece));
-      span.dataset.stop = index;
-      return span;
-    }));
+    passage.replaceChildren(
+      ...model.tokenizer.split(ids).map((piece, index) => {
+        const span = create(
+          "span",
+          {
+            className: "piece",
+            role: "button",
+            tabIndex: -1,
+            ariaLabel: app.nameToken(ids[index]),
+          },
+          showLineEnds(piece),
+        );
+        span.dataset.stop = index;
+        return span;
+      }),
+    );
     showChosen();
     if (ids.length < 2) {
       facts.textContent = "";
@@ -136,10 +188,19 @@ export function createAttentionView(app) {
     allOn.hidden = off.length === 0;
   }
 
-  const element = create("section", {},
-    create("h2", {}, text.title), create("p", {}, text.lead(unit)), cut,
-    facts, allOn, grid, create("p", { className: "quiet" }, text.scoresLong),
-    title, create("div", { className: "beside" }, create("div", {}, passage, reads), large));
+  const element = create(
+    "section",
+    {},
+    create("h2", {}, text.title),
+    create("p", {}, text.lead(unit)),
+    cut,
+    facts,
+    allOn,
+    grid,
+    create("p", { className: "quiet" }, text.scoresLong),
+    title,
+    create("div", { className: "beside" }, create("div", {}, passage, reads), large),
+  );
   return { element, update, depends: ["text", "checkpoint", "off", "layer", "head", "at"] };
 }
 

@@ -8,10 +8,19 @@ export function createCompareView(app) {
   const text = STRINGS.compare;
   const message = create("p", { role: "status" });
   const columns = create("div", { className: "columns" });
-  const input = create("input", { type: "file", accept: ".html,text/html", onchange: () => open(input.files[0]) });
-  const drop = create("div", { className: "drop" },
-    create("p", {}, text.drop), create("label", {}, text.file, " ", input),
-    create("p", { className: "quiet" }, text.pack), create("pre", { className: "command" }, text.command));
+  const input = create("input", {
+    type: "file",
+    accept: ".html,text/html",
+    onchange: () => open(input.files[0]),
+  });
+  const drop = create(
+    "div",
+    { className: "drop" },
+    create("p", {}, text.drop),
+    create("label", {}, text.file, " ", input),
+    create("p", { className: "quiet" }, text.pack),
+    create("pre", { className: "command" }, text.command),
+  );
   for (const type of ["dragover", "drop"]) {
     drop.addEventListener(type, (event) => {
       event.preventDefault();
@@ -34,15 +43,22 @@ export function createCompareView(app) {
   }
 
   async function update(signal) {
-    const models = app.models.slice(0, 1).concat(app.models.slice(-1)).slice(0, app.models.length);
-    if (models.length === 1) message.textContent = text.itself;
-    const shown = models.map((model) => {
+    if (app.models.length === 1) message.textContent = text.itself;
+    const shown = app.models.map((model) => {
       const sample = create("pre", { className: "sample", tabIndex: 0, ariaLabel: model.name });
       const facts = create("p", { className: "quiet" });
-      const element = create("div", {},
+      const element = create(
+        "div",
+        {},
         create("h3", {}, model.name),
-        create("p", { className: "quiet" }, STRINGS.page.shape(model.parameters, model.config, model.tokenizer.unit)),
-        facts, sample);
+        create(
+          "p",
+          { className: "quiet" },
+          STRINGS.page.shape(model.parameters, model.config, model.tokenizer.unit),
+        ),
+        facts,
+        sample,
+      );
       return { model, sample, facts, element, generated: [] };
     });
     columns.replaceChildren(...shown.map(({ element }) => element));
@@ -62,12 +78,16 @@ export function createCompareView(app) {
       each.facts.textContent = parts.join("; ");
       const prompt = ids.length ? ids : tokenizer.encode(model.default_prompt);
       const args = { model, prompt, count, seed, sampling: app.state.getSampling() };
-      await app.call("generate", args, { signal, onPart: ({ ids }) => {
-        each.generated.push(...ids);
-        each.sample.replaceChildren(
-          create("span", { className: "prompt" }, showLineEnds(tokenizer.decode(prompt))),
-          showLineEnds(tokenizer.decode(each.generated)));
-      } });
+      await app.call("generate", args, {
+        signal,
+        onPart: ({ ids }) => {
+          each.generated.push(...ids);
+          each.sample.replaceChildren(
+            create("span", { className: "prompt" }, showLineEnds(tokenizer.decode(prompt))),
+            showLineEnds(tokenizer.decode(each.generated)),
+          );
+        },
+      });
       if (signal.aborted) return;
     }
     if (shown.length === 2) {
@@ -78,7 +98,29 @@ export function createCompareView(app) {
     }
   }
 
-  const element = create("section", {},
-    create("h2", {}, text.title), create("p", {}, text.lead), message, columns, drop);
-  return { element, update, depends: ["text", "from", "seed", "temperature", "top_k", "top_p", "min_p", "count", "models", "checkpoint"] };
+  const element = create(
+    "section",
+    {},
+    create("h2", {}, text.title),
+    create("p", {}, text.lead),
+    message,
+    columns,
+    drop,
+  );
+  return {
+    element,
+    update,
+    depends: [
+      "text",
+      "from",
+      "seed",
+      "temperature",
+      "top_k",
+      "top_p",
+      "min_p",
+      "count",
+      "models",
+      "checkpoint",
+    ],
+  };
 }

@@ -13,7 +13,8 @@ export function createMachineView(app) {
   const shapes = listTensors(config, V);
   const count = (pattern) => {
     let total = 0;
-    for (const [name, shape] of shapes) if (pattern.test(name)) total += shape.reduce((a, b) => a * b, 1);
+    for (const [name, shape] of shapes)
+      if (pattern.test(name)) total += shape.reduce((a, b) => a * b, 1);
     return total;
   };
 
@@ -22,37 +23,83 @@ export function createMachineView(app) {
     const [name, what] = text.parts[kind];
     const parameters = pattern ? count(pattern) : 0;
     const sources = parts.map((part) => [part, app.source[part]]).filter(([, source]) => source);
-    return create("div", { className: "box" },
-      create("h4", {}, name),
+    return create(
+      "div",
+      { className: "box" },
+      create("h3", {}, name),
       create("p", {}, what),
-      create("p", { className: "quiet" }, shape, " · ", text.parameters(parameters, parameters / model.parameters)),
-      sources.map(([part, { start, end, text: code }]) => create("details", {},
-        create("summary", {}, create("code", {}, part), " ", text.lines(start, end)),
-        create("pre", { className: "code", tabIndex: 0, ariaLabel: part }, code))));
+      create(
+        "p",
+        { className: "quiet" },
+        shape,
+        " · ",
+        text.parameters(parameters, parameters / model.parameters),
+      ),
+      sources.map(([part, { start, end, text: code }]) =>
+        create(
+          "details",
+          {},
+          create("summary", {}, create("code", {}, part), " ", text.lines(start, end)),
+          create("pre", { className: "code", tabIndex: 0, ariaLabel: part }, code),
+        ),
+      ),
+    );
   }
 
   const norm = isModern ? ["RMSNorm"] : ["create_norm"];
   const block = (name) => new RegExp(`^blocks\\.0\\.${name}`);
   const residual = () => create("p", { className: "residual" }, text.add);
   const D = C / H;
-  const element = create("section", {},
-    create("h2", {}, text.title), create("p", {}, text.lead),
-    create("p", {}, text.total(model.parameters, STRINGS.bytes(model.checkpoints[model.shown].bytes))),
-    create("div", { className: "machine" },
+  const element = create(
+    "section",
+    {},
+    create("h2", {}, text.title),
+    create("p", {}, text.lead),
+    create(
+      "p",
+      {},
+      text.total(model.parameters, STRINGS.bytes(model.checkpoints[model.shown].bytes)),
+    ),
+    create(
+      "div",
+      { className: "machine" },
       box("tokens", `(T) = (${T})`, null, []),
-      box("embedding", `(T, C) = (${T}, ${C}), from (V, C) = (${V}, ${C})`, /^token_embedding/, ["LanguageModel.forward"]),
-      isModern ? null : box("positions", `(T, C) = (${T}, ${C})`, /^position_embedding/, ["LearnedPositions"]),
-      create("div", { className: "block" },
+      box("embedding", `(T, C) = (${T}, ${C}), from (V, C) = (${V}, ${C})`, /^token_embedding/, [
+        "LanguageModel.forward",
+      ]),
+      isModern
+        ? null
+        : box("positions", `(T, C) = (${T}, ${C})`, /^position_embedding/, ["LearnedPositions"]),
+      create(
+        "div",
+        { className: "block" },
         create("h3", {}, text.layer, " ", create("span", { className: "quiet" }, text.times(L))),
         box("norm", `(T, C) = (${T}, ${C})`, block("attention_norm"), norm),
-        isModern ? box("rotary", `(H, T, D) = (${H}, ${T}, ${D})`, block("attention.queries_and_keys"), ["NormedRotary"]) : null,
-        box("attention", `(H, T, D) = (${H}, ${T}, ${D}), then (T, C)`, block("attention\\.(qkv|projection)"), ["CausalSelfAttention"]),
+        isModern
+          ? box("rotary", `(H, T, D) = (${H}, ${T}, ${D})`, block("attention.queries_and_keys"), [
+              "NormedRotary",
+            ])
+          : null,
+        box(
+          "attention",
+          `(H, T, D) = (${H}, ${T}, ${D}), then (T, C)`,
+          block("attention\\.(qkv|projection)"),
+          ["CausalSelfAttention"],
+        ),
         residual(),
         box("norm", `(T, C) = (${T}, ${C})`, block("mlp_norm"), norm),
-        box(isModern ? "gated" : "mlp", `(T, C) → (T, F) → (T, C), F = ${F}`, block("mlp\\."), [isModern ? "GatedMLP" : "MLP", "create_activation"]),
-        residual()),
+        box(isModern ? "gated" : "mlp", `(T, C) → (T, F) → (T, C), F = ${F}`, block("mlp\\."), [
+          isModern ? "GatedMLP" : "MLP",
+          "create_activation",
+        ]),
+        residual(),
+      ),
       box("finalNorm", `(T, C) = (${T}, ${C})`, /^final_norm/, norm),
-      box(config.tie_weights ? "tied" : "head", `(T, V) = (${T}, ${V})`, /^head/, ["LanguageModel._compute_logits"]),
-      box("softmax", `(T, V) = (${T}, ${V})`, null, [])));
+      box(config.tie_weights ? "tied" : "head", `(T, V) = (${T}, ${V})`, /^head/, [
+        "LanguageModel._compute_logits",
+      ]),
+      box("softmax", `(T, V) = (${T}, ${V})`, null, []),
+    ),
+  );
   return { element, update: async () => {}, depends: [] };
 }

@@ -15,12 +15,9 @@ export function createMemorizationView(app) {
   let hashes = null; // decoded when they are needed first
   button.onclick = async () => {
     button.disabled = true;
-    try {
-      await app.generate(app.state.get("count"));
-    } finally {
-      button.disabled = false;
-      button.focus();
-    }
+    await app.attempt(() => app.generate(app.state.get("count")));
+    button.disabled = false;
+    button.focus();
   };
 
   async function update() {
@@ -29,10 +26,15 @@ export function createMemorizationView(app) {
     hashes ??= decodeHashes(data.hashes);
     const all = app.getText();
     const stretches = findStretches(all, hashes, data.length);
-    let end = 0, covered = 0, longest = 0;
+    let end = 0,
+      covered = 0,
+      longest = 0;
     const parts = [];
     for (const [start, stop] of stretches) {
-      parts.push(showLineEnds(all.slice(end, start)), create("mark", {}, showLineEnds(all.slice(start, stop))));
+      parts.push(
+        showLineEnds(all.slice(end, start)),
+        create("mark", {}, showLineEnds(all.slice(start, stop))),
+      );
       covered += stop - start;
       longest = Math.max(longest, stop - start);
       end = stop;
@@ -41,10 +43,19 @@ export function createMemorizationView(app) {
     facts.textContent = text.found(stretches.length, longest, covered / Math.max(1, all.length));
   }
 
-  const element = create("section", {},
+  const element = create(
+    "section",
+    {},
     create("h2", {}, text.title),
     data
-      ? [create("p", {}, text.lead(data)), create("div", { className: "buttons" }, button), facts, passage, create("p", { className: "quiet" }, text.how(data))]
-      : create("p", { className: "note" }, text.none(model.memorization_reason)));
+      ? [
+          create("p", {}, text.lead(data)),
+          create("div", { className: "buttons" }, button),
+          facts,
+          passage,
+          create("p", { className: "quiet" }, text.how(data)),
+        ]
+      : create("p", { className: "note" }, text.none(model.memorization_reason)),
+  );
   return { element, update, depends: ["text", "count"] };
 }
