@@ -1,6 +1,7 @@
 """Functions that the tests of a model's page share: making, opening and calling it."""
 
 import base64
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import export
 from exporters import card
-from exporters.html import create_tensors, restore_weights
+from exporters.html import create_tensors, find_block, restore_weights, to_json
 from exporters.source import load_source
 from model import LanguageModel
 from utils.output import run_command
@@ -72,3 +73,35 @@ def generate(page, prompt: list[int], count: int, seed: int = 0, **sampling: flo
     """Generate tokens in the page; `sampling` has the names of its engine."""
     args = {"prompt": prompt, "count": count, "seed": seed, "sampling": sampling}
     return page.evaluate("(args) => app.call('generate', args).then(({ ids }) => ids)", args)
+
+
+def read_data(page: Path) -> dict:
+    """Return the JSON of a page."""
+    return json.loads(find_block(page.read_bytes(), "folio-page"))
+
+
+def write_data(page: Path, data: dict | str) -> bytes:
+    """Return the page with other JSON: an object, or a text as it is."""
+    content = page.read_bytes()
+    text = data if isinstance(data, str) else to_json(data)
+    return content.replace(find_block(content, "folio-page"), text.encode())
+
+
+def get_bars(page) -> list[float]:
+    """Return the probabilities that the bars of Next show, in percent."""
+    shares = page.locator(".bars .share").all_inner_texts()
+    return [0.0 if share.startswith("<") else float(share.split()[0]) for share in shares]
+
+
+def assert_works(page) -> None:
+    """Assert that Next shows a distribution and Step appends to the text, without an error."""
+    open_view(page, "next")
+    text = page.locator("#text")
+    before = text.input_value()
+    assert abs(sum(get_bars(page)) - 100) < 2
+    page.get_by_role("button", name="Step").click()
+    settle(page)
+    assert text.input_value().startswith(before)
+    assert len(text.input_value()) == len(before) + 1
+    assert page.get_by_role("alert").is_hidden()
+    assert page.errors == []

@@ -113,7 +113,7 @@ def test_the_run_button_writes_the_text_of_the_command_line(open_page, folio):
     for name, value in {"Seed": 2**31 + 7, "Length": 200}.items():
         page.get_by_label(name).fill(str(value))
         page.keyboard.press("Tab")
-    page.get_by_label("Text", exact=True).fill("To be, ")
+    page.locator("#text").fill("To be, ")
     settle(page)
     page.get_by_role("button", name="Run").click()
     page.locator("button:enabled", has_text="Run").wait_for()
@@ -121,7 +121,7 @@ def test_the_run_button_writes_the_text_of_the_command_line(open_page, folio):
     sampling = [f"--{name.lower()}={value}" for name, value in values.items()]
     words = ["--prompt=To be, ", "--max-new-tokens=200", f"--seed={2**31 + 7}", "--json"]
     done = folio("inference.py", "rounded", *words, *sampling, "--engine=torch")
-    text = page.get_by_label("Text", exact=True).input_value()
+    text = page.locator("#text").input_value()
     assert text == json.loads(done.stdout)["text"]
     assert len(text) == 207
 

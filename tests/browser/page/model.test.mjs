@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Kernels } from "../../../page/kernels.js";
-import { ACTIVATIONS, LanguageModel, countNumbers, listTensors } from "../../../page/model.js";
+import { ACTIVATIONS, LanguageModel, computeExp, countNumbers, listTensors } from "../../../page/model.js";
 import { PROGRAMS, assertClose, readVectors } from "./vectors.mjs";
 
 const SPARE = 10_000; // numbers for the inputs and outputs of tests
@@ -69,6 +69,13 @@ test("activations are those of PyTorch within float32", () => {
   const { x, ...expected } = readVectors("activations");
   assert.deepEqual(Object.keys(ACTIVATIONS).sort(), Object.keys(expected).sort());
   for (const [name, values] of Object.entries(expected)) assertClose(x.map(ACTIVATIONS[name]), values, 5e-7);
+});
+
+test("e^x is exact to 1e-7, and finite however large x is", () => {
+  for (let x = -87; x <= 87; x += 0.013) assert.ok(Math.abs(computeExp(x) / Math.exp(x) - 1) < 1e-7, `${x}`);
+  assert.equal(computeExp(0), 1);
+  for (const x of [-1e9, -Infinity]) assert.ok(computeExp(x) < 1e-37);
+  for (const x of [1e9, Infinity]) assert.ok(Number.isFinite(computeExp(x)));
 });
 
 test("the tensors of a model are those of PyTorch, in their sizes", () => {
