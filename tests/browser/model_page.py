@@ -40,16 +40,16 @@ def round_model(bundle: Path, dtype: str = "fp16") -> LanguageModel:
     return model
 
 
-def settle(page) -> None:
+def settle(page, milliseconds: int = 150) -> None:
     """Wait until the view on display has been computed."""
-    page.wait_for_timeout(150)  # a typed text is computed a moment later
+    page.wait_for_timeout(milliseconds)  # a typed text is computed a moment later
     page.locator("main:not([aria-busy])").wait_for()
 
 
 def open_view(page, name: str) -> None:
     """Click the link to a view."""
     page.locator("nav a").nth(VIEWS.index(name)).click()
-    settle(page)
+    settle(page, 30)
 
 
 def compute_logits(page, ids: list[int]) -> np.ndarray:
