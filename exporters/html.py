@@ -97,13 +97,12 @@ def write(
         )
     sizes = [count_bytes(create_tensors(card.source, dtype)) for card in cards]
     check_size(sum(size * len(own) for size, own in zip(sizes, chosen, strict=True)), force)
-    models, blocks, total = [], [], 0
+    models, blocks = [], []
     for number, (card, own) in enumerate(zip(cards, chosen, strict=True)):
         entries = []
         for index, checkpoint in enumerate(own):
             content = save(create_tensors(load_checkpoint(card.source, checkpoint), dtype))
             blocks.append(Block(f"folio-weights-{number}-{index}", BINARY, to_base64(content)))
-            total += len(content)
             entries.append(
                 {
                     "step": checkpoint.step,
@@ -112,11 +111,10 @@ def write(
                     "val_loss": checkpoint.val_loss,
                     "weights": blocks[-1].id,
                     "bytes": len(content),
-                    "sha256": hashlib.sha256(content).hexdigest(),
                 }
             )
         models.append(describe_model(card, dtype, entries, memorization=memorization))
-    data = {"format_version": 1, "models": models, "source": list_definitions(), "bytes": total}
+    data = {"format_version": 1, "models": models, "source": list_definitions()}
     blocks = [
         Block("folio-page", JSON, to_json(data)),
         Block("folio-kernels", BINARY, to_base64((PAGE / "kernels.wasm").read_bytes())),

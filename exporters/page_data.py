@@ -35,7 +35,7 @@ LEFT_OUT = "left out by --no-memorization"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step of a model. `bundle` is None if its weights are the initialization, rebuilt.
+    """A checkpoint of a run. `bundle` is None if its weights are the initialization, rebuilt.
 
     Losses are in nats per token, None if the step was not evaluated.
     """
@@ -126,7 +126,6 @@ def describe_model(
             "hidden": source.model.blocks[0].mlp.projection.in_features,
         },
         "num_tokens": tokenizer.num_tokens,
-        "parameters": source.model.count_parameters(),
         "tokenizer": describe_tokenizer(tokenizer),
         "default_prompt": tokenizer.default_prompt,
         "dtype": dtype,
@@ -140,7 +139,6 @@ def describe_model(
             "facts": card.facts,
             "settings": card.settings,
             "sample": card.sample,
-            "sample_prompt": tokenizer.default_prompt,
             "overlap": card.overlap,
         },
         "memorization": hashes,
