@@ -254,7 +254,7 @@ class Frame {
   showBadge() {
     const { model, state } = this.app;
     const index = model.getCheckpoint(state.get("checkpoint"));
-    this.badge.hidden = index === model.shown;
+    this.badge.hidden = index === model.shown || state.get("view") === "training"; // which says it
     this.badgeText.textContent = STRINGS.page.checkpoint(model.checkpoints[index].step);
   }
 

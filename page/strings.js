@@ -85,7 +85,7 @@ export const STRINGS = {
     rate: (count, unit, seconds) =>
       `Generated ${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
     drawn: (name) => `Drawn: ${name}`,
-    generated: "The text so far; what was generated is black",
+    generated: "The text so far, its prompt in grey",
     command: "On the command line (there the weights are not rounded, so a long text may differ):",
     bundle: (run, step) =>
       `runs/${run}/artifacts/checkpoints/step_${String(step).padStart(8, "0")}`,

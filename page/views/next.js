@@ -70,7 +70,7 @@ export function createNextView(app) {
   async function update(signal) {
     showGenerated();
     if (isRunning) return; // until it ends
-    status.textContent = "";
+    if (app.state.get("from") < 0) status.textContent = "";
     await showBars(signal);
   }
 
