@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-# Without these Chromium calls the network at every start.
+# A Chromium of a container, that does not call the network at its start.
 QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
     *("--disable-component-update", "--no-first-run", "--disable-quic"),
@@ -19,7 +19,8 @@ TIMEOUT = 60_000  # milliseconds in which a page must be ready
 
 def find_chromium() -> str | None:
     """Return the path of a Chromium, or None: `FOLIO_CHROMIUM`, or one that is installed."""
-    return os.environ.get("FOLIO_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    chosen = os.environ.get("FOLIO_CHROMIUM")
+    return next(filter(None, map(shutil.which, [chosen] if chosen else NAMES)), None)
 
 
 class BrowserModel:

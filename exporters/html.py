@@ -25,6 +25,7 @@ from torch import Tensor
 from exporters.card import Card
 from exporters.page_data import (
     describe_model,
+    get_hidden_width,
     list_definitions,
     load_checkpoint,
     select_checkpoints,
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).resolve().parent.parent / "page"
 ENGINE, APP = "worker.js", "main.js"
 LARGE_PAGE = 100_000_000  # bytes of base64; more only with --force
-MAX_PAGE = 500_000_000  # V8 has no longer strings
+MAX_PAGE = 500_000_000  # bytes of base64: V8's strings have at most 537 million characters
+MAX_NUMBERS = 2**29  # of a model in memory, as in page/data.js: 2 GB
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float16}  # of vectors
 BINARY, JSON = "application/octet-stream", "application/json"
 CLOSING = re.compile(r"</script|</style|<!--", re.IGNORECASE)  # would end an element
@@ -62,8 +64,17 @@ class Block(NamedTuple):
 
 
 def check(source: ExportSource, dtype: str) -> None:
-    """Raise `UserError` if a weight is too large for the dtype."""
+    """Raise `UserError` if a weight is too large for the dtype, or the model for a browser."""
     source.check_range(DTYPES[dtype])
+    config = source.config
+    cache = 2 * config.n_layer * config.block_size * config.n_embd
+    # Per token of the context: the residual stream, queries, keys, values …, and the MLP's two.
+    buffers = config.block_size * (7 * config.n_embd + 2 * get_hidden_width(source))
+    if (numbers := source.model.count_parameters() + cache + buffers) > MAX_NUMBERS:
+        raise UserError(
+            f"the model needs {format_bytes(4 * numbers)} of memory, and the page has "
+            f"{format_bytes(4 * MAX_NUMBERS)}: choose a smaller model"
+        )
 
 
 def write(
@@ -97,13 +108,12 @@ def write(
         )
     sizes = [count_bytes(create_tensors(card.source, dtype)) for card in cards]
     check_size(sum(size * len(own) for size, own in zip(sizes, chosen, strict=True)), force)
-    models, blocks, total = [], [], 0
+    models, blocks = [], []
     for number, (card, own) in enumerate(zip(cards, chosen, strict=True)):
         entries = []
         for index, checkpoint in enumerate(own):
             content = save(create_tensors(load_checkpoint(card.source, checkpoint), dtype))
             blocks.append(Block(f"folio-weights-{number}-{index}", BINARY, to_base64(content)))
-            total += len(content)
             entries.append(
                 {
                     "step": checkpoint.step,
@@ -112,11 +122,12 @@ def write(
                     "val_loss": checkpoint.val_loss,
                     "weights": blocks[-1].id,
                     "bytes": len(content),
-                    "sha256": hashlib.sha256(content).hexdigest(),
                 }
             )
-        models.append(describe_model(card, dtype, entries, memorization=memorization))
-    data = {"format_version": 1, "models": models, "source": list_definitions(), "bytes": total}
+        # Only the first model's text is hashed: the page looks for copies by that model alone.
+        hashes = memorization and number == 0
+        models.append(describe_model(card, dtype, entries, memorization=hashes))
+    data = {"format_version": 1, "models": models, "source": list_definitions()}
     blocks = [
         Block("folio-page", JSON, to_json(data)),
         Block("folio-kernels", BINARY, to_base64((PAGE / "kernels.wasm").read_bytes())),

@@ -1,7 +1,7 @@
 """Hashes of the training text, with which the page finds stretches that a model has memorized.
 
-The text is a sequence of UTF-16 code units, as in JavaScript. Every `every`-th stretch of `LENGTH`
-units is hashed, so that a copied stretch of `LENGTH + every - 1` units or more has one of them.
+The text is a sequence of UTF-16 code units, as in JavaScript. Every `stride`-th stretch of `LENGTH`
+units is hashed, so that a copied stretch of `LENGTH + stride - 1` units or more has one of them.
 """
 
 import base64
@@ -25,24 +25,24 @@ def create_memorization(text: str) -> dict[str, Any]:
     hashes = hash_stretches(units, low)
     return {
         "length": LENGTH,
-        "every": low,
+        "stride": low,
         "characters": units.size,
-        "surely": LENGTH + low - 1,
+        "guaranteed_length": LENGTH + low - 1,
         "count": hashes.size,
         "hashes": base64.b64encode(compress(hashes)).decode("ascii"),
     }
 
 
-def hash_stretches(units: np.ndarray, every: int) -> np.ndarray:
-    """Return the distinct hashes of the stretches at 0, `every`, 2 `every` …, sorted, uint32.
+def hash_stretches(units: np.ndarray, stride: int) -> np.ndarray:
+    """Return the distinct hashes of the stretches at 0, `stride`, 2 `stride` …, sorted, uint32.
 
     `units` is `(N,)`. The hash is a polynomial of the units, mixed by MurmurHash3's `fmix32`.
     """
     starts = max(0, units.size - LENGTH + 1)
-    hashes = np.zeros(len(range(0, starts, every)), dtype=np.uint32)
+    hashes = np.zeros(len(range(0, starts, stride)), dtype=np.uint32)
     for offset in range(LENGTH):
         hashes *= FACTOR
-        hashes += units[offset : offset + starts : every]
+        hashes += units[offset : offset + starts : stride]
     hashes ^= hashes >> np.uint32(16)
     hashes *= np.uint32(0x85EBCA6B)
     hashes ^= hashes >> np.uint32(13)
@@ -55,7 +55,7 @@ def compress(hashes: np.ndarray) -> bytes:
     """Return the differences of sorted hashes, each as an unsigned LEB128, beginning from 0."""
     differences = np.diff(hashes, prepend=np.uint32(0))[:, None]  # (n, 1)
     shifts = np.arange(0, 35, 7, dtype=np.uint64)
-    groups = differences.astype(np.uint64) >> shifts  # (n, 5): what is left at each byte
+    groups = differences.astype(np.uint64) >> shifts  # (n, 5): the bits from each byte on
     is_last = groups < 128
     content = (groups & np.uint64(127)) | np.where(is_last, 0, 128).astype(np.uint64)
     is_used = (groups > 0) | (shifts == 0)

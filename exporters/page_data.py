@@ -35,7 +35,7 @@ LEFT_OUT = "left out by --no-memorization"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step of a model. `bundle` is None if its weights are the initialization, rebuilt.
+    """A checkpoint of a run. `bundle` is None if its weights are the initialization, rebuilt.
 
     Losses are in nats per token, None if the step was not evaluated.
     """
@@ -68,7 +68,8 @@ def select_checkpoints(source: ExportSource, run: Run | None, count: int) -> lis
 
     def describe(step: int) -> Checkpoint:
         bundle, line = bundles[step], evaluations.get(step, {})
-        kinds = {"initial": bundle is None, "best": step == best, "last": step == last}
+        is_last = step == last and (run is None or step == run.last_step)
+        kinds = {"initial": bundle is None, "best": step == best, "last": is_last}
         kind = next((name for name, holds in kinds.items() if holds), "checkpoint")
         recorded = bundle.state.val_loss if bundle else None
         return Checkpoint(step, kind, bundle, line.get(TRAIN), line.get(VAL, recorded))
@@ -113,7 +114,10 @@ def load_checkpoint(source: ExportSource, checkpoint: Checkpoint) -> ExportSourc
 def describe_model(
     card: Card, dtype: str, checkpoints: Sequence[dict[str, Any]], *, memorization: bool
 ) -> dict[str, Any]:
-    """Return the data of a model. No value has a path or a user's name: see card.py."""
+    """Return the data of a model. No value has a path or a user's name: see card.py.
+
+    `memorization`: whether to hash the training text.
+    """
     source, run, tokenizer = card.source, card.run, card.source.tokenizer
     state = source.bundle.state
     hashes, reason = find_memorization(card) if memorization else (None, LEFT_OUT)
@@ -123,10 +127,9 @@ def describe_model(
         "run_id": state.run_id,
         "config": {
             **source.config.model_dump(include=ARCHITECTURE),
-            "hidden": source.model.blocks[0].mlp.projection.in_features,
+            "hidden": get_hidden_width(source),
         },
         "num_tokens": tokenizer.num_tokens,
-        "parameters": source.model.count_parameters(),
         "tokenizer": describe_tokenizer(tokenizer),
         "default_prompt": tokenizer.default_prompt,
         "dtype": dtype,
@@ -140,12 +143,16 @@ def describe_model(
             "facts": card.facts,
             "settings": card.settings,
             "sample": card.sample,
-            "sample_prompt": tokenizer.default_prompt,
             "overlap": card.overlap,
         },
         "memorization": hashes,
         "memorization_reason": reason,
     }
+
+
+def get_hidden_width(source: ExportSource) -> int:
+    """Return the width of the MLP, F."""
+    return source.model.blocks[0].mlp.projection.in_features
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

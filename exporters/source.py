@@ -46,7 +46,7 @@ class ExportSource:
             if (largest := tensor.abs().max().item()) > limit:
                 raise UserError(
                     f"{self.bundle.path}: {name} has a weight of {largest:g}, and {dtype} ends at "
-                    f"{limit:g}: choose --dtype bf16 or fp32"
+                    f"{limit:g}: choose another --dtype, such as fp32"
                 )
 
 

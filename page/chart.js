@@ -14,7 +14,7 @@ export function drawChart({ series, width, height = 240, xLabel, yLabel, marks =
   const points = series.flatMap((each) => each.points);
   const right = width - MARGIN.right;
   const bottom = height - MARGIN.bottom;
-  const xRange = getRange(points.map(([x]) => x));
+  const xRange = getRange([...points.map(([x]) => x), ...marks.map(({ at }) => at)]);
   const yTicks = chooseTicks(...getRange(points.map(([, y]) => y)), 4);
   const x = createScale(xRange, [MARGIN.left, right]);
   const y = createScale([yTicks[0], yTicks[yTicks.length - 1]], [bottom, MARGIN.top]);

@@ -4,11 +4,11 @@ import { Engine } from "./worker.js";
 
 /** Calls commands of worker.js in a worker, or on this thread if the browser allows none. */
 export class Client {
-  /** code: the text of the engine's script. program: kernels.wasm, a Uint8Array. */
-  constructor(code, program) {
+  /** code: the text of the engine's script. wasm: kernels.wasm, a Uint8Array. */
+  constructor(code, wasm) {
     this.calls = new Map(); // by id: { name, args, options, resolve, reject }
     this.nextId = 0;
-    this.program = program;
+    this.wasm = wasm;
     try {
       const url = URL.createObjectURL(
         new Blob([code, "\nserve(self);"], { type: "text/javascript" }),
@@ -16,20 +16,17 @@ export class Client {
       this.worker = new Worker(url);
       this.worker.onmessage = ({ data }) => this.receive(data);
       this.worker.onerror = () => this.runHere();
-      this.worker.postMessage({ program });
+      this.worker.postMessage({ wasm });
     } catch {
       this.runHere(); // no workers
     }
   }
 
-  get hasWorker() {
-    return this.worker !== null;
-  }
-
   /** Run commands on this thread from now on, those that wait for an answer included. */
   runHere() {
+    this.worker?.terminate();
     this.worker = null;
-    this.engine = new Engine(this.program);
+    this.engine = new Engine(this.wasm);
     for (const id of this.calls.keys()) this.start(id);
   }
 

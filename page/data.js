@@ -1,20 +1,40 @@
 // The data of a page: this one's, or that of another page that was dropped on it.
 
 import { createTokenizer } from "./tokenizer.js";
-import { countNumbers } from "./model.js";
+import { countNumbers, countParameters } from "./model.js";
 
 const FORMAT_VERSION = 1;
-const MAX_MODEL_NUMBERS = 2 ** 28; // in memory: 1 GB
+const MAX_LAYERS = 1000;
+const MAX_MODEL_NUMBERS = 2 ** 29; // in memory: 2 GB, as exporters/html.py
+
+/** A page that is cut off, damaged, or no page of Folio. */
+export class PageError extends Error {}
 
 /** One model of a page: its data, its tokenizer, and the weights of its checkpoints. */
 export class PageModel {
-  /** data: as exporters/html.py wrote it. getText(id): returns the text of an element. */
+  /**
+   * data: see exporters/page_data.py. It may be from a stranger's page, so it is checked.
+   * getText(id): returns the text of an element of the page. prefix: unique among models.
+   */
   constructor(data, getText, prefix) {
     checkModel(data);
-    Object.assign(this, data);
+    this.name = String(data.name);
+    this.run_id = data.run_id;
+    this.config = data.config;
+    this.num_tokens = data.num_tokens;
+    this.parameters = countParameters(data.config, data.num_tokens);
+    this.default_prompt = String(data.default_prompt);
+    this.dtype = String(data.dtype);
+    this.checkpoints = data.checkpoints;
+    this.shown = data.shown;
+    this.curve = data.curve;
+    this.overfitting = data.overfitting;
+    this.card = data.card;
+    this.memorization = data.memorization;
+    this.memorization_reason = data.memorization_reason;
+    this.tokenizer = createTokenizer(data.tokenizer);
     this.getText = getText;
     this.prefix = prefix;
-    this.tokenizer = createTokenizer(data.tokenizer);
   }
 
   /** Return the number of a checkpoint; -1 stands for the one that was exported. */
@@ -27,44 +47,36 @@ export class PageModel {
     return `${this.prefix}/${index}`;
   }
 
-  /** Return the weights of a checkpoint, base64. Throws an Error if they are cut off. */
+  /** Return the weights of a checkpoint, base64. Throws PageError if they are cut off. */
   getWeights(index) {
     const { weights, bytes } = this.checkpoints[index];
     const text = this.getText(weights)?.trim() ?? "";
-    if (text.length !== 4 * Math.ceil(bytes / 3)) throw new DamagedPage();
+    if (text.length !== 4 * Math.ceil(bytes / 3)) throw new PageError();
     return text;
   }
 }
 
-/** A page that is cut off, or no page of Folio. */
-export class DamagedPage extends Error {}
-
-/** Return the data of a document: { models: [PageModel], source }. Throws DamagedPage. */
+/** Return the data of a document: { models: [PageModel], source }. Throws PageError. */
 export function readPage(root, prefix = "own") {
   const getText = (id) => root.getElementById(id)?.textContent;
-  let data;
   try {
-    data = JSON.parse(getText("folio-page"));
-  } catch {
-    throw new DamagedPage();
+    const { format_version, models, source } = JSON.parse(getText("folio-page"));
+    if (format_version !== FORMAT_VERSION) throw new PageError();
+    const create = (data, index) => new PageModel(data, getText, `${prefix}-${index}`);
+    return { models: models.map(create), source };
+  } catch (error) {
+    throw error instanceof PageError ? error : new PageError(error.message);
   }
-  if (data?.format_version !== FORMAT_VERSION) throw new DamagedPage();
-  const models = data.models.map(
-    (each, index) => new PageModel(each, getText, `${prefix}-${index}`),
-  );
-  return { ...data, models };
 }
 
-/** Throw DamagedPage if a model's data is not what the page can show: it may be a stranger's. */
+/** Throw PageError if a model's data is not what the page can show. */
 function checkModel({ config, num_tokens: V, tokenizer, checkpoints, shown }) {
-  const counts = ["block_size", "n_embd", "n_head", "n_layer", "hidden"].map(
-    (name) => config?.[name],
-  );
+  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
   const isCount = (value) => Number.isInteger(value) && value > 0 && value < 2 ** 24;
-  if (![V, ...counts].every(isCount) || config.n_embd % config.n_head !== 0)
-    throw new DamagedPage();
-  if (countNumbers(config, V) > MAX_MODEL_NUMBERS) throw new DamagedPage();
-  const vocabulary = tokenizer?.chars ?? tokenizer?.tokens;
-  if (!Array.isArray(vocabulary) || vocabulary.length !== V) throw new DamagedPage();
-  if (!Array.isArray(checkpoints) || !(shown in checkpoints)) throw new DamagedPage();
+  if (![V, T, C, H, L, F].every(isCount) || C % H !== 0 || L > MAX_LAYERS) throw new PageError();
+  if (countNumbers(config, V) > MAX_MODEL_NUMBERS) throw new PageError();
+  const vocabulary = tokenizer.chars ?? tokenizer.tokens;
+  const isText = (token) => typeof token === "string";
+  if (vocabulary.length !== V || !vocabulary.every(isText)) throw new PageError();
+  if (!(shown in checkpoints)) throw new PageError();
 }

@@ -4,10 +4,19 @@ const SVG = "http://www.w3.org/2000/svg";
 
 /**
  * Create an element. `properties` are set as properties if the element has them (`onclick`,
- * `textContent`, `className`, `value` …), else as attributes; `style` is an object.
+ * `textContent`, `className`, `value` …), else as attributes; `style` is an object. Children that
+ * are null are left out.
  */
 export function create(tag, properties = {}, ...children) {
-  return fill(document.createElement(tag), properties, children);
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "style") {
+      for (const [key, each] of Object.entries(value)) element.style.setProperty(key, each);
+    } else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.flat().filter((child) => child !== null));
+  return element;
 }
 
 /** Create an element of SVG; all properties are attributes. */
@@ -18,48 +27,50 @@ export function createSvg(tag, attributes = {}, ...children) {
   return element;
 }
 
-function fill(element, properties, children) {
-  for (const [name, value] of Object.entries(properties)) {
-    if (value === undefined || value === null) continue;
-    if (name === "style") {
-      for (const [key, each] of Object.entries(value)) element.style.setProperty(key, each);
-    } else if (name in element && name !== "list") element[name] = value;
-    else element.setAttribute(name, value);
-  }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return element;
+/** Create a slider with its value and a hint: { element, set(value) }. */
+export function createSlider({ label, hint, min, max, step, format, onInput }) {
+  const output = create("span", { className: "value", ariaHidden: "true" });
+  const input = create("input", { type: "range", min, max, step });
+  const set = (value) => {
+    const text = format(value);
+    if (Number(input.value) !== value) input.value = value;
+    if (output.textContent === text) return;
+    output.textContent = text;
+    input.setAttribute("aria-valuetext", text);
+  };
+  input.oninput = () => onInput(Number(input.value));
+  const name = create("span", {}, label);
+  const element = create("label", { className: "slider" }, name, input, output);
+  element.append(create("small", {}, hint));
+  return { element, set };
 }
 
-/** Create a slider with its value beside it: { element, input, set(value) }. */
-export function createSlider({ label, hint, min, max, step, value, format, onInput }) {
-  const output = create("output", { textContent: format(value) });
-  const input = create("input", { type: "range", min, max, step, value });
-  input.setAttribute("aria-valuetext", format(value));
-  const show = (number) => {
-    output.textContent = format(number);
-    input.setAttribute("aria-valuetext", format(number));
-  };
-  input.oninput = () => {
-    show(Number(input.value));
-    onInput(Number(input.value));
-  };
-  const set = (number) => {
-    if (Number(input.value) !== number) input.value = number;
-    show(number);
-  };
-  const element = create(
-    "label",
-    { className: "slider", title: hint ?? "" },
-    create("span", {}, label),
-    input,
-    output,
-  );
-  return { element, input, set };
+/** Call `handle(index)` at events on the elements with a number `data-stop` of a group. */
+export function onToken(group, events, handle) {
+  for (const event of events) {
+    group.addEventListener(event, ({ target }) => {
+      const { stop } = target.dataset ?? {};
+      if (stop) handle(Number(stop));
+    });
+  }
+}
+
+/** Replace the elements of a group by `replace()`; if one had the focus, the first gets it. */
+export function keepFocus(group, replace) {
+  const hadFocus = group.contains(document.activeElement);
+  replace();
+  if (hadFocus) group.querySelector("[tabindex='0']")?.focus();
+}
+
+/** Show a prompt and, after it, its continuation. */
+export function showContinuation(element, prompt, generated) {
+  const given = create("span", { className: "prompt" }, showLineEnds(prompt));
+  element.replaceChildren(given, showLineEnds(generated));
 }
 
 /**
- * Let the arrow keys move the focus among the elements of a group, of which one is in the tab
- * order. `columns()` is how many stand in a row, for the keys up and down.
+ * Let the arrow keys move the focus among the elements `[data-stop]` of a group, of which one is in
+ * the tab order. `columns()` is how many stand in a row, for the keys up and down.
  */
 export function addArrowKeys(group, columns = () => 1) {
   group.addEventListener("keydown", (event) => {

@@ -3,29 +3,29 @@
 import { MersenneTwister, chooseToken, filterLogits } from "./sampling.js";
 
 /**
- * A text that a model reads and continues.
+ * Continues a text, and uses the model's KV cache for it.
  *
  * The model sees the last T tokens. When the cache is full, the newer half of them is computed anew
  * at positions from 0, and the older half is dropped.
  */
-export class Context {
+export class Decoder {
   /** prompt: one or more ids. */
   constructor(model, prompt, observer) {
     this.model = model;
     this.T = model.config.block_size;
     this.observer = observer;
     this.recent = Array.from(prompt).slice(-this.T);
-    this.unread = this.recent; // tokens that are not in the cache
+    this.pending = this.recent; // tokens that are not in the cache
     this.position = 0; // of the first of them
   }
 
   /** Return the logits of the next token, (V,): valid until the next call. */
   computeNextLogits() {
-    this.makeRoom();
-    const x = this.model.forward(this.unread, this.position, this.observer);
-    const logits = this.model.computeLogits(x, this.unread.length - 1);
-    this.position += this.unread.length;
-    this.unread = [];
+    this.slideWindow();
+    const x = this.model.forward(this.pending, this.position, this.observer);
+    const logits = this.model.computeLogits(x, this.pending.length - 1);
+    this.position += this.pending.length;
+    this.pending = [];
     return logits;
   }
 
@@ -33,55 +33,55 @@ export class Context {
   append(token) {
     this.recent.push(token);
     if (this.recent.length > 2 * this.T) this.recent = this.recent.slice(-this.T);
-    this.unread = [token];
+    this.pending = [token];
   }
 
   /**
-   * Append known tokens, many at once. `onLogits(i, logits)` is called with what the model
+   * Append tokens that are known, many at once. `onLogits(i, logits)` is called with what the model
    * predicted in the place of tokens[i].
    */
-  read(tokens, onLogits) {
+  prefill(tokens, onLogits) {
     let done = 0;
     while (done < tokens.length) {
-      this.makeRoom();
-      const t = this.unread.length;
+      this.slideWindow();
+      const t = this.pending.length;
       // The last token needs no place in the cache yet.
       const n = Math.min(this.T - this.position - t + 1, tokens.length - done);
       const known = tokens.slice(done, done + n);
       const x = this.model.forward(
-        [...this.unread, ...known.slice(0, -1)],
+        [...this.pending, ...known.slice(0, -1)],
         this.position,
         this.observer,
       );
       for (let i = 0; i < n; i++) onLogits?.(done + i, this.model.computeLogits(x, t - 1 + i));
       this.position += t + n - 1;
       this.recent = [...this.recent, ...known].slice(-this.T);
-      this.unread = known.slice(-1);
+      this.pending = known.slice(-1);
       done += n;
     }
   }
 
-  makeRoom() {
+  slideWindow() {
     if (this.position < this.T) return;
-    this.unread = this.recent.slice(-this.T).slice(Math.floor(this.T / 2));
+    this.pending = this.recent.slice(-this.T).slice(Math.floor(this.T / 2));
     this.position = 0;
   }
 }
 
 /**
- * Generate tokens without end: yields { token, logits }, the logits before `sampling`.
+ * Generate tokens without end.
  *
  * prompt: one or more ids. generated: what was generated after it before, with the same seed.
  */
 export function* streamTokens(model, prompt, generated, sampling, seed) {
-  const context = new Context(model, prompt);
+  const decoder = new Decoder(model, prompt);
   const random = new MersenneTwister(seed);
   for (let i = 0; i < generated.length; i++) random.draw();
-  context.read(generated);
+  decoder.prefill(generated);
   while (true) {
-    const logits = context.computeNextLogits();
-    const token = chooseToken(filterLogits(logits, sampling), random.draw());
-    yield { token, logits };
-    context.append(token);
+    const logits = filterLogits(decoder.computeNextLogits(), sampling);
+    const token = chooseToken(logits, random.draw());
+    yield token;
+    decoder.append(token);
   }
 }

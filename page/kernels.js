@@ -32,13 +32,13 @@ export class Kernels {
   /**
    * Reserve memory for `size` numbers.
    *
-   * `program` is kernels.wasm, a Uint8Array, or null for JavaScript alone.
+   * `wasm` is kernels.wasm, a Uint8Array, or null for JavaScript alone.
    */
-  static async create(program, size) {
-    if (program && typeof WebAssembly === "object" && WebAssembly.validate(program)) {
+  static async create(wasm, size) {
+    if (wasm && typeof WebAssembly === "object" && WebAssembly.validate(wasm)) {
       const bytes = 4 * size;
       const memory = new WebAssembly.Memory({ initial: Math.ceil(bytes / 65536) });
-      const { instance } = await WebAssembly.instantiate(program, { page: { memory } });
+      const { instance } = await WebAssembly.instantiate(wasm, { page: { memory } });
       return new Kernels(memory.buffer, instance.exports.multiply);
     }
     return new Kernels(new ArrayBuffer(4 * size), null);

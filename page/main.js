@@ -3,7 +3,8 @@
 import { STRINGS } from "./strings.js";
 import { App } from "./app.js";
 import { create, createSlider } from "./dom.js";
-import { DamagedPage } from "./data.js";
+import { PageError } from "./data.js";
+import { LIMITS, parseLink } from "./state.js";
 import { makeVisible } from "./tokenizer.js";
 import { createNextView } from "./views/next.js";
 import { createSurpriseView } from "./views/surprise.js";
@@ -26,161 +27,113 @@ const VIEWS = {
   memorization: createMemorizationView,
   card: createCardView,
 };
-const MAX_TEXT = 20_000; // characters that are typed or pasted
-const FIRST_TEXT = 120; // characters of the card's sample that the page opens with
-const ADDRESS = 250; // milliseconds without a change before the address follows
-const TYPING = 120; // milliseconds without a key before a typed text is computed
+const MAX_TEXT = 20_000; // characters that are typed, pasted or generated
+const FIRST_TEXT = 160; // characters of the card's sample that the page opens with
+const ADDRESS_DELAY = 250; // milliseconds without a change before the address is updated
+const TYPING_DELAY = 120; // milliseconds without a key before a typed text is computed
 
 /** Shows the frame and the current view, and keeps them up to date with the state. */
 class Frame {
   constructor(app) {
     this.app = app;
-    this.views = {}; // by name, created when they are opened first
-    this.update = new AbortController(); // of the current view
-    this.createControls();
+    this.views = new Map(); // by name, created when they are opened first
+    this.current = null; // the view on display
+    this.updating = new AbortController(); // of the current view
     const { model, state } = app;
-    const unit = model.tokenizer.unit;
+    const { unit } = model.tokenizer;
     this.status = create("p", { className: "error", role: "alert", hidden: true });
-    this.main = create("main", { id: "view", tabIndex: -1 });
-    this.links = Object.keys(VIEWS).map((name, index) =>
-      create(
-        "a",
-        {
-          onclick: (event) => {
-            event.preventDefault();
-            state.set({ view: name });
-          },
-        },
-        create("span", { className: "number", ariaHidden: "true" }, index + 1),
-        STRINGS[name].name,
-      ),
+    this.badge = this.createBadge();
+    this.main = create("main", {});
+    this.links = new Map(
+      Object.keys(VIEWS).map((name, index) => [name, this.createLink(name, index)]),
     );
-    document.getElementById("page").replaceChildren(
-      create(
-        "header",
-        {},
-        create("h1", {}, model.name),
+    const links = [...this.links.values()].map((link) => create("li", {}, link));
+    document
+      .getElementById("page")
+      .replaceChildren(
         create(
-          "p",
-          { className: "quiet" },
-          STRINGS.page.shape(model.parameters, model.config, unit),
-        ),
-        create("p", {}, STRINGS.page.lead(model, unit)),
-      ),
-      create(
-        "nav",
-        { ariaLabel: STRINGS.page.views },
-        create(
-          "ol",
+          "header",
           {},
-          this.links.map((link) => create("li", {}, link)),
+          create("h1", {}, model.name),
+          create(
+            "p",
+            { className: "quiet" },
+            STRINGS.page.shape(model.parameters, model.config, unit),
+          ),
+          create("p", {}, STRINGS.page.lead(unit)),
         ),
-      ),
-      create("div", { className: "frame" }, this.panel, create("div", {}, this.status, this.main)),
-    );
-    document.title = `${model.name} · Folio`;
+        create("nav", { ariaLabel: STRINGS.page.views }, create("ol", {}, links)),
+        this.badge,
+        create(
+          "div",
+          { className: "frame" },
+          this.createPanel(),
+          create("div", {}, this.status, this.main),
+        ),
+      );
+    state.listeners.push((names) => this.show(names));
+    app.onError = (error) => this.showError(error);
+    addEventListener("hashchange", () => this.followLink());
   }
 
-  /** Create the text field and the sampling settings, which all views share. */
-  createControls() {
-    const { state, model } = this.app;
-    const unit = model.tokenizer.unit;
+  createLink(name, index) {
+    const onclick = (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return; // a new tab or window
+      event.preventDefault();
+      this.app.state.set({ view: name });
+    };
+    const number = create("span", { className: "number", ariaHidden: "true" }, index + 1);
+    return create("a", { onclick }, number, STRINGS[name].name);
+  }
+
+  /** Create the line that names the checkpoint, if it is not the exported one. */
+  createBadge() {
+    const reset = () => this.app.setSampling({ checkpoint: -1 });
+    this.badgeText = create("span", {});
+    const button = create("button", { type: "button", onclick: reset }, STRINGS.page.exported);
+    return create(
+      "p",
+      { className: "note", role: "status", hidden: true },
+      this.badgeText,
+      " ",
+      button,
+    );
+  }
+
+  /** Create the text field and the settings, which all views share. */
+  createPanel() {
+    const { app } = this;
+    const { unit } = app.model.tokenizer;
     const text = STRINGS.settings;
-    const all = (value) => (value === 0 ? text.all : String(value));
-    const decimals = (value) => STRINGS.number(value, 2);
-    const vocabulary = Math.min(model.num_tokens, 200);
-    const sliders = {
-      temperature: {
-        label: text.temperature,
-        hint: text.temperatureHint,
-        min: 0,
-        max: 2,
-        step: 0.05,
-        format: decimals,
-      },
-      top_k: {
-        label: text.topK,
-        hint: text.topKHint,
-        min: 0,
-        max: vocabulary,
-        step: 1,
-        format: all,
-      },
-      top_p: {
-        label: text.topP,
-        hint: text.topPHint,
-        min: 0.01,
-        max: 1,
-        step: 0.01,
-        format: (value) => (value === 1 ? text.all : decimals(value)),
-      },
-      min_p: {
-        label: text.minP,
-        hint: text.minPHint,
-        min: 0,
-        max: 0.99,
-        step: 0.01,
-        format: (value) => (value === 0 ? text.none : decimals(value)),
-      },
-    };
-    this.sliders = {};
-    for (const [name, options] of Object.entries(sliders)) {
-      this.sliders[name] = createSlider({
-        ...options,
-        value: state.get(name),
-        onInput: (value) => state.set({ [name]: value }),
-      });
-    }
-    const numberField = (name, label, hint) => {
-      const input = create("input", {
-        type: "number",
-        min: name === "seed" ? 0 : 1,
-        max: name === "seed" ? 2 ** 32 - 1 : 5000,
-        step: 1,
-      });
-      input.onchange = () => {
-        if (input.checkValidity() && input.value !== "") state.set({ [name]: Number(input.value) });
-        input.value = state.get(name);
-      };
-      this.sliders[name] = { set: (value) => (input.value = value) };
-      return create(
-        "label",
-        { className: "field", title: hint ?? "" },
-        create("span", {}, label),
-        input,
-      );
-    };
-    this.textarea = create("textarea", {
-      id: "text",
-      rows: 6,
-      spellcheck: false,
-      autocapitalize: "off",
-    });
+    this.textarea = create("textarea", { id: "text", rows: 6, spellcheck: false });
     this.textarea.setAttribute("aria-describedby", "notes");
     this.textarea.oninput = () => {
-      this.isCut = this.textarea.value.length > MAX_TEXT;
-      this.app.setText(this.textarea.value.slice(0, MAX_TEXT));
+      const given = this.textarea.value;
+      this.opening = null;
+      app.setText(given.slice(0, MAX_TEXT).replace(/[\ud800-\udbff]$/, ""));
+      this.showNotes(given.length > MAX_TEXT);
     };
     this.notes = create("div", { id: "notes", className: "notes", role: "status" });
     this.copied = create("span", { role: "status" });
-    const copy = create(
-      "button",
-      { type: "button", onclick: () => this.copyLink() },
-      STRINGS.page.copy,
-    );
-    const reset = create(
-      "button",
-      { type: "button", onclick: () => this.reset() },
-      STRINGS.page.reset,
-    );
-    const settings = create(
-      "details",
-      { open: matchMedia("(min-width: 900px)").matches },
-      create("summary", {}, text.name),
-      Object.keys(sliders).map((name) => this.sliders[name].element),
-      numberField("seed", text.seed, text.seedHint),
-      numberField("count", text.count(unit)),
-    );
+    const decimals = (value) => STRINGS.number(value, 2);
+    const all = (value) => (value === 0 ? text.all : String(value));
+    const share = (value) => (value === 1 ? text.all : decimals(value));
+    const least = (value) => (value === 0 ? text.none : decimals(value));
+    const tokens = Math.min(app.model.num_tokens, 200);
+    this.controls = new Map([
+      ["temperature", this.createSlider("temperature", 0.05, decimals)],
+      ["top_k", this.createSlider("top_k", 1, all, tokens)],
+      ["top_p", this.createSlider("top_p", 0.01, share)],
+      ["min_p", this.createSlider("min_p", 0.01, least)],
+      ["seed", this.createField("seed", text.seed, (changes) => app.setSampling(changes))],
+      ["count", this.createField("count", text.count(unit), (changes) => app.state.set(changes))],
+    ]);
+    const settings = create("details", { open: matchMedia("(min-width: 900px)").matches });
+    settings.append(create("summary", {}, text.name));
+    for (const { element } of this.controls.values()) settings.append(element);
+    this.settings = settings;
+    const button = (label, onclick) => create("button", { type: "button", onclick }, label);
+    this.undo = button(STRINGS.page.undo, () => app.undo());
     this.panel = create(
       "form",
       { className: "panel", onsubmit: (event) => event.preventDefault() },
@@ -188,8 +141,38 @@ class Frame {
       this.textarea,
       this.notes,
       settings,
-      create("div", { className: "buttons" }, copy, reset, this.copied),
+      create(
+        "div",
+        { className: "buttons" },
+        this.undo,
+        button(STRINGS.page.copy, () => this.copyLink()),
+        button(STRINGS.page.reset, () => this.reset()),
+        this.copied,
+      ),
     );
+    return this.panel;
+  }
+
+  createSlider(name, step, format, max = LIMITS[name][1]) {
+    const [label, hint] = STRINGS.settings[name];
+    const [min] = LIMITS[name];
+    const onInput = (value) => this.app.setSampling({ [name]: value });
+    return createSlider({ label, hint, min, max, step, format, onInput });
+  }
+
+  createField(name, [label, hint], change) {
+    const { state } = this.app;
+    const [min, max] = LIMITS[name];
+    const input = create("input", { type: "number", min, max, step: 1 });
+    const set = (value) => {
+      if (document.activeElement !== input) input.value = value;
+    };
+    input.onchange = () => {
+      if (input.checkValidity() && input.value !== "") change({ [name]: Number(input.value) });
+      input.value = state.get(name);
+    };
+    const parts = [create("span", {}, label), input, create("small", {}, hint)];
+    return { element: create("label", { className: "field" }, ...parts), set };
   }
 
   /** Show what the page's address says. */
@@ -197,96 +180,114 @@ class Frame {
     const { app } = this;
     const { state, model } = app;
     const given = new URLSearchParams(location.hash.slice(1));
-    const values = state.parse(given);
+    const values = parseLink(given);
     if (!given.has("text")) {
-      const sample = (model.card.sample ?? "").slice(0, FIRST_TEXT);
-      values.text = model.tokenizer.decode(app.encode(sample)).trimStart() || model.default_prompt;
+      const ids = model.tokenizer.encode(model.card.sample);
+      values.text = cutAtLine(model.tokenizer.decode(ids).trimStart(), FIRST_TEXT);
     }
+    this.opening = given.has("text") ? null : values.text;
     values.text = values.text.slice(0, MAX_TEXT);
-    if (!given.has("from")) values.from = values.text.length;
-    if (!(values.view in VIEWS)) values.view = Object.keys(VIEWS)[0];
-    app.generated = { ids: null, settings: null };
-    state.set(values);
+    // The tokens of a generated text are not always those that its text is encoded to.
+    if (model.tokenizer.unit !== "character" || values.from > values.text.length) values.from = -1;
+    if (!this.links.has(values.view)) values.view = "next";
+    app.generation.abort();
+    Object.assign(state.values, values);
     this.show(new Set(Object.keys(values)));
   }
 
   /** Show the state; `names` are those of its values that changed. */
   show(names) {
-    const { state, model, models } = this.app;
-    const text = state.get("text");
+    const { state } = this.app;
     if (names.has("text")) {
-      if (this.textarea.value !== text) this.textarea.value = text;
-      const unknown = model.tokenizer.findUnknown(text).map(makeVisible);
-      const notes = [
-        text === "" ? STRINGS.page.empty(makeVisible(model.default_prompt)) : null,
-        unknown.length
-          ? STRINGS.page.unknown(
-              `${unknown.slice(0, 30).join(" ")}${unknown.length > 30 ? " …" : ""}`,
-            )
-          : null,
-        this.isCut ? STRINGS.page.tooLong(MAX_TEXT) : null,
-        state.isTextInLink() ? null : STRINGS.page.notInLink,
-      ].filter(Boolean);
-      this.isCut = false;
-      this.notes.replaceChildren(...notes.map((note) => create("p", {}, note)));
+      const text = state.get("text");
+      if (this.textarea.value !== text) {
+        this.textarea.value = text;
+        this.textarea.scrollTop = this.textarea.scrollHeight;
+      }
+      this.showNotes(false);
+      if (text.length > MAX_TEXT) this.app.generation.abort();
     }
-    for (const [name, slider] of Object.entries(this.sliders)) slider.set(state.get(name));
+    for (const [name, { set }] of this.controls) set(state.get(name));
     // Not at once: browsers refuse many changes of the address in a short time.
     clearTimeout(this.addressTimer);
-    this.addressTimer = setTimeout(
-      () => history.replaceState(null, "", `#${state.format()}`),
-      ADDRESS,
-    );
+    this.addressTimer = setTimeout(() => this.updateAddress(), ADDRESS_DELAY);
     const name = state.get("view");
-    this.links.forEach((link, index) => {
-      const each = Object.keys(VIEWS)[index];
-      link.href = `#${state.format({ view: each })}`;
+    this.showBadge();
+    this.undo.disabled = this.app.undoable.length === 0;
+    for (const [each, link] of this.links) {
       if (each === name) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
-    });
-    const isOpened = this.views[name] !== undefined && this.current === this.views[name];
-    if (!isOpened) {
-      this.current?.leave?.();
-      this.views[name] ??= VIEWS[name](this.app);
-      this.current = this.views[name];
-      this.main.replaceChildren(this.current.element);
-      this.schedule(this.current, new Set(Object.keys(state.values)), 0);
-    } else if (this.current.depends.some((each) => names.has(each))) {
-      this.schedule(this.current, names, document.activeElement === this.textarea ? TYPING : 0);
+    }
+    if (!this.views.has(name)) this.views.set(name, VIEWS[name](this.app));
+    const view = this.views.get(name);
+    const isOpened = view !== this.current;
+    if (isOpened) {
+      if (this.current) history.pushState(null, "", `#${state.format()}`); // for Back
+      this.current = view;
+      this.main.replaceChildren(view.element);
+      this.panel.hidden = !view.usesText;
+      this.settings.hidden = !view.usesSampling;
+      this.copied.textContent = "";
+    }
+    if (isOpened || view.depends.some((each) => names.has(each))) {
+      this.update(document.activeElement === this.textarea ? TYPING_DELAY : 0);
     }
   }
 
-  /** Update a view with the state, and stop an update that is on its way. */
-  schedule(view, names, delay) {
-    this.update.abort();
-    clearTimeout(this.timer);
-    // An update that was stopped leaves its changes to the next one.
-    this.changed = view === this.changedView ? new Set([...(this.changed ?? []), ...names]) : names;
-    this.changedView = view;
-    const { signal } = (this.update = new AbortController());
-    this.timer = setTimeout(async () => {
+  /** Update the current view with the state, and cancel an update that is under way. */
+  update(delay) {
+    this.updating.abort();
+    clearTimeout(this.updateTimer);
+    const { signal } = (this.updating = new AbortController());
+    this.updateTimer = setTimeout(async () => {
       this.main.setAttribute("aria-busy", "true");
       try {
-        await view.update(signal, this.changed);
-        if (signal.aborted) return;
-        this.changed = null;
-        this.status.hidden = true;
+        await this.current.update(signal);
+        if (!signal.aborted) this.status.hidden = true;
       } catch (error) {
-        if (signal.aborted) return;
-        this.showError(error);
+        if (!signal.aborted) this.showError(error);
       }
-      this.main.removeAttribute("aria-busy");
+      if (!signal.aborted) this.main.removeAttribute("aria-busy");
     }, delay);
   }
 
+  showBadge() {
+    const { model, state } = this.app;
+    const index = model.getCheckpoint(state.get("checkpoint"));
+    this.badge.hidden = index === model.shown || state.get("view") === "training"; // which says it
+    this.badgeText.textContent = STRINGS.page.checkpoint(model.checkpoints[index].step);
+  }
+
+  updateAddress() {
+    const { state } = this.app;
+    history.replaceState(null, "", `#${state.format()}`);
+    for (const [view, link] of this.links) link.href = `#${state.format({ view })}`;
+  }
+
+  /** Show what the user should know about the text. */
+  showNotes(isCut) {
+    const { model, state } = this.app;
+    const text = state.get("text");
+    const unknown = model.tokenizer.findUnknown(text).map(makeVisible);
+    const notes = [
+      text === this.opening ? STRINGS.page.opening : null,
+      text === "" ? STRINGS.page.empty(makeVisible(model.default_prompt)) : null,
+      unknown.length ? STRINGS.page.unknown(unknown.slice(0, 30).join(" ")) : null,
+      isCut ? STRINGS.page.tooLong(MAX_TEXT) : null,
+      state.isTextInLink() ? null : STRINGS.page.notInLink,
+      this.app.client.worker ? null : STRINGS.page.noWorker,
+    ];
+    this.notes.replaceChildren(...notes.filter(Boolean).map((note) => create("p", {}, note)));
+  }
+
   showError(error) {
-    this.status.textContent =
-      error instanceof DamagedPage ? STRINGS.page.damaged : STRINGS.page.failed(error.message);
+    const isDamaged = error instanceof PageError;
+    this.status.textContent = isDamaged ? STRINGS.page.damaged : STRINGS.page.failed(error.message);
     this.status.hidden = false;
   }
 
   async copyLink() {
-    history.replaceState(null, "", `#${this.app.state.format()}`);
+    this.updateAddress();
     try {
       await navigator.clipboard.writeText(location.href);
       this.copied.textContent = STRINGS.page.copied;
@@ -296,9 +297,15 @@ class Frame {
   }
 
   reset() {
-    location.hash = "";
+    history.replaceState(null, "", location.pathname);
     this.followLink();
   }
+}
+
+/** Return the beginning of a text, up to the end of a line if possible. */
+function cutAtLine(text, limit) {
+  const start = text.slice(0, limit);
+  return start.slice(0, start.lastIndexOf("\n") + 1 || limit);
 }
 
 /** Build the page. Returns the app, or null if the file is damaged. */
@@ -306,23 +313,12 @@ function openPage() {
   try {
     const app = new App();
     app.model.getWeights(app.model.shown); // throws if the file is cut off
-    const frame = new Frame(app);
-    app.state.listeners.push((names) => frame.show(names));
-    addEventListener("hashchange", () => frame.followLink());
-    app.onError = (error) => frame.showError(error);
-    frame.followLink();
+    new Frame(app).followLink();
     return app;
   } catch (error) {
-    if (!(error instanceof DamagedPage)) throw error;
-    document
-      .getElementById("page")
-      .replaceChildren(
-        create(
-          "main",
-          {},
-          create("p", { className: "error", role: "alert" }, STRINGS.page.damaged),
-        ),
-      );
+    if (!(error instanceof PageError)) throw error;
+    const message = create("p", { className: "error", role: "alert" }, STRINGS.page.damaged);
+    document.getElementById("page").replaceChildren(create("main", {}, message));
     return null;
   }
 }

@@ -1,6 +1,6 @@
 // Stretches of a text that stand verbatim in the training text, found by hashes of it alone.
 
-import { decodeBase64 } from "./weights.js";
+import { decodeBase64 } from "./base64.js";
 
 /** Return the hash of the `length` UTF-16 code units from `start`: a polynomial, then the finalizer
  * of MurmurHash3. */
@@ -34,17 +34,32 @@ export function decodeHashes(base64) {
 }
 
 /**
- * Return the stretches of a text that stand in the training text: [[start, end], …].
+ * Return the stretches of a text that stand in the training text: [{ start, stop, isCopy }, …].
  *
- * hashes: of stretches of `length` code units, at regular places of the training text.
+ * hashes: of the stretches of `length` code units at every `stride`-th place of the training text.
+ * Two matches that are `stride` apart are one copy, with what is between them.
  */
-export function findStretches(text, hashes, length) {
-  const stretches = [];
+export function findStretches(text, hashes, { length, stride }) {
+  const matches = new Set();
   for (let start = 0; start + length <= text.length; start++) {
-    if (!hashes.has(hashUnits(text, start, length))) continue;
-    const last = stretches[stretches.length - 1];
-    if (last && start <= last[1]) last[1] = start + length;
-    else stretches.push([start, start + length]);
+    if (hashes.has(hashUnits(text, start, length))) matches.add(start);
   }
-  return stretches;
+  const stretches = Array.from(matches, (match) => {
+    const isCopy = matches.has(match - stride);
+    return { start: isCopy ? match - stride : match, stop: match + length, isCopy };
+  });
+  return mergeOverlaps(stretches.sort((a, b) => a.start - b.start));
+}
+
+/** Merge stretches that overlap; the result is a copy if one of them is. */
+function mergeOverlaps(stretches) {
+  const merged = [];
+  for (const stretch of stretches) {
+    const last = merged[merged.length - 1];
+    if (last && stretch.start <= last.stop) {
+      last.stop = Math.max(last.stop, stretch.stop);
+      last.isCopy ||= stretch.isCopy;
+    } else merged.push(stretch);
+  }
+  return merged;
 }

@@ -1,4 +1,4 @@
-// The network of model.py, class by class, with a KV cache. It computes in float32, as PyTorch does.
+// The network of model.py, class by class, with a KV cache. All tensors are float32.
 //
 //     T  context: tokens that the model sees       H  attention heads
 //     M  rows: tokens that are computed at once    D  head size, C / H
@@ -40,15 +40,23 @@ export function listTensors(config, V) {
   return shapes;
 }
 
+/** Return the number of elements of a shape. */
+export function countElements(shape) {
+  return shape.reduce((product, length) => product * length, 1);
+}
+
+/** Return the number of parameters, a tied head counted once. */
+export function countParameters(config, V) {
+  return [...listTensors(config, V).values()].reduce((sum, shape) => sum + countElements(shape), 0);
+}
+
 /** Return how many numbers a model needs in memory: weights, KV cache and intermediate results. */
 export function countNumbers(config, V) {
   const { block_size: T, n_embd: C, n_layer: L, hidden: F } = config;
-  let weights = 0;
-  for (const shape of listTensors(config, V).values()) weights += shape.reduce((a, b) => a * b, 1);
-  return weights + 2 * L * T * C + T * (7 * C + 2 * F) + T + V;
+  return countParameters(config, V) + 2 * L * T * C + T * (7 * C + 2 * F) + T + V;
 }
 
-/** y = x W + b: weight is (outputs, inputs), bias (outputs,) or undefined. */
+/** y = x Wᵀ + b: the weight W is (outputs, inputs), the bias b (outputs,) or undefined. */
 class Linear {
   constructor(kernels, weight, bias, inputs) {
     Object.assign(this, { kernels, weight, bias, inputs, outputs: weight.length / inputs });
@@ -284,7 +292,7 @@ export class LanguageModel {
     Object.assign(this, { config, V, kernels });
     this.tensors = new Map();
     for (const [name, shape] of listTensors(config, V)) {
-      const tensor = kernels.allocate(shape.reduce((a, b) => a * b, 1));
+      const tensor = kernels.allocate(countElements(shape));
       load(name, shape, tensor);
       this.tensors.set(name, tensor);
     }
@@ -362,7 +370,7 @@ const POWERS_OF_TWO = Float64Array.from(
 );
 
 /**
- * Compute e^x within 1e-7 of its value, in a quarter of the time of Math.exp.
+ * Compute e^x with a relative error below 2e-7, faster than Math.exp.
  *
  * e^x = 2^n e^r, n a whole number and r in ±ln(2) / 2, for which a few terms of the series suffice.
  */

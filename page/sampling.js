@@ -110,6 +110,19 @@ export function chooseToken(logits, draw) {
   return token;
 }
 
+/** Return the likeliest tokens in descending order: [[id, probability], …]. */
+export function listLikeliest(logits, number) {
+  const best = [];
+  for (let v = 0; v < logits.length; v++) {
+    if (best.length === number && logits[v] <= logits[best[number - 1]]) continue;
+    let place = best.length;
+    while (place > 0 && logits[best[place - 1]] < logits[v]) place--;
+    best.splice(place, 0, v);
+    best.length = Math.min(best.length, number);
+  }
+  return best.map((id) => [id, Math.exp(computeLogProbability(logits, id))]);
+}
+
 /** Return the log-probability of a token, in nats. */
 export function computeLogProbability(logits, token) {
   const { value: largest } = findLargest(logits);

@@ -3,7 +3,7 @@
 const STATE_DEFAULTS = {
   view: "next",
   text: "",
-  from: 0, // where the generated part of the text begins, in UTF-16 code units
+  from: -1, // start of the generated part of the text, in UTF-16 code units; -1: none
   seed: 1337, // these are the defaults of inference.py
   temperature: 0.8,
   top_k: 0, // 0: all
@@ -11,21 +11,31 @@ const STATE_DEFAULTS = {
   min_p: 0,
   count: 300, // tokens to generate
   checkpoint: -1, // -1: the exported one
-  layer: 0,
-  head: 0,
-  off: "", // heads that are switched off: "0.1,2.3"
-  at: -1, // token that is looked at; -1: the last
+  layer: 1, // counted from 1, as in the page
+  head: 1,
+  off: "", // heads that are switched off: "1.2,3.4"
+  other: -1, // number of the model to compare with; -1: the first choice
+  at: -1, // index of the token that was chosen in the text; -1: none
 };
-const LIMITS = {
+export const LIMITS = {
+  from: [-1, 1e9],
   seed: [0, 2 ** 32 - 1],
   temperature: [0, 2],
-  top_k: [0, 1_000_000],
+  top_k: [0, 1e6],
   top_p: [0.01, 1],
   min_p: [0, 0.99],
   count: [1, 5000],
+  checkpoint: [-1, 1e6],
+  layer: [1, 1e6],
+  head: [1, 1e6],
+  other: [-1, 1e6],
+  at: [-1, 1e9],
 };
 const FRACTIONS = ["temperature", "top_p", "min_p"]; // all other numbers are integers
 const MAX_LINK_TEXT = 2000; // characters
+
+/** The settings that a generated text depends on. */
+export const SAMPLING_SETTINGS = ["seed", "temperature", "top_k", "top_p", "min_p"];
 
 /** The values of the page's state by name; `set` changes some, and calls the listeners. */
 export class State {
@@ -38,16 +48,21 @@ export class State {
     return this.values[name];
   }
 
+  /** Return whether a value is the default. */
+  isDefault(name) {
+    return this.values[name] === STATE_DEFAULTS[name];
+  }
+
   /** Set values, and call the listeners with the names of those that changed. */
   set(changes) {
     const names = Object.keys(changes).filter((name) => this.values[name] !== changes[name]);
     if (names.length === 0) return;
     Object.assign(this.values, changes);
-    this.touch(...names);
+    this.notify(...names);
   }
 
   /** Call the listeners with names of values. */
-  touch(...names) {
+  notify(...names) {
     for (const listener of this.listeners) listener(new Set(names));
   }
 
@@ -57,42 +72,37 @@ export class State {
     return { temperature, topK, topP, minP };
   }
 
-  /** Return seed and sampling settings as one text, to compare. */
-  formatSampling() {
-    return JSON.stringify([this.values.seed, this.getSampling()]);
-  }
-
   /** Return whether the text is short enough to be part of a link. */
   isTextInLink() {
     return this.values.text.length <= MAX_LINK_TEXT;
   }
 
-  /** Return the state, with some changes, as the part of an address after the #; defaults are left
-   * out. */
+  /** Return the state, with some changes, as the part of an address after the #. Defaults are left
+   * out, but for the text. */
   format(changes = {}) {
+    const values = { ...this.values, ...changes };
     const parts = new URLSearchParams();
-    for (const [name, value] of Object.entries({ ...this.values, ...changes })) {
-      if (value === STATE_DEFAULTS[name]) continue;
-      if ((name === "text" || name === "from") && !this.isTextInLink()) continue;
-      parts.set(name, value);
+    for (const [name, value] of Object.entries(values)) {
+      const isText = name === "text" || name === "from";
+      if (isText ? !this.isTextInLink() : value === STATE_DEFAULTS[name]) continue;
+      if (name !== "from" || value >= 0) parts.set(name, value);
     }
     return parts.toString();
   }
+}
 
-  /** Return the values of a link's URLSearchParams; unknown names and bad numbers are ignored. */
-  parse(given) {
-    const changes = { ...STATE_DEFAULTS };
-    for (const [name, text] of given) {
-      if (!Object.hasOwn(STATE_DEFAULTS, name)) continue;
-      if (typeof STATE_DEFAULTS[name] === "string") {
-        changes[name] = text;
-        continue;
-      }
-      const value = FRACTIONS.includes(name) ? Number(text) : Math.round(Number(text));
-      if (!Number.isFinite(value)) continue;
-      const [low, high] = LIMITS[name] ?? [-1, Number.MAX_SAFE_INTEGER];
-      changes[name] = Math.min(Math.max(value, low), high);
+/** Return the values of a link's URLSearchParams; unknown names and bad numbers are ignored. */
+export function parseLink(given) {
+  const values = { ...STATE_DEFAULTS };
+  for (const [name, text] of given) {
+    if (!Object.hasOwn(STATE_DEFAULTS, name)) continue;
+    if (typeof STATE_DEFAULTS[name] === "string") {
+      values[name] = text;
+      continue;
     }
-    return changes;
+    const value = FRACTIONS.includes(name) ? Number(text) : Math.round(Number(text));
+    const [low, high] = LIMITS[name];
+    if (text !== "" && Number.isFinite(value)) values[name] = Math.min(Math.max(value, low), high);
   }
+  return values;
 }

@@ -5,60 +5,58 @@ const number = (value, digits = 0) =>
 const percent = (share) =>
   share >= 0.9995 ? "100 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
 const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+const toBits = (nats) => nats / Math.LN2;
 
 export const STRINGS = {
   number,
   percent,
-  plural,
-  bytes: (bytes) => `${number(bytes / 1e6, 2)} MB`,
   bits: (bits) => `${number(bits, 2)} bits`,
 
   page: {
-    lead: (model, unit) =>
-      `A small language model, whole, in this page. Given a text, it computes how likely each ${unit} is to come next: ` +
-      "nothing else. Nothing you type leaves this page.",
+    lead: (unit) =>
+      `A small language model, whole, in this file. Given a text, it computes how likely each ${unit} ` +
+      "is to come next. Nothing you type is sent anywhere; it is only kept in the address of this page.",
     shape: (parameters, { n_layer, n_head, n_embd, block_size }, unit) =>
-      `${plural(parameters, "parameter")} · ${plural(n_layer, "layer")} · ${plural(n_head, "head")} · ` +
-      `${n_embd} channels · sees the last ${plural(block_size, unit)}`,
+      `${plural(parameters, "parameter")} · ${plural(n_layer, "layer")} · ` +
+      `${plural(n_head, "head")} · ${n_embd} channels · context of ${plural(block_size, unit)}`,
     views: "Views",
     text: "Text",
-    textHint: (unit) =>
-      `The views are about this text. Change it: the model continues it ${unit} by ${unit}.`,
-    unknown: (chars) => `Left out, as the model never saw these characters: ${chars}`,
-    empty: (prompt) => `The text is empty: the model starts from ${prompt}.`,
+    opening: "A text that this model generated: replace it by your own.",
+    unknown: (chars) => `Left out, as they are not in the vocabulary: ${chars}`,
+    empty: (prompt) => `The text is empty: generation starts from ${prompt}`,
     tooLong: (limit) => `Only the first ${number(limit)} characters are used.`,
     notInLink: "This text is too long to be part of a link.",
-    reset: "Reset everything",
+    undo: "Undo",
+    reset: "Reset",
     copy: "Copy link",
     copied: "Copied.",
     notCopied: "Copy the address of this page from your browser.",
-    noWorker: "This browser runs the model on the page's own thread: the page may stutter.",
-    damaged:
-      "This file is incomplete: the model's weights are cut off or damaged. Copy or download the whole file again.",
+    noWorker: "This browser runs the model on the page's own thread, so the page may stutter.",
+    checkpoint: (step) => `All views show the model of step ${number(step)} of its training.`,
+    exported: "Back to the exported model",
+    damaged: "This file is incomplete or damaged. Copy or download the whole file again.",
     failed: (reason) => `This did not work: ${reason}`,
-    loading: "Computing …",
   },
 
   settings: {
     name: "Sampling",
-    seed: "Seed",
-    seedHint: "Fixes the random draws: the same seed gives the same text.",
-    count: (unit) => `Length (${unit}s)`,
-    temperature: "Temperature",
-    temperatureHint:
-      "Divides the logits. Below 1: safer; above 1: wilder; 0: always the likeliest.",
-    topK: "Top-k",
-    topKHint: "Only the k likeliest may be drawn.",
-    topP: "Top-p",
-    topPHint: "Only the likeliest that have this probability together.",
-    minP: "Min-p",
-    minPHint: "Only those at least this share as likely as the likeliest.",
+    temperature: ["Temperature", "Below 1: safer; above 1: wilder; 0: always the likeliest"],
+    top_k: ["Top-k", "Draw from the k likeliest only"],
+    top_p: ["Top-p", "Draw from the likeliest that have this probability together"],
+    min_p: ["Min-p", "Draw from those at least this share as likely as the likeliest"],
+    seed: ["Seed", "The same seed gives the same text"],
+    count: (unit) => [`Length in ${unit}s`, "How much Run generates"],
     all: "all",
     none: "off",
   },
 
   token: {
-    names: { " ": "space", "\n": "new line", "\t": "tab", "\r": "carriage return" },
+    names: new Map([
+      [" ", "space"],
+      ["\n", "new line"],
+      ["\t", "tab"],
+      ["\r", "carriage return"],
+    ]),
     position: (index) => `position ${number(index + 1)}`,
   },
 
@@ -66,167 +64,182 @@ export const STRINGS = {
     name: "Next",
     title: (unit) => `What comes next? One bar for each ${unit}`,
     lead: (unit) =>
-      `The outlined bar is what the model computed. The filled bar is what is left after temperature, top-k, top-p ` +
-      `and min-p: a ${unit} is drawn from these. What is cut is grey. Click a bar to append it.`,
+      `The outlined bars are the model's probabilities. The filled bars are those after temperature, ` +
+      `top-k, top-p and min-p, from which a ${unit} is drawn; a ${unit} that these cut is grey. Click a bar ` +
+      "to append it.",
     step: "Step",
     run: "Run",
     stop: "Stop",
-    undo: "Undo",
+    slowly: "slowly",
     bar: (name, before, after) =>
-      after === null
-        ? `${name}: ${before}, cut`
-        : `${name}: ${before}, after sampling settings ${after}`,
+      `${name}: ${before}, ${after === null ? "cut" : `drawn from ${after}`}`,
     append: (name) => `Append ${name}`,
+    cut: "cut",
     before: "model",
-    after: "drawn from",
-    entropy: (bits, choices) =>
-      `Uncertainty: ${number(bits, 2)} bits, as much as ${number(choices, 1)} equally likely choices.`,
+    after: "after the settings",
+    entropy: (before, after) =>
+      `Uncertainty: ${number(before, 2)} bits, like ${number(2 ** before, 1)} equally likely choices; ` +
+      `after the settings ${number(after, 2)} bits, like ${number(2 ** after, 1)}.`,
     left: (kept, all) => `${number(kept)} of ${number(all)} may be drawn.`,
     more: (count) => `${number(count)} less likely ones are not shown.`,
     rate: (count, unit, seconds) =>
-      `${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
-    command: (dtype) =>
-      `On the command line, ${dtype === "fp32" ? "the same text" : `the same text, but for this page's weights being rounded to ${dtype}`}:`,
+      `Generated ${plural(count, unit)} in ${number(seconds, 1)} s: ${number(count / seconds)} a second.`,
+    drawn: (name) => `Drawn: ${name}`,
+    generated: "The text so far, its prompt in grey",
+    command: "On the command line (there the weights are not rounded, so a long text may differ):",
+    bundle: (run, step) =>
+      `runs/${run}/artifacts/checkpoints/step_${String(step).padStart(8, "0")}`,
   },
 
   surprise: {
     name: "Surprise",
-    title: "How surprised is the model?",
+    title: "How surprising is each character?",
+    titleOfTokens: "How surprising is each token?",
     lead: (unit) =>
-      `Each ${unit} has the colour of its surprise, −log₂ of the probability that the model gave it: 0 bits if it was certain, ` +
-      "1 bit for each halving. Hover, or use the arrow keys. A click on one of the five likeliest goes on from there.",
+      `Each ${unit} has the colour of its surprise: −log₂ of the probability that the model gave it. That is 0 bits if ` +
+      "it was certain, and 1 bit more for each halving. Point at one, or use the arrow keys, to see what was " +
+      "expected; a click holds it.",
     mean: (bits, count, unit) => `${number(bits, 3)} bits a ${unit} over ${plural(count, unit)}`,
     perByte: (bits) => `${number(bits, 3)} bits per byte`,
-    worse: (vocabulary) => `Guessing would take ${number(Math.log2(vocabulary), 2)} bits.`,
-    choose: "Choose a place in the text to see what the model expected there.",
+    guessing: (vocabulary) => `Guessing takes ${number(Math.log2(vocabulary), 2)} bits.`,
+    passage: "The text, coloured by surprise",
+    certain: "0 bits",
+    surprised: "8 bits and more",
+    choose: "Point at a place in the text.",
     short: (unit) => `Write at least two ${unit}s.`,
     detail: (name, place) => `${name} at ${place}`,
     facts: (probability, bits, rank) =>
-      `probability ${probability}, ${number(bits, 2)} bits, rank ${number(rank)}`,
+      `Probability ${probability}, ${number(bits, 2)} bits, rank ${number(rank)}`,
     first: "The first has no prediction: there is nothing before it.",
-    top: "The five likeliest here:",
-    branch: (name) => `Go on with ${name} from here`,
-    chart: "Mean surprise so far",
+    top: "The five likeliest; click one to end the text here with it:",
+    branch: (name) => `End the text here with ${name}`,
+    chart: "Mean surprise up to each position",
     position: "position",
     unit: "bits",
-    legend: "0 to 8 bits and more",
   },
 
   training: {
     name: "Training",
-    title: "The same prompt, at different times of training",
+    title: "The same prompt at different steps of training",
     lead: "Move through the checkpoints of the run. The prompt is your text; seed and sampling stay the same.",
     slider: "Checkpoint",
     kinds: { initial: "before training", checkpoint: "", best: "best", last: "last" },
     step: (step, kind) => `step ${number(step)}${kind && ` (${kind})`}`,
-    losses: (train, val) =>
-      [
-        train === null ? null : `train loss ${number(train, 3)}`,
-        val === null ? null : `val loss ${number(val, 3)}`,
-      ]
-        .filter(Boolean)
-        .join(", "),
+    losses: (train, val, unit) => {
+      const write = (name, loss) =>
+        loss === null
+          ? `${name} not evaluated at this step`
+          : `${name} ${number(loss, 3)} nats, which are ${number(toBits(loss), 2)} bits a ${unit}`;
+      return `${write("Train loss", train)}; ${write("val loss", val)}.`;
+    },
     text: (bits, unit) => `Your text: ${number(bits, 3)} bits a ${unit}.`,
-    one: "This page has one checkpoint. To pack more, keep some while training, and export them:",
+    one: "This page has one checkpoint. To pack more, save some in training, and export them:",
     commands: "python train.py --keep-every 100\npython export.py --format html --checkpoints 8",
     overfitting: (since, rise) =>
-      `Overfitting: after step ${number(since)} the validation loss rose by ${number(rise, 3)}, while the model learned its text by heart.`,
+      `Overfitting: after step ${number(since)} the val loss rose by ${number(rise, 3)}, while the model ` +
+      "memorized its training text.",
     chart: "Loss by step",
     train: "train",
     val: "val",
     xLabel: "step",
     yLabel: "loss (nats)",
-    noCurve: "The record of the run's losses was not there when the page was made.",
+    noCurve: "The losses of the run were not there when the page was made.",
     sample: "Continuation",
-    used: "All views show the model of this checkpoint, until you move the slider back.",
   },
 
   attention: {
     name: "Attention",
-    title: "Where does each head look?",
+    title: "What does each head attend to?",
     lead: (unit) =>
-      `One map for each head: a row is a ${unit}, a column one before it; dark is much attention. Choose a head, then a ${unit}: ` +
-      "its colours show where that head looks from there.",
-    cut: (count, unit) =>
-      `Shown for the last ${plural(count, unit)} of the text, all that the model sees.`,
-    layer: (layer) => `Layer ${layer + 1}`,
-    head: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`,
+      `One map for each head: a row is a ${unit}, and its columns are those that it attends to, the ${unit} itself ` +
+      `included; dark is much. Choose a head, then a ${unit} of the text: the colours show what it attends to.`,
+    cut: (count, unit) => `For the last ${plural(count, unit)} of the text.`,
+    layer: (layer) => `Layer ${layer}`,
+    head: (layer, head) => `Layer ${layer}, head ${head}`,
+    headShort: (head) => `head ${head}`,
     scores: (previous, induction) => `prev ${percent(previous)}\nind ${percent(induction)}`,
     scoresLong:
-      "prev: attention to the token before. ind (induction): attention to what followed the same token earlier. Both are means over a random text that is repeated.",
-    on: "on",
-    switchOff: (name) => `${name}: on`,
-    loss: (bits, unit) => `Surprise of the text with all heads: ${number(bits, 3)} bits a ${unit}.`,
+      "prev: mean attention to the token before. ind (induction): mean attention to the token that followed the same " +
+      "token earlier. Both are measured on random text that is repeated, not on yours. Without the tick, a head " +
+      "is switched off, which changes the surprise above only.",
+    loss: (bits, unit) => `Surprise with all heads: ${number(bits, 3)} bits a ${unit}.`,
     lossOff: (bits, off, change) =>
       `With ${plural(off, "head")} off: ${number(bits, 3)} (${change >= 0 ? "+" : "−"}${number(Math.abs(change), 3)}).`,
     allOn: "Switch all on",
-    reads: (name, targets) => `From ${name} this head looks at: ${targets}`,
+    passage: "The text, coloured by attention",
+    reads: (name, targets) => `From ${name}, this head attends to ${targets}`,
     map: (name) => `Attention map of ${name}`,
   },
 
   lens: {
     name: "Layers",
-    title: "What would each layer say?",
+    title: "What does each layer predict?",
     lead:
-      "The logit lens: the LM head, applied after each layer. A column is a place in the text, and the rows from top to bottom are the " +
-      "layers. The darker, the surer. The last row is the model's prediction for what comes next.",
+      "The logit lens: what the model would predict if it ended after a layer. Each column is a place in the text. Above are " +
+      "the character there and the true next one; below, the likeliest next one after each layer, the darker the " +
+      "likelier. Underlined: right.",
+    after: "Text",
+    next: "True next",
     embedding: "Embedding",
     layer: (layer) => `After layer ${layer}`,
-    text: "Text",
-    cut: (count, unit) => `Shown for the last ${plural(count, unit)} of the text.`,
-    cell: (row, name, top) => `${row}, after ${name}: ${top}`,
-    choose: "Choose a cell to see its five likeliest.",
+    cut: (count, unit) => `For the last ${plural(count, unit)} of the text.`,
+    cell: (row, name, top) => `${row}, at ${name}: ${top}`,
+    choose: "Choose a cell to see the five likeliest.",
     caption: "Likeliest next token by layer and position",
   },
 
   compare: {
     name: "Compare",
     title: "Two models, side by side",
-    lead: "The same prompt and the same seed. Any difference comes from the weights.",
-    drop: "Drop another page of Folio here, or choose one:",
-    file: "Another page (.html)",
-    notAPage: "This file is not a page of Folio, or it is incomplete.",
-    itself: "There is one model in this page so far.",
-    pack: "Or pack two models into one page, as a parent and its fine-tuned child:",
-    command: "python export.py dante_purgatorio --format html --with dante_base",
-    text: (bits) => `your text: ${number(bits, 3)} bits per byte`,
-    unknown: (chars) => `does not know ${chars}`,
-    second: "Second model",
-    same: (count, unit) => `The continuations are equal for the first ${plural(count, unit)}.`,
+    lead: "The same prompt and the same seed: any difference comes from the weights.",
+    second: "On the right",
+    file: "Compare with the model of another page, a file of export.py --format html:",
+    notAPage: "This file is no such page, or it is incomplete.",
+    single: "There is nothing to compare with in this page so far.",
+    pack: "Or make a page with two models, such as a parent and its fine-tuned child:",
+    command: "python export.py dante_purgatorio --format html --with dante",
+    text: (bits) => `Your text: ${number(bits, 3)} bits per byte`,
+    unknown: (chars) => `Not in the vocabulary: ${chars}`,
+    same: (count) => `The continuations have the first ${plural(count, "character")} in common.`,
   },
 
   machine: {
     name: "Machine",
     title: "The machine, part by part",
-    lead: "Every part with its true shape and number of parameters, and the lines of model.py that compute it.",
+    lead: "Every part with its output shape, its number of parameters, and the lines of model.py that compute it.",
     lines: (start, end) => `model.py, lines ${start} to ${end}`,
     times: (count) => `× ${count}`,
     parameters: (count, share) =>
       count === 0 ? "no parameters" : `${plural(count, "parameter")} (${percent(share)})`,
-    total: (count, bytes) => `${plural(count, "parameter")} in all: ${bytes} in this page.`,
+    inBlocks: (count, blocks, share) =>
+      `${plural(count, "parameter")}, in ${plural(blocks, "block")} ${number(count * blocks)} (${percent(share * blocks)})`,
+    total: (count, megabytes) =>
+      `${plural(count, "parameter")} in all; as a file, ${number(megabytes, 2)} MB of weights.`,
+    legend: (T, C, H, D, V) =>
+      `T context ${T}, C channels ${C}, H heads ${H}, D head size ${D}, V vocabulary ${V}. A shorter text has a smaller T.`,
     parts: {
-      tokens: ["Tokens", "The text, as numbers: one id for each entry of the vocabulary."],
+      tokens: ["Tokens", "The text as numbers: an id for each entry of the vocabulary."],
       embedding: ["Token embedding", "Looks up a vector for each token."],
       positions: ["Position embedding", "Adds a vector for each position."],
       norm: ["Norm", "Scales each vector to a fixed size."],
       attention: [
         "Attention",
-        "Each head lets a position read from those before it: queries, keys and values, then a projection.",
+        "Each head computes a mean of the values of earlier positions, weighted by how well its query fits their keys.",
       ],
       rotary: [
         "Query-key norm, rotary positions",
-        "Normalizes queries and keys, and turns them by an angle that grows with the position.",
+        "Normalizes queries and keys, and rotates them by an angle that grows with the position.",
       ],
       mlp: [
         "MLP",
-        "Transforms each position on its own: up to a larger width, activation, and down.",
+        "Transforms each position on its own: up projection, activation, down projection.",
       ],
       gated: [
         "Gated MLP",
-        "Transforms each position on its own: an up projection times an activated gate, and down.",
+        "Transforms each position on its own: an up projection times an activated gate, then a down projection.",
       ],
-      finalNorm: ["Final norm", "The same, before the head."],
-      head: ["LM head", "A logit for each token of the vocabulary."],
+      finalNorm: ["Final norm", "The same, before the LM head."],
+      head: ["LM head", "Computes a logit for each token of the vocabulary."],
       tied: [
         "LM head (tied)",
         "The token embedding again: a logit for each token of the vocabulary.",
@@ -240,18 +253,22 @@ export const STRINGS = {
   memorization: {
     name: "Memory",
     title: "What is copied from the training text?",
-    lead: ({ length, surely }) =>
-      `Underlined stretches stand, character by character, in the training text. Any stretch of ${surely} characters and more is found; ` +
-      `from ${length} characters on, some are.`,
+    lead: ({ length, guaranteed_length }) =>
+      `A solid line: this stretch stands in the training text, character by character. A dotted line: ${length} ` +
+      `characters that occur in it, too, which is often just a common phrase. Copies of fewer than ` +
+      `${guaranteed_length} characters may be missed.`,
     how: ({ count, characters }) =>
-      `The page does not hold the text: it holds ${number(count)} hashes of short stretches of its ${number(characters)} characters. ` +
-      "By chance, about one place in 25,000 is underlined wrongly.",
-    found: (count, longest, share) =>
-      count === 0
-        ? "No stretch of this text was found in the training text."
-        : `${count === 1 ? "1 stretch" : `${number(count)} stretches`} found, the longest has at least ${plural(longest, "character")}: ${percent(share)} of the text.`,
+      `The page does not contain the training text, but ${number(count)} hashes of short stretches of its ` +
+      `${number(characters)} characters. A wrong match has a probability of 1 in ${number(2 ** 32 / count)} at each place.`,
+    found: (copies, phrases, longest) => {
+      if (copies + phrases === 0) return "No match.";
+      const copied = copies
+        ? `${copies === 1 ? "1 copied stretch" : `${number(copies)} copied stretches`}, the longest of at least ${plural(longest, "character")}`
+        : "No copied stretch";
+      return `${copied}; ${plural(phrases, "shorter match").replace("matchs", "matches")}.`;
+    },
     none: (reason) => `The page was made without this: ${reason}.`,
-    generate: (count, unit) => `Generate ${plural(count, unit)} more`,
+    generate: (count, unit) => `Generate ${plural(count, unit)}`,
   },
 
   card: {
@@ -262,11 +279,44 @@ export const STRINGS = {
     sample: "A sample",
     limits: "Limits",
     limitTexts: (unit, block) => [
-      `It knows one text and nothing else: it has no facts, no instructions, no safety training. What it writes imitates that text.`,
-      `It sees at most ${plural(block, unit)}: in a longer text, it forgets the beginning.`,
-      "Its text may contain stretches of the training text, and whatever is offensive in it.",
+      "It imitates the texts that it was trained on. It has no other knowledge, no instructions and no safety training.",
+      `A prediction depends on the last ${plural(block, unit)} at most.`,
+      "Its text may contain stretches of the training text, and what is offensive in it.",
     ],
-    setting: "Setting",
-    value: "Value",
+    words: "Words",
+    glossary: [
+      ["token", "what the model reads and predicts: a character, or with BPE a piece of a word"],
+      ["logit", "the score of a token; softmax turns all scores into probabilities"],
+      [
+        "loss",
+        "the mean surprise at the true next token, in nats: with the natural logarithm; 1 nat is 1.44 bits",
+      ],
+      [
+        "bits per byte",
+        "the surprise of a text by its size as a file; equal to bits a character for plain English letters",
+      ],
+      ["temperature", "a divisor of the logits before the draw"],
+      [
+        "residual stream",
+        "the vector of each position, to which every attention and MLP adds its output",
+      ],
+      [
+        "LM head",
+        "the matrix from the residual stream to the logits; tied: the token embedding, used again",
+      ],
+      [
+        "rotary positions",
+        "rotations of queries and keys, through which attention depends on distances",
+      ],
+      [
+        "gated MLP",
+        "an MLP whose hidden values are multiplied by a second set of values, the gate",
+      ],
+      [
+        "silu, gelu",
+        "activations: smooth functions that are near 0 below 0, and near the identity above",
+      ],
+      ["modern, gpt2", "the two architectures of Folio: Qwen3's parts, or GPT-2's"],
+    ],
   },
 };

@@ -29,7 +29,7 @@ class CharTokenizer {
     return [...new Set(text)].filter((char) => !this.ids.has(char));
   }
 
-  /** Return the text of each token; "" for one whose character is not complete. */
+  /** Return the text of each token. */
   split(ids) {
     return Array.from(ids, (id) => this.chars[id]);
   }
@@ -48,6 +48,8 @@ class CharTokenizer {
 // GPT-2's words. JavaScript's \s is not Unicode's White_Space, which the Python libraries use.
 const WORDS =
   /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+
+const MAX_KNOWN_WORDS = 10_000;
 
 /** Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019). */
 class BPETokenizer {
@@ -77,6 +79,7 @@ class BPETokenizer {
   }
 
   encode(text) {
+    if (this.known.size > MAX_KNOWN_WORDS) this.known.clear();
     const ids = [];
     for (const [word] of text.matchAll(WORDS)) {
       if (!this.known.has(word)) this.known.set(word, this.encodeWord(word));
@@ -114,6 +117,7 @@ class BPETokenizer {
     return []; // every byte has a token
   }
 
+  /** Return the text of each token; "" if its last character is completed by the next token. */
   split(ids) {
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     const pieces = Array.from(ids, (id) => decoder.decode(this.bytes[id], { stream: true }));

@@ -1,16 +1,7 @@
-// Weights: base64 → safetensors (github.com/huggingface/safetensors) → float32.
+// Weights: the tensors of a safetensors file (github.com/huggingface/safetensors) as float32.
 
 const BYTES = { F32: 4, F16: 2, I8: 1 }; // of a number of each dtype
 const MAX_HEADER = 10_000_000; // bytes
-
-/** Return the bytes of a base64 text, as a Uint8Array. */
-export function decodeBase64(text) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-  const characters = atob(text);
-  const bytes = new Uint8Array(characters.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
-  return bytes;
-}
 
 /**
  * Return the tensors of a safetensors file by name: Map of { dtype, shape, bytes }.
@@ -47,7 +38,10 @@ export function decodeTensor({ dtype, shape, bytes }, target, scale) {
   else if (dtype === "F16") decodeHalves(new Uint16Array(aligned), target);
   else {
     const numbers = new Int8Array(aligned);
-    const columns = shape[shape.length - 1];
+    const columns = shape[1];
+    if (scale?.dtype !== "F32" || scale.shape.join() !== `${shape[0]}`) {
+      throw new Error("a tensor of int8 has no scales");
+    }
     const factors = new Float32Array(scale.bytes.slice().buffer);
     for (let i = 0; i < numbers.length; i++)
       target[i] = numbers[i] * factors[Math.floor(i / columns)];
@@ -60,10 +54,10 @@ function decodeHalves(halves, target) {
     const sign = halves[i] & 0x8000 ? -1 : 1;
     const exponent = (halves[i] >> 10) & 0x1f;
     const fraction = halves[i] & 0x3ff;
-    target[i] =
-      exponent === 0
-        ? sign * fraction * 2 ** -24 // subnormal
-        : sign * (1 + fraction / 1024) * POWERS[exponent];
+    if (exponent === 0)
+      target[i] = sign * fraction * 2 ** -24; // subnormal
+    else if (exponent === 31) target[i] = fraction ? NaN : sign * Infinity;
+    else target[i] = sign * (1 + fraction / 1024) * POWERS[exponent];
   }
 }
 

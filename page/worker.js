@@ -2,19 +2,24 @@
 // itself (client.js).
 
 import { Kernels } from "./kernels.js";
-import { LanguageModel, applySoftmax, countNumbers } from "./model.js";
-import { MersenneTwister, computeLogProbability, computeSoftmax, sortTokens } from "./sampling.js";
-import { Context, streamTokens } from "./generate.js";
-import { decodeBase64, decodeTensor, readSafetensors } from "./weights.js";
+import { LanguageModel, countNumbers } from "./model.js";
+import { MersenneTwister, computeLogProbability, listLikeliest } from "./sampling.js";
+import { Decoder, streamTokens } from "./generate.js";
+import { decodeBase64 } from "./base64.js";
+import { decodeTensor, readSafetensors } from "./weights.js";
 
-const SLICE = 40; // milliseconds of computing between two looks at the messages
-const MAX_NUMBERS = 2 ** 27; // of all models that are kept in memory: 512 MB
+const REPORT_INTERVAL = 40; // milliseconds between two parts of a generated text
+const CHUNK = 256; // tokens that are scored between two looks at the messages
+const MAX_NUMBERS = 2 ** 27; // of the models in memory, unless one alone has more: 512 MB
+const TOP = 5; // how many of the likeliest tokens to list
+
+export const NOT_LOADED = "the model is not in memory";
 
 /** Models in memory, and the commands, which run one after another: a model has one KV cache. */
 export class Engine {
-  /** program: kernels.wasm, a Uint8Array, or null. */
-  constructor(program) {
-    this.program = program;
+  /** wasm: kernels.wasm, a Uint8Array, or null. */
+  constructor(wasm) {
+    this.wasm = wasm;
     this.models = new Map(); // by key, the one used last at the end
     this.last = Promise.resolve(); // the command before
   }
@@ -25,7 +30,8 @@ export class Engine {
    * Returns a promise of the result, which fails with an Error.
    */
   run(name, args, call) {
-    const result = this.last.then(() => {
+    const result = this.last.then(async () => {
+      await yieldToMessages(); // one may cancel this command
       if (call.isCancelled()) throw new Error("cancelled");
       return COMMANDS[name](this, args, call);
     });
@@ -36,14 +42,14 @@ export class Engine {
   /** Return the model that `load` was given under a key. */
   get(key) {
     const model = this.models.get(key);
-    if (!model) throw new Error(`the model ${key} is not loaded`);
+    if (!model) throw new Error(NOT_LOADED);
     this.models.delete(key);
     this.models.set(key, model);
     return model;
   }
 
-  /** Forget the models that were not used for longest, until `size` more numbers fit. */
-  makeRoom(size) {
+  /** Evict the least recently used models until `size` more numbers fit. */
+  evict(size) {
     let total = size;
     for (const model of this.models.values()) total += model.size;
     for (const [key, model] of this.models) {
@@ -54,8 +60,8 @@ export class Engine {
   }
 }
 
-/** Let the messages in, then go on. */
-function pause() {
+/** Yield to the event loop, which handles the messages that have come meanwhile. */
+function yieldToMessages() {
   return new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {
@@ -72,8 +78,8 @@ const COMMANDS = {
     if (engine.models.has(key)) return;
     const tensors = readSafetensors(decodeBase64(weights));
     const size = countNumbers(config, V);
-    engine.makeRoom(size);
-    const kernels = await Kernels.create(engine.program, size);
+    engine.evict(size);
+    const kernels = await Kernels.create(engine.wasm, size);
     const model = new LanguageModel(config, V, kernels, (name, shape, target) => {
       const tensor = tensors.get(name);
       if (!tensor || tensor.shape.join() !== shape.join()) {
@@ -82,11 +88,6 @@ const COMMANDS = {
       decodeTensor(tensor, target, tensors.get(`${name}.scale`));
     });
     engine.models.set(key, Object.assign(model, { size }));
-  },
-
-  /** Return whether a model is in memory. */
-  async has(engine, { key }) {
-    return engine.models.has(key);
   },
 
   /** Return the logits (T, V) of at most T tokens, one row after another. */
@@ -100,78 +101,62 @@ const COMMANDS = {
 
   /** Return the logits (V,) of the token after a prompt and what was generated from it. */
   async predict(engine, { key, prompt, generated }) {
-    const context = new Context(engine.get(key), prompt);
-    context.read(generated);
-    return context.computeNextLogits().slice();
+    const decoder = new Decoder(engine.get(key), prompt);
+    decoder.prefill(generated);
+    return decoder.computeNextLogits().slice();
   },
 
   /**
-   * Generate `count` tokens; reports { ids, bits } a few at a time: the surprise of each token
-   * before sampling.
+   * Generate `count` tokens. Reports { ids } a few at a time.
    *
-   * Returns { ids, bits, seconds } of all.
+   * Returns { ids, seconds } of all.
    */
   async generate(engine, { key, prompt, generated = [], count, sampling, seed }, call) {
     const start = performance.now();
-    const all = { ids: [], bits: [] };
-    let part = { ids: [], bits: [] };
+    const all = [];
+    let part = [];
     let reported = start;
-    for (const { token, logits } of streamTokens(
-      engine.get(key),
-      prompt,
-      generated,
-      sampling,
-      seed,
-    )) {
-      if (all.ids.length === count) break; // only if count is 0
-      const bits = -computeLogProbability(logits, token) / Math.LN2;
-      for (const list of [all, part]) {
-        list.ids.push(token);
-        list.bits.push(bits);
-      }
-      const isLast = all.ids.length >= count;
-      if (isLast || performance.now() - reported > SLICE) {
-        call.report(part);
-        await pause();
-        if (call.isCancelled()) break;
-        part = { ids: [], bits: [] };
+    for (const token of streamTokens(engine.get(key), prompt, generated, sampling, seed)) {
+      all.push(token);
+      part.push(token);
+      const isLast = all.length >= count;
+      if (isLast || performance.now() - reported > REPORT_INTERVAL) {
+        call.report({ ids: part });
+        await yieldToMessages();
+        if (isLast || call.isCancelled()) break;
+        part = [];
         reported = performance.now();
       }
-      if (isLast) break;
     }
-    return { ...all, seconds: (performance.now() - start) / 1000 };
+    return { ids: all, seconds: (performance.now() - start) / 1000 };
   },
 
   /**
    * Compute the surprise of each token of a text but the first.
    *
-   * off: heads that are switched off, "layer.head". top: how many of the likeliest tokens to list.
+   * off: heads that are switched off, "layer.head", counted from 1. top: how many of the likeliest tokens to list.
    *
-   * Reports, and returns of all, { bits, ranks, top: [[id, probability], …] of each token }. A rank
-   * of 1 is the likeliest token.
+   * Returns { bits, ranks, top: [[id, probability], …] of each token }. A rank of 1 is the
+   * likeliest token.
    */
-  async score(engine, { key, ids, off = [], top = 5 }, call) {
+  async score(engine, { key, ids, off = [], top = TOP }, call) {
     const heads = new Set(off);
-    const observer = { isHeadOff: (layer, head) => heads.has(`${layer}.${head}`) };
-    const context = new Context(engine.get(key), ids.slice(0, 1), observer);
-    const all = { bits: [], ranks: [], top: [] };
-    for (let start = 1; start < ids.length; start += 256) {
-      const part = { bits: [], ranks: [], top: [] };
-      const tokens = ids.slice(start, start + 256);
-      context.read(tokens, (i, logits) => {
+    const observer = { isHeadOff: (layer, head) => heads.has(`${layer + 1}.${head + 1}`) };
+    const decoder = new Decoder(engine.get(key), ids.slice(0, 1), observer);
+    const scores = { bits: [], ranks: [], top: [] };
+    for (let start = 1; start < ids.length && !call.isCancelled(); start += CHUNK) {
+      const tokens = ids.slice(start, start + CHUNK);
+      decoder.prefill(tokens, (i, logits) => {
         const logit = logits[tokens[i]];
-        part.bits.push(-computeLogProbability(logits, tokens[i]) / Math.LN2);
+        scores.bits.push(-computeLogProbability(logits, tokens[i]) / Math.LN2);
         let rank = 1;
         for (let v = 0; v < logits.length; v++) if (logits[v] > logit) rank++;
-        part.ranks.push(rank);
-        if (top) part.top.push(listTop(logits, top));
+        scores.ranks.push(rank);
+        if (top) scores.top.push(listLikeliest(logits, top));
       });
-      for (const name in all) all[name].push(...part[name]);
-      call.report(part);
-      await pause();
-      if (call.isCancelled()) break;
+      await yieldToMessages();
     }
-    return all;
+    return scores;
   },
 
   /** Return the attention weights (L, H, t, t) of a text of t tokens, at most T. */
@@ -212,53 +197,34 @@ const COMMANDS = {
   },
 
   /**
-   * Logit lens: what the head makes of the residual stream after each layer, of at most T tokens.
+   * Logit lens: what the LM head computes from the residual stream after each layer, for the tokens
+   * from `first` on, of at most T.
    *
-   * Returns [layer][position] → [[id, probability], …], the five likeliest; layer 0 is the
-   * embedding.
+   * Returns [layer][position] → [[id, probability], …], the likeliest; layer 0 is the embedding.
    */
-  async lens(engine, { key, ids }) {
+  async lens(engine, { key, ids, first }) {
     const model = engine.get(key);
     const layers = [];
     model.forward(ids, 0, {
       onResidual: (layer, x) => {
-        layers.push(ids.map((_, m) => listTop(model.computeLogits(x, m), 5)));
+        const compute = (_, i) => listLikeliest(model.computeLogits(x, first + i), TOP);
+        layers.push(Array.from({ length: ids.length - first }, compute));
       },
     });
     return layers;
   },
 };
 
-/** Return the likeliest tokens: [[id, probability], …]. */
-function listTop(logits, number) {
-  const probabilities = computeSoftmax(logits);
-  const order = logits.length > 1000 ? findTop(probabilities, number) : sortTokens(probabilities);
-  return Array.from(order.slice(0, number), (id) => [id, probabilities[id]]);
-}
-
-/** Return the ids of the largest numbers, in descending order, without sorting them all. */
-function findTop(numbers, number) {
-  const best = [];
-  for (let v = 0; v < numbers.length; v++) {
-    if (best.length === number && numbers[v] <= numbers[best[number - 1]]) continue;
-    let place = best.length;
-    while (place > 0 && numbers[best[place - 1]] < numbers[v]) place--;
-    best.splice(place, 0, v);
-    best.length = Math.min(best.length, number);
-  }
-  return best;
-}
-
 /**
- * Answer the messages of a page, as a worker: { program } once, then { id, name, args } or
+ * Answer the messages of a page, as a worker: { wasm } once, then { id, name, args } or
  * { id, cancel }. Answers { id, part }, { id, result } or { id, error }.
  */
 export function serve(scope) {
   let engine;
   const cancelled = new Set(); // ids of calls
-  scope.onmessage = async ({ data: { program, id, name, args, cancel } }) => {
+  scope.onmessage = async ({ data: { wasm, id, name, args, cancel } }) => {
     if (id === undefined) {
-      engine = new Engine(program);
+      engine = new Engine(wasm);
     } else if (cancel) {
       cancelled.add(id);
     } else {
@@ -267,7 +233,8 @@ export function serve(scope) {
         isCancelled: () => cancelled.has(id),
       };
       try {
-        scope.postMessage({ id, result: await engine.run(name, args, call) });
+        const result = await engine.run(name, args, call);
+        scope.postMessage({ id, result }, result instanceof Float32Array ? [result.buffer] : []);
       } catch (error) {
         scope.postMessage({ id, error: error.message });
       }

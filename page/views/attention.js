@@ -1,38 +1,41 @@
-// View 4: the attention of every head, and what the model is without some of them.
+// View 4: the attention of every head, and the loss without some of them.
 
 import { STRINGS } from "../strings.js";
-import { addArrowKeys, create, showLineEnds } from "../dom.js";
+import { addArrowKeys, create, onToken, showLineEnds } from "../dom.js";
 
-const SMALL = 96; // tokens of the small maps
+const MAX_TOKENS = 256; // of the maps
 
 export function createAttentionView(app) {
   const text = STRINGS.attention;
   const { model } = app;
-  const unit = model.tokenizer.unit;
+  const { tokenizer } = model;
+  const { unit } = tokenizer;
   const { n_layer: L, n_head: H, block_size: T } = model.config;
   const facts = create("p", { role: "status" });
   const cut = create("p", { className: "quiet", hidden: true });
   const grid = create("div", { className: "heads" });
   const title = create("h3", {});
   const large = create("canvas", { className: "map", role: "img" });
-  const passage = create("div", { className: "passage", role: "group" });
-  const reads = create("p", { className: "detail", ariaLive: "polite" });
-  const allOn = create(
-    "button",
-    { type: "button", onclick: () => app.state.set({ off: "" }) },
-    text.allOn,
-  );
-  let shown = null; // { ids, t, maps }
-  let scores = null;
-  addArrowKeys(passage);
+  const passage = create("div", { className: "passage", role: "listbox", ariaLabel: text.passage });
+  const reads = create("p", { className: "detail" });
+  const switchOn = () => app.state.set({ off: "" });
+  const allOn = create("button", { type: "button", onclick: switchOn }, text.allOn);
   const cells = [];
-  for (let layer = 0; layer < L; layer++) {
-    const row = create(
-      "div",
-      { className: "layer", role: "group", ariaLabel: text.layer(layer) },
-      create("h3", {}, text.layer(layer)),
-    );
-    for (let head = 0; head < H; head++) {
+  // What was computed of a text: { key, ids, first, maps, means }. `means` has the mean surprise by
+  // the heads that are off; `first` is the position of ids[0] in the text.
+  let shown = { key: "" };
+  addArrowKeys(passage);
+  for (let layer = 1; layer <= L; layer++) grid.append(createLayer(layer));
+  onToken(passage, ["click", "focusin"], (index) => {
+    app.state.set({ at: shown.first + index });
+    showPosition();
+  });
+
+  function createLayer(layer) {
+    const heading = create("h3", {}, text.layer(layer));
+    const row = create("div", { className: "layer", role: "group", ariaLabel: text.layer(layer) });
+    row.append(heading);
+    for (let head = 1; head <= H; head++) {
       const name = text.head(layer, head);
       const canvas = create("canvas", { className: "map", ariaHidden: "true" });
       const score = create("span", { className: "score" });
@@ -49,143 +52,121 @@ export function createAttentionView(app) {
       const on = create("input", {
         type: "checkbox",
         checked: true,
-        ariaLabel: text.switchOff(name),
         onchange: () => toggle(`${layer}.${head}`),
       });
+      const label = create("label", {}, on, text.headShort(head));
       cells.push({ layer, head, canvas, score, choose, on });
-      row.append(
-        create("div", { className: "cell" }, choose, score, create("label", {}, on, text.on)),
-      );
+      row.append(create("div", { className: "cell" }, choose, label, score));
     }
-    grid.append(row);
+    return row;
   }
 
+  /** Return the heads that are switched off: ["layer.head", …]. */
   function getOff() {
-    return app.state
-      .get("off")
-      .split(",")
-      .filter((each) => cells.some(({ layer, head }) => each === `${layer}.${head}`));
+    const off = app.state.get("off").split(",");
+    return cells.map(({ layer, head }) => `${layer}.${head}`).filter((key) => off.includes(key));
   }
 
   function toggle(key) {
     const off = getOff();
-    app.state.set({
-      off: (off.includes(key) ? off.filter((each) => each !== key) : [...off, key]).join(","),
-    });
-  }
-
-  passage.addEventListener("focusin", ({ target }) => look(target));
-  passage.addEventListener("mouseover", ({ target }) => look(target));
-
-  function look(target) {
-    if (target.dataset?.stop === undefined || !shown) return;
-    app.state.set({ at: shown.first + Number(target.dataset.stop) });
+    const others = off.filter((each) => each !== key);
+    app.state.set({ off: (off.includes(key) ? others : [...off, key]).join(",") });
   }
 
   /** Return the attention weights from a position, (position + 1,). */
   function getWeights(layer, head, position) {
-    const { t, maps } = shown;
-    const start = ((layer * H + head) * t + position) * t;
-    return maps.subarray(start, start + position + 1);
+    const t = shown.ids.length;
+    const start = (((layer - 1) * H + head - 1) * t + position) * t;
+    return shown.maps.subarray(start, start + position + 1);
   }
 
-  function getChosen() {
-    return [Math.min(app.state.get("layer"), L - 1), Math.min(app.state.get("head"), H - 1)];
+  function getHead() {
+    return [Math.min(app.state.get("layer"), L), Math.min(app.state.get("head"), H)];
   }
 
-  function showChosen() {
-    const { ids, t, first } = shown;
-    const [layer, head] = getChosen();
+  async function update(signal) {
+    const all = app.getPrompt();
+    const ids = all.slice(-Math.min(T, MAX_TOKENS));
+    cut.hidden = all.length === ids.length;
+    cut.textContent = text.cut(ids.length, unit);
+    const key = JSON.stringify([app.state.get("checkpoint"), ids]);
+    if (shown.key !== key) {
+      const maps = await app.call("attend", { ids }, { signal });
+      const scores = await app.call("headScores", {}, { signal });
+      if (signal.aborted) return;
+      shown = { key, ids, first: all.length - ids.length, maps, means: new Map() };
+      showMaps(scores);
+    }
+    const off = getOff();
+    allOn.disabled = off.length === 0;
+    for (const { layer, head, on } of cells) on.checked = !off.includes(`${layer}.${head}`);
+    showHead();
+    showPosition();
+    const whole = await measure([], signal);
+    const without = await measure(off, signal);
+    if (signal.aborted) return;
+    const parts = whole ? [text.loss(whole, unit)] : [];
+    if (whole && off.length) parts.push(text.lossOff(without, off.length, without - whole));
+    facts.textContent = parts.join(" ");
+  }
+
+  /** Return the mean surprise of the text in bits a token, with heads switched off. */
+  async function measure(off, signal) {
+    const { ids, means } = shown;
+    if (!means.has(off.join())) {
+      const mean = await app.measure({ ids, off }, { signal });
+      if (!signal.aborted) means.set(off.join(), mean?.perToken ?? null);
+    }
+    return means.get(off.join());
+  }
+
+  /** Show the small maps, the scores of the heads, and the text. */
+  function showMaps({ previous, induction }) {
+    for (const { layer, head, canvas, score } of cells) {
+      paint(canvas, shown.ids.length, (position) => getWeights(layer, head, position));
+      const i = (layer - 1) * H + head - 1;
+      score.textContent = text.scores(previous[i], induction[i]);
+    }
+    const pieces = tokenizer.split(shown.ids).map((piece, index) => {
+      const options = { className: "piece", role: "option", tabIndex: -1 };
+      const name = app.nameToken(shown.ids[index]);
+      const element = create("span", { ...options, ariaLabel: name }, showLineEnds(piece));
+      element.dataset.stop = index;
+      return element;
+    });
+    passage.replaceChildren(...pieces);
+  }
+
+  /** Show the large map of the chosen head. */
+  function showHead() {
+    const [layer, head] = getHead();
     const name = text.head(layer, head);
-    for (const each of cells)
-      each.choose.setAttribute("aria-pressed", each.layer === layer && each.head === head);
+    for (const each of cells) {
+      const isChosen = each.layer === layer && each.head === head;
+      each.choose.setAttribute("aria-pressed", isChosen);
+    }
     title.textContent = name;
     large.setAttribute("aria-label", text.map(name));
-    paint(large, t, (position) => getWeights(layer, head, position));
-    const stop = app.state.get("at") - first;
-    const at = stop < 0 || stop >= t ? t - 1 : stop;
-    const weights = getWeights(layer, head, at);
-    const largest = Math.max(...weights);
-    [...passage.children].forEach((span, i) => {
-      span.tabIndex = i === at ? 0 : -1;
-      span.classList.toggle("chosen", i === at);
-      const share = i <= at ? weights[i] / largest : 0;
-      span.style.backgroundColor =
-        share > 0.02
-          ? `color-mix(in srgb, var(--look) ${Math.round(100 * share)}%, transparent)`
-          : "transparent";
-    });
-    const order = Array.from(weights.keys())
-      .sort((a, b) => weights[b] - weights[a])
-      .slice(0, 4);
-    const targets = order.map(
-      (i) =>
-        `${app.nameToken(ids[i])} (${STRINGS.token.position(first + i)}) ${STRINGS.percent(weights[i])}`,
-    );
-    reads.textContent = text.reads(
-      `${app.nameToken(ids[at])} (${STRINGS.token.position(first + at)})`,
-      targets.join(", "),
-    );
+    paint(large, shown.ids.length, (position) => getWeights(layer, head, position));
   }
 
-  async function update(signal, changed) {
-    if (shown && !["text", "checkpoint", "off"].some((name) => changed.has(name))) {
-      showChosen();
-      return;
-    }
-    const all = app.encodePrompt(app.getText());
-    const ids = all.slice(-T);
-    const first = all.length - ids.length;
-    cut.hidden = all.length <= T;
-    cut.textContent = text.cut(ids.length, unit);
-    const maps = await app.call("attend", { ids }, { signal });
-    scores = await app.call("headScores", {}, { signal });
-    if (signal.aborted) return;
-    shown = { ids, t: ids.length, maps, first };
-    const off = getOff();
-    const small = Math.min(SMALL, ids.length);
-    for (const { layer, head, canvas, score, on } of cells) {
-      paint(canvas, small, (position) => getWeights(layer, head, position));
-      score.textContent = text.scores(
-        scores.previous[layer * H + head],
-        scores.induction[layer * H + head],
-      );
-      on.checked = !off.includes(`${layer}.${head}`);
-    }
-    passage.replaceChildren(
-      ...model.tokenizer.split(ids).map((piece, index) => {
-        const span = create(
-          "span",
-          {
-            className: "piece",
-            role: "button",
-            tabIndex: -1,
-            ariaLabel: app.nameToken(ids[index]),
-          },
-          showLineEnds(piece),
-        );
-        span.dataset.stop = index;
-        return span;
-      }),
-    );
-    showChosen();
-    if (ids.length < 2) {
-      facts.textContent = "";
-      return;
-    }
-    const mean = async (off) => {
-      const { bits } = await app.call("score", { ids, off, top: 0 }, { signal });
-      return bits.reduce((a, b) => a + b, 0) / bits.length;
-    };
-    const whole = await mean([]);
-    const parts = [text.loss(whole, unit)];
-    if (off.length) {
-      const without = await mean(off);
-      parts.push(text.lossOff(without, off.length, without - whole));
-    }
-    if (signal.aborted) return;
-    facts.textContent = parts.join(" ");
-    allOn.hidden = off.length === 0;
+  /** Colour the text by the chosen head's attention from the chosen token, by default the last. */
+  function showPosition() {
+    const { ids, first } = shown;
+    const chosen = app.state.get("at") - first;
+    const at = chosen < 0 || chosen >= ids.length ? ids.length - 1 : chosen;
+    const weights = getWeights(...getHead(), at);
+    const largest = Math.max(...weights);
+    [...passage.children].forEach((piece, i) => {
+      piece.tabIndex = i === at ? 0 : -1;
+      piece.setAttribute("aria-selected", i === at);
+      const share = i <= at ? weights[i] / largest : 0;
+      piece.style.backgroundColor = `color-mix(in srgb, var(--look) ${Math.round(100 * share)}%, transparent)`;
+    });
+    const describe = (i) => `${app.nameToken(ids[i])} (${STRINGS.token.position(first + i)})`;
+    const order = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]);
+    const targets = order.slice(0, 4).map((i) => `${describe(i)} ${STRINGS.percent(weights[i])}`);
+    reads.textContent = text.reads(describe(at), targets.join(", "));
   }
 
   const element = create(
@@ -194,14 +175,17 @@ export function createAttentionView(app) {
     create("h2", {}, text.title),
     create("p", {}, text.lead(unit)),
     cut,
-    facts,
-    allOn,
-    grid,
+    create("div", { className: "buttons" }, allOn, facts),
+    create(
+      "div",
+      { className: "beside even" },
+      grid,
+      create("div", {}, title, passage, reads, large),
+    ),
     create("p", { className: "quiet" }, text.scoresLong),
-    title,
-    create("div", { className: "beside" }, create("div", {}, passage, reads), large),
   );
-  return { element, update, depends: ["text", "checkpoint", "off", "layer", "head", "at"] };
+  const depends = ["text", "checkpoint", "off", "layer", "head"];
+  return { element, update, usesText: true, depends };
 }
 
 /** Paint a map of t × t weights; getRow(position) returns those of a row. */
@@ -209,12 +193,17 @@ function paint(canvas, t, getRow) {
   canvas.width = canvas.height = t;
   const context = canvas.getContext("2d");
   const image = context.createImageData(t, t);
-  const ink = matchMedia("(prefers-color-scheme: dark)").matches ? [120, 180, 255] : [10, 68, 199];
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const [red, green, blue] = isDark ? [120, 180, 255] : [10, 68, 199];
   for (let row = 0; row < t; row++) {
-    getRow(row).forEach((weight, column) => {
+    const weights = getRow(row);
+    for (let column = 0; column <= row; column++) {
       const pixel = 4 * (row * t + column);
-      image.data.set([...ink, Math.round(255 * Math.sqrt(weight))], pixel);
-    });
+      image.data[pixel] = red;
+      image.data[pixel + 1] = green;
+      image.data[pixel + 2] = blue;
+      image.data[pixel + 3] = Math.round(255 * Math.sqrt(weights[column]));
+    }
   }
   context.putImageData(image, 0, 0);
 }

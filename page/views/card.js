@@ -37,6 +37,8 @@ export function createCardView(app) {
         .limitTexts(model.tokenizer.unit, config.block_size)
         .map((each) => create("li", {}, each)),
     ),
+    create("h3", {}, text.words),
+    list(text.glossary),
   );
   return { element, update: async () => {}, depends: [] };
 }

@@ -1,74 +1,87 @@
 // View 5: the logit lens.
 
 import { STRINGS } from "../strings.js";
-import { addArrowKeys, create } from "../dom.js";
+import { addArrowKeys, create, keepFocus } from "../dom.js";
 
 const COLUMNS = 64; // positions on display
 
 export function createLensView(app) {
   const text = STRINGS.lens;
-  const unit = app.model.tokenizer.unit;
-  const { block_size: T } = app.model.config;
+  const { tokenizer, config } = app.model;
   const cut = create("p", { className: "quiet", hidden: true });
   const table = create("table", { className: "lens", ariaLabel: text.caption });
-  const detail = create("p", { className: "detail", ariaLive: "polite" }, text.choose);
+  const detail = create("p", { className: "detail" }, text.choose);
   const scroll = create("div", { className: "scroll" }, table);
   let columns = 1;
   addArrowKeys(table, () => columns);
-  const choose = ({ target }) => {
-    const cell = target.closest?.("[data-stop]");
-    if (cell) detail.textContent = cell.getAttribute("aria-label");
-  };
-  table.addEventListener("focusin", choose);
-  table.addEventListener("mouseover", choose);
+  for (const event of ["focusin", "mouseover"]) {
+    table.addEventListener(event, ({ target }) => {
+      const cell = target.closest?.("[data-stop]");
+      if (cell) detail.textContent = cell.getAttribute("aria-label");
+    });
+  }
 
   async function update(signal) {
-    const { tokenizer } = app.model;
-    const all = app.encodePrompt(app.getText());
-    const ids = all.slice(-T);
-    const layers = await app.call("lens", { ids }, { signal });
-    if (signal.aborted) return;
+    const all = app.getPrompt();
+    const ids = all.slice(-config.block_size);
     const first = Math.max(0, ids.length - COLUMNS);
+    const layers = await app.call("lens", { ids, first }, { signal });
+    if (signal.aborted) return;
     const shown = ids.slice(first);
     columns = shown.length;
-    cut.hidden = all.length <= shown.length;
-    cut.textContent = text.cut(shown.length, unit);
-    const head = create(
-      "tr",
-      {},
-      create("th", { scope: "col" }, text.text),
-      shown.map((id) => create("th", { scope: "col", className: "token" }, tokenizer.label(id))),
-    );
-    const rows = layers.map((positions, layer) => {
+    cut.hidden = all.length === shown.length;
+    cut.textContent = text.cut(shown.length, tokenizer.unit);
+    const head = [
+      createRow(
+        text.after,
+        shown.map((id) => createHeading(tokenizer.label(id))),
+      ),
+      createRow(
+        text.next,
+        shown.map((_, i) => createHeading(i + 1 < columns ? tokenizer.label(shown[i + 1]) : "?")),
+      ),
+    ];
+    const body = layers.map((positions, layer) => {
       const name = layer === 0 ? text.embedding : text.layer(layer);
-      return create(
-        "tr",
-        {},
-        create("th", { scope: "row" }, name),
-        positions.slice(first).map((top, i) => {
-          const [id, probability] = top[0];
-          const choices = top
-            .map(([each, p]) => `${app.nameToken(each)} ${STRINGS.percent(p)}`)
-            .join(", ");
-          const isLast = layer === layers.length - 1 && i === shown.length - 1;
-          const cell = create(
-            "button",
-            {
-              type: "button",
-              className: "token",
-              tabIndex: isLast ? 0 : -1,
-              ariaLabel: text.cell(name, app.nameToken(shown[i]), choices),
-            },
-            tokenizer.label(id),
-          );
-          cell.dataset.stop = "";
-          cell.style.backgroundColor = `color-mix(in srgb, var(--look) ${Math.round(85 * probability)}%, transparent)`;
-          return create("td", { className: id === shown[i + 1] ? "right" : "" }, cell);
-        }),
+      return createRow(
+        name,
+        positions.map((top, i) => createCell(name, top, shown[i], shown[i + 1])),
       );
     });
-    table.replaceChildren(create("thead", {}, head), create("tbody", {}, rows));
+    keepFocus(table, () => {
+      table.replaceChildren(create("thead", {}, head), create("tbody", {}, body));
+      [...table.querySelectorAll("[data-stop]")].at(-1).tabIndex = 0;
+    });
     scroll.scrollLeft = scroll.scrollWidth;
+    detail.textContent = text.choose;
+  }
+
+  function createRow(name, cells) {
+    return create("tr", {}, create("th", { scope: "row" }, name), cells);
+  }
+
+  function createHeading(label) {
+    return create("td", { className: "token" }, label);
+  }
+
+  /** Create the cell of a layer at a token: `top` are the likeliest next tokens. */
+  function createCell(row, top, id, next) {
+    const [likeliest, probability] = top[0];
+    const list = top.map(([each, p]) => `${app.nameToken(each)} ${STRINGS.percent(p)}`).join(", ");
+    const share = Math.round(85 * probability);
+    const button = create(
+      "button",
+      {
+        type: "button",
+        className: "token",
+        tabIndex: -1,
+        ariaLabel: text.cell(row, app.nameToken(id), list),
+        style: { "background-color": `color-mix(in srgb, var(--look) ${share}%, transparent)` },
+      },
+      tokenizer.label(likeliest),
+    );
+    button.dataset.stop = "";
+    return create("td", { className: likeliest === next ? "right" : "" }, button);
   }
 
   const element = create(
@@ -80,5 +93,5 @@ export function createLensView(app) {
     scroll,
     detail,
   );
-  return { element, update, depends: ["text", "checkpoint"] };
+  return { element, update, usesText: true, depends: ["text", "checkpoint"] };
 }

@@ -2,7 +2,7 @@
 
 import { STRINGS } from "../strings.js";
 import { create } from "../dom.js";
-import { listTensors } from "../model.js";
+import { countElements, listTensors } from "../model.js";
 
 export function createMachineView(app) {
   const text = STRINGS.machine;
@@ -12,29 +12,28 @@ export function createMachineView(app) {
   const isModern = config.architecture === "modern";
   const shapes = listTensors(config, V);
   const count = (pattern) => {
-    let total = 0;
-    for (const [name, shape] of shapes)
-      if (pattern.test(name)) total += shape.reduce((a, b) => a * b, 1);
-    return total;
+    const names = [...shapes.keys()].filter((name) => pattern.test(name));
+    return names.reduce((sum, name) => sum + countElements(shapes.get(name)), 0);
   };
 
-  /** Create a box. shape: what comes out of it. parts: names of classes in model.py. */
+  /**
+   * Create a box. shape: that of its output. pattern: matches the names of its tensors, in a block
+   * those of the first block. parts: names of classes and functions in model.py.
+   */
   function box(kind, shape, pattern, parts) {
     const [name, what] = text.parts[kind];
     const parameters = pattern ? count(pattern) : 0;
+    const share = parameters / model.parameters;
+    const size = pattern?.source.startsWith("^blocks")
+      ? text.inBlocks(parameters, L, share)
+      : text.parameters(parameters, share);
     const sources = parts.map((part) => [part, app.source[part]]).filter(([, source]) => source);
     return create(
       "div",
       { className: "box" },
       create("h3", {}, name),
       create("p", {}, what),
-      create(
-        "p",
-        { className: "quiet" },
-        shape,
-        " · ",
-        text.parameters(parameters, parameters / model.parameters),
-      ),
+      create("p", { className: "quiet" }, shape, " · ", size),
       sources.map(([part, { start, end, text: code }]) =>
         create(
           "details",
@@ -55,11 +54,8 @@ export function createMachineView(app) {
     {},
     create("h2", {}, text.title),
     create("p", {}, text.lead),
-    create(
-      "p",
-      {},
-      text.total(model.parameters, STRINGS.bytes(model.checkpoints[model.shown].bytes)),
-    ),
+    create("p", {}, text.legend(T, C, H, D, V)),
+    create("p", {}, text.total(model.parameters, model.checkpoints[model.shown].bytes / 1e6)),
     create(
       "div",
       { className: "machine" },

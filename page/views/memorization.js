@@ -6,56 +6,52 @@ import { decodeHashes, findStretches } from "../memorization.js";
 
 export function createMemorizationView(app) {
   const text = STRINGS.memorization;
-  const { model } = app;
-  const unit = model.tokenizer.unit;
-  const data = model.memorization;
+  const { memorization: data, memorization_reason: reason, tokenizer } = app.model;
   const facts = create("p", { role: "status" });
   const passage = create("pre", { className: "sample", tabIndex: 0, ariaLabel: STRINGS.page.text });
-  const button = create("button", { type: "button" });
+  const button = create("button", { type: "button", onclick: generate });
   let hashes = null; // decoded when they are needed first
-  button.onclick = async () => {
+
+  async function generate() {
     button.disabled = true;
-    await app.attempt(() => app.generate(app.state.get("count")));
+    await app.generate(app.state.get("count"));
     button.disabled = false;
     button.focus();
-  };
+  }
 
   async function update() {
-    button.textContent = text.generate(app.state.get("count"), unit);
+    button.textContent = text.generate(app.state.get("count"), tokenizer.unit);
     if (!data) return;
     hashes ??= decodeHashes(data.hashes);
     const all = app.getText();
-    const stretches = findStretches(all, hashes, data.length);
-    let end = 0,
-      covered = 0,
-      longest = 0;
+    const stretches = findStretches(all, hashes, data);
+    let end = 0;
     const parts = [];
-    for (const [start, stop] of stretches) {
-      parts.push(
-        showLineEnds(all.slice(end, start)),
-        create("mark", {}, showLineEnds(all.slice(start, stop))),
-      );
-      covered += stop - start;
-      longest = Math.max(longest, stop - start);
+    for (const { start, stop, isCopy } of stretches) {
+      const mark = create("mark", { className: isCopy ? "copy" : "" });
+      mark.textContent = showLineEnds(all.slice(start, stop));
+      parts.push(showLineEnds(all.slice(end, start)), mark);
       end = stop;
     }
     passage.replaceChildren(...parts, showLineEnds(all.slice(end)));
-    facts.textContent = text.found(stretches.length, longest, covered / Math.max(1, all.length));
+    passage.querySelector("mark")?.scrollIntoView({ block: "nearest" });
+    const copies = stretches.filter(({ isCopy }) => isCopy);
+    const longest = copies.reduce((most, { start, stop }) => Math.max(most, stop - start), 0);
+    facts.textContent = text.found(copies.length, stretches.length - copies.length, longest);
   }
 
+  const content = () => [
+    create("p", {}, text.lead(data)),
+    create("div", { className: "buttons" }, button),
+    facts,
+    passage,
+    create("p", { className: "quiet" }, text.how(data)),
+  ];
   const element = create(
     "section",
     {},
     create("h2", {}, text.title),
-    data
-      ? [
-          create("p", {}, text.lead(data)),
-          create("div", { className: "buttons" }, button),
-          facts,
-          passage,
-          create("p", { className: "quiet" }, text.how(data)),
-        ]
-      : create("p", { className: "note" }, text.none(model.memorization_reason)),
+    data ? content() : create("p", { className: "note" }, text.none(reason)),
   );
-  return { element, update, depends: ["text", "count"] };
+  return { element, update, usesText: true, usesSampling: true, depends: ["text", "count"] };
 }

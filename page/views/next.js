@@ -1,145 +1,181 @@
 // View 1: type, and see what comes next.
 
 import { STRINGS } from "../strings.js";
-import { create } from "../dom.js";
+import { addArrowKeys, create, keepFocus, showContinuation } from "../dom.js";
 import { computeSoftmax, filterLogits, sortTokens } from "../sampling.js";
+import { SAMPLING_SETTINGS } from "../state.js";
 
 const MAX_BARS = 150;
+const SLOW_INTERVAL = 150; // milliseconds between two tokens
 
 export function createNextView(app) {
   const text = STRINGS.next;
+  const { unit } = app.model.tokenizer;
   const button = (label, onclick) => create("button", { type: "button", onclick }, label);
   const step = button(text.step, () => generate(1));
   const run = button(text.run, () => generate(app.state.get("count")));
-  const stop = button(text.stop, () => running?.abort());
-  const undo = button(text.undo, () => {
-    const ids = app.encode().slice(0, -1);
-    app.setText(app.model.tokenizer.decode(ids));
+  const stop = button(text.stop, () => {
+    isRunning = false;
+    app.generation.abort();
   });
+  const slowly = create("input", { type: "checkbox" });
   const status = create("p", { className: "quiet", role: "status" });
   const facts = create("p", { className: "quiet" });
   const bars = create("ol", { className: "bars" });
   const command = create("code", { className: "command" });
-  const hint = create(
-    "p",
-    { className: "quiet", hidden: true },
-    text.command(app.model.dtype),
-    " ",
-    command,
-  );
-  let running = null;
+  const hint = create("p", { className: "quiet", hidden: true }, text.command, command);
+  const sample = create("pre", {
+    className: "sample short",
+    tabIndex: 0,
+    ariaLabel: text.generated,
+  });
+  const generated = create("div", { hidden: true }, create("h3", {}, text.generated), sample);
+  let isRunning = false;
+  addArrowKeys(bars);
 
-  const showButtons = () => {
-    stop.disabled = running === null;
-    step.disabled = run.disabled = undo.disabled = running !== null;
-  };
-  showButtons();
+  function showButtons() {
+    stop.disabled = !isRunning;
+    step.disabled = run.disabled = isRunning;
+  }
 
   /** Append generated tokens to the text, with the settings of the state. */
   async function generate(count) {
-    if (running) return;
-    running = new AbortController();
+    const pressed = document.activeElement;
+    isRunning = true;
     showButtons();
     if (count > 1) stop.focus();
-    const result = await app.attempt(() => app.generate(count, running.signal));
-    running = null;
-    showButtons();
-    app.state.touch("text");
-    if (result && count > 1) {
-      status.textContent = text.rate(result.ids.length, app.model.tokenizer.unit, result.seconds);
-      if (document.activeElement === document.body || document.activeElement === stop) run.focus();
+    let result;
+    if (count > 1 && slowly.checked) {
+      for (let i = 0; i < count && isRunning; i++) {
+        result = await app.generate(1, { isUndoable: i === 0 });
+        if (!result) break;
+        await showBars(new AbortController().signal);
+        status.textContent = text.drawn(app.nameToken(result.ids[0]));
+        await new Promise((resolve) => setTimeout(resolve, SLOW_INTERVAL));
+      }
+    } else {
+      result = await app.generate(count);
+      if (result?.ids.length) {
+        const { ids, seconds } = result;
+        const name = app.nameToken(ids[0]);
+        status.textContent = count > 1 ? text.rate(ids.length, unit, seconds) : text.drawn(name);
+      }
     }
+    isRunning = false;
+    showButtons();
+    await app.run(() => showBars(new AbortController().signal));
+    if ([document.body, stop].includes(document.activeElement)) pressed.focus();
   }
 
   async function update(signal) {
-    if (running) return; // until it ends
-    const { state, model } = app;
-    const logits = await app.call("predict", app.getContext(), { signal });
-    if (signal.aborted) return;
-    const before = computeSoftmax(logits);
-    const kept = filterLogits(logits, state.getSampling());
-    const after = computeSoftmax(kept);
-    const order = sortTokens(logits);
-    const scale = Math.max(before[order[0]], after[order[0]]);
-    bars.replaceChildren(
-      ...Array.from(order.slice(0, MAX_BARS), (id) => {
-        const isCut = kept[id] === -Infinity;
-        const name = app.nameToken(id);
-        const shares = [STRINGS.percent(before[id]), isCut ? null : STRINGS.percent(after[id])];
-        const bar = (className, share) =>
-          create("span", {
-            className,
-            style: { width: `${Math.max(0.4, (100 * share) / scale)}%` },
-          });
-        return create(
-          "li",
-          {},
-          create(
-            "button",
-            {
-              type: "button",
-              className: isCut ? "bar cut" : "bar",
-              title: text.append(name),
-              ariaLabel: text.bar(name, ...shares),
-              onclick: () => append(id),
-            },
-            create("span", { className: "token" }, model.tokenizer.label(id)),
-            create(
-              "span",
-              { className: "track" },
-              bar("before", before[id]),
-              isCut ? null : bar("after", after[id]),
-            ),
-            create("span", { className: "share" }, shares[1] ?? shares[0]),
-          ),
-        );
-      }),
-    );
-    let entropy = 0;
-    let number = 0;
-    for (const p of before) if (p > 0) entropy -= p * Math.log2(p);
-    for (const logit of kept) if (logit !== -Infinity) number++;
-    const parts = [text.entropy(entropy, 2 ** entropy), text.left(number, before.length)];
-    if (order.length > MAX_BARS) parts.push(text.more(order.length - MAX_BARS));
-    facts.textContent = parts.join(" ");
+    showGenerated();
+    if (isRunning) return; // until it ends
+    if (app.state.get("from") < 0) status.textContent = "";
+    await showBars(signal);
+  }
+
+  /** Show the text with its generated part, and the command that generates it. */
+  function showGenerated() {
+    const from = app.state.get("from");
+    generated.hidden = from < 0;
+    if (from >= 0)
+      showContinuation(sample, app.getText().slice(0, from), app.getText().slice(from));
+    sample.scrollTop = sample.scrollHeight;
     showCommand();
   }
 
-  function append(id) {
-    app.setText(app.getText() + app.model.tokenizer.decode([id]));
-    bars.querySelector("button")?.focus();
+  async function showBars(signal) {
+    const logits = await app.call("predict", app.getContext(), { signal });
+    if (signal.aborted) return;
+    const before = computeSoftmax(logits);
+    const kept = filterLogits(logits, app.state.getSampling());
+    const after = computeSoftmax(kept);
+    const order = sortTokens(logits);
+    const scale = Math.max(before[order[0]], after[order[0]]);
+    keepFocus(bars, () => {
+      const items = Array.from(order.slice(0, MAX_BARS), (id) =>
+        create(
+          "li",
+          {},
+          createBar(id, before[id], kept[id] === -Infinity ? null : after[id], scale),
+        ),
+      );
+      bars.replaceChildren(...items);
+      bars.querySelector("button").tabIndex = 0;
+    });
+    const number = kept.reduce((sum, logit) => (logit === -Infinity ? sum : sum + 1), 0);
+    const parts = [
+      text.entropy(computeEntropy(before), computeEntropy(after)),
+      text.left(number, before.length),
+    ];
+    if (order.length > MAX_BARS) parts.push(text.more(order.length - MAX_BARS));
+    facts.textContent = parts.join(" ");
   }
 
-  /** Show the command that generates the same text; it is known while the text was only generated. */
+  /** Create the bar of a token: its probability before and after the filters, null if it is cut. */
+  function createBar(id, before, after, scale) {
+    const name = app.nameToken(id);
+    const shares = [STRINGS.percent(before), after === null ? null : STRINGS.percent(after)];
+    const draw = (className, share) =>
+      create("span", { className, style: { width: `${Math.max(0.4, (100 * share) / scale)}%` } });
+    const bar = create(
+      "button",
+      {
+        type: "button",
+        className: after === null ? "bar cut" : "bar",
+        tabIndex: -1,
+        title: text.append(name),
+        ariaLabel: text.bar(name, ...shares),
+        onclick: () => app.append(id),
+      },
+      create("span", { className: "token" }, app.model.tokenizer.label(id)),
+      create(
+        "span",
+        { className: "track" },
+        draw("before", before),
+        after === null ? null : draw("after", after),
+      ),
+      create("span", { className: "share" }, shares[1] ?? text.cut),
+    );
+    bar.dataset.stop = "";
+    return bar;
+  }
+
+  /** Show the command that generates this text, if there is one: it needs the exported model. */
   function showCommand() {
-    const { state } = app;
-    const prompt = app.getText().slice(0, state.get("from"));
-    const count = app.getContext().generated.length;
-    hint.hidden =
-      count === 0 || !app.isGeneratedAsSet() || /[\\'\p{Cc}]/u.test(prompt.replaceAll("\n", ""));
+    const { model, state } = app;
+    const { prompt, generated } = app.getContext();
+    const given = model.tokenizer.decode(prompt);
+    const isExported = model.getCheckpoint(state.get("checkpoint")) === model.shown;
+    const isSafe = !/[\\'\p{Cc}]/u.test(given.replaceAll("\n", "")) && given !== "-";
+    hint.hidden = !generated.length || !model.run_id || !isExported || !isSafe;
     if (hint.hidden) return;
-    const flags = [
-      ["seed", 1337],
-      ["temperature", 0.8],
-      ["top_k", 0],
-      ["top_p", 1],
-      ["min_p", 0],
-    ]
-      .filter(([name, usual]) => state.get(name) !== usual)
-      .map(([name]) => ` --${name.replace("_", "-")} ${state.get(name)}`);
-    const run = app.model.run_id ? ` ${app.model.run_id}` : "";
-    const quoted = prompt.replaceAll("\n", "\\n");
-    command.textContent = `python inference.py${run} --prompt '${quoted}' --max-new-tokens ${count}${flags.join("")}`;
+    const { step, kind } = model.checkpoints[model.shown];
+    const bundle = kind === "best" ? model.run_id : text.bundle(model.run_id, step);
+    const flags = SAMPLING_SETTINGS.filter((name) => !state.isDefault(name)).map(
+      (name) => ` --${name.replace("_", "-")} ${state.get(name)}`,
+    );
+    command.textContent =
+      `python inference.py ${bundle} --prompt '${given.replaceAll("\n", "\\n")}' ` +
+      `--max-new-tokens ${generated.length}${flags.join("")}`;
   }
 
-  const unit = app.model.tokenizer.unit;
+  showButtons();
   const element = create(
     "section",
     {},
     create("h2", {}, text.title(unit)),
     create("p", {}, text.lead(unit)),
-    create("div", { className: "buttons" }, step, run, stop, undo),
+    create(
+      "div",
+      { className: "buttons" },
+      step,
+      run,
+      stop,
+      create("label", {}, slowly, text.slowly),
+    ),
     status,
+    generated,
     facts,
     create(
       "p",
@@ -152,11 +188,11 @@ export function createNextView(app) {
     bars,
     hint,
   );
-  const leave = () => running?.abort();
-  return {
-    element,
-    update,
-    leave,
-    depends: ["text", "from", "temperature", "top_k", "top_p", "min_p", "checkpoint"],
-  };
+  const depends = ["text", "from", "checkpoint", ...SAMPLING_SETTINGS];
+  return { element, update, usesText: true, usesSampling: true, depends };
+}
+
+/** Return the entropy of probabilities, in bits. */
+function computeEntropy(probabilities) {
+  return probabilities.reduce((sum, p) => (p > 0 ? sum - p * Math.log2(p) : sum), 0);
 }

@@ -1,60 +1,46 @@
 // View 2: the surprise of every token of a text.
 
 import { STRINGS } from "../strings.js";
+import { computeMeans } from "../app.js";
 import { drawChart } from "../chart.js";
-import { addArrowKeys, create, getHeat, showLineEnds } from "../dom.js";
+import { addArrowKeys, create, getHeat, onToken, showLineEnds } from "../dom.js";
+
+const MAX_POINTS = 600; // of the chart
 
 export function createSurpriseView(app) {
   const text = STRINGS.surprise;
-  const unit = app.model.tokenizer.unit;
+  const { tokenizer } = app.model;
+  const { unit } = tokenizer;
   const facts = create("p", { role: "status" });
-  const passage = create("div", { className: "passage", role: "group", ariaLabel: text.title });
-  const detail = create("div", { className: "detail", ariaLive: "polite" });
+  const passage = create("div", { className: "passage", role: "listbox", ariaLabel: text.passage });
+  const detail = create("div", { className: "detail" });
   const chart = create("figure", {});
+  let scored = null; // { ids, bits, ranks, top } of the text on display
   addArrowKeys(passage);
-  let shown = null; // { ids, pieces, bits, ranks, top } of the text on display
+  onToken(passage, ["click", "focusin"], (index) => choose(index));
+  onToken(passage, ["mouseover"], (index) => {
+    if (app.state.get("at") < 0) showDetail(index); // else a place is held
+  });
 
-  passage.addEventListener("focusin", ({ target }) => choose(target));
-  passage.addEventListener("mouseover", ({ target }) => choose(target));
-
-  function choose(target) {
-    if (target.dataset?.stop === undefined || !shown) return;
-    const index = Number(target.dataset.stop);
-    passage.querySelector(".chosen")?.classList.remove("chosen");
-    target.classList.add("chosen");
+  /** Hold a place. */
+  function choose(index) {
+    passage.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
+    passage.children[index].setAttribute("aria-selected", "true");
     app.state.set({ at: index });
     showDetail(index);
   }
 
   function showDetail(index) {
-    const { ids, bits, ranks, top } = shown;
-    const title = create(
-      "h3",
-      {},
-      text.detail(app.nameToken(ids[index]), STRINGS.token.position(index)),
-    );
+    const { ids, bits, ranks, top } = scored;
+    const place = STRINGS.token.position(index);
+    const title = create("h3", {}, text.detail(app.nameToken(ids[index]), place));
     if (index === 0) {
       detail.replaceChildren(title, create("p", {}, text.first));
       return;
     }
     const i = index - 1; // of its prediction
     const choices = top[i].map(([id, probability]) =>
-      create(
-        "li",
-        {},
-        create(
-          "button",
-          {
-            type: "button",
-            ariaLabel: `${text.branch(app.nameToken(id))}, ${STRINGS.percent(probability)}`,
-            title: text.branch(app.nameToken(id)),
-            className: id === ids[index] ? "true" : "",
-            onclick: () => app.setText(app.model.tokenizer.decode([...ids.slice(0, index), id])),
-          },
-          create("span", { className: "token" }, app.model.tokenizer.label(id)),
-          ` ${STRINGS.percent(probability)}`,
-        ),
-      ),
+      create("li", {}, createChoice(id, probability, index)),
     );
     detail.replaceChildren(
       title,
@@ -64,74 +50,102 @@ export function createSurpriseView(app) {
     );
   }
 
-  async function update(signal) {
-    const ids = app.encode();
-    const { tokenizer } = app.model;
-    shown = null;
-    chart.replaceChildren();
-    if (ids.length < 2) {
-      passage.replaceChildren();
-      detail.replaceChildren();
-      facts.textContent = text.short(unit);
-      return;
-    }
-    const scored = await app.call("score", { ids }, { signal });
-    if (signal.aborted) return;
-    const pieces = tokenizer.split(ids);
-    shown = { ids, pieces, ...scored };
-    const start = Math.min(Math.max(app.state.get("at"), 0), ids.length - 1);
-    const spans = pieces.map((piece, index) => {
-      const bits = index === 0 ? null : scored.bits[index - 1];
-      const span = create(
-        "span",
-        {
-          className: "piece",
-          role: "button",
-          tabIndex: index === start ? 0 : -1,
-          ariaLabel: `${app.nameToken(ids[index])}${bits === null ? "" : `, ${STRINGS.bits(bits)}`}`,
-        },
-        showLineEnds(piece),
-      );
-      span.dataset.stop = index;
-      if (bits !== null) span.style.backgroundColor = getHeat(bits);
-      return span;
-    });
-    passage.replaceChildren(...spans);
-    if (app.state.get("at") >= 0) {
-      spans[start].classList.add("chosen");
-      showDetail(start);
-    } else detail.replaceChildren(create("p", { className: "quiet" }, text.choose));
-    const total = scored.bits.reduce((a, b) => a + b, 0);
-    const bytes = ids.slice(1).reduce((sum, id) => sum + tokenizer.countBytes(id), 0);
-    facts.textContent =
-      `${text.mean(total / scored.bits.length, scored.bits.length, unit)}, ` +
-      `${text.perByte(total / bytes)}. ${text.worse(app.model.num_tokens)}`;
-    let sum = 0;
-    const points = scored.bits.map((bits, i) => [i + 2, (sum += bits) / (i + 1)]);
-    const thinned = points.filter((_, i) => i % Math.ceil(points.length / 600) === 0);
-    chart.replaceChildren(
-      create("figcaption", {}, text.chart),
-      drawChart({
-        width: chart.clientWidth || 640,
-        series: [{ points: thinned, color: "line-1" }],
-        height: 180,
-        xLabel: text.position,
-        yLabel: text.unit,
-        title: text.chart,
-      }),
+  /** Create a button that replaces the text from a token on by another token. */
+  function createChoice(id, probability, index) {
+    const { ids } = scored;
+    const name = text.branch(app.nameToken(id));
+    return create(
+      "button",
+      {
+        type: "button",
+        ariaLabel: `${name}, ${STRINGS.percent(probability)}`,
+        title: name,
+        className: id === ids[index] ? "true" : "",
+        onclick: () => app.setIds([...ids.slice(0, index), id]),
+      },
+      create("span", { className: "token" }, tokenizer.label(id)),
+      ` ${STRINGS.percent(probability)}`,
     );
   }
 
-  const scale = create("span", { className: "scale" });
+  async function update(signal) {
+    const ids = app.getIds();
+    scored = null;
+    if (ids.length < 2) {
+      passage.replaceChildren();
+      detail.replaceChildren();
+      chart.replaceChildren();
+      facts.textContent = text.short(unit);
+      return;
+    }
+    const scores = await app.call("score", { ids }, { signal });
+    if (signal.aborted) return;
+    scored = { ids, ...scores };
+    const at = Math.min(app.state.get("at"), ids.length - 1);
+    const pieces = tokenizer.split(ids);
+    passage.replaceChildren(...pieces.map((piece, index) => createPiece(piece, index)));
+    passage.children[Math.max(at, 0)].tabIndex = 0;
+    if (at >= 0) choose(at);
+    else detail.replaceChildren(create("p", { className: "quiet" }, text.choose));
+    const { perToken, perByte } = computeMeans(scores.bits, ids, tokenizer);
+    facts.textContent = [
+      `${text.mean(perToken, scores.bits.length, unit)}, ${text.perByte(perByte)}.`,
+      text.guessing(app.model.num_tokens),
+    ].join(" ");
+    showMeans(scores.bits);
+  }
+
+  function createPiece(piece, index) {
+    const name = app.nameToken(scored.ids[index]);
+    const bits = scored.bits[index - 1]; // undefined for the first
+    const element = create(
+      "span",
+      {
+        className: "piece",
+        role: "option",
+        tabIndex: -1,
+        ariaLabel: index === 0 ? name : `${name}, ${STRINGS.bits(bits)}`,
+        ariaSelected: "false",
+      },
+      showLineEnds(piece),
+    );
+    element.dataset.stop = index;
+    if (index > 0) element.style.backgroundColor = getHeat(bits);
+    return element;
+  }
+
+  function showMeans(bits) {
+    let sum = 0;
+    const points = bits.map((each, i) => [i + 2, (sum += each) / (i + 1)]);
+    const interval = Math.ceil(points.length / MAX_POINTS);
+    const drawing = drawChart({
+      width: chart.clientWidth || 640,
+      height: 180,
+      series: [{ points: points.filter((_, i) => i % interval === 0), color: "line-1" }],
+      xLabel: text.position,
+      yLabel: text.unit,
+      title: text.chart,
+    });
+    chart.replaceChildren(create("figcaption", {}, text.chart), drawing);
+  }
+
+  const colors = [0, 2, 4, 6, 8].map(getHeat).join(", ");
+  const scale = { background: `linear-gradient(90deg, ${colors})` };
   const element = create(
     "section",
     {},
-    create("h2", {}, text.title),
+    create("h2", {}, unit === "character" ? text.title : text.titleOfTokens),
     create("p", {}, text.lead(unit)),
     facts,
-    create("p", { className: "legend" }, scale, text.legend),
+    create(
+      "p",
+      { className: "legend" },
+      text.certain,
+      create("span", { className: "scale", style: scale }),
+      text.surprised,
+    ),
     create("div", { className: "beside" }, passage, detail),
     chart,
   );
-  return { element, update, depends: ["text", "checkpoint"] };
+  return { element, update, usesText: true, depends: ["text", "checkpoint"] };
 }

@@ -2,152 +2,101 @@
 
 import { STRINGS } from "../strings.js";
 import { drawChart } from "../chart.js";
-import { create, showLineEnds } from "../dom.js";
+import { create, showContinuation } from "../dom.js";
+import { SAMPLING_SETTINGS } from "../state.js";
 
 export function createTrainingView(app) {
   const text = STRINGS.training;
   const { model } = app;
-  const unit = model.tokenizer.unit;
-  const number = model.checkpoints.length;
+  const { tokenizer } = model;
+  const { unit } = tokenizer;
+  const isSingle = model.checkpoints.length === 1;
   const name = (index) => {
     const { step, kind } = model.checkpoints[index];
     return text.step(step, text.kinds[kind]);
   };
+  const choose = (index) => app.setSampling({ checkpoint: index === model.shown ? -1 : index });
   const slider = create("input", {
     type: "range",
     min: 0,
-    max: number - 1,
+    max: model.checkpoints.length - 1,
     step: 1,
     ariaLabel: text.slider,
+    oninput: () => choose(Number(slider.value)),
   });
-  slider.oninput = () => app.state.set({ checkpoint: Number(slider.value) });
-  const label = create("output", { className: "big" });
+  const label = create("p", { className: "big" });
   const losses = create("p", {});
   const bits = create("p", { role: "status" });
   const sample = create("pre", { className: "sample", tabIndex: 0, ariaLabel: text.sample });
   const chart = create("figure", {});
-  const ticks = create(
-    "ol",
-    { className: "ticks" },
-    model.checkpoints.map((_, index) =>
-      create(
-        "li",
-        {},
-        create(
-          "button",
-          { type: "button", onclick: () => app.state.set({ checkpoint: index }) },
-          name(index),
-        ),
-      ),
-    ),
-  );
 
   async function update(signal) {
     const index = model.getCheckpoint(app.state.get("checkpoint"));
-    const { step, train_loss: train, val_loss: val } = model.checkpoints[index];
+    const { train_loss, val_loss } = model.checkpoints[index];
     slider.value = index;
     slider.setAttribute("aria-valuetext", name(index));
-    [...ticks.querySelectorAll("button")].forEach((each, i) =>
-      each.setAttribute("aria-pressed", i === index),
-    );
     label.textContent = name(index);
-    losses.textContent = text.losses(train, val);
-    if (model.curve) {
-      const series = ["train", "val"]
-        .filter((each) => model.curve[each].length)
-        .map((each, i) => ({
-          points: model.curve[each],
-          name: text[each],
-          color: `line-${2 - i}`,
-        }));
-      chart.replaceChildren(
-        create("figcaption", {}, text.chart),
-        drawChart({
-          width: chart.clientWidth || 640,
-          series,
-          xLabel: text.xLabel,
-          yLabel: text.yLabel,
-          title: text.chart,
-          marks: [{ at: step, label: name(index) }],
-        }),
-      );
-    } else chart.replaceChildren(create("p", { className: "quiet" }, text.noCurve));
-
-    const ids = app.encode();
-    const scored = ids.length > 1 ? await app.call("score", { ids, top: 0 }, { signal }) : null;
+    losses.textContent = text.losses(train_loss, val_loss, unit);
+    showCurve(index);
+    const ids = app.getIds();
+    const mean = await app.measure({ ids }, { signal });
     if (signal.aborted) return;
-    bits.textContent = scored
-      ? text.text(scored.bits.reduce((a, b) => a + b, 0) / scored.bits.length, unit)
-      : "";
-    const prompt = app.encodePrompt(app.getPrompt());
+    bits.textContent = mean ? text.text(mean.perToken, unit) : "";
+    const prompt = app.getPrompt();
     const { seed, count } = app.state.values;
     const args = { prompt, count, seed, sampling: app.state.getSampling() };
-    let generated = [];
-    const show = () =>
-      sample.replaceChildren(
-        create("span", { className: "prompt" }, showLineEnds(model.tokenizer.decode(prompt))),
-        showLineEnds(model.tokenizer.decode(generated)),
-      );
-    show();
-    await app.call("generate", args, {
-      signal,
-      onPart: ({ ids }) => {
-        generated = [...generated, ...ids];
-        show();
-      },
-    });
+    const generated = [];
+    showContinuation(sample, app.getText(), "");
+    const onPart = ({ ids }) => {
+      generated.push(...ids);
+      showContinuation(sample, app.getText(), tokenizer.decode(generated));
+    };
+    await app.call("generate", args, { signal, onPart });
   }
 
-  const isSingle = number === 1;
+  /** Draw the losses of the run, with the chosen checkpoint. */
+  function showCurve(index) {
+    const series = ["train", "val"].flatMap((split, i) => {
+      const points = model.curve?.[split] ?? [];
+      return points.length ? [{ points, name: text[split], color: `line-${2 - i}` }] : [];
+    });
+    if (series.length === 0) {
+      chart.replaceChildren(create("p", { className: "quiet" }, text.noCurve));
+      return;
+    }
+    const drawing = drawChart({
+      width: chart.clientWidth || 640,
+      series,
+      marks: [{ at: model.checkpoints[index].step, label: name(index) }],
+      xLabel: text.xLabel,
+      yLabel: text.yLabel,
+      title: text.chart,
+    });
+    chart.replaceChildren(create("figcaption", {}, text.chart), drawing);
+  }
+
+  const single = () => [
+    create("p", {}, text.one),
+    create("pre", { className: "command" }, text.commands),
+  ];
+  const { overfitting } = model;
   const element = create(
     "section",
     {},
     create("h2", {}, text.title),
     create("p", {}, text.lead),
-    isSingle
-      ? create(
-          "div",
-          { className: "note" },
-          create("p", {}, text.one),
-          create("pre", { className: "command" }, text.commands),
-        )
-      : null,
-    create("p", {}, label),
-    isSingle
-      ? null
-      : create(
-          "div",
-          { className: "times" },
-          slider,
-          ticks,
-          create("p", { className: "quiet" }, text.used),
-        ),
+    isSingle ? create("div", { className: "note" }, single()) : null,
+    label,
+    isSingle ? null : create("p", { className: "times" }, slider),
     losses,
     bits,
-    model.overfitting
-      ? create(
-          "p",
-          { className: "note" },
-          text.overfitting(model.overfitting.since, model.overfitting.rise),
-        )
+    overfitting
+      ? create("p", { className: "note" }, text.overfitting(overfitting.since, overfitting.rise))
       : null,
     chart,
     create("h3", {}, text.sample),
     sample,
   );
-  return {
-    element,
-    update,
-    depends: [
-      "text",
-      "from",
-      "seed",
-      "temperature",
-      "top_k",
-      "top_p",
-      "min_p",
-      "count",
-      "checkpoint",
-    ],
-  };
+  const depends = ["text", "count", "checkpoint", ...SAMPLING_SETTINGS];
+  return { element, update, usesText: true, usesSampling: true, depends };
 }
