@@ -108,3 +108,9 @@ def trained(tmp_path_factory) -> Path:
 def trained_page(trained) -> Path:
     """A page of that run with three of its steps."""
     return export_page(trained, trained.parent.parent / "page", "--checkpoints=3")
+
+
+@pytest.fixture(scope="session")
+def plain_page(trained) -> Path:
+    """A page of that run's best step alone."""
+    return export_page(trained, trained.parent.parent / "plain")

@@ -88,9 +88,9 @@ def write_data(page: Path, data: dict | str) -> bytes:
 
 
 def get_bars(page) -> list[float]:
-    """Return the probabilities that the bars of Next show, in percent."""
+    """Return the probabilities that the bars of Next show, in percent; 0 if cut or below 0.1."""
     shares = page.locator(".bars .share").all_inner_texts()
-    return [0.0 if share.startswith("<") else float(share.split()[0]) for share in shares]
+    return [float(share.split()[0]) if share[0].isdigit() else 0.0 for share in shares]
 
 
 def assert_works(page) -> None:

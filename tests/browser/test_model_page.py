@@ -132,6 +132,7 @@ def test_no_view_sends_a_request_or_logs_an_error(trained_page, open_page):
     for name in VIEWS:
         open_view(page, name)
         assert page.get_by_role("alert").is_hidden()
+    open_view(page, "next")
     page.get_by_label("Temperature").fill("0.5")
     settle(page)
     assert page.errors == page.warnings == []

@@ -148,6 +148,7 @@ LACKS = {
     "workers that fail": """window.Worker = class {
         constructor() { setTimeout(() => this.onerror({})) }
         postMessage() {}
+        terminate() {}
     }""",
     "no WebAssembly": "delete window.Worker; delete window.WebAssembly",
     "no Uint8Array.fromBase64": "delete window.Worker; delete Uint8Array.fromBase64",
@@ -160,7 +161,7 @@ def test_a_browser_without_a_part_generates_the_same_text(trained_page, open_pag
     for script in ("", LACKS[name]):
         page = open_page(f"{trained_page.as_uri()}#count=60&text=To+be", script=script)
         settle(page)
-        assert page.evaluate("app.client.hasWorker") == (script == "")
+        assert page.evaluate("app.client.worker !== null") == (script == "")
         page.get_by_role("button", name="Run").click()
         page.locator("button:enabled", has_text="Run").wait_for()
         settle(page)
@@ -214,14 +215,13 @@ def forge(page: Path, name: str) -> bytes:
             model["tokenizer"],
             {"kind": "bpe", "chars": None, "tokens": [1] * model["num_tokens"], "merges": [[9, 9]]},
         ),
-        "checkpoints null": (model, {"checkpoints": [None] * 3}),
+        "checkpoints null": (model, {"checkpoints": [None]}),
         "shown constructor": (model, {"shown": "length"}),
         "weights elsewhere": (checkpoints[shown], {"weights": "folio-page"}),
         "weights nowhere": (checkpoints[shown], {"weights": "page"}),
         "weights of bytes 0": (checkpoints[shown], {"weights": "nothing", "bytes": 0}),
         "bytes NaN": (checkpoints[shown], {"bytes": "x"}),
         "default_prompt null": (model, {"default_prompt": None}),
-        "__proto__": (model, {"__proto__": None, "getWeights": 1, "getKey": None}),
     }
     place, change = changes[name]
     place.update(change)
@@ -238,7 +238,7 @@ FORGED = (
     *("activation constructor", "rope_theta a text", "more tokens than weights"),
     *("chars that are objects", "chars that are null", "tokens that are numbers"),
     *("checkpoints null", "shown constructor", "weights elsewhere", "weights nowhere"),
-    *("weights of bytes 0", "bytes NaN", "default_prompt null", "__proto__"),
+    *("weights of bytes 0", "bytes NaN", "default_prompt null"),
 )
 
 
@@ -256,13 +256,13 @@ def count_messages(page, before: str) -> int:
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_page_is_one_message_and_no_text(trained_page, open_page, name):
-    page = open_page(f"{trained_page.as_uri()}#count=20&view=compare&text=To+be")
+def test_a_forged_page_is_one_message_and_no_text(plain_page, open_page, name):
+    page = open_page(f"{plain_page.as_uri()}#count=20&view=compare&text=To+be")
     settle(page)
     before = page.locator("main [role=status]").inner_text()
     logits = compute_logits(page, [1, 2, 3])
     start = time.monotonic()
-    choose_page(page, forge(trained_page, name))
+    choose_page(page, forge(plain_page, name))
     assert time.monotonic() - start < SECONDS
     assert count_messages(page, before) == 1
     assert page.locator(".columns .sample:not(:empty)").count() <= 1
@@ -271,13 +271,13 @@ def test_a_forged_page_is_one_message_and_no_text(trained_page, open_page, name)
 
 
 @pytest.mark.parametrize("name", ["nothing", "other shape", "unknown activation"])
-def test_a_page_works_after_a_forged_one(trained_page, open_page, name):
-    page = open_page(f"{trained_page.as_uri()}#count=20&view=compare&text=To+be")
+def test_a_page_works_after_a_forged_one(plain_page, open_page, name):
+    page = open_page(f"{plain_page.as_uri()}#count=20&view=compare&text=To+be")
     settle(page)
-    choose_page(page, forge(trained_page, name))
+    choose_page(page, forge(plain_page, name))
     assert_works(page)
     open_view(page, "compare")
-    choose_page(page, trained_page.read_bytes())
+    choose_page(page, plain_page.read_bytes())
     samples = page.locator(".columns .sample").all_inner_texts()
     assert len(samples) == 2
     assert samples[0] == samples[1]  # the same model

@@ -2,10 +2,11 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { decodeBase64 } from "../../../page/base64.js";
 import { decodeHashes, findStretches, hashUnits } from "../../../page/memorization.js";
 import { MersenneTwister, chooseToken, filterLogits } from "../../../page/sampling.js";
 import { createTokenizer } from "../../../page/tokenizer.js";
-import { decodeBase64, decodeTensor, readSafetensors } from "../../../page/weights.js";
+import { decodeTensor, readSafetensors } from "../../../page/weights.js";
 import { assertClose, readVectors } from "./vectors.mjs";
 
 test("random numbers are those of numpy", () => {
@@ -77,7 +78,7 @@ test("all float16 numbers", () => {
 
 test("int8 numbers, times the scales of their rows", () => {
   const bytes = new Uint8Array(Int8Array.from([-127, 0, 127, 1, 2, 3]).buffer);
-  const scale = { bytes: new Uint8Array(Float32Array.from([0.1, 0.3]).buffer) };
+  const scale = { dtype: "F32", shape: [2], bytes: new Uint8Array(Float32Array.from([0.1, 0.3]).buffer) };
   const found = new Float32Array(6);
   decodeTensor({ dtype: "I8", shape: [2, 3], bytes }, found, scale);
   const expected = [-127, 0, 127, 1, 2, 3].map((value, i) => Math.fround(value * Math.fround(i < 3 ? 0.1 : 0.3)));
@@ -126,8 +127,10 @@ test("a copied stretch is found, where it begins and ends", () => {
   const { text, data } = readVectors("memorization");
   const hashes = decodeHashes(data.hashes);
   const copied = text.slice(10, 50);
-  assert.deepEqual(findStretches(`#####${copied}#####`, hashes, data.length), [[5, 45]]);
-  assert.deepEqual(findStretches(text.slice(10, 10 + data.length), hashes, data.length), [[0, data.length]]);
-  assert.deepEqual(findStretches(text.slice(10, 9 + data.length), hashes, data.length), []);
-  assert.deepEqual(findStretches("the quick brown fox jumps over the lazy dog", hashes, data.length), []);
+  const find = (each) => findStretches(each, hashes, data).map(({ start, stop, isCopy }) => [start, stop, isCopy]);
+  assert.deepEqual(find(`#####${copied}#####`), [[5, 45, true]]);
+  assert.deepEqual(find(`${copied}#${copied}`), [[0, 40, true], [41, 81, true]]);
+  assert.deepEqual(find(text.slice(10, 10 + data.length)), [[0, data.length, false]]);
+  assert.deepEqual(find(text.slice(10, 9 + data.length)), []);
+  assert.deepEqual(find("the quick brown fox jumps over the lazy dog"), []);
 });
