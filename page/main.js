@@ -2,10 +2,10 @@
 
 import { STRINGS } from "./strings.js";
 import { App } from "./app.js";
-import { create, createSlider } from "./dom.js";
+import { create } from "./dom.js";
+import { MAX_TEXT, Panel } from "./panel.js";
 import { PageError } from "./data.js";
-import { LIMITS, parseLink } from "./state.js";
-import { makeVisible } from "./tokenizer.js";
+import { parseLink } from "./state.js";
 import { createNextView } from "./views/next.js";
 import { createSurpriseView } from "./views/surprise.js";
 import { createTrainingView } from "./views/training.js";
@@ -27,7 +27,6 @@ const VIEWS = {
   memorization: createMemorizationView,
   card: createCardView,
 };
-const MAX_TEXT = 20_000; // characters that are typed, pasted or generated
 const FIRST_TEXT = 160; // characters of the card's sample that the page opens with
 const ADDRESS_DELAY = 250; // milliseconds without a change before the address is updated
 const TYPING_DELAY = 120; // milliseconds without a key before a typed text is computed
@@ -43,6 +42,11 @@ class Frame {
     const { unit } = model.tokenizer;
     this.status = create("p", { className: "error", role: "alert", hidden: true });
     this.badge = this.createBadge();
+    this.panel = new Panel(app, {
+      undo: () => app.undo(),
+      copy: () => this.copyLink(),
+      reset: () => this.reset(),
+    });
     this.main = create("main", {});
     this.links = new Map(
       Object.keys(VIEWS).map((name, index) => [name, this.createLink(name, index)]),
@@ -67,7 +71,7 @@ class Frame {
         create(
           "div",
           { className: "frame" },
-          this.createPanel(),
+          this.panel.element,
           create("div", {}, this.status, this.main),
         ),
       );
@@ -100,81 +104,6 @@ class Frame {
     );
   }
 
-  /** Create the text field and the settings, which all views share. */
-  createPanel() {
-    const { app } = this;
-    const { unit } = app.model.tokenizer;
-    const text = STRINGS.settings;
-    this.textarea = create("textarea", { id: "text", rows: 6, spellcheck: false });
-    this.textarea.setAttribute("aria-describedby", "notes");
-    this.textarea.oninput = () => {
-      const given = this.textarea.value;
-      this.opening = null;
-      app.setText(given.slice(0, MAX_TEXT).replace(/[\ud800-\udbff]$/, ""));
-      this.showNotes(given.length > MAX_TEXT);
-    };
-    this.notes = create("div", { id: "notes", className: "notes", role: "status" });
-    this.copied = create("span", { role: "status" });
-    const decimals = (value) => STRINGS.number(value, 2);
-    const all = (value) => (value === 0 ? text.all : String(value));
-    const share = (value) => (value === 1 ? text.all : decimals(value));
-    const least = (value) => (value === 0 ? text.none : decimals(value));
-    const tokens = Math.min(app.model.num_tokens, 200);
-    this.controls = new Map([
-      ["temperature", this.createSlider("temperature", 0.05, decimals)],
-      ["top_k", this.createSlider("top_k", 1, all, tokens)],
-      ["top_p", this.createSlider("top_p", 0.01, share)],
-      ["min_p", this.createSlider("min_p", 0.01, least)],
-      ["seed", this.createField("seed", text.seed, (changes) => app.setSampling(changes))],
-      ["count", this.createField("count", text.count(unit), (changes) => app.state.set(changes))],
-    ]);
-    const settings = create("details", { open: matchMedia("(min-width: 900px)").matches });
-    settings.append(create("summary", {}, text.name));
-    for (const { element } of this.controls.values()) settings.append(element);
-    this.settings = settings;
-    const button = (label, onclick) => create("button", { type: "button", onclick }, label);
-    this.undo = button(STRINGS.page.undo, () => app.undo());
-    this.panel = create(
-      "form",
-      { className: "panel", onsubmit: (event) => event.preventDefault() },
-      create("label", { htmlFor: "text", className: "heading" }, STRINGS.page.text),
-      this.textarea,
-      this.notes,
-      settings,
-      create(
-        "div",
-        { className: "buttons" },
-        this.undo,
-        button(STRINGS.page.copy, () => this.copyLink()),
-        button(STRINGS.page.reset, () => this.reset()),
-        this.copied,
-      ),
-    );
-    return this.panel;
-  }
-
-  createSlider(name, step, format, max = LIMITS[name][1]) {
-    const [label, hint] = STRINGS.settings[name];
-    const [min] = LIMITS[name];
-    const onInput = (value) => this.app.setSampling({ [name]: value });
-    return createSlider({ label, hint, min, max, step, format, onInput });
-  }
-
-  createField(name, [label, hint], change) {
-    const { state } = this.app;
-    const [min, max] = LIMITS[name];
-    const input = create("input", { type: "number", min, max, step: 1 });
-    const set = (value) => {
-      if (document.activeElement !== input) input.value = value;
-    };
-    input.onchange = () => {
-      if (input.checkValidity() && input.value !== "") change({ [name]: Number(input.value) });
-      input.value = state.get(name);
-    };
-    const parts = [create("span", {}, label), input, create("small", {}, hint)];
-    return { element: create("label", { className: "field" }, ...parts), set };
-  }
-
   /** Show what the page's address says. */
   followLink() {
     const { app } = this;
@@ -185,35 +114,25 @@ class Frame {
       const ids = model.tokenizer.encode(model.card.sample);
       values.text = cutAtLine(model.tokenizer.decode(ids).trimStart(), FIRST_TEXT);
     }
-    this.opening = given.has("text") ? null : values.text;
+    this.panel.opening = given.has("text") ? null : values.text;
     values.text = values.text.slice(0, MAX_TEXT);
     // The tokens of a generated text are not always those that its text is encoded to.
     if (model.tokenizer.unit !== "character" || values.from > values.text.length) values.from = -1;
     if (!this.links.has(values.view)) values.view = "next";
     app.generation.abort();
     Object.assign(state.values, values);
-    this.show(new Set(Object.keys(values)));
+    this.show(new Set(Object.keys(values)), { isLink: true });
   }
 
   /** Show the state; `names` are those of its values that changed. */
-  show(names) {
+  show(names, { isLink = false } = {}) {
     const { state } = this.app;
-    if (names.has("text")) {
-      const text = state.get("text");
-      if (this.textarea.value !== text) {
-        this.textarea.value = text;
-        this.textarea.scrollTop = this.textarea.scrollHeight;
-      }
-      this.showNotes(false);
-      if (text.length > MAX_TEXT) this.app.generation.abort();
-    }
-    for (const [name, { set }] of this.controls) set(state.get(name));
+    this.panel.show(names);
+    this.showBadge();
     // Not at once: browsers refuse many changes of the address in a short time.
     clearTimeout(this.addressTimer);
     this.addressTimer = setTimeout(() => this.updateAddress(), ADDRESS_DELAY);
     const name = state.get("view");
-    this.showBadge();
-    this.undo.disabled = this.app.undoable.length === 0;
     for (const [each, link] of this.links) {
       if (each === name) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -222,15 +141,14 @@ class Frame {
     const view = this.views.get(name);
     const isOpened = view !== this.current;
     if (isOpened) {
-      if (this.current) history.pushState(null, "", `#${state.format()}`); // for Back
+      if (!isLink) history.pushState(null, "", `#${state.format()}`); // for Back
       this.current = view;
       this.main.replaceChildren(view.element);
-      this.panel.hidden = !view.usesText;
-      this.settings.hidden = !view.usesSampling;
-      this.copied.textContent = "";
+      this.panel.showFor(view);
     }
     if (isOpened || view.depends.some((each) => names.has(each))) {
-      this.update(document.activeElement === this.textarea ? TYPING_DELAY : 0);
+      const isTyping = document.activeElement === this.panel.textarea;
+      this.update(isTyping ? TYPING_DELAY : 0);
     }
   }
 
@@ -264,22 +182,6 @@ class Frame {
     for (const [view, link] of this.links) link.href = `#${state.format({ view })}`;
   }
 
-  /** Show what the user should know about the text. */
-  showNotes(isCut) {
-    const { model, state } = this.app;
-    const text = state.get("text");
-    const unknown = model.tokenizer.findUnknown(text).map(makeVisible);
-    const notes = [
-      text === this.opening ? STRINGS.page.opening : null,
-      text === "" ? STRINGS.page.empty(makeVisible(model.default_prompt)) : null,
-      unknown.length ? STRINGS.page.unknown(unknown.slice(0, 30).join(" ")) : null,
-      isCut ? STRINGS.page.tooLong(MAX_TEXT) : null,
-      state.isTextInLink() ? null : STRINGS.page.notInLink,
-      this.app.client.worker ? null : STRINGS.page.noWorker,
-    ];
-    this.notes.replaceChildren(...notes.filter(Boolean).map((note) => create("p", {}, note)));
-  }
-
   showError(error) {
     const isDamaged = error instanceof PageError;
     this.status.textContent = isDamaged ? STRINGS.page.damaged : STRINGS.page.failed(error.message);
@@ -288,11 +190,12 @@ class Frame {
 
   async copyLink() {
     this.updateAddress();
+    const { message } = this.panel;
     try {
       await navigator.clipboard.writeText(location.href);
-      this.copied.textContent = STRINGS.page.copied;
+      message.textContent = STRINGS.page.copied;
     } catch {
-      this.copied.textContent = STRINGS.page.notCopied;
+      message.textContent = STRINGS.page.notCopied;
     }
   }
 

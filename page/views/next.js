@@ -51,7 +51,9 @@ export function createNextView(app) {
         if (!result) break;
         await showBars(new AbortController().signal);
         status.textContent = text.drawn(app.nameToken(result.ids[0]));
+        const shown = app.getText();
         await new Promise((resolve) => setTimeout(resolve, SLOW_INTERVAL));
+        if (app.getText() !== shown || !element.isConnected) break; // it was changed, or left
       }
     } else {
       result = await app.generate(count);
