@@ -15,6 +15,7 @@ export class App {
     const { models, source } = readPage(document);
     this.models = models; // the first is the one that the views show, a second is compared with it
     this.source = source; // of model.py, by name
+    this.model.getWeights(this.model.shown); // throws if the file is cut off
     const kernels = decodeBase64(document.getElementById("folio-kernels").textContent.trim());
     this.client = new Client(document.getElementById("folio-engine").textContent, kernels);
     this.state = new State();

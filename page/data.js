@@ -1,7 +1,7 @@
 // The data of a page: this one's, or that of another page that was dropped on it.
 
 import { createTokenizer } from "./tokenizer.js";
-import { countNumbers, countParameters } from "./model.js";
+import { ACTIVATIONS, countNumbers, countParameters } from "./model.js";
 
 const FORMAT_VERSION = 1;
 const MAX_LAYERS = 1000;
@@ -70,10 +70,13 @@ export function readPage(root, prefix = "own") {
 }
 
 /** Throw PageError if a model's data is not what the page can show. */
-function checkModel({ config, num_tokens: V, tokenizer, checkpoints, shown }) {
+function checkModel({ config, num_tokens: V, tokenizer, checkpoints, shown, default_prompt }) {
   const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
   const isCount = (value) => Number.isInteger(value) && value > 0 && value < 2 ** 24;
   if (![V, T, C, H, L, F].every(isCount) || C % H !== 0 || L > MAX_LAYERS) throw new PageError();
+  if (!Object.hasOwn(ACTIVATIONS, config.activation)) throw new PageError();
+  if (!Number.isFinite(config.rope_theta) || config.rope_theta <= 0) throw new PageError();
+  if (typeof default_prompt !== "string") throw new PageError();
   if (countNumbers(config, V) > MAX_MODEL_NUMBERS) throw new PageError();
   const vocabulary = tokenizer.chars ?? tokenizer.tokens;
   const isText = (token) => typeof token === "string";

@@ -215,7 +215,6 @@ function cutAtLine(text, limit) {
 function openPage() {
   try {
     const app = new App();
-    app.model.getWeights(app.model.shown); // throws if the file is cut off
     new Frame(app).followLink();
     return app;
   } catch (error) {

@@ -28,7 +28,11 @@ export class Panel {
     );
     this.element = create(
       "form",
-      { className: "panel", onsubmit: (event) => event.preventDefault() },
+      {
+        className: "panel",
+        ariaLabel: STRINGS.settings.form,
+        onsubmit: (event) => event.preventDefault(),
+      },
       create("label", { htmlFor: "text", className: "heading" }, STRINGS.page.text),
       this.textarea,
       this.notes,

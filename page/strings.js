@@ -39,6 +39,7 @@ export const STRINGS = {
   },
 
   settings: {
+    form: "Text and sampling",
     name: "Sampling",
     temperature: ["Temperature", "Below 1: safer; above 1: wilder; 0: always the likeliest"],
     top_k: ["Top-k", "Draw from the k likeliest only"],
@@ -268,6 +269,7 @@ export const STRINGS = {
       return `${copied}; ${plural(phrases, "shorter match").replace("matchs", "matches")}.`;
     },
     none: (reason) => `The page was made without this: ${reason}.`,
+    passage: "The text, with its matches underlined",
     generate: (count, unit) => `Generate ${plural(count, unit)}`,
   },
 

@@ -8,7 +8,7 @@ export function createMemorizationView(app) {
   const text = STRINGS.memorization;
   const { memorization: data, memorization_reason: reason, tokenizer } = app.model;
   const facts = create("p", { role: "status" });
-  const passage = create("pre", { className: "sample", tabIndex: 0, ariaLabel: STRINGS.page.text });
+  const passage = create("pre", { className: "sample", tabIndex: 0, ariaLabel: text.passage });
   const button = create("button", { type: "button", onclick: generate });
   let hashes = null; // decoded when they are needed first
 

@@ -3,7 +3,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Kernels } from "../../../page/kernels.js";
-import { ACTIVATIONS, LanguageModel, computeExp, countNumbers, listTensors } from "../../../page/model.js";
+import {
+  ACTIVATIONS,
+  LanguageModel,
+  computeExp,
+  countNumbers,
+  listTensors,
+} from "../../../page/model.js";
 import { PROGRAMS, assertClose, readVectors } from "./vectors.mjs";
 
 const SPARE = 10_000; // numbers for the inputs and outputs of tests
@@ -13,7 +19,9 @@ const MODELS = readVectors("models");
 async function loadModel({ config, V, tensors }, program) {
   const kernels = await Kernels.create(program, countNumbers(config, V) + SPARE);
   assert.equal(kernels.isWebAssembly, program !== null);
-  const model = new LanguageModel(config, V, kernels, (name, shape, target) => target.set(tensors[name]));
+  const model = new LanguageModel(config, V, kernels, (name, shape, target) =>
+    target.set(tensors[name]),
+  );
   const put = (numbers) => {
     const array = kernels.allocate(numbers.length);
     array.set(numbers);
@@ -36,13 +44,21 @@ for (const [way, program] of Object.entries(PROGRAMS)) {
     for (const { x, rows, y, count, rowStride, yStride } of readVectors("products")) {
       const size = x.length + rows.length + count * yStride;
       const kernels = await Kernels.create(program, size);
-      const [a, b, c] = [x.length, rows.length, count * yStride].map((each) => kernels.allocate(each));
+      const [a, b, c] = [x.length, rows.length, count * yStride].map((each) =>
+        kernels.allocate(each),
+      );
       a.set(x);
       b.set(rows);
       c.fill(7);
       kernels.multiply(a, b, c, count, rowStride, yStride);
-      assertClose(c.filter((_, i) => i % yStride === 0), y);
-      assert.ok(c.every((value, i) => i % yStride === 0 || value === 7), "a number between was written");
+      assertClose(
+        c.filter((_, i) => i % yStride === 0),
+        y,
+      );
+      assert.ok(
+        c.every((value, i) => i % yStride === 0 || value === 7),
+        "a number between was written",
+      );
     }
   });
 }
@@ -68,11 +84,13 @@ test("both products round in the same way", async () => {
 test("activations are those of PyTorch within float32", () => {
   const { x, ...expected } = readVectors("activations");
   assert.deepEqual(Object.keys(ACTIVATIONS).sort(), Object.keys(expected).sort());
-  for (const [name, values] of Object.entries(expected)) assertClose(x.map(ACTIVATIONS[name]), values, 5e-7);
+  for (const [name, values] of Object.entries(expected))
+    assertClose(x.map(ACTIVATIONS[name]), values, 5e-7);
 });
 
 test("e^x is exact to 2e-7, and finite however large x is", () => {
-  for (let x = -87; x <= 87; x += 0.013) assert.ok(Math.abs(computeExp(x) / Math.exp(x) - 1) < 2e-7, `${x}`);
+  for (let x = -87; x <= 87; x += 0.013)
+    assert.ok(Math.abs(computeExp(x) / Math.exp(x) - 1) < 2e-7, `${x}`);
   assert.equal(computeExp(0), 1);
   for (const x of [-1e9, -Infinity]) assert.ok(computeExp(x) < 1e-37);
   for (const x of [1e9, Infinity]) assert.ok(Number.isFinite(computeExp(x)));
@@ -80,7 +98,10 @@ test("e^x is exact to 2e-7, and finite however large x is", () => {
 
 test("the tensors of a model are those of PyTorch, in their sizes", () => {
   for (const { config, V, tensors } of Object.values(MODELS)) {
-    const sizes = [...listTensors(config, V)].map(([name, shape]) => [name, shape.reduce((a, b) => a * b, 1)]);
+    const sizes = [...listTensors(config, V)].map(([name, shape]) => [
+      name,
+      shape.reduce((a, b) => a * b, 1),
+    ]);
     const expected = Object.entries(tensors).map(([name, numbers]) => [name, numbers.length]);
     assert.deepEqual(sizes.sort(), expected.sort());
   }
@@ -112,21 +133,36 @@ testModels("attention, at once and in parts", ({ config, x, attention }, { model
   const layer = model.blocks[0].attention;
   const input = put(x);
   assertClose(layer.forward(input, T, 0, put(x)), attention);
-  for (const [start, stop] of [[0, 4], [4, 5], [5, T]]) {
-    const part = layer.forward(input.subarray(start * C, stop * C), stop - start, start, put(x.slice(start * C, stop * C)));
+  for (const [start, stop] of [
+    [0, 4],
+    [4, 5],
+    [5, T],
+  ]) {
+    const part = layer.forward(
+      input.subarray(start * C, stop * C),
+      stop - start,
+      start,
+      put(x.slice(start * C, stop * C)),
+    );
     assertClose(part, attention.slice(start * C, stop * C));
   }
 });
 
-testModels("a head that is switched off adds nothing", ({ config, x, attention }, { model, put }) => {
-  const { block_size: T, n_head: H } = config;
-  const layer = model.blocks[0].attention;
-  const off = layer.forward(put(x), T, 0, put(x), { isHeadOff: () => true });
-  const bias = layer.projection.bias ?? new Float32Array(config.n_embd);
-  assertClose(off, Array.from(off, (_, i) => bias[i % bias.length]));
-  const one = layer.forward(put(x), T, 0, put(x), { isHeadOff: (_, head) => head === H - 1 });
-  assert.ok(one.some((value, i) => Math.abs(value - attention[i]) > 0.01));
-});
+testModels(
+  "a head that is switched off adds nothing",
+  ({ config, x, attention }, { model, put }) => {
+    const { block_size: T, n_head: H } = config;
+    const layer = model.blocks[0].attention;
+    const off = layer.forward(put(x), T, 0, put(x), { isHeadOff: () => true });
+    const bias = layer.projection.bias ?? new Float32Array(config.n_embd);
+    assertClose(
+      off,
+      Array.from(off, (_, i) => bias[i % bias.length]),
+    );
+    const one = layer.forward(put(x), T, 0, put(x), { isHeadOff: (_, head) => head === H - 1 });
+    assert.ok(one.some((value, i) => Math.abs(value - attention[i]) > 0.01));
+  },
+);
 
 testModels("the MLP", ({ config, x, mlp }, { model, put }) => {
   assertClose(model.blocks[0].mlp.forward(put(x), config.block_size, put(x)), mlp, 2e-5);
@@ -140,5 +176,7 @@ testModels("a block", ({ config, x, block }, { model, put }) => {
 
 testModels("logits", ({ ids, V, logits }, { model }) => {
   const x = model.forward(ids, 0);
-  ids.forEach((_, m) => assertClose(model.computeLogits(x, m), logits.slice(m * V, (m + 1) * V), 2e-5));
+  ids.forEach((_, m) =>
+    assertClose(model.computeLogits(x, m), logits.slice(m * V, (m + 1) * V), 2e-5),
+  );
 });

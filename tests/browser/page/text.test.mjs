@@ -12,7 +12,10 @@ import { assertClose, readVectors } from "./vectors.mjs";
 test("random numbers are those of numpy", () => {
   for (const [seed, draws] of Object.entries(readVectors("draws"))) {
     const random = new MersenneTwister(Number(seed));
-    assert.deepEqual(draws.map(() => random.draw()), draws);
+    assert.deepEqual(
+      draws.map(() => random.draw()),
+      draws,
+    );
   }
 });
 
@@ -20,15 +23,27 @@ test("temperature and filters keep the tokens that PyTorch keeps", () => {
   for (const { logits, sampling, kept } of readVectors("samples")) {
     const found = filterLogits(Float32Array.from(logits), sampling);
     const words = JSON.stringify(sampling);
-    assert.deepEqual(Array.from(found, (value) => value === -Infinity), kept.map((value) => value === null), words);
-    assertClose(found.filter((value) => value !== -Infinity), kept.filter((value) => value !== null), 1e-6);
+    assert.deepEqual(
+      Array.from(found, (value) => value === -Infinity),
+      kept.map((value) => value === null),
+      words,
+    );
+    assertClose(
+      found.filter((value) => value !== -Infinity),
+      kept.filter((value) => value !== null),
+      1e-6,
+    );
   }
 });
 
 test("a draw chooses the token that PyTorch chooses", () => {
   for (const { logits, sampling, draws, tokens } of readVectors("samples")) {
     const kept = filterLogits(Float32Array.from(logits), sampling);
-    assert.deepEqual(draws.map((draw) => chooseToken(kept, draw)), tokens, JSON.stringify(sampling));
+    assert.deepEqual(
+      draws.map((draw) => chooseToken(kept, draw)),
+      tokens,
+      JSON.stringify(sampling),
+    );
   }
 });
 
@@ -36,7 +51,8 @@ for (const { data, texts, sizes } of readVectors("tokenizers")) {
   const tokenizer = createTokenizer(data);
 
   test(`ids of tricky texts: ${data.kind}`, () => {
-    for (const { text, ids } of texts) assert.deepEqual(Array.from(tokenizer.encode(text)), ids, text);
+    for (const { text, ids } of texts)
+      assert.deepEqual(Array.from(tokenizer.encode(text)), ids, text);
   });
 
   test(`ids back to text, whole and token by token: ${data.kind}`, () => {
@@ -52,16 +68,22 @@ for (const { data, texts, sizes } of readVectors("tokenizers")) {
   });
 
   test(`the bytes of each token: ${data.kind}`, () => {
-    assert.deepEqual(sizes.map((_, id) => tokenizer.countBytes(id)), sizes);
+    assert.deepEqual(
+      sizes.map((_, id) => tokenizer.countBytes(id)),
+      sizes,
+    );
   });
 
   test(`a label is visible, and is there for each token: ${data.kind}`, () => {
-    for (let id = 0; id < sizes.length; id++) assert.match(tokenizer.label(id), /^[^\p{C}\p{Z}]+$/u);
+    for (let id = 0; id < sizes.length; id++)
+      assert.match(tokenizer.label(id), /^[^\p{C}\p{Z}]+$/u);
   });
 }
 
 test("a character that is cut by the end becomes U+FFFD, as in Python", () => {
-  const tokenizer = createTokenizer(readVectors("tokenizers").find(({ data }) => data.kind === "bpe").data);
+  const tokenizer = createTokenizer(
+    readVectors("tokenizers").find(({ data }) => data.kind === "bpe").data,
+  );
   const ids = Array.from(new TextEncoder().encode("a👍")); // the bytes have the first ids
   assert.equal(tokenizer.decode(ids.slice(0, -1)), "a\ufffd");
 });
@@ -78,11 +100,20 @@ test("all float16 numbers", () => {
 
 test("int8 numbers, times the scales of their rows", () => {
   const bytes = new Uint8Array(Int8Array.from([-127, 0, 127, 1, 2, 3]).buffer);
-  const scale = { dtype: "F32", shape: [2], bytes: new Uint8Array(Float32Array.from([0.1, 0.3]).buffer) };
+  const scale = {
+    dtype: "F32",
+    shape: [2],
+    bytes: new Uint8Array(Float32Array.from([0.1, 0.3]).buffer),
+  };
   const found = new Float32Array(6);
   decodeTensor({ dtype: "I8", shape: [2, 3], bytes }, found, scale);
-  const expected = [-127, 0, 127, 1, 2, 3].map((value, i) => Math.fround(value * Math.fround(i < 3 ? 0.1 : 0.3)));
-  assert.deepEqual(Array.from(found, (value) => value + 0), expected.map((value) => value + 0));
+  const expected = [-127, 0, 127, 1, 2, 3].map((value, i) =>
+    Math.fround(value * Math.fround(i < 3 ? 0.1 : 0.3)),
+  );
+  assert.deepEqual(
+    Array.from(found, (value) => value + 0),
+    expected.map((value) => value + 0),
+  );
 });
 
 /** Return a safetensors file: header, an object, and content, bytes. */
@@ -98,9 +129,19 @@ test("a safetensors file is read, and one that is cut or forged is refused", () 
   const header = { __metadata__: {}, a: { dtype: "F32", shape: [2], data_offsets: [0, 8] } };
   assert.equal(readSafetensors(createFile(header, 8)).get("a").bytes.length, 8);
   const file = createFile(header, 8);
-  for (let size = 0; size < file.length; size++) assert.throws(() => readSafetensors(file.subarray(0, size)));
-  for (const change of [{ shape: [3] }, { dtype: "F64" }, { dtype: "F16" }, { data_offsets: [0, 80] }, { data_offsets: [8, 0] }]) {
-    assert.throws(() => readSafetensors(createFile({ a: { ...header.a, ...change } }, 8)), JSON.stringify(change));
+  for (let size = 0; size < file.length; size++)
+    assert.throws(() => readSafetensors(file.subarray(0, size)));
+  for (const change of [
+    { shape: [3] },
+    { dtype: "F64" },
+    { dtype: "F16" },
+    { data_offsets: [0, 80] },
+    { data_offsets: [8, 0] },
+  ]) {
+    assert.throws(
+      () => readSafetensors(createFile({ a: { ...header.a, ...change } }, 8)),
+      JSON.stringify(change),
+    );
   }
 });
 
@@ -117,7 +158,10 @@ test("base64 is decoded with and without the browser's own function", () => {
 
 test("hashes of stretches are those of numpy", () => {
   const { text, hashes, data } = readVectors("memorization");
-  assert.deepEqual(hashes.map((_, start) => hashUnits(text, start, data.length)), hashes);
+  assert.deepEqual(
+    hashes.map((_, start) => hashUnits(text, start, data.length)),
+    hashes,
+  );
   const decoded = decodeHashes(data.hashes);
   assert.equal(decoded.size, data.count);
   assert.deepEqual(decoded, new Set([...hashes].sort((a, b) => a - b)));
@@ -127,9 +171,13 @@ test("a copied stretch is found, where it begins and ends", () => {
   const { text, data } = readVectors("memorization");
   const hashes = decodeHashes(data.hashes);
   const copied = text.slice(10, 50);
-  const find = (each) => findStretches(each, hashes, data).map(({ start, stop, isCopy }) => [start, stop, isCopy]);
+  const find = (each) =>
+    findStretches(each, hashes, data).map(({ start, stop, isCopy }) => [start, stop, isCopy]);
   assert.deepEqual(find(`#####${copied}#####`), [[5, 45, true]]);
-  assert.deepEqual(find(`${copied}#${copied}`), [[0, 40, true], [41, 81, true]]);
+  assert.deepEqual(find(`${copied}#${copied}`), [
+    [0, 40, true],
+    [41, 81, true],
+  ]);
   assert.deepEqual(find(text.slice(10, 10 + data.length)), [[0, data.length, false]]);
   assert.deepEqual(find(text.slice(10, 9 + data.length)), []);
   assert.deepEqual(find("the quick brown fox jumps over the lazy dog"), []);
