@@ -29,7 +29,8 @@ ROUNDS = 5
 NANOGPT = {"n_layer": 6, "n_head": 6, "n_embd": 384}
 # Calls the page's engine as its view Next does: from the default prompt, at temperature 0.8.
 GENERATE = """(count) => app.call("generate", {
-    prompt: app.model.tokenizer.encode(app.model.default_prompt), count, seed: 1337, sampling: { temperature: 0.8 },
+    prompt: app.model.tokenizer.encode(app.model.default_prompt),
+    count, seed: 1337, sampling: { temperature: 0.8 },
 }).then(({ ids, seconds }) => ids.length / seconds)"""
 # Milliseconds since the navigation began until the first bar is there.
 WATCH = """new MutationObserver(() => {

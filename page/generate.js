@@ -22,8 +22,9 @@ export class Decoder {
   /** Return the logits of the next token, (V,): valid until the next call. */
   computeNextLogits() {
     this.slideWindow();
-    const x = this.model.forward(this.pending, this.position, this.observer);
-    const logits = this.model.computeLogits(x, this.pending.length - 1);
+    const last = this.pending.length - 1;
+    const x = this.model.forward(this.pending, this.position, this.observer, last);
+    const logits = this.model.computeLogits(x, last);
     this.position += this.pending.length;
     this.pending = [];
     return logits;

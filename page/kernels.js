@@ -39,16 +39,21 @@ export class Kernels {
       const bytes = 4 * size;
       const memory = new WebAssembly.Memory({ initial: Math.ceil(bytes / 65536) });
       const { instance } = await WebAssembly.instantiate(wasm, { page: { memory } });
-      return new Kernels(memory.buffer, instance.exports.multiply);
+      return new Kernels(memory.buffer, instance.exports);
     }
     return new Kernels(new ArrayBuffer(4 * size), null);
   }
 
-  constructor(buffer, multiply) {
+  /** wasm: the functions of kernels.wat, or null. */
+  constructor(buffer, wasm) {
     this.buffer = buffer;
     this.used = 0; // bytes
-    this.isWebAssembly = multiply !== null;
-    if (this.isWebAssembly) {
+    this.hasHalves = wasm !== null;
+    if (wasm) {
+      const { multiply, multiply_halves } = wasm;
+      // The rows are float16 numbers, a Uint16Array without gaps; K is a multiple of 8.
+      this.multiplyHalves = (x, rows, y, count) =>
+        multiply_halves(x.byteOffset, rows.byteOffset, y.byteOffset, count, x.length);
       this.multiply = (x, rows, y, count, rowStride, yStride) =>
         multiply(
           x.byteOffset,
@@ -64,10 +69,10 @@ export class Kernels {
     }
   }
 
-  /** Return an array of `size` zeros in the reserved memory. */
-  allocate(size) {
-    const array = new Float32Array(this.buffer, this.used, size);
-    this.used += 4 * size;
+  /** Return an array of `size` zeros in the reserved memory, of float16 numbers if `isHalf`. */
+  allocate(size, isHalf = false) {
+    const array = new (isHalf ? Uint16Array : Float32Array)(this.buffer, this.used, size);
+    this.used += 4 * Math.ceil(array.byteLength / 4);
     return array;
   }
 }

@@ -1,4 +1,4 @@
-;; The one kernel of the page, in WebAssembly's text format. kernels.js has the same in JavaScript.
+;; The products of the page, in WebAssembly's text format; kernels.js has the first in JavaScript.
 ;; kernels.wasm is this file, assembled (docs/development.md has the command); a test compares the two.
 
 (module
@@ -92,4 +92,41 @@
 
         (local.set $rows (i32.add (local.get $row3) (local.get $row_stride)))
         (local.set $count (i32.sub (local.get $count) (i32.const 4)))
+        (br $next))))
+
+  ;; The same for rows of float16 numbers, one after another; `length` is a multiple of 8.
+  ;; A float16 with its sign extended to 32 bits, shifted left by 13 and masked, has sign, exponent
+  ;; and fraction in the places of a float32 that is 2^112 times smaller.
+  (func (export "multiply_halves")
+    (param $x i32) (param $rows i32) (param $y i32) (param $count i32) (param $length i32)
+    (local $k i32) (local $end i32) (local $low v128) (local $high v128)
+    (local $sum0 v128) (local $sum1 v128)
+
+    (local.set $end (i32.shl (local.get $length) (i32.const 2))) ;; bytes of x
+    (block $done
+      (loop $next
+        (br_if $done (i32.le_s (local.get $count) (i32.const 0)))
+        (local.set $sum0 (v128.const f32x4 0 0 0 0))
+        (local.set $sum1 (v128.const f32x4 0 0 0 0))
+        (local.set $k (i32.const 0))
+        (block $row_done
+          (loop $eight
+            (br_if $row_done (i32.ge_u (local.get $k) (local.get $end)))
+            (local.set $low (v128.and (v128.const i32x4 0x8fffe000 0x8fffe000 0x8fffe000 0x8fffe000)
+              (i32x4.shl (v128.load16x4_s align=2 (local.get $rows)) (i32.const 13))))
+            (local.set $high (v128.and (v128.const i32x4 0x8fffe000 0x8fffe000 0x8fffe000 0x8fffe000)
+              (i32x4.shl (v128.load16x4_s offset=8 align=2 (local.get $rows)) (i32.const 13))))
+            ;; 0x1p112 makes up for the exponent.
+            (local.set $sum0 (f32x4.add (local.get $sum0)
+              (f32x4.mul (v128.load align=4 (i32.add (local.get $x) (local.get $k)))
+                (f32x4.mul (local.get $low) (v128.const f32x4 0x1p112 0x1p112 0x1p112 0x1p112)))))
+            (local.set $sum1 (f32x4.add (local.get $sum1)
+              (f32x4.mul (v128.load offset=16 align=4 (i32.add (local.get $x) (local.get $k)))
+                (f32x4.mul (local.get $high) (v128.const f32x4 0x1p112 0x1p112 0x1p112 0x1p112)))))
+            (local.set $rows (i32.add (local.get $rows) (i32.const 16)))
+            (local.set $k (i32.add (local.get $k) (i32.const 32)))
+            (br $eight)))
+        (f32.store (local.get $y) (call $sum (f32x4.add (local.get $sum0) (local.get $sum1))))
+        (local.set $y (i32.add (local.get $y) (i32.const 4)))
+        (local.set $count (i32.sub (local.get $count) (i32.const 1)))
         (br $next)))))

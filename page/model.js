@@ -7,6 +7,8 @@
 //
 // An array of shape (M, C) is a Float32Array with M rows of C numbers, one after another.
 
+import { decodeHalves } from "./weights.js";
+
 /** Return the shape of each tensor of a model, by name, in the order of model.py. */
 export function listTensors(config, V) {
   const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
@@ -53,24 +55,33 @@ export function countParameters(config, V) {
 /** Return how many numbers a model needs in memory: weights, KV cache and intermediate results. */
 export function countNumbers(config, V) {
   const { block_size: T, n_embd: C, n_layer: L, hidden: F } = config;
-  return countParameters(config, V) + 2 * L * T * C + T * (7 * C + 2 * F) + T + V;
+  const rows = L * (4 * C + F); // one row of each matrix, if these are float16
+  return countParameters(config, V) + rows + 2 * L * T * C + T * (7 * C + 2 * F) + T + V;
 }
 
-/** y = x Wᵀ + b: the weight W is (outputs, inputs), the bias b (outputs,) or undefined. */
+/**
+ * y = x Wᵀ + b: the weight W is (outputs, inputs), float32 or float16 (a Uint16Array), the bias b
+ * (outputs,) or undefined.
+ */
 class Linear {
   constructor(kernels, weight, bias, inputs) {
     Object.assign(this, { kernels, weight, bias, inputs, outputs: weight.length / inputs });
+    this.isHalf = weight instanceof Uint16Array;
+    this.row = this.isHalf ? kernels.allocate(inputs) : null;
   }
 
   /** Compute y, (M, outputs), from x, (M, inputs). */
   forward(x, M, y) {
     const { kernels, weight, bias, inputs, outputs } = this;
-    if (M === 1) {
+    if (M === 1 && this.isHalf) {
+      kernels.multiplyHalves(x.subarray(0, inputs), weight, y, outputs);
+    } else if (M === 1) {
       kernels.multiply(x.subarray(0, inputs), weight, y, outputs, inputs, 1);
     } else {
       for (let n = 0; n < outputs; n++) {
         // One row of the weights times all rows of x: a column of y.
-        const row = weight.subarray(n * inputs, (n + 1) * inputs);
+        let row = weight.subarray(n * inputs, (n + 1) * inputs);
+        if (this.isHalf) row = decodeHalves(row, this.row);
         kernels.multiply(row, x, y.subarray(n), M, inputs, outputs);
       }
     }
@@ -176,8 +187,11 @@ class CausalSelfAttention {
     this.values = kernels.allocate(T * C); // (H, D, T): a mean of values is a product, too
   }
 
-  /** Append M tokens at `position` to the cache, and attend to all of it: (M, C) to (M, C). */
-  forward(x, M, position, y, observer) {
+  /**
+   * Append M tokens at `position`, (M, C), to the cache. Those from row `first` on attend to all of
+   * it: y is (M - first, C).
+   */
+  forward(x, M, position, y, observer, first) {
     const { model, layer, H, C, T, D, keys, values } = this;
     const { kernels } = model;
     const { qkv: allQkv, attended, scores } = model.buffers;
@@ -197,7 +211,7 @@ class CausalSelfAttention {
       }
     }
     const factor = 1 / Math.sqrt(D);
-    for (let m = 0; m < M; m++) {
+    for (let m = first; m < M; m++) {
       const seen = position + m + 1; // a token attends to itself and those before it
       for (let h = 0; h < H; h++) {
         const output = attended.subarray(m * C + h * D, m * C + (h + 1) * D);
@@ -213,7 +227,7 @@ class CausalSelfAttention {
         observer?.onAttention?.(layer, h, position + m, weights);
       }
     }
-    return this.projection.forward(attended, M, y);
+    return this.projection.forward(attended.subarray(first * C), M - first, y);
   }
 }
 
@@ -259,24 +273,21 @@ class Block {
     this.mlp = new (model.config.architecture === "modern" ? GatedMLP : MLP)(model, layer);
   }
 
-  /** Add both residual branches to x, (M, C), in place. */
-  forward(x, M, position, observer) {
+  /** Add both residual branches to the rows of x, (M, C), from `first` on, in place. */
+  forward(x, M, position, observer, first) {
     const { normed, branch } = this.model.buffers;
-    const size = M * this.model.config.n_embd;
-    const add = (y) => {
-      for (let i = 0; i < size; i++) x[i] += y[i];
-    };
-    add(
-      this.attention.forward(
-        this.attentionNorm.forward(x, M, normed),
-        M,
-        position,
-        branch,
-        observer,
-      ),
-    );
-    add(this.mlp.forward(this.mlpNorm.forward(x, M, normed), M, branch));
+    const { n_embd: C } = this.model.config;
+    const rest = x.subarray(first * C, M * C);
+    this.attentionNorm.forward(x, M, normed);
+    add(rest, this.attention.forward(normed, M, position, branch, observer, first));
+    this.mlpNorm.forward(rest, M - first, normed);
+    add(rest, this.mlp.forward(normed, M - first, branch));
   }
+}
+
+/** Add y to x, in place. */
+function add(x, y) {
+  for (let i = 0; i < x.length; i++) x[i] += y[i];
 }
 
 /** A transformer that predicts the next token at every position. */
@@ -285,14 +296,15 @@ export class LanguageModel {
    * config: the settings of the architecture, and `hidden`, F.
    * V: the number of tokens.
    * kernels: memory for at least `countNumbers(config, V)` numbers.
-   * load(name, shape, target): writes a tensor into a Float32Array.
+   * load(name, shape, target): writes a tensor into a Float32Array, or if it is float16 and
+   *     `isHalf(name, shape)` into a Uint16Array.
    */
-  constructor(config, V, kernels, load) {
+  constructor(config, V, kernels, load, isHalf = () => false) {
     const { block_size: T, n_embd: C, n_layer: L, hidden: F } = config;
     Object.assign(this, { config, V, kernels });
     this.tensors = new Map();
     for (const [name, shape] of listTensors(config, V)) {
-      const tensor = kernels.allocate(countElements(shape));
+      const tensor = kernels.allocate(countElements(shape), isHalf(name, shape));
       load(name, shape, tensor);
       this.tensors.set(name, tensor);
     }
@@ -332,10 +344,12 @@ export class LanguageModel {
    * observer: what to look at or change (all optional): `onAttention(layer, head, position,
    *     weights)`, `onResidual(layer, x)` before the first block and after each, and
    *     `isHeadOff(layer, head)`.
+   * first: the first row whose result is needed. Of those before it, the last block computes only
+   *     keys and values.
    *
    * Returns the residual stream, (M, C).
    */
-  forward(ids, position, observer) {
+  forward(ids, position, observer, first = 0) {
     const M = ids.length;
     const { n_embd: C } = this.config;
     const { x } = this.buffers;
@@ -348,7 +362,8 @@ export class LanguageModel {
     }
     observer?.onResidual?.(0, x);
     this.blocks.forEach((block, layer) => {
-      block.forward(x, M, position, observer);
+      const isLast = layer === this.blocks.length - 1;
+      block.forward(x, M, position, observer, isLast ? first : 0);
       observer?.onResidual?.(layer + 1, x);
     });
     return x;
@@ -391,7 +406,8 @@ export function applySoftmax(scores, factor) {
   for (let i = 0; i < scores.length; i++) {
     total += scores[i] = computeExp((scores[i] - largest) * factor);
   }
-  for (let i = 0; i < scores.length; i++) scores[i] /= total;
+  const scale = 1 / total;
+  for (let i = 0; i < scores.length; i++) scores[i] *= scale;
 }
 
 /** 1 - erf(z) for z >= 0, within 2e-7: Abramowitz and Stegun, formula 7.1.26. */

@@ -30,11 +30,14 @@ export function readSafetensors(file) {
   return tensors;
 }
 
-/** Write the numbers of a tensor into a Float32Array of its size. `scale` is a tensor, one number
- * a row, that int8 numbers are multiplied by. */
+/**
+ * Write the numbers of a tensor into a Float32Array of its size, or those of a float16 tensor into
+ * a Uint16Array. `scale` is a tensor, one number a row, that int8 numbers are multiplied by.
+ */
 export function decodeTensor({ dtype, shape, bytes }, target, scale) {
   const aligned = bytes.slice().buffer; // a view of wider numbers needs an aligned start
-  if (dtype === "F32") target.set(new Float32Array(aligned));
+  if (target instanceof Uint16Array) target.set(new Uint16Array(aligned));
+  else if (dtype === "F32") target.set(new Float32Array(aligned));
   else if (dtype === "F16") decodeHalves(new Uint16Array(aligned), target);
   else {
     const numbers = new Int8Array(aligned);
@@ -48,8 +51,8 @@ export function decodeTensor({ dtype, shape, bytes }, target, scale) {
   }
 }
 
-/** Convert float16 numbers, as Uint16Array, to float32. */
-function decodeHalves(halves, target) {
+/** Convert float16 numbers, a Uint16Array, to float32. */
+export function decodeHalves(halves, target) {
   for (let i = 0; i < halves.length; i++) {
     const sign = halves[i] & 0x8000 ? -1 : 1;
     const exponent = (halves[i] >> 10) & 0x1f;
@@ -59,6 +62,7 @@ function decodeHalves(halves, target) {
     else if (exponent === 31) target[i] = fraction ? NaN : sign * Infinity;
     else target[i] = sign * (1 + fraction / 1024) * POWERS[exponent];
   }
+  return target;
 }
 
 const POWERS = Array.from({ length: 32 }, (_, exponent) => 2 ** (exponent - 15));

@@ -2,7 +2,7 @@
 // itself (client.js).
 
 import { Kernels } from "./kernels.js";
-import { LanguageModel, countNumbers } from "./model.js";
+import { LanguageModel, countNumbers, countParameters } from "./model.js";
 import { MersenneTwister, computeLogProbability, listLikeliest } from "./sampling.js";
 import { Decoder, streamTokens } from "./generate.js";
 import { decodeBase64 } from "./base64.js";
@@ -11,6 +11,7 @@ import { decodeTensor, readSafetensors } from "./weights.js";
 const REPORT_INTERVAL = 40; // milliseconds between two parts of a generated text
 const CHUNK = 256; // tokens that are scored between two looks at the messages
 const MAX_NUMBERS = 2 ** 27; // of the models in memory, unless one alone has more: 512 MB
+const HALVES_FROM = 2e6; // parameters: smaller models are faster in float32
 const TOP = 5; // how many of the likeliest tokens to list
 
 export const NOT_LOADED = "the model is not in memory";
@@ -80,13 +81,21 @@ const COMMANDS = {
     const size = countNumbers(config, V);
     engine.evict(size);
     const kernels = await Kernels.create(engine.wasm, size);
-    const model = new LanguageModel(config, V, kernels, (name, shape, target) => {
+    // Reading the weights from memory takes most of a large model's time, so they stay as they are.
+    const keepsHalves = kernels.hasHalves && countParameters(config, V) > HALVES_FROM;
+    const isHalf = (name, [rows, columns]) =>
+      keepsHalves &&
+      name.startsWith("blocks.") &&
+      columns % 8 === 0 &&
+      tensors.get(name)?.dtype === "F16";
+    const load = (name, shape, target) => {
       const tensor = tensors.get(name);
       if (!tensor || tensor.shape.join() !== shape.join()) {
         throw new Error(`${name} is missing or has another shape than ${shape}`);
       }
       decodeTensor(tensor, target, tensors.get(`${name}.scale`));
-    });
+    };
+    const model = new LanguageModel(config, V, kernels, load, isHalf);
     engine.models.set(key, Object.assign(model, { size }));
   },
 

@@ -172,7 +172,7 @@ def test_every_other_documented_command_is_known(page):
             assert files
             assert all((CHECKOUT / name).exists() for name in files)
         elif words[:2] == ["python", "-m"]:
-            names = ("time_to_loss", "gpu", "exports")
+            names = ("time_to_loss", "gpu", "exports", "page")
             assert words[2] in ("venv", "benchmarks", *(f"benchmarks.{name}" for name in names))
         elif words[0] in ("python", "torchrun"):
             scripts = [word for word in words if word.endswith(".py")]
