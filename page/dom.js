@@ -3,12 +3,18 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * Create an element. `properties` are set as properties if the element has them (`onclick`,
- * `textContent`, `className`, `value` …), else as attributes; `style` is an object. Children that
- * are null are left out.
+ * Create an element: "p.quiet" is a `p` of the class `quiet`. `properties`, an object that may be
+ * left out, are set as properties if the element has them (`onclick`, `value` …), else as
+ * attributes; `style` is an object, too. Children that are null are left out.
  */
-export function create(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
+export function create(tag, properties, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name);
+  element.classList.add(...classes);
+  if (properties?.constructor !== Object) {
+    children.unshift(properties ?? null);
+    properties = {};
+  }
   for (const [name, value] of Object.entries(properties)) {
     if (name === "style") {
       for (const [key, each] of Object.entries(value)) element.style.setProperty(key, each);
@@ -17,6 +23,11 @@ export function create(tag, properties = {}, ...children) {
   }
   element.append(...children.flat().filter((child) => child !== null));
   return element;
+}
+
+/** Create the element of a view: its title, a sentence on what it shows, and the rest. */
+export function createSection(title, lead, ...children) {
+  return create("section", create("h2", title), create("p", lead), ...children);
 }
 
 /** Create an element of SVG; all properties are attributes. */
@@ -29,7 +40,7 @@ export function createSvg(tag, attributes = {}, ...children) {
 
 /** Create a slider with its value and a hint: { element, set(value) }. */
 export function createSlider({ label, hint, min, max, step, format, onInput }) {
-  const output = create("span", { className: "value", ariaHidden: "true" });
+  const output = create("span.value", { ariaHidden: "true" });
   const input = create("input", { type: "range", min, max, step });
   const set = (value) => {
     const text = format(value);
@@ -39,9 +50,9 @@ export function createSlider({ label, hint, min, max, step, format, onInput }) {
     input.setAttribute("aria-valuetext", text);
   };
   input.oninput = () => onInput(Number(input.value));
-  const name = create("span", {}, label);
-  const element = create("label", { className: "slider" }, name, input, output);
-  element.append(create("small", {}, hint));
+  const name = create("span", label);
+  const element = create("label.slider", name, input, output);
+  element.append(create("small", hint));
   return { element, set };
 }
 
@@ -64,7 +75,7 @@ export function keepFocus(group, replace) {
 
 /** Show a prompt and, after it, its continuation. */
 export function showContinuation(element, prompt, generated) {
-  const given = create("span", { className: "prompt" }, showLineEnds(prompt));
+  const given = create("span.prompt", showLineEnds(prompt));
   element.replaceChildren(given, showLineEnds(generated));
 }
 

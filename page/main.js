@@ -40,40 +40,30 @@ class Frame {
     this.updating = new AbortController(); // of the current view
     const { model, state } = app;
     const { unit } = model.tokenizer;
-    this.status = create("p", { className: "error", role: "alert", hidden: true });
+    this.status = create("p.error", { role: "alert", hidden: true });
     this.badge = this.createBadge();
     this.panel = new Panel(app, {
       undo: () => app.undo(),
       copy: () => this.copyLink(),
       reset: () => this.reset(),
     });
-    this.main = create("main", {});
+    this.main = create("main");
     this.links = new Map(
       Object.keys(VIEWS).map((name, index) => [name, this.createLink(name, index)]),
     );
-    const links = [...this.links.values()].map((link) => create("li", {}, link));
+    const links = [...this.links.values()].map((link) => create("li", link));
     document
       .getElementById("page")
       .replaceChildren(
         create(
           "header",
-          {},
-          create("h1", {}, model.name),
-          create(
-            "p",
-            { className: "quiet" },
-            STRINGS.page.shape(model.parameters, model.config, unit),
-          ),
-          create("p", {}, STRINGS.page.lead(unit)),
+          create("h1", model.name),
+          create("p.quiet", STRINGS.page.shape(model.parameters, model.config, unit)),
+          create("p", STRINGS.page.lead(unit)),
         ),
-        create("nav", { ariaLabel: STRINGS.page.views }, create("ol", {}, links)),
+        create("nav", { ariaLabel: STRINGS.page.views }, create("ol", links)),
         this.badge,
-        create(
-          "div",
-          { className: "frame" },
-          this.panel.element,
-          create("div", {}, this.status, this.main),
-        ),
+        create("div.frame", this.panel.element, create("div", this.status, this.main)),
       );
     state.listeners.push((names) => this.show(names));
     app.onError = (error) => this.showError(error);
@@ -86,22 +76,16 @@ class Frame {
       event.preventDefault();
       this.app.state.set({ view: name });
     };
-    const number = create("span", { className: "number", ariaHidden: "true" }, index + 1);
+    const number = create("span.number", { ariaHidden: "true" }, index + 1);
     return create("a", { onclick }, number, STRINGS[name].name);
   }
 
   /** Create the line that names the checkpoint, if it is not the exported one. */
   createBadge() {
     const reset = () => this.app.setSampling({ checkpoint: -1 });
-    this.badgeText = create("span", {});
+    this.badgeText = create("span");
     const button = create("button", { type: "button", onclick: reset }, STRINGS.page.exported);
-    return create(
-      "p",
-      { className: "note", role: "status", hidden: true },
-      this.badgeText,
-      " ",
-      button,
-    );
+    return create("p.note", { role: "status", hidden: true }, this.badgeText, " ", button);
   }
 
   /** Show what the page's address says. */
@@ -219,8 +203,8 @@ function openPage() {
     return app;
   } catch (error) {
     if (!(error instanceof PageError)) throw error;
-    const message = create("p", { className: "error", role: "alert" }, STRINGS.page.damaged);
-    document.getElementById("page").replaceChildren(create("main", {}, message));
+    const message = create("p.error", { role: "alert" }, STRINGS.page.damaged);
+    document.getElementById("page").replaceChildren(create("main", message));
     return null;
   }
 }

@@ -27,9 +27,8 @@ export class Panel {
       }),
     );
     this.element = create(
-      "form",
+      "form.panel",
       {
-        className: "panel",
         ariaLabel: STRINGS.settings.form,
         onsubmit: (event) => event.preventDefault(),
       },
@@ -37,7 +36,7 @@ export class Panel {
       this.textarea,
       this.notes,
       this.settings,
-      create("div", { className: "buttons" }, ...this.buttons.values(), this.message),
+      create("div.buttons", ...this.buttons.values(), this.message),
     );
   }
 
@@ -58,7 +57,7 @@ export class Panel {
       ["count", this.createField("count", length, (changes) => app.state.set(changes))],
     ]);
     const isWide = matchMedia("(min-width: 900px)").matches;
-    this.settings = create("details", { open: isWide }, create("summary", {}, text.name));
+    this.settings = create("details", { open: isWide }, create("summary", text.name));
     for (const { element } of this.controls.values()) this.settings.append(element);
   }
 
@@ -79,8 +78,8 @@ export class Panel {
       if (input.checkValidity() && input.value !== "") change({ [name]: Number(input.value) });
       input.value = this.app.state.get(name);
     };
-    const parts = [create("span", {}, label), input, create("small", {}, hint)];
-    return { element: create("label", { className: "field" }, ...parts), set };
+    const parts = [create("span", label), input, create("small", hint)];
+    return { element: create("label.field", ...parts), set };
   }
 
   /** Take the text that was typed or pasted. */
@@ -127,6 +126,6 @@ export class Panel {
       state.isTextInLink() ? null : STRINGS.page.notInLink,
       client.worker ? null : STRINGS.page.noWorker,
     ];
-    this.notes.replaceChildren(...notes.filter(Boolean).map((note) => create("p", {}, note)));
+    this.notes.replaceChildren(...notes.filter(Boolean).map((note) => create("p", note)));
   }
 }

@@ -160,9 +160,9 @@ export const STRINGS = {
     headShort: (head) => `head ${head}`,
     scores: (previous, induction) => `prev ${percent(previous)}\nind ${percent(induction)}`,
     scoresLong:
-      "prev: mean attention to the token before. ind (induction): mean attention to the token that followed the same " +
-      "token earlier. Both are measured on random text that is repeated, not on yours. Without the tick, a head " +
-      "is switched off, which changes the surprise above only.",
+      "prev: mean attention to the token before. ind (induction): to the token that followed the same token " +
+      "earlier. Both on random text that is repeated, not on yours. Without the tick, a head is switched off, " +
+      "which changes the surprise above only.",
     loss: (bits, unit) => `Surprise with all heads: ${number(bits, 3)} bits a ${unit}.`,
     lossOff: (bits, off, change) =>
       `With ${plural(off, "head")} off: ${number(bits, 3)} (${change >= 0 ? "+" : "−"}${number(Math.abs(change), 3)}).`,
@@ -287,38 +287,16 @@ export const STRINGS = {
     ],
     words: "Words",
     glossary: [
-      ["token", "what the model reads and predicts: a character, or with BPE a piece of a word"],
-      ["logit", "the score of a token; softmax turns all scores into probabilities"],
-      [
-        "loss",
-        "the mean surprise at the true next token, in nats: with the natural logarithm; 1 nat is 1.44 bits",
-      ],
-      [
-        "bits per byte",
-        "the surprise of a text by its size as a file; equal to bits a character for plain English letters",
-      ],
-      ["temperature", "a divisor of the logits before the draw"],
-      [
-        "residual stream",
-        "the vector of each position, to which every attention and MLP adds its output",
-      ],
-      [
-        "LM head",
-        "the matrix from the residual stream to the logits; tied: the token embedding, used again",
-      ],
-      [
-        "rotary positions",
-        "rotations of queries and keys, through which attention depends on distances",
-      ],
-      [
-        "gated MLP",
-        "an MLP whose hidden values are multiplied by a second set of values, the gate",
-      ],
-      [
-        "silu, gelu",
-        "activations: smooth functions that are near 0 below 0, and near the identity above",
-      ],
-      ["modern, gpt2", "the two architectures of Folio: Qwen3's parts, or GPT-2's"],
+      ["token", "what the model reads and predicts: a character, or a piece of a word (BPE)"],
+      ["logit", "the score of a token; softmax turns scores into probabilities"],
+      ["loss", "the mean surprise at the true next token, in nats; 1 nat is 1.44 bits"],
+      ["bits per byte", "the surprise of a text, divided by its size as a file"],
+      ["residual stream", "the vector of each position, to which all parts add their output"],
+      ["LM head", "the matrix from the residual stream to the logits; tied: the embedding's"],
+      ["rotary positions", "rotations of queries and keys: attention depends on distances"],
+      ["gated MLP", "an MLP whose hidden values are multiplied by a gate"],
+      ["silu, gelu", "smooth activations: near 0 below 0, near the identity above"],
+      ["modern, gpt2", "the architectures of Folio: Qwen3's parts, or GPT-2's"],
     ],
   },
 };

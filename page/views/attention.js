@@ -1,7 +1,7 @@
 // View 4: the attention of every head, and the loss without some of them.
 
 import { STRINGS } from "../strings.js";
-import { addArrowKeys, create, onToken, showLineEnds } from "../dom.js";
+import { addArrowKeys, create, createSection, onToken, showLineEnds } from "../dom.js";
 
 const MAX_TOKENS = 256; // of the maps
 
@@ -12,14 +12,14 @@ export function createAttentionView(app) {
   const { unit } = tokenizer;
   const { n_layer: L, n_head: H, block_size: T } = model.config;
   const facts = create("p", { role: "status" });
-  const cut = create("p", { className: "quiet", hidden: true });
-  const grid = create("div", { className: "heads" });
-  const title = create("h3", {});
-  const large = create("canvas", { className: "map", role: "img" });
-  const passage = create("div", { className: "passage", role: "listbox", ariaLabel: text.passage });
-  const reads = create("p", { className: "detail" });
+  const cut = create("p.quiet", { hidden: true });
+  const grid = create("div.heads");
+  const title = create("h3");
+  const large = create("canvas.map", { role: "img" });
+  const passage = create("div.passage", { role: "listbox", ariaLabel: text.passage });
+  const reads = create("p.detail");
   const switchOn = () => app.state.set({ off: "" });
-  const allOn = create("button", { type: "button", onclick: switchOn }, text.allOn);
+  const allOn = create("button", { onclick: switchOn }, text.allOn);
   const cells = [];
   // What was computed of a text: { key, ids, first, maps, means }. `means` has the mean surprise by
   // the heads that are off; `first` is the position of ids[0] in the text.
@@ -32,17 +32,16 @@ export function createAttentionView(app) {
   });
 
   function createLayer(layer) {
-    const heading = create("h3", {}, text.layer(layer));
-    const row = create("div", { className: "layer", role: "group", ariaLabel: text.layer(layer) });
+    const heading = create("h3", text.layer(layer));
+    const row = create("div.layer", { role: "group", ariaLabel: text.layer(layer) });
     row.append(heading);
     for (let head = 1; head <= H; head++) {
       const name = text.head(layer, head);
-      const canvas = create("canvas", { className: "map", ariaHidden: "true" });
-      const score = create("span", { className: "score" });
+      const canvas = create("canvas.map", { ariaHidden: "true" });
+      const score = create("span.score");
       const choose = create(
         "button",
         {
-          type: "button",
           ariaLabel: text.map(name),
           title: name,
           onclick: () => app.state.set({ layer, head }),
@@ -54,9 +53,9 @@ export function createAttentionView(app) {
         checked: true,
         onchange: () => toggle(`${layer}.${head}`),
       });
-      const label = create("label", {}, on, text.headShort(head));
+      const label = create("label", on, text.headShort(head));
       cells.push({ layer, head, canvas, score, choose, on });
-      row.append(create("div", { className: "cell" }, choose, label, score));
+      row.append(create("div.cell", choose, label, score));
     }
     return row;
   }
@@ -169,20 +168,13 @@ export function createAttentionView(app) {
     reads.textContent = text.reads(describe(at), targets.join(", "));
   }
 
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title),
-    create("p", {}, text.lead(unit)),
+  const element = createSection(
+    text.title,
+    text.lead(unit),
     cut,
-    create("div", { className: "buttons" }, allOn, facts),
-    create(
-      "div",
-      { className: "beside even" },
-      grid,
-      create("div", {}, title, passage, reads, large),
-    ),
-    create("p", { className: "quiet" }, text.scoresLong),
+    create("div.buttons", allOn, facts),
+    create("div.beside.even", grid, create("div", title, passage, reads, large)),
+    create("p.quiet", text.scoresLong),
   );
   const depends = ["text", "checkpoint", "off", "layer", "head"];
   return { element, update, usesText: true, depends };

@@ -9,35 +9,29 @@ export function createCardView(app) {
   const { card, config } = model;
   const list = (rows) =>
     create(
-      "table",
-      { className: "facts" },
+      "table.facts",
       create(
         "tbody",
-        {},
         rows.map(([name, value]) =>
-          create("tr", {}, create("th", { scope: "row" }, name), create("td", {}, value)),
+          create("tr", create("th", { scope: "row" }, name), create("td", value)),
         ),
       ),
     );
   const element = create(
     "section",
-    {},
-    create("h2", {}, text.title),
-    create("h3", {}, text.facts),
+    create("h2", text.title),
+    create("h3", text.facts),
     list(card.facts),
-    card.settings.length ? [create("h3", {}, text.settings), list(card.settings)] : null,
-    create("h3", {}, text.sample),
-    create("pre", { className: "sample", tabIndex: 0, ariaLabel: text.sample }, card.sample),
-    create("p", { className: "quiet" }, card.overlap),
-    create("h3", {}, text.limits),
+    card.settings.length ? [create("h3", text.settings), list(card.settings)] : null,
+    create("h3", text.sample),
+    create("pre.sample", { tabIndex: 0, ariaLabel: text.sample }, card.sample),
+    create("p.quiet", card.overlap),
+    create("h3", text.limits),
     create(
       "ul",
-      {},
-      text
-        .limitTexts(model.tokenizer.unit, config.block_size)
-        .map((each) => create("li", {}, each)),
+      text.limitTexts(model.tokenizer.unit, config.block_size).map((each) => create("li", each)),
     ),
-    create("h3", {}, text.words),
+    create("h3", text.words),
     list(text.glossary),
   );
   return { element, update: async () => {}, depends: [] };

@@ -1,29 +1,28 @@
 // View 6: two models side by side.
 
 import { STRINGS } from "../strings.js";
-import { create, showContinuation } from "../dom.js";
+import { create, createSection, showContinuation } from "../dom.js";
 import { readPage } from "../data.js";
 import { SAMPLING_SETTINGS } from "../state.js";
 
 export function createCompareView(app) {
   const text = STRINGS.compare;
   const message = create("p", { role: "status" });
-  const columns = create("div", { className: "columns" });
+  const columns = create("div.columns");
   const select = create("select", {
     onchange: () => app.state.set({ other: Number(select.value) }),
   });
-  const second = create("label", { className: "field" }, text.second, select);
+  const second = create("label.field", text.second, select);
   const input = create("input", {
     type: "file",
     accept: ".html,text/html",
     onchange: () => open(input.files[0]),
   });
   const drop = create(
-    "div",
-    { className: "drop" },
-    create("label", {}, text.file, " ", input),
-    create("p", { className: "quiet" }, text.pack),
-    create("pre", { className: "command" }, text.command),
+    "div.drop",
+    create("label", text.file, " ", input),
+    create("p.quiet", text.pack),
+    create("pre.command", text.command),
   );
   for (const type of ["dragover", "drop"]) {
     drop.addEventListener(type, (event) => {
@@ -89,17 +88,10 @@ export function createCompareView(app) {
 
   function createColumn({ model, checkpoint, name }) {
     const { unit } = model.tokenizer;
-    const sample = create("pre", { className: "sample", tabIndex: 0, ariaLabel: name });
-    const facts = create("p", { className: "quiet" });
+    const sample = create("pre.sample", { tabIndex: 0, ariaLabel: name });
+    const facts = create("p.quiet");
     const shape = STRINGS.page.shape(model.parameters, model.config, unit);
-    const element = create(
-      "div",
-      {},
-      create("h3", {}, name),
-      create("p", { className: "quiet" }, shape),
-      facts,
-      sample,
-    );
+    const element = create("div", create("h3", name), create("p.quiet", shape), facts, sample);
     return { model, checkpoint, sample, facts, element, continuation: "" };
   }
 
@@ -126,16 +118,7 @@ export function createCompareView(app) {
     await app.call("generate", args, { signal, onPart });
   }
 
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title),
-    create("p", {}, text.lead),
-    second,
-    message,
-    columns,
-    drop,
-  );
+  const element = createSection(text.title, text.lead, second, message, columns, drop);
   const depends = ["text", "count", "models", "other", ...SAMPLING_SETTINGS];
   return { element, update, usesText: true, usesSampling: true, depends };
 }

@@ -1,17 +1,17 @@
 // View 5: the logit lens.
 
 import { STRINGS } from "../strings.js";
-import { addArrowKeys, create, keepFocus } from "../dom.js";
+import { addArrowKeys, create, createSection, keepFocus } from "../dom.js";
 
 const COLUMNS = 64; // positions on display
 
 export function createLensView(app) {
   const text = STRINGS.lens;
   const { tokenizer, config } = app.model;
-  const cut = create("p", { className: "quiet", hidden: true });
-  const table = create("table", { className: "lens", ariaLabel: text.caption });
-  const detail = create("p", { className: "detail" }, text.choose);
-  const scroll = create("div", { className: "scroll" }, table);
+  const cut = create("p.quiet", { hidden: true });
+  const table = create("table.lens", { ariaLabel: text.caption });
+  const detail = create("p.detail", text.choose);
+  const scroll = create("div.scroll", table);
   let columns = 1;
   addArrowKeys(table, () => columns);
   for (const event of ["focusin", "mouseover"]) {
@@ -49,7 +49,7 @@ export function createLensView(app) {
       );
     });
     keepFocus(table, () => {
-      table.replaceChildren(create("thead", {}, head), create("tbody", {}, body));
+      table.replaceChildren(create("thead", head), create("tbody", body));
       [...table.querySelectorAll("[data-stop]")].at(-1).tabIndex = 0;
     });
     scroll.scrollLeft = scroll.scrollWidth;
@@ -57,11 +57,11 @@ export function createLensView(app) {
   }
 
   function createRow(name, cells) {
-    return create("tr", {}, create("th", { scope: "row" }, name), cells);
+    return create("tr", create("th", { scope: "row" }, name), cells);
   }
 
   function createHeading(label) {
-    return create("td", { className: "token" }, label);
+    return create("td.token", label);
   }
 
   /** Create the cell of a layer at a token: `top` are the likeliest next tokens. */
@@ -70,10 +70,8 @@ export function createLensView(app) {
     const list = top.map(([each, p]) => `${app.nameToken(each)} ${STRINGS.percent(p)}`).join(", ");
     const share = Math.round(85 * probability);
     const button = create(
-      "button",
+      "button.token",
       {
-        type: "button",
-        className: "token",
         tabIndex: -1,
         ariaLabel: text.cell(row, app.nameToken(id), list),
         style: { "background-color": `color-mix(in srgb, var(--look) ${share}%, transparent)` },
@@ -84,14 +82,6 @@ export function createLensView(app) {
     return create("td", { className: likeliest === next ? "right" : "" }, button);
   }
 
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title),
-    create("p", {}, text.lead),
-    cut,
-    scroll,
-    detail,
-  );
+  const element = createSection(text.title, text.lead, cut, scroll, detail);
   return { element, update, usesText: true, depends: ["text", "checkpoint"] };
 }

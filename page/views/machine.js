@@ -1,7 +1,7 @@
 // View 7: a diagram of the network, with its shapes, its parameters and its code.
 
 import { STRINGS } from "../strings.js";
-import { create } from "../dom.js";
+import { create, createSection } from "../dom.js";
 import { countElements, listTensors } from "../model.js";
 
 export function createMachineView(app) {
@@ -29,17 +29,15 @@ export function createMachineView(app) {
       : text.parameters(parameters, share);
     const sources = parts.map((part) => [part, app.source[part]]).filter(([, source]) => source);
     return create(
-      "div",
-      { className: "box" },
-      create("h3", {}, name),
-      create("p", {}, what),
-      create("p", { className: "quiet" }, shape, " · ", size),
+      "div.box",
+      create("h3", name),
+      create("p", what),
+      create("p.quiet", shape, " · ", size),
       sources.map(([part, { start, end, text: code }]) =>
         create(
           "details",
-          {},
-          create("summary", {}, create("code", {}, part), " ", text.lines(start, end)),
-          create("pre", { className: "code", tabIndex: 0, ariaLabel: part }, code),
+          create("summary", create("code", part), " ", text.lines(start, end)),
+          create("pre.code", { tabIndex: 0, ariaLabel: part }, code),
         ),
       ),
     );
@@ -47,18 +45,15 @@ export function createMachineView(app) {
 
   const norm = isModern ? ["RMSNorm"] : ["create_norm"];
   const block = (name) => new RegExp(`^blocks\\.0\\.${name}`);
-  const residual = () => create("p", { className: "residual" }, text.add);
+  const residual = () => create("p.residual", text.add);
   const D = C / H;
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title),
-    create("p", {}, text.lead),
-    create("p", {}, text.legend(T, C, H, D, V)),
-    create("p", {}, text.total(model.parameters, model.checkpoints[model.shown].bytes / 1e6)),
+  const element = createSection(
+    text.title,
+    text.lead,
+    create("p", text.legend(T, C, H, D, V)),
+    create("p", text.total(model.parameters, model.checkpoints[model.shown].bytes / 1e6)),
     create(
-      "div",
-      { className: "machine" },
+      "div.machine",
       box("tokens", `(T) = (${T})`, null, []),
       box("embedding", `(T, C) = (${T}, ${C}), from (V, C) = (${V}, ${C})`, /^token_embedding/, [
         "LanguageModel.forward",
@@ -67,9 +62,8 @@ export function createMachineView(app) {
         ? null
         : box("positions", `(T, C) = (${T}, ${C})`, /^position_embedding/, ["LearnedPositions"]),
       create(
-        "div",
-        { className: "block" },
-        create("h3", {}, text.layer, " ", create("span", { className: "quiet" }, text.times(L))),
+        "div.block",
+        create("h3", text.layer, " ", create("span.quiet", text.times(L))),
         box("norm", `(T, C) = (${T}, ${C})`, block("attention_norm"), norm),
         isModern
           ? box("rotary", `(H, T, D) = (${H}, ${T}, ${D})`, block("attention.queries_and_keys"), [

@@ -8,8 +8,8 @@ export function createMemorizationView(app) {
   const text = STRINGS.memorization;
   const { memorization: data, memorization_reason: reason, tokenizer } = app.model;
   const facts = create("p", { role: "status" });
-  const passage = create("pre", { className: "sample", tabIndex: 0, ariaLabel: text.passage });
-  const button = create("button", { type: "button", onclick: generate });
+  const passage = create("pre.sample", { tabIndex: 0, ariaLabel: text.passage });
+  const button = create("button", { onclick: generate });
   let hashes = null; // decoded when they are needed first
 
   async function generate() {
@@ -41,17 +41,16 @@ export function createMemorizationView(app) {
   }
 
   const content = () => [
-    create("p", {}, text.lead(data)),
-    create("div", { className: "buttons" }, button),
+    create("p", text.lead(data)),
+    create("div.buttons", button),
     facts,
     passage,
-    create("p", { className: "quiet" }, text.how(data)),
+    create("p.quiet", text.how(data)),
   ];
   const element = create(
     "section",
-    {},
-    create("h2", {}, text.title),
-    data ? content() : create("p", { className: "note" }, text.none(reason)),
+    create("h2", text.title),
+    data ? content() : create("p.note", text.none(reason)),
   );
   return { element, update, usesText: true, usesSampling: true, depends: ["text", "count"] };
 }

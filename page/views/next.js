@@ -1,7 +1,7 @@
 // View 1: type, and see what comes next.
 
 import { STRINGS } from "../strings.js";
-import { addArrowKeys, create, keepFocus, showContinuation } from "../dom.js";
+import { addArrowKeys, create, createSection, keepFocus, showContinuation } from "../dom.js";
 import { computeSoftmax, filterLogits, sortTokens } from "../sampling.js";
 import { SAMPLING_SETTINGS } from "../state.js";
 
@@ -11,7 +11,7 @@ const SLOW_INTERVAL = 150; // milliseconds between two tokens
 export function createNextView(app) {
   const text = STRINGS.next;
   const { unit } = app.model.tokenizer;
-  const button = (label, onclick) => create("button", { type: "button", onclick }, label);
+  const button = (label, onclick) => create("button", { onclick }, label);
   const step = button(text.step, () => generate(1));
   const run = button(text.run, () => generate(app.state.get("count")));
   const stop = button(text.stop, () => {
@@ -19,17 +19,16 @@ export function createNextView(app) {
     app.generation.abort();
   });
   const slowly = create("input", { type: "checkbox" });
-  const status = create("p", { className: "quiet", role: "status" });
-  const facts = create("p", { className: "quiet" });
-  const bars = create("ol", { className: "bars" });
-  const command = create("code", { className: "command" });
-  const hint = create("p", { className: "quiet", hidden: true }, text.command, command);
-  const sample = create("pre", {
-    className: "sample short",
+  const status = create("p.quiet", { role: "status" });
+  const facts = create("p.quiet");
+  const bars = create("ol.bars");
+  const command = create("code.command");
+  const hint = create("p.quiet", { hidden: true }, text.command, command);
+  const sample = create("pre.sample.short", {
     tabIndex: 0,
     ariaLabel: text.generated,
   });
-  const generated = create("div", { hidden: true }, create("h3", {}, text.generated), sample);
+  const generated = create("div", { hidden: true }, create("h3", text.generated), sample);
   let isRunning = false;
   addArrowKeys(bars);
 
@@ -96,11 +95,7 @@ export function createNextView(app) {
     const scale = Math.max(before[order[0]], after[order[0]]);
     keepFocus(bars, () => {
       const items = Array.from(order.slice(0, MAX_BARS), (id) =>
-        create(
-          "li",
-          {},
-          createBar(id, before[id], kept[id] === -Infinity ? null : after[id], scale),
-        ),
+        create("li", createBar(id, before[id], kept[id] === -Infinity ? null : after[id], scale)),
       );
       bars.replaceChildren(...items);
       bars.querySelector("button").tabIndex = 0;
@@ -123,21 +118,15 @@ export function createNextView(app) {
     const bar = create(
       "button",
       {
-        type: "button",
         className: after === null ? "bar cut" : "bar",
         tabIndex: -1,
         title: text.append(name),
         ariaLabel: text.bar(name, ...shares),
         onclick: () => app.append(id),
       },
-      create("span", { className: "token" }, app.model.tokenizer.label(id)),
-      create(
-        "span",
-        { className: "track" },
-        draw("before", before),
-        after === null ? null : draw("after", after),
-      ),
-      create("span", { className: "share" }, shares[1] ?? text.cut),
+      create("span.token", app.model.tokenizer.label(id)),
+      create("span.track", draw("before", before), after === null ? null : draw("after", after)),
+      create("span.share", shares[1] ?? text.cut),
     );
     bar.dataset.stop = "";
     return bar;
@@ -163,28 +152,18 @@ export function createNextView(app) {
   }
 
   showButtons();
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title(unit)),
-    create("p", {}, text.lead(unit)),
-    create(
-      "div",
-      { className: "buttons" },
-      step,
-      run,
-      stop,
-      create("label", {}, slowly, text.slowly),
-    ),
+  const element = createSection(
+    text.title(unit),
+    text.lead(unit),
+    create("div.buttons", step, run, stop, create("label", slowly, text.slowly)),
     status,
     generated,
     facts,
     create(
-      "p",
-      { className: "legend" },
-      create("span", { className: "swatch before" }),
+      "p.legend",
+      create("span.swatch.before"),
       text.before,
-      create("span", { className: "swatch after" }),
+      create("span.swatch.after"),
       text.after,
     ),
     bars,

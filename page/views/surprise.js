@@ -3,7 +3,7 @@
 import { STRINGS } from "../strings.js";
 import { computeMeans } from "../app.js";
 import { drawChart } from "../chart.js";
-import { addArrowKeys, create, getHeat, onToken, showLineEnds } from "../dom.js";
+import { addArrowKeys, create, createSection, getHeat, onToken, showLineEnds } from "../dom.js";
 
 const MAX_POINTS = 600; // of the chart
 
@@ -12,9 +12,9 @@ export function createSurpriseView(app) {
   const { tokenizer } = app.model;
   const { unit } = tokenizer;
   const facts = create("p", { role: "status" });
-  const passage = create("div", { className: "passage", role: "listbox", ariaLabel: text.passage });
-  const detail = create("div", { className: "detail" });
-  const chart = create("figure", {});
+  const passage = create("div.passage", { role: "listbox", ariaLabel: text.passage });
+  const detail = create("div.detail");
+  const chart = create("figure");
   let scored = null; // { ids, bits, ranks, top } of the text on display
   addArrowKeys(passage);
   onToken(passage, ["click", "focusin"], (index) => choose(index));
@@ -33,20 +33,20 @@ export function createSurpriseView(app) {
   function showDetail(index) {
     const { ids, bits, ranks, top } = scored;
     const place = STRINGS.token.position(index);
-    const title = create("h3", {}, text.detail(app.nameToken(ids[index]), place));
+    const title = create("h3", text.detail(app.nameToken(ids[index]), place));
     if (index === 0) {
-      detail.replaceChildren(title, create("p", {}, text.first));
+      detail.replaceChildren(title, create("p", text.first));
       return;
     }
     const i = index - 1; // of its prediction
     const choices = top[i].map(([id, probability]) =>
-      create("li", {}, createChoice(id, probability, index)),
+      create("li", createChoice(id, probability, index)),
     );
     detail.replaceChildren(
       title,
-      create("p", {}, text.facts(STRINGS.percent(2 ** -bits[i]), bits[i], ranks[i])),
-      create("p", {}, text.top),
-      create("ol", { className: "choices" }, choices),
+      create("p", text.facts(STRINGS.percent(2 ** -bits[i]), bits[i], ranks[i])),
+      create("p", text.top),
+      create("ol.choices", choices),
     );
   }
 
@@ -57,13 +57,12 @@ export function createSurpriseView(app) {
     return create(
       "button",
       {
-        type: "button",
         ariaLabel: `${name}, ${STRINGS.percent(probability)}`,
         title: name,
         className: id === ids[index] ? "true" : "",
         onclick: () => app.setIds([...ids.slice(0, index), id]),
       },
-      create("span", { className: "token" }, tokenizer.label(id)),
+      create("span.token", tokenizer.label(id)),
       ` ${STRINGS.percent(probability)}`,
     );
   }
@@ -86,7 +85,7 @@ export function createSurpriseView(app) {
     passage.replaceChildren(...pieces.map((piece, index) => createPiece(piece, index)));
     passage.children[Math.max(at, 0)].tabIndex = 0;
     if (at >= 0) choose(at);
-    else detail.replaceChildren(create("p", { className: "quiet" }, text.choose));
+    else detail.replaceChildren(create("p.quiet", text.choose));
     const { perToken, perByte } = computeMeans(scores.bits, ids, tokenizer);
     facts.textContent = [
       `${text.mean(perToken, scores.bits.length, unit)}, ${text.perByte(perByte)}.`,
@@ -99,9 +98,8 @@ export function createSurpriseView(app) {
     const name = app.nameToken(scored.ids[index]);
     const bits = scored.bits[index - 1]; // undefined for the first
     const element = create(
-      "span",
+      "span.piece",
       {
-        className: "piece",
         role: "option",
         tabIndex: -1,
         ariaLabel: index === 0 ? name : `${name}, ${STRINGS.bits(bits)}`,
@@ -126,25 +124,17 @@ export function createSurpriseView(app) {
       yLabel: text.unit,
       title: text.chart,
     });
-    chart.replaceChildren(create("figcaption", {}, text.chart), drawing);
+    chart.replaceChildren(create("figcaption", text.chart), drawing);
   }
 
   const colors = [0, 2, 4, 6, 8].map(getHeat).join(", ");
   const scale = { background: `linear-gradient(90deg, ${colors})` };
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, unit === "character" ? text.title : text.titleOfTokens),
-    create("p", {}, text.lead(unit)),
+  const element = createSection(
+    unit === "character" ? text.title : text.titleOfTokens,
+    text.lead(unit),
     facts,
-    create(
-      "p",
-      { className: "legend" },
-      text.certain,
-      create("span", { className: "scale", style: scale }),
-      text.surprised,
-    ),
-    create("div", { className: "beside" }, passage, detail),
+    create("p.legend", text.certain, create("span.scale", { style: scale }), text.surprised),
+    create("div.beside", passage, detail),
     chart,
   );
   return { element, update, usesText: true, depends: ["text", "checkpoint"] };

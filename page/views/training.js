@@ -2,7 +2,7 @@
 
 import { STRINGS } from "../strings.js";
 import { drawChart } from "../chart.js";
-import { create, showContinuation } from "../dom.js";
+import { create, createSection, showContinuation } from "../dom.js";
 import { SAMPLING_SETTINGS } from "../state.js";
 
 export function createTrainingView(app) {
@@ -24,11 +24,11 @@ export function createTrainingView(app) {
     ariaLabel: text.slider,
     oninput: () => choose(Number(slider.value)),
   });
-  const label = create("p", { className: "big" });
-  const losses = create("p", {});
+  const label = create("p.big");
+  const losses = create("p");
   const bits = create("p", { role: "status" });
-  const sample = create("pre", { className: "sample", tabIndex: 0, ariaLabel: text.sample });
-  const chart = create("figure", {});
+  const sample = create("pre.sample", { tabIndex: 0, ariaLabel: text.sample });
+  const chart = create("figure");
 
   async function update(signal) {
     const index = model.getCheckpoint(app.state.get("checkpoint"));
@@ -61,7 +61,7 @@ export function createTrainingView(app) {
       return points.length ? [{ points, name: text[split], color: `line-${2 - i}` }] : [];
     });
     if (series.length === 0) {
-      chart.replaceChildren(create("p", { className: "quiet" }, text.noCurve));
+      chart.replaceChildren(create("p.quiet", text.noCurve));
       return;
     }
     const drawing = drawChart({
@@ -72,29 +72,22 @@ export function createTrainingView(app) {
       yLabel: text.yLabel,
       title: text.chart,
     });
-    chart.replaceChildren(create("figcaption", {}, text.chart), drawing);
+    chart.replaceChildren(create("figcaption", text.chart), drawing);
   }
 
-  const single = () => [
-    create("p", {}, text.one),
-    create("pre", { className: "command" }, text.commands),
-  ];
+  const single = () => [create("p", text.one), create("pre.command", text.commands)];
   const { overfitting } = model;
-  const element = create(
-    "section",
-    {},
-    create("h2", {}, text.title),
-    create("p", {}, text.lead),
-    isSingle ? create("div", { className: "note" }, single()) : null,
+  const element = createSection(
+    text.title,
+    text.lead,
+    isSingle ? create("div.note", single()) : null,
     label,
-    isSingle ? null : create("p", { className: "times" }, slider),
+    isSingle ? null : create("p.times", slider),
     losses,
     bits,
-    overfitting
-      ? create("p", { className: "note" }, text.overfitting(overfitting.since, overfitting.rise))
-      : null,
+    overfitting ? create("p.note", text.overfitting(overfitting.since, overfitting.rise)) : null,
     chart,
-    create("h3", {}, text.sample),
+    create("h3", text.sample),
     sample,
   );
   const depends = ["text", "count", "checkpoint", ...SAMPLING_SETTINGS];
