@@ -191,7 +191,7 @@ class CausalSelfAttention {
    * Append M tokens at `position`, (M, C), to the cache. Those from row `first` on attend to all of
    * it: y is (M - first, C).
    */
-  forward(x, M, position, y, observer, first) {
+  forward(x, M, position, y, observer, first = 0) {
     const { model, layer, H, C, T, D, keys, values } = this;
     const { kernels } = model;
     const { qkv: allQkv, attended, scores } = model.buffers;
@@ -274,7 +274,7 @@ class Block {
   }
 
   /** Add both residual branches to the rows of x, (M, C), from `first` on, in place. */
-  forward(x, M, position, observer, first) {
+  forward(x, M, position, observer, first = 0) {
     const { normed, branch } = this.model.buffers;
     const { n_embd: C } = this.model.config;
     const rest = x.subarray(first * C, M * C);

@@ -44,6 +44,8 @@ CASES = [
     ("fp32", "gpt2", {**UNBIASED, "activation": "gelu", "tie_weights": True, "block_size": 6}),
     ("fp16", "char", {**UNBIASED, "activation": "gelu_tanh", "tie_weights": False}),
     ("int8", "bpe", {**UNBIASED, "activation": "silu", "tie_weights": False}),
+    # More than 2 million parameters: float16 in memory, too.
+    ("fp16", "char", {**MODERN, "n_embd": 240, "n_head": 4, "n_layer": 3, "activation": "silu"}),
 ]
 
 

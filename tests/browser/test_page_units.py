@@ -36,7 +36,7 @@ from tokenizer import create_tokenizer
 
 pytestmark = pytest.mark.browser
 
-EXPECTED = 87  # tests
+EXPECTED = 88  # tests
 TESTS = sorted((Path(__file__).parent / "page").glob("*.test.mjs"))
 MODELS = {
     "modern": {"activation": "silu", "n_embd": 12, "n_head": 2},  # D = 6

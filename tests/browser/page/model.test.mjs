@@ -10,6 +10,7 @@ import {
   countNumbers,
   listTensors,
 } from "../../../page/model.js";
+import { decodeHalves } from "../../../page/weights.js";
 import { PROGRAMS, assertClose, readVectors } from "./vectors.mjs";
 
 const SPARE = 10_000; // numbers for the inputs and outputs of tests
@@ -18,7 +19,7 @@ const MODELS = readVectors("models");
 /** Load a model of the vectors, and return it with a function that copies numbers to its memory. */
 async function loadModel({ config, V, tensors }, program) {
   const kernels = await Kernels.create(program, countNumbers(config, V) + SPARE);
-  assert.equal(kernels.isWebAssembly, program !== null);
+  assert.equal(kernels.hasHalves, program !== null);
   const model = new LanguageModel(config, V, kernels, (name, shape, target) =>
     target.set(tensors[name]),
   );
@@ -62,6 +63,34 @@ for (const [way, program] of Object.entries(PROGRAMS)) {
     }
   });
 }
+
+test("products of float16 rows are those of the same numbers in float32", async () => {
+  // All finite float16 numbers, subnormal ones too, in rows of several lengths.
+  const halves = Uint16Array.from({ length: 2 ** 16 }, (_, i) => i).filter(
+    (half) => (half & 0x7c00) !== 0x7c00,
+  );
+  for (const K of [8, 24, 128]) {
+    const count = Math.floor(halves.length / K);
+    const kernels = await Kernels.create(
+      PROGRAMS.WebAssembly,
+      2 * halves.length + 2 * count + K + 8,
+    );
+    const rows = kernels.allocate(count * K, true);
+    rows.set(halves.subarray(0, count * K));
+    const wide = decodeHalves(rows, kernels.allocate(count * K));
+    const x = kernels.allocate(K).map((_, k) => Math.sin(k));
+    const input = kernels.allocate(K);
+    input.set(x);
+    const found = kernels.allocate(count);
+    kernels.multiplyHalves(input, rows, found, count);
+    for (let i = 0; i < count; i++) {
+      const row = wide.subarray(i * K, (i + 1) * K);
+      const exact = row.reduce((sum, value, k) => sum + value * x[k], 0);
+      const size = row.reduce((sum, value, k) => sum + Math.abs(value * x[k]), 0);
+      assert.ok(Math.abs(found[i] - exact) <= 1e-6 * size, `${found[i]}, not ${exact}, K = ${K}`);
+    }
+  }
+});
 
 test("both products round in the same way", async () => {
   const kernels = await Kernels.create(PROGRAMS.WebAssembly, SPARE);
