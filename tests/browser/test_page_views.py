@@ -5,6 +5,7 @@ python -m pytest -m browser tests/browser/test_page_views.py
 
 import re
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
@@ -385,6 +386,21 @@ def test_a_link_restores_the_page(trained_page, open_page):
     values = {"Text": "To be,\n or?", "Seed": "2147483653", "Temperature": "1.25", "Top-k": "7"}
     for name, value in values.items():
         assert page.get_by_label(name, exact=name == "Text").input_value() == value
+
+
+LINKS = re.findall(r"`#(view=\S+)`", (CHECKOUT / "docs" / "teaching.md").read_text("utf-8"))
+
+
+def test_each_exercise_of_the_lesson_opens_its_view_and_text(trained_page, open_page):
+    assert len(LINKS) == 10
+    for link in LINKS:
+        page = open_page(f"{trained_page.as_uri()}#{link}")
+        settle(page)
+        expected = dict(parse_qsl(link))
+        values = page.evaluate("app.state.values")
+        assert {name: str(values[name]) for name in expected} == expected
+        assert page.locator("textarea").input_value() == expected["text"]
+        assert page.errors == page.warnings == []
 
 
 def test_the_address_follows_the_settings_and_is_a_link_to_them(open_text, open_page):
