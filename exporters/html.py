@@ -65,7 +65,7 @@ class Block(NamedTuple):
 
 def check(source: ExportSource, dtype: str) -> None:
     """Raise `UserError` if a weight is too large for the dtype, or the model for a browser."""
-    source.check_range(DTYPES[dtype])
+    source.check_range(DTYPES[dtype], wider="fp32")
     config = source.config
     cache = 2 * config.n_layer * config.block_size * config.n_embd
     # Per token of the context: the residual stream, queries, keys, values …, and the MLP's two.

@@ -39,14 +39,14 @@ class ExportSource:
         """SHA-256 of the bundle's `model.safetensors`."""
         return self.bundle.state.files[WEIGHTS_FILE]
 
-    def check_range(self, dtype: torch.dtype) -> None:
-        """Raise `UserError` if a weight overflows in the dtype."""
+    def check_range(self, dtype: torch.dtype, wider: str = "bf16 or fp32") -> None:
+        """Raise `UserError` if a weight overflows in the dtype; `wider` names those to choose."""
         limit = torch.finfo(dtype).max
         for name, tensor in self.weights.items():
             if (largest := tensor.abs().max().item()) > limit:
                 raise UserError(
                     f"{self.bundle.path}: {name} has a weight of {largest:g}, and {dtype} ends at "
-                    f"{limit:g}: choose another --dtype, such as fp32"
+                    f"{limit:g}: choose --dtype {wider}"
                 )
 
 
