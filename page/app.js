@@ -116,6 +116,7 @@ export class App {
   /** Remember the text for `undo`. */
   remember() {
     const { text, from } = this.state.values;
+    if (this.undoable.at(-1)?.text === text) return;
     this.undoable.push({ text, from, known: this.known });
   }
 

@@ -8,7 +8,7 @@ const MARGIN = { left: 46, right: 14, top: 24, bottom: 34 };
  * Draw lines over one axis: an SVG of `width` × `height` pixels.
  *
  * series: [{ points: [[x, y], …], name, color }], color a class. marks: vertical lines,
- * [{ at, label }].
+ * [{ at, label }]; those without a label are faint.
  */
 export function drawChart({ series, width, height = 240, xLabel, yLabel, marks = [], title }) {
   const points = series.flatMap((each) => each.points);
@@ -33,7 +33,7 @@ export function drawChart({ series, width, height = 240, xLabel, yLabel, marks =
     draw("line", { x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick), class: "grid" });
     write(formatTick(tick), MARGIN.left - 6, y(tick) + 4, "end");
   }
-  for (const tick of chooseTicks(...xRange, width > 400 ? 6 : 4)) {
+  for (const tick of chooseTicks(...xRange, width > 400 ? 6 : 4, 1)) {
     if (tick >= xRange[0] && tick <= xRange[1])
       write(formatTick(tick), x(tick), bottom + 16, "middle");
   }
@@ -47,7 +47,13 @@ export function drawChart({ series, width, height = 240, xLabel, yLabel, marks =
   }
   for (const { at, label } of marks) {
     const isRight = x(at) > width / 2;
-    draw("line", { x1: x(at), x2: x(at), y1: MARGIN.top, y2: bottom, class: "mark" });
+    draw("line", {
+      x1: x(at),
+      x2: x(at),
+      y1: MARGIN.top,
+      y2: bottom,
+      class: label ? "mark" : "grid",
+    });
     write(label, x(at) + (isRight ? -4 : 4), MARGIN.top + 8, isRight ? "end" : "start", "label");
   }
   return svg;
@@ -63,9 +69,9 @@ function createScale([from, to], [first, last]) {
   return (value) => first + ((value - from) / (to - from)) * (last - first);
 }
 
-/** Return about `number` round values that cover a range. */
-function chooseTicks(low, high, number) {
-  const rough = (high - low) / number;
+/** Return about `number` round values that cover a range, at least `least` apart. */
+function chooseTicks(low, high, number, least = 0) {
+  const rough = Math.max((high - low) / number, least);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough * 0.999);
   const first = Math.floor(low / step);

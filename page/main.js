@@ -37,6 +37,7 @@ class Frame {
     this.app = app;
     this.views = new Map(); // by name, created when they are opened first
     this.current = null; // the view on display
+    this.currentName = "";
     this.updating = new AbortController(); // of the current view
     const { model, state } = app;
     const { unit } = model.tokenizer;
@@ -125,8 +126,13 @@ class Frame {
     const view = this.views.get(name);
     const isOpened = view !== this.current;
     if (isOpened) {
-      if (!isLink) history.pushState(null, "", `#${state.format()}`); // for Back
+      if (!isLink) {
+        // Back returns to the view before, and to the text that it has now.
+        history.replaceState(null, "", `#${state.format({ view: this.currentName })}`);
+        history.pushState(null, "", `#${state.format()}`);
+      }
       this.current = view;
+      this.currentName = name;
       this.main.replaceChildren(view.element);
       this.panel.showFor(view);
     }
@@ -184,6 +190,7 @@ class Frame {
   }
 
   reset() {
+    this.app.remember();
     history.replaceState(null, "", location.pathname);
     this.followLink();
   }

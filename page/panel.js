@@ -75,7 +75,8 @@ export class Panel {
       if (document.activeElement !== input) input.value = value;
     };
     input.onchange = () => {
-      if (input.checkValidity() && input.value !== "") change({ [name]: Number(input.value) });
+      const value = Math.min(Math.max(Math.round(Number(input.value)), min), max);
+      if (input.value !== "") change({ [name]: value });
       input.value = this.app.state.get(name);
     };
     const parts = [create("span", label), input, create("small", hint)];

@@ -46,7 +46,7 @@ export const STRINGS = {
     top_p: ["Top-p", "Draw from the likeliest that have this probability together"],
     min_p: ["Min-p", "Draw from those at least this share as likely as the likeliest"],
     seed: ["Seed", "The same seed gives the same text"],
-    count: (unit) => [`Length in ${unit}s`, "How much Run generates"],
+    count: (unit) => [`Length in ${unit}s`, "How much is generated at once"],
     all: "all",
     none: "off",
   },
@@ -98,9 +98,10 @@ export const STRINGS = {
     titleOfTokens: "How surprising is each token?",
     lead: (unit) =>
       `Each ${unit} has the colour of its surprise: −log₂ of the probability that the model gave it. That is 0 bits if ` +
-      "it was certain, and 1 bit more for each halving. Point at one, or use the arrow keys, to see what was " +
+      "it was certain, and 1 bit more for each halving. Point at or tap one, or use the arrow keys, to see what was " +
       "expected; a click holds it.",
-    mean: (bits, count, unit) => `${number(bits, 3)} bits a ${unit} over ${plural(count, unit)}`,
+    mean: (bits, count, unit) =>
+      `${number(bits, 3)} bits a ${unit} over ${plural(count, unit)} (all but the first)`,
     perByte: (bits) => `${number(bits, 3)} bits per byte`,
     guessing: (vocabulary) => `Guessing takes ${number(Math.log2(vocabulary), 2)} bits.`,
     passage: "The text, coloured by surprise",
@@ -201,7 +202,10 @@ export const STRINGS = {
     command: "python export.py dante_purgatorio --format html --with dante",
     text: (bits) => `Your text: ${number(bits, 3)} bits per byte`,
     unknown: (chars) => `Not in the vocabulary: ${chars}`,
-    same: (count) => `The continuations have the first ${plural(count, "character")} in common.`,
+    same: (count) =>
+      count === 0
+        ? "The continuations differ from the first character on."
+        : `The continuations have the first ${plural(count, "character")} in common.`,
   },
 
   machine: {

@@ -38,7 +38,7 @@ export function createLensView(app) {
       ),
       createRow(
         text.next,
-        shown.map((_, i) => createHeading(i + 1 < columns ? tokenizer.label(shown[i + 1]) : "?")),
+        shown.map((_, i) => createHeading(i + 1 < columns ? tokenizer.label(shown[i + 1]) : "")),
       ),
     ];
     const body = layers.map((positions, layer) => {
@@ -52,7 +52,6 @@ export function createLensView(app) {
       table.replaceChildren(create("thead", head), create("tbody", body));
       [...table.querySelectorAll("[data-stop]")].at(-1).tabIndex = 0;
     });
-    scroll.scrollLeft = scroll.scrollWidth;
     detail.textContent = text.choose;
   }
 

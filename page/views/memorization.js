@@ -34,7 +34,8 @@ export function createMemorizationView(app) {
       end = stop;
     }
     passage.replaceChildren(...parts, showLineEnds(all.slice(end)));
-    passage.querySelector("mark")?.scrollIntoView({ block: "nearest" });
+    const mark = passage.querySelector("mark"); // scroll to it within the passage
+    if (mark) passage.scrollTop = mark.offsetTop - passage.offsetTop - passage.clientHeight / 2;
     const copies = stretches.filter(({ isCopy }) => isCopy);
     const longest = copies.reduce((most, { start, stop }) => Math.max(most, stop - start), 0);
     facts.textContent = text.found(copies.length, stretches.length - copies.length, longest);

@@ -6,6 +6,7 @@ import { computeSoftmax, filterLogits, sortTokens } from "../sampling.js";
 import { SAMPLING_SETTINGS } from "../state.js";
 
 const MAX_BARS = 150;
+const SMALLEST_SCALE = 0.4; // probability of a bar of the whole width, so that even ones look small
 const SLOW_INTERVAL = 150; // milliseconds between two tokens
 
 export function createNextView(app) {
@@ -92,7 +93,7 @@ export function createNextView(app) {
     const kept = filterLogits(logits, app.state.getSampling());
     const after = computeSoftmax(kept);
     const order = sortTokens(logits);
-    const scale = Math.max(before[order[0]], after[order[0]]);
+    const scale = Math.max(before[order[0]], after[order[0]], SMALLEST_SCALE);
     keepFocus(bars, () => {
       const items = Array.from(order.slice(0, MAX_BARS), (id) =>
         create("li", createBar(id, before[id], kept[id] === -Infinity ? null : after[id], scale)),

@@ -25,7 +25,7 @@ export function createTrainingView(app) {
     oninput: () => choose(Number(slider.value)),
   });
   const label = create("p.big");
-  const losses = create("p");
+  const losses = create("p.losses");
   const bits = create("p", { role: "status" });
   const sample = create("pre.sample", { tabIndex: 0, ariaLabel: text.sample });
   const chart = create("figure");
@@ -67,7 +67,9 @@ export function createTrainingView(app) {
     const drawing = drawChart({
       width: chart.clientWidth || 640,
       series,
-      marks: [{ at: model.checkpoints[index].step, label: name(index) }],
+      marks: model.checkpoints.map(({ step }, i) => {
+        return { at: step, label: i === index ? name(i) : "" };
+      }),
       xLabel: text.xLabel,
       yLabel: text.yLabel,
       title: text.chart,
