@@ -33,15 +33,20 @@ def sample_token(
     if sampling.temperature == 0:
         token = logits.argmax(dim=-1, keepdim=True)
     else:
-        logits = apply_temperature(logits, sampling.temperature)
-        if sampling.top_k is not None:
-            logits = filter_top_k(logits, sampling.top_k)
-        if sampling.top_p < 1:
-            logits = filter_top_p(logits, sampling.top_p)
-        if sampling.min_p > 0:
-            logits = filter_min_p(logits, sampling.min_p)
-        token = invert_cdf(logits.softmax(dim=-1), draw)
+        token = invert_cdf(filter_logits(logits, sampling).softmax(dim=-1), draw)
     return token, log_probs.gather(-1, token)
+
+
+def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Apply temperature, above 0, top-k, top-p and min-p to the logits, `(B, V)`: -inf is cut."""
+    logits = apply_temperature(logits, sampling.temperature)
+    if sampling.top_k is not None:
+        logits = filter_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = filter_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = filter_min_p(logits, sampling.min_p)
+    return logits
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

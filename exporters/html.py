@@ -66,15 +66,23 @@ class Block(NamedTuple):
 def check(source: ExportSource, dtype: str) -> None:
     """Raise `UserError` if a weight is too large for the dtype, or the model for a browser."""
     source.check_range(DTYPES[dtype], wider="fp32")
-    config = source.config
-    cache = 2 * config.n_layer * config.block_size * config.n_embd
-    # Per token of the context: the residual stream, queries, keys, values …, and the MLP's two.
-    buffers = config.block_size * (7 * config.n_embd + 2 * get_hidden_width(source))
-    if (numbers := source.model.count_parameters() + cache + buffers) > MAX_NUMBERS:
+    if (numbers := count_numbers(source)) > MAX_NUMBERS:
         raise UserError(
             f"the model needs {format_bytes(4 * numbers)} of memory, and the page has "
             f"{format_bytes(4 * MAX_NUMBERS)}: choose a smaller model"
         )
+
+
+def count_numbers(source: ExportSource) -> int:
+    """Return how many numbers the page keeps in memory, as `countNumbers` of page/model.js does.
+
+    Besides the parameters and the KV cache: a row of each matrix, and per token of the context the
+    residual stream, queries, keys, values and so on, and the MLP's two vectors.
+    """
+    T, C, L = source.config.block_size, source.config.n_embd, source.config.n_layer
+    F, V = get_hidden_width(source), source.model.vocab_size
+    rows, cache, buffers = L * (4 * C + F), 2 * L * T * C, T * (7 * C + 2 * F)
+    return source.model.count_parameters() + rows + cache + buffers + T + V
 
 
 def write(

@@ -143,7 +143,8 @@ const COMMANDS = {
   /**
    * Compute the surprise of each token of a text but the first.
    *
-   * off: heads that are switched off, "layer.head", counted from 1. top: how many of the likeliest tokens to list.
+   * off: heads that are switched off, "layer.head", counted from 1. top: how many of the likeliest
+   *     tokens to list.
    *
    * Returns { bits, ranks, top: [[id, probability], …] of each token }. A rank of 1 is the
    * likeliest token.

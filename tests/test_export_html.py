@@ -645,6 +645,17 @@ def test_a_large_page_needs_force_and_a_huge_one_is_refused(save_model, monkeypa
     assert not Path("again").exists()
 
 
+def test_a_model_that_a_browser_cannot_hold_is_refused(save_model, monkeypatch, capsys):
+    bundle = save_model()
+    limit = html.count_numbers(load_source(bundle))
+    monkeypatch.setattr(html, "MAX_NUMBERS", limit)
+    run_export(bundle)
+    monkeypatch.setattr(html, "MAX_NUMBERS", limit - 1)
+    fail(export.main, bundle, "--format=html", "--out=again", "--force")
+    assert "memory" in capsys.readouterr().err
+    assert not Path("again").exists()
+
+
 def test_open_opens_the_page_and_names_it_if_there_is_no_browser(save_model, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) is None)

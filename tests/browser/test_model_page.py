@@ -23,6 +23,8 @@ from model_page import (
 
 from bundle import read_bundle, write_bundle
 from engine import SamplingParams
+from exporters.html import count_numbers
+from exporters.source import load_source
 from generate import generate_tokens
 from tokenizer import create_tokenizer
 
@@ -72,6 +74,9 @@ def test_logits_are_those_of_pytorch(open_page, gpt2_vocabulary, dtype, kind, se
         differences.append(np.abs(compute_logits(page, ids) - expected).max())
     print(f"largest difference: {max(differences):.1e}")
     assert max(differences) <= 1e-4
+    count = page.evaluate("countNumbers(app.model.config, app.model.num_tokens)")
+    bound = count_numbers(load_source(bundle))
+    assert count <= bound if kind == "gpt2" else count == bound  # gpt2 has padding rows
     assert page.errors == page.warnings == []
 
 

@@ -19,13 +19,7 @@ import torch
 from helpers import LINES
 from torch import Tensor
 
-from decode_torch import (
-    apply_temperature,
-    filter_min_p,
-    filter_top_k,
-    filter_top_p,
-    sample_token,
-)
+from decode_torch import filter_logits, sample_token
 from engine import SamplingParams
 from exporters.ngrams import LENGTH, create_memorization, hash_stretches
 from exporters.page_data import ARCHITECTURE, describe_tokenizer
@@ -171,14 +165,7 @@ def list_samples() -> list[dict[str, Any]]:
 def filter_all(logits: Tensor, sampling: SamplingParams) -> list[float]:
     if sampling.temperature == 0:
         return [0.0 if id == logits.argmax() else -np.inf for id in range(logits.size(-1))]
-    logits = apply_temperature(logits, sampling.temperature)
-    if sampling.top_k is not None:
-        logits = filter_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = filter_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = filter_min_p(logits, sampling.min_p)
-    return logits[0].tolist()
+    return filter_logits(logits, sampling)[0].tolist()
 
 
 def list_draws() -> dict[int, list[float]]:
