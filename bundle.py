@@ -52,7 +52,7 @@ RESET_REMEDY = "; --reset-optimizer resumes with a new optimizer"
 # config.json has these settings, and vocab_size and device.
 CONFIG_SETTINGS = {*Architecture.model_fields, "batch_size"}
 # Missing from the config.json of the first releases, whose models do not need them.
-_ADDED_LATER = {"rope_theta"}
+_ADDED_LATER = {"rope_theta", "ngram_rows"}
 # The settings in `training_config`: those that may change on resume. The others are in config.json
 # and tokenizer.json, or belong to one run only (its name, its directories, its device).
 TRAINING_SETTINGS = tuple(
@@ -465,11 +465,14 @@ def _check_shapes(
     """
     layers = {match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, header) if match}
     _, shape = header.get("token_embedding.weight", ("", []))
-    if (len(layers), shape) != (config.n_layer, [vocab_size, config.n_embd]):
+    _, ngrams = header.get("ngram_embedding.weight", ("", [None, config.n_embd]))
+    expected = (config.n_layer, [vocab_size, config.n_embd], [config.ngram_rows, config.n_embd])
+    if (len(layers), shape, ngrams) != expected:
         raise UserError(
-            f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers and an embedding of {shape}, "
-            f"where {CONFIG_FILE} has n_layer {config.n_layer}, vocab_size {vocab_size} and n_embd "
-            f"{config.n_embd}: these files belong to different models"
+            f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers, an embedding of {shape} and "
+            f"{ngrams[0]} rows of n-grams, where {CONFIG_FILE} has n_layer {config.n_layer}, "
+            f"vocab_size {vocab_size}, n_embd {config.n_embd} and ngram_rows {config.ngram_rows}: "
+            "these files belong to different models"
         )
     if others := {dtype for dtype, _ in header.values() if dtype not in WEIGHT_DTYPES}:
         raise UserError(

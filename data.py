@@ -31,6 +31,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 _TRAINING_STREAM, _EVALUATION_STREAM, _SHUFFLING_STREAM = 0, 1, 2
 _EVALUATION_SEED = 0
 _FEISTEL_ROUNDS = 6
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fractional part, in units of 2^-64
 _MIN_FEISTEL_BITS = 6  # six rounds mix smaller domains poorly
 
 
@@ -145,14 +146,17 @@ def get_batch(tokens: Tokens, step: int, config: ModelConfig, rows: slice = slic
     """Return rows of the training batch of `step`, counted from 0, on the CPU.
 
     A pure function: a row does not depend on which others are selected. With `window_order` random,
-    windows are drawn uniformly from `tokens`. With shuffled, `tokens` are cut into adjacent
-    windows, which every pass visits once, in a new order; a batch may have the last windows of one
-    pass and the first of the next.
+    windows are drawn uniformly from `tokens`. Otherwise `tokens` are cut into adjacent windows,
+    which every pass visits once, in a new order: with shuffled at multiples of T, with shifted at
+    other places in each pass. A batch may have the last windows of one pass and the first of the
+    next.
     """
     T, seed, batch_size = config.block_size, config.seed, config.batch_size
+    positions = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
     if config.window_order == "shuffled":
-        positions = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
         starts = _shuffle_windows(positions, count_windows(tokens, config), seed) * T
+    elif config.window_order == "shifted":
+        starts = _shuffle_shifted_windows(positions, tokens.size, T, seed)
     else:
         starts = _draw_starts(tokens.size - T, step, seed, batch_size, _TRAINING_STREAM)[rows]
     return _get_windows(tokens, starts, T)
@@ -195,6 +199,23 @@ def _shuffle_windows(positions: np.ndarray, count: int, seed: int) -> np.ndarray
             indices[outside] = _permute(indices[outside], bits, keys)
         windows[in_pass] = indices.astype(np.int64)
     return windows
+
+
+def _shuffle_shifted_windows(positions: np.ndarray, size: int, T: int, seed: int) -> np.ndarray:
+    """Return where the windows begin at `positions` of an endless series of passes over `size` ids.
+
+    Pass p cuts the ids into windows from an offset on that is below T: the fractional part of
+    (u + p φ), where φ is the golden ratio and u is drawn from the seed, spreads the offsets of any
+    number of passes evenly. Up to 2 T - 1 ids at both ends together are left out of a pass.
+    """
+    count = max(1, (size - T) // T)
+    num_offsets = min(T, size - count * T)  # of which each leaves room for `count` windows
+    passes = (positions // count).astype(np.uint64)
+    # In units of 2^-64, which unsigned integers wrap at 1.
+    start = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, 0, 1, 0]).random_raw()
+    fractions = np.uint64(start) + passes * np.uint64(_GOLDEN_RATIO)
+    offsets = (fractions >> np.uint64(32)) * np.uint64(num_offsets) >> np.uint64(32)
+    return _shuffle_windows(positions, count, seed) * T + offsets.astype(np.int64)
 
 
 def _permute(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:

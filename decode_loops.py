@@ -55,11 +55,16 @@ class Linear(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model. An array that its architecture does not have is empty."""
+    """A model. An array that its architecture does not have is empty.
+
+    `speedrun` counts as modern, and has n-gram embeddings.
+    """
 
     is_modern: bool
     activation: int  # SILU, GELU_TANH or GELU
     token_embedding: np.ndarray  # (V, C)
+    ngram_embedding: np.ndarray  # (R, C): speedrun
+    ngram_factors: np.ndarray  # (2, 3) int64: of the row of a pair and of a triple
     position_embedding: np.ndarray  # (T, C): gpt2
     cos: np.ndarray  # (T, D / 2), of the rotary angles: modern
     sin: np.ndarray  # (T, D / 2)
@@ -76,10 +81,11 @@ class Weights(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The keys and values of B texts."""
+    """The keys, values and ids of B texts."""
 
     keys: np.ndarray  # (B, L, H, T, D)
     values: np.ndarray  # (B, L, H, T, D)
+    ids: np.ndarray  # (B, T + 2) int64: plus 1, after two zeros, which stand for no token
 
 
 class Buffers(NamedTuple):
@@ -345,6 +351,27 @@ def embed(ids, token_embedding, x):
 
 
 @fast
+def append_ids(ids, texts, positions, cache):
+    """Append the tokens `ids`, `(M,)`, to the cache."""
+    for m in range(len(ids)):
+        cache.ids[texts[m], positions[m] + 2] = ids[m] + 1
+
+
+@fast
+def add_ngrams(texts, positions, cache, ngram_embedding, factors, x):
+    """Add to the rows of x, `(M, C)`, the embeddings of the pair and the triple that end there."""
+    for m in range(len(x)):
+        row, recent = x[m], cache.ids[texts[m], positions[m] : positions[m] + 3]
+        for n in range(len(factors)):
+            total = (
+                recent[0] * factors[n, 0] + recent[1] * factors[n, 1] + recent[2] * factors[n, 2]
+            )
+            embedding = ngram_embedding[total % len(ngram_embedding)]
+            for c in range(len(row)):
+                row[c] += embedding[c]
+
+
+@fast
 def add_positions(positions, position_embedding, x):
     """Add to the rows of x, `(M, C)`, the embeddings of their positions, `(M,)`."""
     for m in range(len(x)):
@@ -429,6 +456,9 @@ def run_blocks(weights, cache, buffers, ids, team):
     h0, h1 = get_heads(cache.keys, team)
 
     embed(ids, weights.token_embedding, x)
+    if len(weights.ngram_embedding) > 0:
+        append_ids(ids, texts, positions, cache)
+        add_ngrams(texts, positions, cache, weights.ngram_embedding, weights.ngram_factors, x)
     if not weights.is_modern:
         add_positions(positions, weights.position_embedding, x)
     for layer in range(L):
@@ -465,7 +495,9 @@ def compute_logits(x, norm, head, is_modern, normed, logits, team):
 
 @fast
 def copy_text(cache, source, target, length, start, stop):
-    """Copy the first keys and values of one text to another, in the heads `start` to `stop`."""
+    """Copy the first ids, keys and values of one text to another, in heads `start` to `stop`."""
+    for t in range(length):
+        cache.ids[target, t + 2] = cache.ids[source, t + 2]
     for layer in range(cache.keys.shape[1]):
         for h in range(start, stop):
             for t in range(length):

@@ -30,7 +30,7 @@ from decode_loops import (
     Weights,
 )
 from engine import SamplingParams
-from parameters import ModelConfig
+from parameters import NGRAM_FACTORS, ModelConfig
 from utils.compile_cache import CompileCache
 from utils.quantization import quantize_rows
 
@@ -143,7 +143,7 @@ def read_weights(
     """
     T, C, H = config.block_size, config.n_embd, config.n_head
     V, D = vocab_size, C // H
-    is_modern = config.architecture == "modern"
+    is_modern = config.architecture != "gpt2"
     reader = TensorReader(tensors, config.n_layer)
     take, linear = reader.take, reader.stack_linear
     F = len(tensors.get("blocks.0.mlp.expand.weight", ()))
@@ -157,10 +157,15 @@ def read_weights(
     else:
         query_key_norm, cos, sin = np.zeros((0, 2, D), dtype=float32), empty, empty
         gate = Linear(np.zeros((0, 0, 0), dtype=np.int8 if int8 else float32), empty, empty)
+    ngrams = empty
+    if config.architecture == "speedrun":
+        ngrams = take("ngram_embedding.weight", config.ngram_rows, C)
     weights = Weights(
         is_modern=is_modern,
         activation=ACTIVATIONS[config.activation],
         token_embedding=embedding,
+        ngram_embedding=ngrams,
+        ngram_factors=np.array(NGRAM_FACTORS, dtype=np.int64),
         position_embedding=empty if is_modern else take("position_embedding.weight", T, C),
         cos=cos,
         sin=sin,
@@ -364,10 +369,10 @@ class NumbaDecoder:
 
 
 def allocate_cache(weights: Weights, B: int, T: int, H: int) -> Cache:
-    """Allocate the keys and values of B texts; memory is committed when it is first written."""
+    """Allocate the cache of B texts; memory is committed when it is first written."""
     L, _, C = weights.qkv.weight.shape
     shape = (B, L, H, T, C // H)
-    return Cache(allocate(*shape), allocate(*shape))
+    return Cache(allocate(*shape), allocate(*shape), allocate(B, T + 2, dtype=np.int64))
 
 
 def allocate_buffers(weights: Weights, B: int, T: int, threads: int) -> Buffers:

@@ -112,7 +112,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of `rows` texts, B, for all layers, allocated for a full context at once."""
+    """Ids, keys and values of `rows` texts, B, allocated for a full context at once."""
 
     def __init__(self, model: LanguageModel, rows: int):
         weight, n_head = model.token_embedding.weight, model.blocks[0].attention.n_head
@@ -122,6 +122,14 @@ class KVCache:
         self.keys = [torch.zeros(shape, **like) for _ in model.blocks]
         self.values = [torch.zeros(shape, **like) for _ in model.blocks]
         self.positions = torch.arange(T, device=weight.device)
+        # Plus 1, after two places for no token: as `model.NgramEmbedding` reads them.
+        self.ids = torch.zeros((rows, T + 2), dtype=torch.int64, device=weight.device)
+
+    def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Append `idx`, `(B, t)`, and return it as `NgramEmbedding` reads it."""
+        self.ids.index_copy_(1, positions + 2, idx + 1)
+        window = torch.cat((positions[:1], positions[:1] + 1, positions + 2))  # t + 2 places
+        return self.ids[:, window]
 
     def get_layers(self, positions: Tensor) -> list[LayerCache]:
         """Return each layer's part, for new tokens at `positions`, `(t,)`."""

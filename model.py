@@ -18,7 +18,7 @@ norm precedes the LM head. `architecture` chooses the other parts:
     initialization  residual projections start at zero           normal, std 0.02
 
 With the weights of a Qwen3 or GPT-2 model of Transformers that has this shape, the logits are its
-logits.
+logits. `speedrun` is modern with n-gram embeddings, which learn faster, and which Qwen3 lacks.
 """
 
 import math
@@ -32,7 +32,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parameters import ModelConfig
+from parameters import NGRAM_FACTORS, ModelConfig
 from utils.kernels import apply_causal_attention, apply_rms_norm
 
 Ids = Tensor | np.ndarray | Sequence[int]
@@ -47,7 +47,10 @@ class LayerCache(Protocol):
 
 
 class KVCache(Protocol):
-    """The keys and values of earlier tokens (see generate.py)."""
+    """The keys and values of earlier tokens, and their ids (see generate.py)."""
+
+    def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Append `idx`, `(B, t)`, and return it as `NgramEmbedding` reads it."""
 
     def get_layers(self, positions: Tensor) -> Sequence[LayerCache]:
         """Return each layer's part, for new tokens at `positions`, `(t,)`."""
@@ -55,9 +58,9 @@ class KVCache(Protocol):
 
 def create_norm(config: ModelConfig) -> nn.Module:
     """Return the architecture's norm over the C channels."""
-    if config.architecture == "modern":
-        return RMSNorm(config.n_embd)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+    if config.architecture == "gpt2":
+        return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return RMSNorm(config.n_embd)
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +89,29 @@ class LearnedPositions(nn.Embedding):
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
         """Add the vectors of `positions` to x, `(B, T, C)`."""
         return x + self.weight[positions]
+
+
+class NgramEmbedding(nn.Embedding):
+    """A learned vector for the pair of tokens and one for the triple that end at each position.
+
+    A small model would need much of its first layers to tell what precedes a token (n-gram
+    embeddings: arxiv.org/abs/2501.16975). The n-grams share the rows of one hashed table
+    (arxiv.org/abs/1709.03933).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.ngram_rows, config.n_embd)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the sum of both vectors for t tokens, `(B, t, C)`.
+
+        `ids`, `(B, t + 2)`, are those of the tokens plus 1, after the same of the two tokens before
+        them, 0 where there is none. An n-gram's row is the sum of `ids` times NGRAM_FACTORS, modulo
+        the number of rows.
+        """
+        t = ids.size(1) - 2
+        sums = [sum(ids[:, i : i + t] * f for i, f in enumerate(row)) for row in NGRAM_FACTORS]
+        return super().forward(torch.stack(sums) % self.num_embeddings).sum(dim=0)
 
 
 class NormedRotary(nn.Module):
@@ -123,11 +149,11 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head = config.n_head
-        is_modern = config.architecture == "modern"
+        is_gpt2 = config.architecture == "gpt2"
         # modern has no attention dropout, as no fused kernel for the CPU supports it.
-        self.dropout = 0.0 if is_modern else config.dropout
+        self.dropout = config.dropout if is_gpt2 else 0.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.queries_and_keys = NormedRotary(config) if is_modern else NoPositions()
+        self.queries_and_keys = NoPositions() if is_gpt2 else NormedRotary(config)
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
@@ -204,7 +230,7 @@ class Block(nn.Module):
         self.attention_norm = create_norm(config)
         self.attention = CausalSelfAttention(config)
         self.mlp_norm = create_norm(config)
-        self.mlp = GatedMLP(config) if config.architecture == "modern" else MLP(config)
+        self.mlp = MLP(config) if config.architecture == "gpt2" else GatedMLP(config)
 
     def forward(
         self, x: Tensor, positions: slice | Tensor, cache: LayerCache | None = None
@@ -230,9 +256,11 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         self.num_tokens = num_tokens or vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
-        is_modern = config.architecture == "modern"
+        is_speedrun = config.architecture == "speedrun"
+        self.ngram_embedding = NgramEmbedding(config) if is_speedrun else None
+        is_gpt2 = config.architecture == "gpt2"
         self.position_embedding = (
-            NoPositions() if is_modern else LearnedPositions(config.block_size, config.n_embd)
+            LearnedPositions(config.block_size, config.n_embd) if is_gpt2 else NoPositions()
         )
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -262,6 +290,8 @@ class LanguageModel(nn.Module):
         assert self.block_size >= T, f"{T} tokens are more than block_size {self.block_size}"
         positions = slice(0, T)
         x = self.position_embedding(self.token_embedding(idx), positions)  # (B, T, C)
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(F.pad(idx + 1, (2, 0)))
         x = self.embedding_dropout(x)
         for block in self.blocks:
             x = block(x, positions)
@@ -286,6 +316,8 @@ class LanguageModel(nn.Module):
             cache: keys and values of earlier positions; those of `idx` are appended.
         """
         x = self.position_embedding(self.token_embedding(idx), positions)  # (B, t, C); no dropout
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(cache.append_tokens(idx, positions))
         for block, layer in zip(self.blocks, cache.get_layers(positions), strict=True):
             x = block(x, positions, layer)
         return self._compute_logits(x[:, -1:])[:, 0]
@@ -340,11 +372,11 @@ def get_init_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     GPT-2 scales residual projections, so that the 2 L branches together have the variance of one.
     `modern` starts with these and an untied head at 0 (reasons in arxiv.org/abs/2203.03466): each
     block is the identity at first, and with an untied head all tokens are equally likely. The std
-    of the blocks' other matrices is 0.7 / sqrt(inputs).
+    of the blocks' other matrices is 0.7 / sqrt(inputs). N-gram embeddings start at 0, too.
     """
     if config.architecture == "gpt2":
         return 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("projection.weight") else 0.02
-    if name.endswith(("projection.weight", "head.weight")):
+    if name.endswith(("projection.weight", "head.weight", "ngram_embedding.weight")):
         return 0.0
     if name.endswith("embedding.weight"):
         return 0.02 if config.tie_weights else 0.2

@@ -25,6 +25,9 @@ MAX_COUNT = 2**31 - 1  # reject larger counts as typos
 DEFAULT_VOCAB_SIZE = 1024  # of tokenizer bpe (docs/LOG.md)
 MAX_VOCAB_SIZE = 1 << 16  # of tokenizer bpe, so that an id takes two bytes
 MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
+# Factors of the ids of a token and of the two before it, oldest first, for the rows of a pair and of
+# a triple of tokens (model.NgramEmbedding). Sums are below 2^53, which JavaScript computes.
+NGRAM_FACTORS = ((0, 1273642419, 2038074743), (1500450271, 715225739, 1299709))
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -81,8 +84,8 @@ class Settings(BaseModel):
 class Architecture(Settings):
     """The network. Its shape cannot change once a model exists."""
 
-    architecture: Literal["modern", "gpt2"] = "modern"
-    """modern (as in Qwen3: rotary embeddings, RMSNorm, gated MLP), or gpt2."""
+    architecture: Literal["modern", "gpt2", "speedrun"] = "modern"
+    """modern (Qwen3's), gpt2, or speedrun: modern with n-gram embeddings, not for every export."""
 
     block_size: Positive = 256
     """Context length T, in tokens."""
@@ -100,16 +103,19 @@ class Architecture(Settings):
     """Dropout probability during training. Raise it if the model overfits."""
 
     bias: bool = False
-    """Whether linear layers and LayerNorms have a bias. Must be false for modern."""
+    """Whether linear layers and LayerNorms have a bias; gpt2 only."""
 
     tie_weights: bool | None = None
-    """Whether the LM head shares the token embedding's weights. null: gpt2 yes, modern no."""
+    """Whether the LM head shares the token embedding's weights. null: yes in gpt2, else no."""
 
     activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
-    """The MLP's activation function. null: silu in modern, gelu in gpt2."""
+    """The MLP's activation function. null: gelu in gpt2, else silu."""
 
     rope_theta: Annotated[float, Field(gt=1, le=1e9)] = 1000.0
-    """Base (theta) of the rotary embeddings; modern only."""
+    """Base (theta) of the rotary embeddings; not in gpt2."""
+
+    ngram_rows: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    """Rows of the table of n-gram embeddings; speedrun only. null: 16384 in speedrun."""
 
 
 class Data(Settings):
@@ -127,8 +133,8 @@ class Data(Settings):
     split_by: Literal["position", "file"] = "position"
     """position: split exactly at the fractions. file: at the nearest file boundary."""
 
-    window_order: Literal["random", "shuffled"] = "random"
-    """random: windows at random offsets. shuffled: non-overlapping windows, each once per epoch."""
+    window_order: Literal["random", "shuffled", "shifted"] = "shifted"
+    """random: at any offset. shuffled: each window once per epoch. shifted: cut anew each epoch."""
 
     token_store: Switch = "auto"
     """Store token ids in cache_dir and memory-map them. auto: for 64 MB of text or more."""
@@ -299,6 +305,7 @@ ALIASES = {"input_file": "data"}
 ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     "modern": {"tie_weights": False, "activation": "silu"},
     "gpt2": {"tie_weights": True, "activation": "gelu"},
+    "speedrun": {"tie_weights": False, "activation": "silu", "ngram_rows": 16384},
 }
 BY_ARCHITECTURE = frozenset(name for own in ARCHITECTURE_DEFAULTS.values() for name in own)
 
@@ -325,20 +332,30 @@ class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data
 
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (names, problem) for each invalid combination of settings that are valid one by one."""
+    """Yield (names, problem) for each invalid combination of settings that are valid one by one.
+
+    Settings that the architecture determines may be missing from `values`.
+    """
     architecture, n_embd, n_head = (values[n] for n in ("architecture", "n_embd", "n_head"))
     if n_embd % n_head:
         yield ("n_embd", "n_head"), f"n_embd {n_embd} is not divisible by n_head {n_head}"
-    if architecture == "modern" and values["bias"]:
+    if architecture != "gpt2" and values["bias"]:
         yield (
             ("architecture", "bias"),
-            "architecture modern has no biases: set bias to false, or architecture to gpt2",
+            f"architecture {architecture} has no biases: set bias to false, or architecture to "
+            "gpt2",
         )
-    if architecture == "modern" and n_embd / n_head % 2 == 1:
+    if architecture != "gpt2" and n_embd / n_head % 2 == 1:
         yield (
             ("architecture", "n_embd", "n_head"),
-            f"architecture modern needs an even head size, but n_embd {n_embd} / n_head {n_head} "
-            "is odd",
+            f"architecture {architecture} needs an even head size, but n_embd {n_embd} / n_head "
+            f"{n_head} is odd",
+        )
+    if architecture != "speedrun" and values.get("ngram_rows") is not None:
+        yield (
+            ("architecture", "ngram_rows"),
+            f"ngram_rows {values['ngram_rows']} is a setting of architecture speedrun only: "
+            f"{architecture} has no n-gram embeddings",
         )
     if values["train_split"] + values["test_split"] >= 1:
         yield (

@@ -92,7 +92,8 @@ def test_a_bundle_has_five_files_and_an_export_four(bundle, tmp_path):
 def test_config_json_has_the_architecture_and_nothing_of_the_run(bundle):
     config = read_json(bundle[0], "config.json")
     expected = "batch_size block_size vocab_size n_embd n_head n_layer dropout bias device"
-    more = {"architecture", "tie_weights", "activation", "rope_theta", "format_version"}
+    more = {"architecture", "tie_weights", "activation", "rope_theta", "ngram_rows"}
+    more.add("format_version")
     assert config.keys() == {*expected.split(), *more}
     assert (config["vocab_size"], config["batch_size"], config["device"]) == (3, 3, "cpu")
 

@@ -20,7 +20,7 @@ from tokenizer import CharTokenizer
 from utils.errors import UserError
 
 TOKENS = np.arange(200, dtype=np.uint8)
-DRAW = ModelConfig(seed=1, batch_size=8, block_size=10)
+DRAW = ModelConfig(seed=1, batch_size=8, block_size=10, window_order="random")
 
 
 def write(path, content: str | bytes):
@@ -193,9 +193,11 @@ def test_windows_are_drawn_uniformly():
     assert chi_squared < 190 + 5 * math.sqrt(2 * 190)
 
 
+@pytest.mark.parametrize("order", ["random", "shuffled", "shifted"])
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_batches_are_drawn_for_any_valid_seed(seed):
-    assert get_batch(TOKENS, 2**40, DRAW.model_copy(update={"seed": seed}))[0].shape == (8, 10)
+def test_batches_are_drawn_for_any_valid_seed(seed, order):
+    draw = DRAW.model_copy(update={"seed": seed, "window_order": order})
+    assert get_batch(TOKENS, 2**40, draw)[0].shape == (8, 10)
 
 
 SHUFFLED = DRAW.model_copy(update={"window_order": "shuffled"})
@@ -220,11 +222,53 @@ def test_shuffled_windows_come_once_in_an_epoch_for_any_batch_size(size, batch_s
         )
 
 
+SHIFTED = DRAW.model_copy(update={"window_order": "shifted"})
+
+
+def get_passes(tokens, draw, count, number):
+    """Return where the windows of each of the first passes begin."""
+    steps = range(-(-number * count // draw.batch_size))
+    starts = [int(s) for i in steps for s in get_batch(tokens, i, draw)[0][:, 0]]
+    return [starts[i * count : (i + 1) * count] for i in range(number)]
+
+
+@pytest.mark.parametrize("size", [11, 15, 21, 29, 30, 31, 200, 1024, 8193])
+@pytest.mark.parametrize("batch_size", [1, 8, 50])
+def test_shifted_windows_are_adjacent_and_come_once_in_an_epoch(size, batch_size):
+    tokens = np.arange(size, dtype=np.uint16)
+    draw = SHIFTED.model_copy(update={"batch_size": batch_size})
+    count = max(1, size // 10 - 1)  # whatever the offset below 10 is
+    passes = get_passes(tokens, draw, count, 30)
+    firsts = [min(one) for one in passes]
+    for one, first in zip(passes, firsts, strict=True):
+        assert sorted(one) == list(range(first, first + count * 10, 10))
+    assert set(firsts) == set(range(min(10, size - 10 * count)))  # all that leave room
+
+
+def test_successive_epochs_of_shifted_windows_are_cut_at_other_places():
+    tokens = np.arange(8193, dtype=np.uint16)
+    for seed in range(20):
+        draw = SHIFTED.model_copy(update={"seed": seed, "block_size": 256})
+        offsets = sorted(min(one) for one in get_passes(tokens, draw, 31, 8))
+        gaps = np.diff([*offsets, offsets[0] + 256])
+        assert 20 <= min(gaps) <= max(gaps) <= 40  # of a mean of 32
+    other = SHIFTED.model_copy(update={"seed": 2})
+    assert get_passes(tokens, SHIFTED, 818, 1) != get_passes(tokens, other, 818, 1)
+
+
 def test_shuffled_batches_are_the_same_in_every_release_and_for_any_selection_of_rows():
     whole = get_batch(TOKENS, 5, SHUFFLED)
     assert whole[0][:, 0].tolist() == [100, 80, 40, 20, 110, 70, 50, 90]
     assert torch.equal(whole[1], whole[0] + 1)
     parts = [get_batch(TOKENS, 5, SHUFFLED, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
+    assert torch.equal(whole[0], torch.cat(parts))
+
+
+def test_shifted_batches_are_the_same_in_every_release_and_for_any_selection_of_rows():
+    whole = get_batch(TOKENS, 5, SHIFTED)
+    assert whole[0][:, 0].tolist() == [108, 88, 48, 28, 118, 78, 58, 98]
+    assert torch.equal(whole[1], whole[0] + 1)
+    parts = [get_batch(TOKENS, 5, SHIFTED, rows=slice(i, i + 3))[0] for i in (0, 3, 6)]
     assert torch.equal(whole[0], torch.cat(parts))
 
 
@@ -247,7 +291,8 @@ def test_the_memory_for_shuffling_does_not_depend_on_the_length_of_the_text():
             assert 0 <= index.min() <= index.max() < self.size
             return np.zeros(index.shape, self.dtype)
 
-    assert get_batch(Endless(), 10**9, SHUFFLED)[0].shape == (8, 10)
+    for draw in (SHUFFLED, SHIFTED):
+        assert get_batch(Endless(), 10**9, draw)[0].shape == (8, 10)
     config = ModelConfig(batch_size=4, block_size=10, eval_iters=0)
     assert next(iter_evaluation_batches(Endless(), config))[0].shape == (4, 10)
     assert len(list(iter_evaluation_batches(Endless(), config, max_windows=9))) == 3

@@ -50,6 +50,7 @@ SHAPES = {
     "one head": {"n_head": 1},
     "odd head size": {"architecture": "gpt2", "n_embd": 35, "n_head": 5},
     "another theta": {"rope_theta": 500.0},
+    "speedrun": {"architecture": "speedrun", "ngram_rows": 50},
 }
 
 

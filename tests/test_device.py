@@ -86,7 +86,7 @@ def test_out_of_memory_is_recognized_on_any_device():
 
 
 @pytest.mark.parametrize(
-    ("kind", "capability", "amx", "expected"),
+    ("kind", "capability", "has_bf16", "expected"),
     [
         ("cuda", (9, 0), False, "bf16"),
         ("cuda", (8, 0), False, "bf16"),
@@ -97,10 +97,10 @@ def test_out_of_memory_is_recognized_on_any_device():
     ],
 )
 def test_auto_is_bf16_if_the_processor_supports_it_natively(
-    monkeypatch, kind, capability, amx, expected
+    monkeypatch, kind, capability, has_bf16, expected
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(device, "has_amx", lambda: amx)
+    monkeypatch.setattr(device, "has_bf16_instructions", lambda: has_bf16)
     assert choose_precision("auto", torch.device(kind)) == expected
 
 
@@ -244,19 +244,24 @@ class Sum(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False)]
+    ("flags", "expected"),
+    [
+        ("fpu amx_bf16 amx_tile", True),
+        ("fpu avx512_bf16", True),
+        ("fpu avx512f avx512_vnni", False),
+    ],
 )
-def test_amx_is_read_from_the_cpu_flags_of_linux(monkeypatch, flags, expected):
+def test_bf16_instructions_are_read_from_the_cpu_flags_of_linux(monkeypatch, flags, expected):
     cpuinfo = f"processor\t: 0\nmodel name\t: A CPU: fast\nflags\t\t: {flags}\n"
     monkeypatch.setattr(device.Path, "read_text", lambda path, encoding: cpuinfo)
-    assert device.has_amx() == expected
+    assert device.has_bf16_instructions() == expected
     assert device.get_processor_name() == "A CPU: fast"
 
 
-def test_a_system_without_cpuinfo_has_no_amx_and_a_processor_name(monkeypatch):
+def test_a_system_without_cpuinfo_has_no_bf16_and_a_processor_name(monkeypatch):
     def missing(path, encoding):
         raise FileNotFoundError
 
     monkeypatch.setattr(device.Path, "read_text", missing)
-    assert not device.has_amx()
+    assert not device.has_bf16_instructions()
     assert device.get_processor_name()
