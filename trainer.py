@@ -97,6 +97,7 @@ from utils.device import (
 from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.isolation import Isolated
+from utils.kernels import is_attention_causal
 from utils.memory import check_memory
 from utils.output import Output
 from utils.overlap import find_longest_overlap
@@ -241,6 +242,7 @@ class Trainer:
         if world.rank > 0:  # so that dropout masks differ between ranks
             torch.manual_seed(derive_seed(config.seed, world.rank, self.plan.start_step))
         self.precision = choose_precision(config.precision, device)
+        check_causality(config, device, self.precision)
         self.optimizer = create_optimizer(self.model, config, DTYPES[self.precision])
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.train_model, self.compile_result = self.create_train_model(on_progress)
@@ -577,7 +579,8 @@ def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length
     tokenizer = data.tokenizer
     prompt = tokenizer.encode(tokenizer.default_prompt)
     sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
-    ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
+    with enter_evaluation_mode(model):  # once, rather than for each token
+        ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
     return tokenizer.decode(ids[0, prompt.size :])
 
 
@@ -656,6 +659,17 @@ def open_device(config: ModelConfig) -> torch.device:
         torch.cuda.set_device(device)  # so that plain "cuda" means this device
     configure_matmul(device, config.precision)
     return device
+
+
+def check_causality(config: ModelConfig, device: torch.device, precision: str) -> None:
+    """Raise `UserError` if attention sees later positions on this device, in this precision."""
+    D = config.n_embd // config.n_head
+    if not is_attention_causal(config.n_head, config.block_size, D, device, DTYPES[precision]):
+        raise UserError(
+            f"attention in {precision} on {describe_device(device)} sees later positions, by an "
+            "error of this PyTorch there: a model would learn nothing. Use another --precision or "
+            "--device, or update PyTorch"
+        )
 
 
 def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from utils.kernels import RMS_EPSILON, apply_causal_attention, apply_rms_norm
+from utils.kernels import (
+    RMS_EPSILON,
+    apply_causal_attention,
+    apply_rms_norm,
+    is_attention_causal,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,3 +61,23 @@ def test_causal_attention_computes_in_float32_on_a_cpu_under_autocast():
         y = apply_causal_attention(q, k, v, 0.0)
     assert y.dtype == torch.float32
     assert torch.equal(y, apply_causal_attention(q, k, v.float(), 0.0))
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "D"), [(1, 2), (2, 32), (7, 10), (256, 64), (5000, 16)])
+def test_attention_is_found_to_be_causal(dtype, T, D):
+    assert is_attention_causal(2, T, D, CPU, dtype)
+
+
+@pytest.mark.parametrize("offset", [1, 200])
+def test_attention_that_sees_later_positions_is_found(monkeypatch, offset):
+    def leak(q, k, v, dropout_p, is_causal):
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(offset)
+        return attention(q, k, v, attn_mask=mask)
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", leak)
+    assert not is_attention_causal(2, 256, 32, CPU, torch.float16)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RMS_EPSILON = 1e-6  # Qwen3's
+MAX_CHECKED = 1024  # positions: the check of longer contexts would take more than milliseconds
 
 
 def apply_rms_norm(x: Tensor) -> Tensor:
@@ -52,3 +53,20 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+
+def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether attention in `dtype` leaves out later positions, as computed on this device.
+
+    A kernel that does not trains a model that sees the token it predicts: a loss near 0, and
+    nonsense when it generates. Public reports say so of MPS in half precision.
+    """
+    T = min(T, MAX_CHECKED)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn((3, 1, H, T, D), generator=generator)
+    changed_v = v.clone()
+    changed_v[:, :, -1] += 1000  # in the last position, which only the last output may see
+    q, k, v = torch.cat((q, q)), torch.cat((k, k)), torch.cat((v, changed_v))  # (2, H, T, D)
+    y = apply_causal_attention(q.to(device), k.to(device), v.to(device, dtype), 0.0)
+    first, second = y[:, :, :-1].float()
+    return torch.allclose(first, second, atol=0.05)  # a later position would add some 1000 / T
