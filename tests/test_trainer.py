@@ -43,6 +43,7 @@ from model import LanguageModel
 from parameters import ModelConfig
 from resume import plan_run
 from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
+from utils import kernels
 from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
 from utils.output import run_command
@@ -210,6 +211,16 @@ def test_a_lower_precision_gives_nearly_the_same_losses_and_is_recorded(tiny, qu
     assert record["run"]["precision"] == precision
     weights = load_file(result.export_dir / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_kernel_that_sees_later_positions_ends_the_run_before_it_starts(tiny, quiet, monkeypatch):
+    def leak(q, k, v, dropout_p):
+        return v.mean(dim=2, keepdim=True).expand_as(v)
+
+    monkeypatch.setattr(kernels, "apply_causal_attention", leak)
+    with pytest.raises(UserError, match=r"bf16.*later positions.*--precision"):
+        train(tiny(precision="bf16"), output=quiet)
+    assert not Path("runs").exists()
 
 
 def test_a_fp16_step_with_overflowing_gradients_is_skipped(tiny):
