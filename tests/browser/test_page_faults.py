@@ -299,4 +299,6 @@ def test_scripts_and_markup_of_another_page_never_run(trained_page, open_page):
     settle(page)
     assert not page.evaluate("window.hasRun")
     assert page.locator("main img, main script").count() == 0
-    assert page.errors == page.warnings == []
+    # Chromium 156 logs what the policy blocks, in a document that is only parsed, too.
+    others = [each for each in page.warnings if "Content Security Policy" not in each]
+    assert page.errors == others == []
