@@ -465,12 +465,13 @@ def _check_shapes(
     """
     layers = {match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, header) if match}
     _, shape = header.get("token_embedding.weight", ("", []))
-    _, ngrams = header.get("ngram_embedding.weight", ("", [None, config.n_embd]))
-    expected = (config.n_layer, [vocab_size, config.n_embd], [config.ngram_rows, config.n_embd])
+    _, ngrams = header.get("ngram_embedding.weight", ("", None))
+    expected_ngrams = None if config.ngram_rows is None else [config.ngram_rows, config.n_embd]
+    expected = (config.n_layer, [vocab_size, config.n_embd], expected_ngrams)
     if (len(layers), shape, ngrams) != expected:
         raise UserError(
             f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers, an embedding of {shape} and "
-            f"{ngrams[0]} rows of n-grams, where {CONFIG_FILE} has n_layer {config.n_layer}, "
+            f"n-gram embeddings of {ngrams}, where {CONFIG_FILE} has n_layer {config.n_layer}, "
             f"vocab_size {vocab_size}, n_embd {config.n_embd} and ngram_rows {config.ngram_rows}: "
             "these files belong to different models"
         )

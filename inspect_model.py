@@ -122,8 +122,8 @@ def _count_parameters(directory: Path) -> dict[str, int]:
     """Count parameters, in total and by part, from the safetensors header alone."""
     header = read_weights_header(directory)
     sizes = {name: math.prod(shape) for name, (_, shape) in header.items()}
-    parts = {"total": sum(sizes.values()), "token_embedding": 0, "position_embedding": 0}
-    parts |= {"attention": 0, "mlp": 0, "norms": 0}  # in the order of model.py
+    parts = {"total": sum(sizes.values()), "token_embedding": 0, "ngram_embedding": 0}
+    parts |= {"position_embedding": 0, "attention": 0, "mlp": 0, "norms": 0}  # as in model.py
     for name, size in sizes.items():
         # blocks.3.attention.qkv.weight counts as attention, and attention_norm as norms
         words = [word for word in name.split(".") if not word.isdecimal() and word != "blocks"]

@@ -180,6 +180,7 @@ def list_facts(
         f"{pluralize(config.n_head, 'head')}, {config.n_embd} channels, context "
         f"{config.block_size}, {config.activation}, "
         f"{'tied' if config.tie_weights else 'untied'} head"
+        f"{f', {config.ngram_rows:,} rows of n-grams' if config.ngram_rows else ''}"
         f"{', biases' if config.bias else ''}",
     )
     at_step = [line for line in (run.metrics if run else ()) if line["step"] == state.step]

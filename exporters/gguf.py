@@ -1,7 +1,7 @@
 """GGUF: one file for llama.cpp, and the programs built on it, such as Ollama and LM Studio.
 
-`modern` is a `qwen3` there, `gpt2` a `gpt2`. The format is that of github.com/ggml-org/ggml,
-docs/gguf.md.
+`modern` is a `qwen3` there, `gpt2` a `gpt2`; `speedrun` is refused. The format is that of
+github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from pathlib import Path
@@ -48,6 +48,7 @@ PROBES = 256  # tokens that are tried as a context, to find a token that is rare
 
 def check(source: ExportSource, dtype: str) -> None:
     """Raise `UserError` if llama.cpp's architectures cannot express the model, or run it."""
+    source.check_portable()
     config, path = source.config, source.bundle.path
     architecture, wanted = ARCHITECTURES[config.architecture], ACTIVATIONS[config.architecture]
     if not config.activation.startswith(wanted):  # gelu_tanh, too

@@ -1,7 +1,7 @@
 """Hugging Face: a directory that Transformers loads without custom code.
 
-`modern` is Qwen3ForCausalLM there, `gpt2` is GPT2LMHeadModel. import_model.py reads such
-directories by the same tables.
+`modern` is Qwen3ForCausalLM there, `gpt2` is GPT2LMHeadModel; `speedrun` is refused.
+import_model.py reads such directories by the same tables.
 """
 
 import json
@@ -54,6 +54,7 @@ GPT2_NAMES = {
     "final_norm": "transformer.ln_f",
     "head": "lm_head",
 }
+NAMES = {"modern": QWEN3_NAMES, "gpt2": GPT2_NAMES}
 # Qwen3 has three matrices for the three parts of Folio's.
 QKV, QKV_PARTS = "blocks.{}.attention.qkv", "model.layers.{}.self_attn.{}_proj"
 # GPT-2's matrices of attention and MLP are transposed there (Transformers' Conv1D).
@@ -64,7 +65,7 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 def list_names(config: ModelConfig) -> dict[str, str]:
     """Return Folio's names of the modules of this shape, and those of Transformers."""
-    names = QWEN3_NAMES if config.architecture == "modern" else GPT2_NAMES
+    names = NAMES[config.architecture]
     if config.tie_weights:
         names = {name: theirs for name, theirs in names.items() if name != "head"}
     return {
@@ -202,7 +203,8 @@ def create_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
 
 
 def check(source: ExportSource, dtype: str) -> None:
-    """Raise `UserError` if a weight is too large for the dtype."""
+    """Raise `UserError` if no model there has these parts, or a weight overflows in the dtype."""
+    source.check_portable()
     source.check_range(TORCH_DTYPES[dtype])
 
 

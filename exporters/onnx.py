@@ -5,6 +5,9 @@
                     (B, H, P, D) -> the logits (B, V) of the next token, and keys and values of
                     P + t tokens; P is 0 at first, P + t at most block_size
 
+The decoder of architecture speedrun takes previous_ids, too: the ids (B, 2) of the two tokens
+before input_ids, for its n-gram embeddings, -1 where there is none.
+
 Their metadata has the vocabulary and the settings.
 """
 
@@ -52,10 +55,15 @@ class LayerCache:
 
 
 class Cache:
-    """The keys and values of all layers: see `model.KVCache`."""
+    """The keys and values of all layers, and `previous_ids`: see `model.KVCache`."""
 
-    def __init__(self, past: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor]], previous_ids: Tensor | None):
         self.layers = [LayerCache(*pair) for pair in past]
+        self.previous_ids = previous_ids
+
+    def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Return `idx`, `(B, t)`, after the two tokens before, as `NgramEmbedding` reads them."""
+        return torch.cat((self.previous_ids, idx), dim=1) + 1
 
     def get_layers(self, positions: Tensor) -> list[LayerCache]:
         """Return each layer's part."""
@@ -82,10 +90,13 @@ class DecodeStep(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, past: Sequence[tuple[Tensor, Tensor]]
+        self,
+        input_ids: Tensor,
+        past: Sequence[tuple[Tensor, Tensor]],
+        previous_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return the next token's logits `(B, V)`, and each layer's keys and values."""
-        cache, P = Cache(past), past[0][0].size(2)
+        cache, P = Cache(past, previous_ids), past[0][0].size(2)
         positions = torch.arange(P, P + input_ids.size(1))
         logits = self.model.compute_next_logits(input_ids, positions, cache)
         return logits, [(layer.keys, layer.values) for layer in cache.layers]
@@ -95,9 +106,11 @@ def check(source: ExportSource, dtype: str) -> None:
     """Raise `UserError` if the weights do not fit into one ONNX file."""
     size = 4 * source.model.count_parameters()
     if size > MAX_BYTES:
+        is_speedrun = source.config.architecture == "speedrun"
+        remedy = "choose a smaller model" if is_speedrun else "export it with --format hf or gguf"
         raise UserError(
             f"{source.bundle.path}: its weights take {format_bytes(size)}, and an ONNX file holds "
-            f"{format_bytes(MAX_BYTES)}: export it with --format hf or gguf"
+            f"{format_bytes(MAX_BYTES)}: {remedy}"
         )
 
 
@@ -111,10 +124,15 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     whole = trace(WholeSequence(model), (ids,), (sizes,), ["input_ids"], ["logits"])
     shape = (2, config.n_head, 4, D)  # different tensors, as the same one would be one input
     past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.n_layer)]
-    sizes = ({0: batch, 1: Dim("new")}, [({0: batch, 2: Dim("past")},) * 2] * config.n_layer)
+    example = [ids, past]
+    sizes = [{0: batch, 1: Dim("new")}, [({0: batch, 2: Dim("past")},) * 2] * config.n_layer]
     inputs, outputs = (list_cache_names(kind, config.n_layer) for kind in ("past", "present"))
-    names = ["input_ids", *inputs], ["logits", *outputs]
-    step = trace(DecodeStep(model), (ids, past), sizes, *names)
+    inputs = ["input_ids", *inputs]
+    if config.architecture == "speedrun":
+        example.append(torch.full((2, 2), -1))
+        sizes.append({0: batch})
+        inputs.append("previous_ids")
+    step = trace(DecodeStep(model), tuple(example), tuple(sizes), inputs, ["logits", *outputs])
     metadata = create_metadata(source)
     for file, graph in (("model.onnx", whole), ("decoder.onnx", step)):
         save(graph, directory / file, metadata)
@@ -220,10 +238,14 @@ class OnnxModel:
         empty = np.zeros((1, settings["n_head"], 0, settings["head_size"]), dtype=np.float32)
         cache = [empty] * (2 * settings["n_layer"])
         names = list_cache_names("past", settings["n_layer"])
+        previous = np.full((1, 2), -1, dtype=np.int64)
         while len(generated) < n:
-            inputs = dict(zip(names, cache, strict=True))
-            logits, *cache = self.decoder.run(None, {"input_ids": new, **inputs})
+            inputs = {"input_ids": new, **dict(zip(names, cache, strict=True))}
+            if settings["architecture"] == "speedrun":
+                inputs["previous_ids"] = previous
+            logits, *cache = self.decoder.run(None, inputs)
             generated.append(int(logits[0, : settings["num_tokens"]].argmax()))
+            previous = np.concatenate((previous, new), axis=1)[:, -2:]
             new = np.array([generated[-1:]], dtype=np.int64)
         return np.array(generated, dtype=np.int64)
 

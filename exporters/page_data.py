@@ -24,7 +24,7 @@ from utils.report.runs import TRAIN, VAL, Run
 MAX_POINTS = 200  # of a loss curve
 ARCHITECTURE = {
     *("architecture", "block_size", "n_embd", "n_head", "n_layer", "activation", "bias"),
-    *("tie_weights", "rope_theta"),
+    *("tie_weights", "rope_theta", "ngram_rows"),
 }
 LEFT_OUT = "left out by --no-memorization"
 

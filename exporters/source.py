@@ -39,6 +39,15 @@ class ExportSource:
         """SHA-256 of the bundle's `model.safetensors`."""
         return self.bundle.state.files[WEIGHTS_FILE]
 
+    def check_portable(self) -> None:
+        """Raise `UserError` if the models of Transformers and llama.cpp lack a part of this one."""
+        if self.config.architecture == "speedrun":
+            raise UserError(
+                f"{self.bundle.path}: architecture speedrun has n-gram embeddings, which no model "
+                "of Transformers or llama.cpp has: use --format onnx or html, or train a model of "
+                "architecture modern"
+            )
+
     def check_range(self, dtype: torch.dtype, wider: str = "bf16 or fp32") -> None:
         """Raise `UserError` if a weight overflows in the dtype; `wider` names those to choose."""
         limit = torch.finfo(dtype).max

@@ -170,7 +170,8 @@ def find_differences(source: ExportSource, place: Path, format: str = "") -> lis
     The model is exported again, in the dtype of the file, and compared bit for bit. `format` is
     that of the record; without it, a directory is Transformers', and a file a page or a GGUF.
 
-    Raises `UserError` if `place` is none of these, cannot be read, or needs a library.
+    Raises `UserError` if `place` is none of these, cannot be read, or needs a library, or its
+    format lacks a part of the model.
     """
     limit = 4 * source.model.count_parameters() + SPARE_BYTES
     if format == "hf" or (not format and is_directory(place)):
@@ -182,6 +183,8 @@ def find_differences(source: ExportSource, place: Path, format: str = "") -> lis
             from exporters import gguf as exporter  # late: it needs an optional dependency
         except ImportError:
             raise UserError("gguf is not installed: `pip install '.[export]'`") from None
+    if exporter is not html:
+        source.check_portable()
     try:
         path = exporter.find_file(place)
         if path.stat().st_size > limit:

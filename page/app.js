@@ -109,8 +109,7 @@ export class App {
 
   /** Append a token to the text. */
   append(id) {
-    const ids = [...this.getIds(), id];
-    this.setIds(ids);
+    this.setIds([...this.getIds(), id]);
   }
 
   /** Remember the text for `undo`. */

@@ -17,7 +17,7 @@ export function drawChart({ series, width, height = 240, xLabel, yLabel, marks =
   const xRange = getRange([...points.map(([x]) => x), ...marks.map(({ at }) => at)]);
   const yTicks = chooseTicks(...getRange(points.map(([, y]) => y)), 4);
   const x = createScale(xRange, [MARGIN.left, right]);
-  const y = createScale([yTicks[0], yTicks[yTicks.length - 1]], [bottom, MARGIN.top]);
+  const y = createScale([yTicks[0], yTicks.at(-1)], [bottom, MARGIN.top]);
   const svg = createSvg("svg", {
     viewBox: `0 0 ${width} ${height}`,
     class: "chart",
@@ -42,18 +42,13 @@ export function drawChart({ series, width, height = 240, xLabel, yLabel, marks =
   for (const { points, name, color } of series) {
     const places = points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`);
     draw("polyline", { points: places.join(" "), class: `line ${color}` });
-    const [a, b] = points[points.length - 1];
+    const [a, b] = points.at(-1);
     if (name) write(name, x(a) - 4, y(b) - 6, "end", "label");
   }
   for (const { at, label } of marks) {
     const isRight = x(at) > width / 2;
-    draw("line", {
-      x1: x(at),
-      x2: x(at),
-      y1: MARGIN.top,
-      y2: bottom,
-      class: label ? "mark" : "grid",
-    });
+    const name = label ? "mark" : "grid";
+    draw("line", { x1: x(at), x2: x(at), y1: MARGIN.top, y2: bottom, class: name });
     write(label, x(at) + (isRight ? -4 : 4), MARGIN.top + 8, isRight ? "end" : "start", "label");
   }
   return svg;

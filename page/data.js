@@ -71,15 +71,24 @@ export function readPage(root, prefix = "own") {
 
 /** Throw PageError if a model's data is not what the page can show. */
 function checkModel({ config, num_tokens: V, tokenizer, checkpoints, shown, default_prompt }) {
-  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
-  const isCount = (value) => Number.isInteger(value) && value > 0 && value < 2 ** 24;
-  if (![V, T, C, H, L, F].every(isCount) || C % H !== 0 || L > MAX_LAYERS) throw new PageError();
-  if (!Object.hasOwn(ACTIVATIONS, config.activation)) throw new PageError();
-  if (!Number.isFinite(config.rope_theta) || config.rope_theta <= 0) throw new PageError();
-  if (typeof default_prompt !== "string") throw new PageError();
-  if (countNumbers(config, V) > MAX_MODEL_NUMBERS) throw new PageError();
+  const { architecture, block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
+  const isCount = (value) => Number.isInteger(value) && value > 0 && value <= 2 ** 24;
+  const isText = (value) => typeof value === "string";
+  const rows = config.ngram_rows ?? null; // older pages have none
   const vocabulary = tokenizer.chars ?? tokenizer.tokens;
-  const isText = (token) => typeof token === "string";
-  if (vocabulary.length !== V || !vocabulary.every(isText)) throw new PageError();
-  if (!(shown in checkpoints)) throw new PageError();
+  const isValid =
+    [V, T, C, H, L, F].every(isCount) &&
+    C % H === 0 &&
+    L <= MAX_LAYERS &&
+    ["modern", "gpt2", "speedrun"].includes(architecture) &&
+    (architecture === "speedrun" ? isCount(rows) : rows === null) &&
+    Object.hasOwn(ACTIVATIONS, config.activation) &&
+    Number.isFinite(config.rope_theta) &&
+    config.rope_theta > 0 &&
+    isText(default_prompt) &&
+    countNumbers(config, V) <= MAX_MODEL_NUMBERS &&
+    vocabulary.length === V &&
+    vocabulary.every(isText) &&
+    shown in checkpoints;
+  if (!isValid) throw new PageError();
 }

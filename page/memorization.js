@@ -55,7 +55,7 @@ export function findStretches(text, hashes, { length, stride }) {
 function mergeOverlaps(stretches) {
   const merged = [];
   for (const stretch of stretches) {
-    const last = merged[merged.length - 1];
+    const last = merged.at(-1);
     if (last && stretch.start <= last.stop) {
       last.stop = Math.max(last.stop, stretch.stop);
       last.isCopy ||= stretch.isCopy;

@@ -11,33 +11,31 @@ import { decodeHalves } from "./weights.js";
 
 /** Return the shape of each tensor of a model, by name, in the order of model.py. */
 export function listTensors(config, V) {
-  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
-  const isModern = config.architecture === "modern";
+  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F, ngram_rows: R } = config;
+  const isModern = config.architecture !== "gpt2";
   const shapes = new Map([["token_embedding.weight", [V, C]]]);
-  const addNorm = (name, size) => {
-    shapes.set(`${name}.weight`, [size]);
-    if (!isModern && config.bias) shapes.set(`${name}.bias`, [size]);
-  };
-  const addLinear = (name, outputs, inputs, bias) => {
-    shapes.set(`${name}.weight`, [outputs, inputs]);
-    if (bias) shapes.set(`${name}.bias`, [outputs]);
-  };
+  if (R) shapes.set("ngram_embedding.weight", [R, C]);
   if (!isModern) shapes.set("position_embedding.weight", [T, C]);
+  // Add the weight of a norm or of a linear layer, and its bias.
+  const add = (name, ...shape) => {
+    shapes.set(`${name}.weight`, shape);
+    if (config.bias) shapes.set(`${name}.bias`, [shape[0]]);
+  };
   for (let layer = 0; layer < L; layer++) {
     const block = `blocks.${layer}`;
-    addNorm(`${block}.attention_norm`, C);
-    addLinear(`${block}.attention.qkv`, 3 * C, C, config.bias);
+    add(`${block}.attention_norm`, C);
+    add(`${block}.attention.qkv`, 3 * C, C);
     if (isModern) {
-      addNorm(`${block}.attention.queries_and_keys.query_norm`, C / H);
-      addNorm(`${block}.attention.queries_and_keys.key_norm`, C / H);
+      add(`${block}.attention.queries_and_keys.query_norm`, C / H);
+      add(`${block}.attention.queries_and_keys.key_norm`, C / H);
     }
-    addLinear(`${block}.attention.projection`, C, C, config.bias);
-    addNorm(`${block}.mlp_norm`, C);
-    if (isModern) addLinear(`${block}.mlp.gate`, F, C, false);
-    addLinear(`${block}.mlp.expand`, F, C, !isModern && config.bias);
-    addLinear(`${block}.mlp.projection`, C, F, !isModern && config.bias);
+    add(`${block}.attention.projection`, C, C);
+    add(`${block}.mlp_norm`, C);
+    if (isModern) add(`${block}.mlp.gate`, F, C);
+    add(`${block}.mlp.expand`, F, C);
+    add(`${block}.mlp.projection`, C, F);
   }
-  addNorm("final_norm", C);
+  add("final_norm", C);
   if (!config.tie_weights) shapes.set("head.weight", [V, C]);
   return shapes;
 }
@@ -132,6 +130,29 @@ class LayerNorm {
   }
 }
 
+const NGRAM_FACTORS = [
+  [0, 1273642419, 2038074743],
+  [1500450271, 715225739, 1299709],
+]; // as in parameters.py
+
+/** A learned vector for the pair of tokens and one for the triple that end at each position. */
+class NgramEmbedding {
+  constructor(weight, { block_size: T, n_embd: C, ngram_rows: R }) {
+    Object.assign(this, { weight, C, R });
+    this.ids = new Float64Array(T + 2); // plus 1, after two zeros, which stand for no token
+  }
+
+  /** Append a token at a position, and add both vectors to x, (C,). */
+  forward(id, position, x) {
+    const { weight, C, R, ids } = this;
+    ids[position + 2] = id + 1;
+    for (const factors of NGRAM_FACTORS) {
+      const sum = factors.reduce((total, factor, i) => total + factor * ids[position + i], 0);
+      add(x, weight.subarray((sum % R) * C));
+    }
+  }
+}
+
 /** Query-key norm, then rotary position embedding. */
 class NormedRotary {
   constructor(config, queryNorm, keyNorm) {
@@ -177,7 +198,7 @@ class CausalSelfAttention {
     this.qkv = model.createLinear(`${name}.qkv`, C);
     this.projection = model.createLinear(`${name}.projection`, C);
     this.rotary = null; // gpt2 adds its positions to the embeddings
-    if (config.architecture === "modern") {
+    if (config.architecture !== "gpt2") {
       const norms = ["query_norm", "key_norm"].map((each) =>
         model.createNorm(`${name}.queries_and_keys.${each}`),
       );
@@ -270,7 +291,7 @@ class Block {
     this.attentionNorm = model.createNorm(`blocks.${layer}.attention_norm`);
     this.attention = new CausalSelfAttention(model, layer);
     this.mlpNorm = model.createNorm(`blocks.${layer}.mlp_norm`);
-    this.mlp = new (model.config.architecture === "modern" ? GatedMLP : MLP)(model, layer);
+    this.mlp = new (model.config.architecture === "gpt2" ? MLP : GatedMLP)(model, layer);
   }
 
   /** Add both residual branches to the rows of x, (M, C), from `first` on, in place. */
@@ -285,7 +306,7 @@ class Block {
   }
 }
 
-/** Add y to x, in place. */
+/** Add y, or its beginning, to x, in place. */
 function add(x, y) {
   for (let i = 0; i < x.length; i++) x[i] += y[i];
 }
@@ -321,6 +342,8 @@ export class LanguageModel {
     };
     this.tokenEmbedding = this.tensors.get("token_embedding.weight");
     this.positionEmbedding = this.tensors.get("position_embedding.weight"); // gpt2
+    const ngrams = this.tensors.get("ngram_embedding.weight"); // speedrun
+    if (ngrams) this.ngramEmbedding = new NgramEmbedding(ngrams, config);
     this.blocks = Array.from({ length: L }, (_, layer) => new Block(this, layer));
     this.finalNorm = this.createNorm("final_norm");
     this.head = this.createLinear(config.tie_weights ? "token_embedding" : "head", C);
@@ -333,7 +356,7 @@ export class LanguageModel {
 
   createNorm(name) {
     const weight = this.tensors.get(`${name}.weight`);
-    if (this.config.architecture === "modern") return new RMSNorm(weight);
+    if (this.config.architecture !== "gpt2") return new RMSNorm(weight);
     return new LayerNorm(weight, this.tensors.get(`${name}.bias`));
   }
 
@@ -354,11 +377,10 @@ export class LanguageModel {
     const { n_embd: C } = this.config;
     const { x } = this.buffers;
     for (let m = 0; m < M; m++) {
-      x.set(this.tokenEmbedding.subarray(ids[m] * C, (ids[m] + 1) * C), m * C);
-      if (this.positionEmbedding) {
-        const start = (position + m) * C;
-        for (let c = 0; c < C; c++) x[m * C + c] += this.positionEmbedding[start + c];
-      }
+      const row = x.subarray(m * C, (m + 1) * C);
+      row.set(this.tokenEmbedding.subarray(ids[m] * C, (ids[m] + 1) * C));
+      if (this.positionEmbedding) add(row, this.positionEmbedding.subarray((position + m) * C));
+      this.ngramEmbedding?.forward(ids[m], position + m, row);
     }
     observer?.onResidual?.(0, x);
     this.blocks.forEach((block, layer) => {

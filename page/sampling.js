@@ -104,7 +104,7 @@ export function chooseToken(logits, draw) {
   let total = 0;
   computeSoftmax(logits).forEach((probability, v) => (cdf[v] = total += probability));
   // Rounding must not carry a draw past the end, to tokens of probability 0.
-  const target = Math.fround(Math.min(draw, 1 - 2 ** -20) * cdf[cdf.length - 1]);
+  const target = Math.fround(Math.min(draw, 1 - 2 ** -20) * cdf.at(-1));
   let token = 0;
   while (cdf[token] <= target) token++;
   return token;

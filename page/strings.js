@@ -4,7 +4,8 @@ const number = (value, digits = 0) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const percent = (share) =>
   share >= 0.9995 ? "100 %" : share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
-const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+const plural = (count, noun) =>
+  `${number(count)} ${noun}${count === 1 ? "" : noun.endsWith("ch") ? "es" : "s"}`;
 const toBits = (nats) => nats / Math.LN2;
 
 export const STRINGS = {
@@ -59,6 +60,7 @@ export const STRINGS = {
       ["\r", "carriage return"],
     ]),
     position: (index) => `position ${number(index + 1)}`,
+    cut: (count, unit) => `For the last ${plural(count, unit)} of the text.`,
   },
 
   next: {
@@ -155,7 +157,6 @@ export const STRINGS = {
     lead: (unit) =>
       `One map for each head: a row is a ${unit}, and its columns are those that it attends to, the ${unit} itself ` +
       `included; dark is much. Choose a head, then a ${unit} of the text: the colours show what it attends to.`,
-    cut: (count, unit) => `For the last ${plural(count, unit)} of the text.`,
     layer: (layer) => `Layer ${layer}`,
     head: (layer, head) => `Layer ${layer}, head ${head}`,
     headShort: (head) => `head ${head}`,
@@ -184,7 +185,6 @@ export const STRINGS = {
     next: "True next",
     embedding: "Embedding",
     layer: (layer) => `After layer ${layer}`,
-    cut: (count, unit) => `For the last ${plural(count, unit)} of the text.`,
     cell: (row, name, top) => `${row}, at ${name}: ${top}`,
     choose: "Choose a cell to see the five likeliest.",
     caption: "Likeliest next token by layer and position",
@@ -201,7 +201,6 @@ export const STRINGS = {
     pack: "Or make a page with two models, such as a parent and its fine-tuned child:",
     command: "python export.py dante_purgatorio --format html --with dante",
     text: (bits) => `Your text: ${number(bits, 3)} bits per byte`,
-    unknown: (chars) => `Not in the vocabulary: ${chars}`,
     same: (count) =>
       count === 0
         ? "The continuations differ from the first character on."
@@ -225,6 +224,10 @@ export const STRINGS = {
     parts: {
       tokens: ["Tokens", "The text as numbers: an id for each entry of the vocabulary."],
       embedding: ["Token embedding", "Looks up a vector for each token."],
+      ngrams: [
+        "N-gram embedding",
+        "Adds a vector for the last two tokens and one for the last three: R rows, which n-grams share.",
+      ],
       positions: ["Position embedding", "Adds a vector for each position."],
       norm: ["Norm", "Scales each vector to a fixed size."],
       attention: [
@@ -268,9 +271,9 @@ export const STRINGS = {
     found: (copies, phrases, longest) => {
       if (copies + phrases === 0) return "No match.";
       const copied = copies
-        ? `${copies === 1 ? "1 copied stretch" : `${number(copies)} copied stretches`}, the longest of at least ${plural(longest, "character")}`
+        ? `${plural(copies, "copied stretch")}, the longest of at least ${plural(longest, "character")}`
         : "No copied stretch";
-      return `${copied}; ${plural(phrases, "shorter match").replace("matchs", "matches")}.`;
+      return `${copied}; ${plural(phrases, "shorter match")}.`;
     },
     none: (reason) => `The page was made without this: ${reason}.`,
     passage: "The text, with its matches underlined",
@@ -301,6 +304,7 @@ export const STRINGS = {
       ["gated MLP", "an MLP whose hidden values are multiplied by a gate"],
       ["silu, gelu", "smooth activations: near 0 below 0, near the identity above"],
       ["modern, gpt2", "the architectures of Folio: Qwen3's parts, or GPT-2's"],
+      ["speedrun", "modern with n-gram embeddings"],
     ],
   },
 };

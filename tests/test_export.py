@@ -56,8 +56,12 @@ VARIANTS = {
     "gpt2, biases": {"architecture": "gpt2", "bias": True},
     "gpt2, untied": {"architecture": "gpt2", "tie_weights": False, "activation": "silu"},
     "gpt2, untied, biases": {"architecture": "gpt2", "tie_weights": False, "bias": True},
+    "speedrun": {"architecture": "speedrun", "ngram_rows": 500},
 }
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
+for_each_variant_of_transformers = pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name != "speedrun"]
+)
 for_each_vocabulary = pytest.mark.parametrize("name", VOCABULARIES)
 
 
@@ -92,7 +96,7 @@ def fail(main, *words: object, status: int = 2) -> None:
 # Transformers -----------------------------------------------------------------------------------
 
 
-@for_each_variant
+@for_each_variant_of_transformers
 def test_transformers_computes_the_same_logits_and_greedy_text(save, variant):
     bundle = save(**VARIANTS[variant])
     directory = run_export(bundle, "--format=hf")
@@ -101,7 +105,7 @@ def test_transformers_computes_the_same_logits_and_greedy_text(save, variant):
     assert (found.agreeing, found.generated, found.is_text_same) == (200, 200, True)
 
 
-@for_each_variant
+@for_each_variant_of_transformers
 def test_the_weights_come_back_bit_for_bit(save, variant):
     bundle = save(**VARIANTS[variant])
     tensors = load_file(run_export(bundle, "--format=hf") / "model.safetensors")
@@ -111,7 +115,7 @@ def test_the_weights_come_back_bit_for_bit(save, variant):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@for_each_variant
+@for_each_variant_of_transformers
 def test_transformers_saves_the_same_bytes_again(save, variant):
     directory = run_export(save(**VARIANTS[variant]), "--format=hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
@@ -227,6 +231,16 @@ def test_half_precision_halves_the_file_and_stays_close(save, dtype, limit):
     sizes = [(place / "model.safetensors").stat().st_size for place in (bundle, directory)]
     assert sizes[1] < 0.55 * sizes[0]
     assert compare_with_source(load_source(bundle), open_export(directory)).difference < limit
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_n_gram_embeddings_are_refused_by_formats_that_lack_them(save, format, capsys):
+    bundle = save(**VARIANTS["speedrun"])
+    fail(export.main, bundle, f"--format={format}", "--out=out")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for fact in (str(bundle), "n-gram", "modern", "onnx", "html"):
+        assert fact in error
+    assert not any(Path().iterdir())
 
 
 def test_a_weight_that_overflows_in_half_precision_is_an_error(save, tmp_path, capsys):
@@ -533,6 +547,20 @@ def test_a_gguf_is_verified_in_its_directory_and_alone(save, dtype, tmp_path, ca
     fail(inspect_model.main, bundle, f"--verify={file}", status=1)
     fail(inspect_model.main, bundle, f"--verify={directory}", status=1)
     assert "differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_no_file_of_transformers_or_llama_cpp_is_verified_as_a_model_with_n_grams(
+    save, format, tmp_path, capsys
+):
+    directory = run_export(save(), f"--format={format}")
+    (directory / "export.json").unlink()
+    place = directory if format == "hf" else next(directory.glob("*.gguf"))
+    save_random_model(
+        tmp_path / "other", CharTokenizer(sorted(set(TEXT))), **SHAPE, **VARIANTS["speedrun"]
+    )
+    fail(inspect_model.main, tmp_path / "other", f"--verify={place}")
+    assert "n-gram" in capsys.readouterr().err
 
 
 def test_a_gguf_that_claims_an_endless_array_is_refused(save, tmp_path):

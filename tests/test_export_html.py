@@ -177,6 +177,10 @@ def test_markup_in_a_vocabulary_or_a_setting_is_no_markup_in_the_page(save_model
     assert "alert(1)" not in "".join(page.scripts)
 
 
+def test_the_page_without_data_has_at_most_150_000_bytes():
+    assert len(html.render_page("", []).encode()) <= 150_000
+
+
 def test_the_page_has_the_text_of_the_model_s_functions(save_model):
     source = run_export(save_model(n_embd=8)).data["source"]
     lines = (CHECKOUT / "model.py").read_text(encoding="utf-8").splitlines()
@@ -331,7 +335,8 @@ def test_inspect_model_finds_one_changed_weight(save_model, capsys):
 def test_the_page_has_the_shape_of_the_model(save_model, variant):
     bundle = save_model(**VARIANTS[variant])
     model, source = run_export(bundle).get_model(), load_source(bundle)
-    for name in ("architecture", "block_size", "activation", "bias", "tie_weights", "rope_theta"):
+    names = "architecture block_size activation bias tie_weights rope_theta ngram_rows"
+    for name in names.split():
         assert model["config"][name] == getattr(source.config, name)
     assert model["config"]["hidden"] == source.weights["blocks.0.mlp.expand.weight"].size(0)
     assert model["num_tokens"] == len(model["tokenizer"]["chars"]) == len(TEXT)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LINES
+from helpers import LINES, save_random_model
 
 import evaluate
 import inference
@@ -30,6 +30,7 @@ import inspect_model
 import train
 from bundle import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, clean_up, compute_state_digest
 from parameters import ModelConfig
+from tokenizer import create_tokenizer
 from trainer import train as run_training
 from utils.output import Output, run_command
 
@@ -173,6 +174,17 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "n_embd": (change_json(CONFIG, "n_embd", value=2**31 - 2), "evaluate", "n_embd"),
     "block_size": (change_json(CONFIG, "block_size", value=2**31 - 1), "inference", "block_size"),
     "vocabulary": (change_json(CONFIG, "vocab_size", value=10**9), "init-from", "vocab_size"),
+    "ngram_rows": (change_json(CONFIG, "ngram_rows", value=5), "evaluate", "ngram_rows"),
+    "speedrun": (
+        change_json(CONFIG, "architecture", value="speedrun"),
+        "inference",
+        "ngram_rows 16384",
+    ),
+    "n-grams": (
+        change_header(lambda h: {**h, "ngram_embedding.weight": {"dtype": "F32", "shape": []}}),
+        "inference",
+        "n-gram",
+    ),
     "extra": (change_json(CONFIG, "runs_dir", value="x"), "inference", CONFIG),
     "kind": (change_json(TOKENIZER, "token_kind", value=None), "inspect", "token_kind"),
     "chars": (change_json(TOKENIZER, "chars", value=[["a"]]), "inference", "chars"),
@@ -263,6 +275,22 @@ def test_one_bad_bundle_among_many_is_a_warning(bundle, capsys):
     assert run_command(inspect_model.main, []) == 0
     out, error = capsys.readouterr()
     assert "good" in out and "bad0" in error and "error: " not in error
+
+
+@pytest.mark.parametrize("command", ["inference", "evaluate", "init-from"])
+@pytest.mark.parametrize("rows", [49, 1 << 24])
+def test_other_ngram_rows_than_those_of_the_weights_are_refused_before_an_allocation(
+    command, rows, monkeypatch, capsys
+):
+    Path("text.txt").write_text(LINES * 30, encoding="utf-8")
+    shape = {"block_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    settings = {**shape, "architecture": "speedrun", "ngram_rows": 50}
+    save_random_model(Path("sent"), create_tokenizer(LINES), data="text.txt", **settings)
+    assert call(command, Path("sent"), capsys)[0] == 0
+    change_json(CONFIG, "ngram_rows", value=rows)(Path("sent"))
+    monkeypatch.setattr("model.NgramEmbedding.__init__", None)
+    status, error = call(command, Path("sent"), capsys)
+    assert status == 2 and f"ngram_rows {rows}" in error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

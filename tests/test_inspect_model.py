@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import save_bundle
+from helpers import save_bundle, save_random_model
 
 import inspect_model
 from bundle import Ancestor
 from config import ConfigLoader
 from resume import plan_run
+from tokenizer import create_tokenizer
 from trainer import train
 from utils.errors import UserError
 
@@ -81,13 +82,22 @@ def test_one_model_is_printed_as_sections_of_one_fact_a_line(models, show):
     assert model["Parameters"] == "848"
     parts = ("token_embedding", "position_embedding", "attention", "mlp", "norms")
     assert [model[f"  {part}"] for part in parts] == ["24", "32", "256", "512", "24"]
-    config = {name: str(value).lower() for name, value in info["config"].items()}
+    config = {name: json.dumps(value).strip('"') for name, value in info["config"].items()}
     assert sections["MODEL CONFIG"] == config
     assert sections["TOKENIZER"]["token_kind"] == "char"
     assert sections["TOKENIZER"]["chars"] == "abc"
     assert state["Last recorded training step"] == "7"
     assert state["Validation loss"] == state["Best validation loss"] == "1.5000"
     assert sections["FILES"] == info["training_state"]["files"]
+
+
+def test_n_gram_embeddings_are_a_part_of_the_parameters():
+    settings = {"architecture": "speedrun", "n_embd": 8, "n_head": 2, "n_layer": 1}
+    model = save_random_model(Path("model"), create_tokenizer("abc"), ngram_rows=50, **settings)
+    counts = inspect_model.get_model_info("model")["parameters"]
+    assert counts["ngram_embedding"] == 50 * 8
+    assert counts["total"] == model.count_parameters()
+    assert counts["total"] == sum(n for part, n in counts.items() if part != "total")
 
 
 def test_every_entry_of_the_training_configuration_is_an_indented_line(models, show):

@@ -31,7 +31,7 @@ def randomize(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture(params=["modern", "gpt2"])
+@pytest.fixture(params=["modern", "gpt2", "speedrun"])
 def architecture(request) -> str:
     return request.param
 
@@ -136,11 +136,37 @@ def test_modern_has_three_matrices_in_its_mlp_and_no_learned_positions():
     assert make(n_embd=C, n_head=3, n_layer=L).count_parameters() == matrices + vectors
 
 
+def test_speedrun_is_modern_and_a_vector_for_each_pair_and_triple_of_tokens():
+    rows = 1009
+    model = randomize(make(architecture="speedrun", ngram_rows=rows))
+    modern, idx = make(), tokens(1)
+    table, embedding = model.ngram_embedding.weight, modern.token_embedding
+    modern.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if "ngram" not in name}
+    )
+    before = [0, 0, *(id + 1 for id in idx[0].tolist())]  # 0 stands for no token
+    vectors = []
+    for i in range(idx.size(1)):
+        oldest, older, newest = before[i : i + 3]
+        pair = 1273642419 * older + 2038074743 * newest
+        triple = 1500450271 * oldest + 715225739 * older + 1299709 * newest
+        vectors.append(embedding(idx)[0, i] + table[pair % rows] + table[triple % rows])
+    embedding.register_forward_hook(lambda *_: torch.stack(vectors)[None])
+    torch.testing.assert_close(model(idx)[0], modern(idx)[0])
+
+
+def test_the_same_token_after_other_tokens_has_other_n_grams():
+    model = randomize(make(architecture="speedrun"))
+    found = model.ngram_embedding(torch.tensor([[0, 0, 5, 3, 7], [0, 0, 4, 3, 7]]))
+    assert found.shape == (2, 3, 12)
+    assert not (found[0] == found[1]).any()  # the triple of the last token begins two before it
+
+
 def test_block_matrices_are_all_matrices_of_the_blocks_and_nothing_else(architecture):
     model = make(architecture=architecture, tie_weights=False)
     names = set(model.get_block_matrices())
     assert names == {n for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2}
-    assert len(names) == 2 * (5 if architecture == "modern" else 4)
+    assert len(names) == 2 * (4 if architecture == "gpt2" else 5)
 
 
 def test_dropout_is_active_in_training_mode_only(architecture):
@@ -310,9 +336,11 @@ def test_the_names_of_the_weights_are_those_of_the_saved_bundles(architecture):
     common = "token_embedding blocks.0.attention.qkv blocks.0.attention.projection final_norm"
     common += " blocks.0.attention_norm blocks.0.mlp_norm blocks.0.mlp.expand"
     common += " blocks.0.mlp.projection"
+    modern = "blocks.0.attention.queries_and_keys.query_norm blocks.0.mlp.gate"
+    modern += " blocks.0.attention.queries_and_keys.key_norm"
     own = {
-        "modern": "blocks.0.attention.queries_and_keys.query_norm blocks.0.mlp.gate"
-        " blocks.0.attention.queries_and_keys.key_norm",
+        "modern": modern,
         "gpt2": "position_embedding",
+        "speedrun": f"{modern} ngram_embedding",
     }[architecture]
     assert names - {"head.weight"} == {f"{name}.weight" for name in f"{common} {own}".split()}

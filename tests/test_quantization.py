@@ -29,8 +29,10 @@ def test_a_row_of_zeros_stays_zero():
     assert np.isfinite(scale).all()
 
 
-def test_only_the_linear_layers_of_the_blocks_are_rounded():
-    model = LanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4), 5)
+@pytest.mark.parametrize("architecture", ["modern", "speedrun"])
+def test_only_the_linear_layers_of_the_blocks_are_rounded(architecture):
+    shape = {"n_embd": 8, "n_head": 2, "n_layer": 1, "block_size": 4}
+    model = LanguageModel(ModelConfig(architecture=architecture, **shape), 5)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -39,7 +41,7 @@ def test_only_the_linear_layers_of_the_blocks_are_rounded():
     assert changed == set(model.get_block_matrices())
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "speedrun"])
 def test_the_int8_loss_is_within_half_a_percent_of_the_float32_loss(architecture):
     ids = torch.from_numpy(create_tokenizer(LINES).encode(LINES).astype("int64"))
     windows = ids.unfold(0, 25, 5)  # (B, T + 1)

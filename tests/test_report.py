@@ -146,13 +146,13 @@ def test_only_settings_that_differ_from_their_defaults_are_shown_unfolded(tiny, 
     assert ModelConfig.model_fields["weight_decay"].description in folded
 
 
-@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize("architecture", ["modern", "gpt2", "speedrun"])
 def test_nothing_that_follows_from_a_default_counts_as_changed(architecture):
     config = ModelConfig(architecture=architecture).model_dump()
     config["data"] = "/found/input.txt"
     record = {"config": config, "sources": {"data": "default", "activation": "architecture"}}
     changed = [setting.name for setting in list_settings(record) if setting.is_changed]
-    assert changed == (["architecture"] if architecture == "gpt2" else [])
+    assert changed == ([] if architecture == "modern" else ["architecture"])
 
 
 def test_samples_are_shown_from_the_first_to_the_last_and_long_ones_between_are_folded(tiny, quiet):

@@ -43,7 +43,8 @@ def check_memory(
             )
     if available is not None and needed > available:
         batch = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
-        sizes = ("n_layer", "n_embd", "block_size", *([batch] if training_rows else []))
+        ngrams = [] if config.ngram_rows is None else ["ngram_rows"]
+        sizes = ("n_layer", "n_embd", "block_size", *ngrams, *([batch] if training_rows else []))
         values = ", ".join(f"{name} {getattr(config, name)}" for name in sizes)
         verb = "train" if training_rows else "use"
         raise UserError(
@@ -56,11 +57,11 @@ def check_memory(
 def _estimate_bytes(config: ModelConfig, vocab_size: int, training_rows: int) -> int:
     """Return a lower bound of the bytes for weights and, in training, gradients and activations."""
     L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
-    embeddings = (1 if config.tie_weights else 2) * V * C
+    embeddings = (1 if config.tie_weights else 2) * V * C + (config.ngram_rows or 0) * C
     if config.architecture == "gpt2":
         embeddings += T * C
     weights = 12 * L * C * C + embeddings
-    tables = 8 * L * T * (C // config.n_head) if config.architecture == "modern" else 0
+    tables = 0 if config.architecture == "gpt2" else 8 * L * T * (C // config.n_head)
     needed = 4 * weights + tables + MIN_LAYER_BYTES * L
     if training_rows:
         # Gradients and one moment, in float32; logits and their gradient.

@@ -87,7 +87,7 @@ export function createAttentionView(app) {
     const all = app.getPrompt();
     const ids = all.slice(-Math.min(T, MAX_TOKENS));
     cut.hidden = all.length === ids.length;
-    cut.textContent = text.cut(ids.length, unit);
+    cut.textContent = STRINGS.token.cut(ids.length, unit);
     const key = JSON.stringify([app.state.get("checkpoint"), ids]);
     if (shown.key !== key) {
       const maps = await app.call("attend", { ids }, { signal });

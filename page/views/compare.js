@@ -101,7 +101,7 @@ export function createCompareView(app) {
     const { tokenizer } = model;
     const ids = tokenizer.encode(app.getText());
     const unknown = tokenizer.findUnknown(app.getText());
-    if (unknown.length) facts.textContent = text.unknown(unknown.slice(0, 20).join(" "));
+    if (unknown.length) facts.textContent = STRINGS.page.unknown(unknown.slice(0, 20).join(" "));
     else {
       const mean = await app.measure({ model, checkpoint, ids }, { signal });
       if (mean) facts.textContent = text.text(mean.perByte);

@@ -30,7 +30,7 @@ export function createLensView(app) {
     const shown = ids.slice(first);
     columns = shown.length;
     cut.hidden = all.length === shown.length;
-    cut.textContent = text.cut(shown.length, tokenizer.unit);
+    cut.textContent = STRINGS.token.cut(shown.length, tokenizer.unit);
     const head = [
       createRow(
         text.after,

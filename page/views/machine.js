@@ -8,8 +8,8 @@ export function createMachineView(app) {
   const text = STRINGS.machine;
   const { model } = app;
   const { config, num_tokens: V } = model;
-  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F } = config;
-  const isModern = config.architecture === "modern";
+  const { block_size: T, n_embd: C, n_head: H, n_layer: L, hidden: F, ngram_rows: R } = config;
+  const isModern = config.architecture !== "gpt2";
   const shapes = listTensors(config, V);
   const count = (pattern) => {
     const names = [...shapes.keys()].filter((name) => pattern.test(name));
@@ -47,6 +47,9 @@ export function createMachineView(app) {
   const block = (name) => new RegExp(`^blocks\\.0\\.${name}`);
   const residual = () => create("p.residual", text.add);
   const D = C / H;
+  const stream = `(T, C) = (${T}, ${C})`;
+  const heads = `(H, T, D) = (${H}, ${T}, ${D})`;
+  const logits = `(T, V) = (${T}, ${V})`;
   const element = createSection(
     text.title,
     text.lead,
@@ -55,40 +58,36 @@ export function createMachineView(app) {
     create(
       "div.machine",
       box("tokens", `(T) = (${T})`, null, []),
-      box("embedding", `(T, C) = (${T}, ${C}), from (V, C) = (${V}, ${C})`, /^token_embedding/, [
+      box("embedding", `${stream}, from (V, C) = (${V}, ${C})`, /^token_embedding/, [
         "LanguageModel.forward",
       ]),
-      isModern
-        ? null
-        : box("positions", `(T, C) = (${T}, ${C})`, /^position_embedding/, ["LearnedPositions"]),
+      R
+        ? box("ngrams", `${stream}, from (R, C) = (${R}, ${C})`, /^ngram_embedding/, [
+            "NgramEmbedding",
+          ])
+        : null,
+      isModern ? null : box("positions", stream, /^position_embedding/, ["LearnedPositions"]),
       create(
         "div.block",
         create("h3", text.layer, " ", create("span.quiet", text.times(L))),
-        box("norm", `(T, C) = (${T}, ${C})`, block("attention_norm"), norm),
+        box("norm", stream, block("attention_norm"), norm),
         isModern
-          ? box("rotary", `(H, T, D) = (${H}, ${T}, ${D})`, block("attention.queries_and_keys"), [
-              "NormedRotary",
-            ])
+          ? box("rotary", heads, block("attention.queries_and_keys"), ["NormedRotary"])
           : null,
-        box(
-          "attention",
-          `(H, T, D) = (${H}, ${T}, ${D}), then (T, C)`,
-          block("attention\\.(qkv|projection)"),
-          ["CausalSelfAttention"],
-        ),
+        box("attention", `${heads}, then (T, C)`, block("attention\\.(qkv|projection)"), [
+          "CausalSelfAttention",
+        ]),
         residual(),
-        box("norm", `(T, C) = (${T}, ${C})`, block("mlp_norm"), norm),
+        box("norm", stream, block("mlp_norm"), norm),
         box(isModern ? "gated" : "mlp", `(T, C) → (T, F) → (T, C), F = ${F}`, block("mlp\\."), [
           isModern ? "GatedMLP" : "MLP",
           "create_activation",
         ]),
         residual(),
       ),
-      box("finalNorm", `(T, C) = (${T}, ${C})`, /^final_norm/, norm),
-      box(config.tie_weights ? "tied" : "head", `(T, V) = (${T}, ${V})`, /^head/, [
-        "LanguageModel._compute_logits",
-      ]),
-      box("softmax", `(T, V) = (${T}, ${V})`, null, []),
+      box("finalNorm", stream, /^final_norm/, norm),
+      box(config.tie_weights ? "tied" : "head", logits, /^head/, ["LanguageModel._compute_logits"]),
+      box("softmax", logits, null, []),
     ),
   );
   return { element, update: async () => {}, depends: [] };

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.browser
 # multiple of 4, the width of the kernels.
 MODERN = {"architecture": "modern", "n_embd": 20, "n_head": 2, "n_layer": 2, "block_size": 16}
 GPT2 = {"architecture": "gpt2", "n_embd": 21, "n_head": 3, "n_layer": 2, "block_size": 16}
+SPEEDRUN = {**MODERN, "architecture": "speedrun", "ngram_rows": 300}
 BIASED = {**GPT2, "bias": True, "n_embd": 15}
 UNBIASED = {**GPT2, "bias": False}
 CASES = [
@@ -46,8 +47,12 @@ CASES = [
     ("fp32", "gpt2", {**UNBIASED, "activation": "gelu", "tie_weights": True, "block_size": 6}),
     ("fp16", "char", {**UNBIASED, "activation": "gelu_tanh", "tie_weights": False}),
     ("int8", "bpe", {**UNBIASED, "activation": "silu", "tie_weights": False}),
+    ("fp32", "char", {**SPEEDRUN, "activation": "silu", "tie_weights": False}),
+    ("fp16", "bpe", {**SPEEDRUN, "activation": "gelu", "tie_weights": True}),
+    ("int8", "gpt2", {**SPEEDRUN, "activation": "silu", "ngram_rows": 16384, "block_size": 6}),
     # More than 2 million parameters: float16 in memory, too.
     ("fp16", "char", {**MODERN, "n_embd": 240, "n_head": 4, "n_layer": 3, "activation": "silu"}),
+    ("fp16", "char", {**SPEEDRUN, "n_embd": 240, "n_head": 4, "n_layer": 3}),
 ]
 
 
@@ -92,7 +97,7 @@ PAGE_NAMES = {"temperature": "temperature", "top_k": "topK", "top_p": "topP", "m
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize("architecture", ["modern", "gpt2", "speedrun"])
 def test_texts_are_those_of_pytorch_across_many_windows(open_page, architecture, kind):
     shape = {"architecture": architecture, "n_embd": 24, "n_head": 2, "n_layer": 2}
     bundle = save_model(kind, **shape, block_size=32)

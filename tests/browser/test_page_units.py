@@ -30,12 +30,13 @@ from tokenizer import create_tokenizer
 
 pytestmark = pytest.mark.browser
 
-EXPECTED = 88  # tests
+EXPECTED = 112  # tests
 TESTS = sorted((Path(__file__).parent / "page").glob("*.test.mjs"))
 MODELS = {
     "modern": {"activation": "silu", "n_embd": 12, "n_head": 2},  # D = 6
     "modern, D = 16": {"activation": "gelu", "n_embd": 16, "n_head": 1},
     "gpt2": {"activation": "gelu_tanh", "n_embd": 15, "n_head": 3, "bias": True},  # D = 5
+    "speedrun": {"activation": "silu", "n_embd": 12, "n_head": 2, "ngram_rows": 101},
     "gpt2, no biases": {"activation": "gelu", "n_embd": 14, "n_head": 2, "bias": False},
 }
 TEXTS = [

@@ -257,6 +257,7 @@ def test_a_model_that_is_packed_into_the_page_is_compared(open_text, trained, ot
 SHAPES = {
     "modern": {"architecture": "modern", "tie_weights": False},
     "gpt2": {"architecture": "gpt2", "tie_weights": True, "bias": True},
+    "speedrun": {"architecture": "speedrun", "ngram_rows": 500},
 }
 
 

@@ -209,3 +209,17 @@ testModels("logits", ({ ids, V, logits }, { model }) => {
     assertClose(model.computeLogits(x, m), logits.slice(m * V, (m + 1) * V), 2e-5),
   );
 });
+
+testModels("logits in parts, after those of another text", ({ ids, V, logits }, { model }) => {
+  model.forward(ids.toReversed(), 0);
+  for (const [start, stop] of [
+    [0, 1],
+    [1, 2],
+    [2, 5],
+    [5, ids.length],
+  ]) {
+    const x = model.forward(ids.slice(start, stop), start);
+    const last = model.computeLogits(x, stop - start - 1);
+    assertClose(last, logits.slice((stop - 1) * V, stop * V), 2e-5);
+  }
+});
