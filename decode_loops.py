@@ -64,7 +64,7 @@ class Weights(NamedTuple):
     activation: int  # SILU, GELU_TANH or GELU
     token_embedding: np.ndarray  # (V, C)
     ngram_embedding: np.ndarray  # (R, C): speedrun
-    ngram_factors: np.ndarray  # (2, 3) int64: of the row of a pair and of a triple
+    ngram_factors: np.ndarray  # (N, N + 1) int64: `parameters.NGRAM_FACTORS`
     position_embedding: np.ndarray  # (T, C): gpt2
     cos: np.ndarray  # (T, D / 2), of the rotary angles: modern
     sin: np.ndarray  # (T, D / 2)
@@ -85,7 +85,7 @@ class Cache(NamedTuple):
 
     keys: np.ndarray  # (B, L, H, T, D)
     values: np.ndarray  # (B, L, H, T, D)
-    ids: np.ndarray  # (B, T + 2) int64: plus 1, after two zeros, which stand for no token
+    ids: np.ndarray  # (B, N + T) int64: plus 1, after zeros, which stand for no token
 
 
 class Buffers(NamedTuple):
@@ -351,21 +351,22 @@ def embed(ids, token_embedding, x):
 
 
 @fast
-def append_ids(ids, texts, positions, cache):
+def append_ids(ids, texts, positions, cache, N):
     """Append the tokens `ids`, `(M,)`, to the cache."""
     for m in range(len(ids)):
-        cache.ids[texts[m], positions[m] + 2] = ids[m] + 1
+        cache.ids[texts[m], N + positions[m]] = ids[m] + 1
 
 
 @fast
 def add_ngrams(texts, positions, cache, ngram_embedding, factors, x):
-    """Add to the rows of x, `(M, C)`, the embeddings of the pair and the triple that end there."""
+    """Add to the rows of x, `(M, C)`, the embeddings of the n-grams that end there."""
     for m in range(len(x)):
-        row, recent = x[m], cache.ids[texts[m], positions[m] : positions[m] + 3]
+        row, end = x[m], positions[m] + factors.shape[1]
+        recent = cache.ids[texts[m], positions[m] : end]
         for n in range(len(factors)):
-            total = (
-                recent[0] * factors[n, 0] + recent[1] * factors[n, 1] + recent[2] * factors[n, 2]
-            )
+            total = 0
+            for i in range(len(recent)):
+                total += recent[i] * factors[n, i]
             embedding = ngram_embedding[total % len(ngram_embedding)]
             for c in range(len(row)):
                 row[c] += embedding[c]
@@ -457,7 +458,7 @@ def run_blocks(weights, cache, buffers, ids, team):
 
     embed(ids, weights.token_embedding, x)
     if len(weights.ngram_embedding) > 0:
-        append_ids(ids, texts, positions, cache)
+        append_ids(ids, texts, positions, cache, len(weights.ngram_factors))
         add_ngrams(texts, positions, cache, weights.ngram_embedding, weights.ngram_factors, x)
     if not weights.is_modern:
         add_positions(positions, weights.position_embedding, x)
@@ -496,8 +497,9 @@ def compute_logits(x, norm, head, is_modern, normed, logits, team):
 @fast
 def copy_text(cache, source, target, length, start, stop):
     """Copy the first ids, keys and values of one text to another, in heads `start` to `stop`."""
-    for t in range(length):
-        cache.ids[target, t + 2] = cache.ids[source, t + 2]
+    N = cache.ids.shape[1] - cache.keys.shape[3]
+    for t in range(N, N + length):
+        cache.ids[target, t] = cache.ids[source, t]
     for layer in range(cache.keys.shape[1]):
         for h in range(start, stop):
             for t in range(length):

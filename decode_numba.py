@@ -372,7 +372,8 @@ def allocate_cache(weights: Weights, B: int, T: int, H: int) -> Cache:
     """Allocate the cache of B texts; memory is committed when it is first written."""
     L, _, C = weights.qkv.weight.shape
     shape = (B, L, H, T, C // H)
-    return Cache(allocate(*shape), allocate(*shape), allocate(B, T + 2, dtype=np.int64))
+    ids = allocate(B, len(weights.ngram_factors) + T, dtype=np.int64)
+    return Cache(allocate(*shape), allocate(*shape), ids)
 
 
 def allocate_buffers(weights: Weights, B: int, T: int, threads: int) -> Buffers:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from engine import SamplingParams
 from model import LanguageModel
+from parameters import NGRAM_REACH
 
 # ----------------------------------------------------------------------------------------------
 # Sampling
@@ -122,14 +123,14 @@ class KVCache:
         self.keys = [torch.zeros(shape, **like) for _ in model.blocks]
         self.values = [torch.zeros(shape, **like) for _ in model.blocks]
         self.positions = torch.arange(T, device=weight.device)
-        # Plus 1, after two places for no token: as `model.NgramEmbedding` reads them.
-        self.ids = torch.zeros((rows, T + 2), dtype=torch.int64, device=weight.device)
+        # Plus 1, after zeros for no token: as `model.NgramEmbedding` reads them.
+        self.ids = torch.zeros((rows, NGRAM_REACH + T), dtype=torch.int64, device=weight.device)
+        self.reach = torch.arange(NGRAM_REACH, device=weight.device)
 
     def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Append `idx`, `(B, t)`, and return it as `NgramEmbedding` reads it."""
-        self.ids.index_copy_(1, positions + 2, idx + 1)
-        window = torch.cat((positions[:1], positions[:1] + 1, positions + 2))  # t + 2 places
-        return self.ids[:, window]
+        self.ids.index_copy_(1, positions + NGRAM_REACH, idx + 1)
+        return self.ids[:, torch.cat((positions[:1] + self.reach, positions + NGRAM_REACH))]
 
     def get_layers(self, positions: Tensor) -> list[LayerCache]:
         """Return each layer's part, for new tokens at `positions`, `(t,)`."""

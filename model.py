@@ -32,7 +32,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parameters import NGRAM_FACTORS, ModelConfig
+from parameters import NGRAM_FACTORS, NGRAM_REACH, ModelConfig
 from utils.kernels import apply_causal_attention, apply_rms_norm
 
 Ids = Tensor | np.ndarray | Sequence[int]
@@ -92,7 +92,7 @@ class LearnedPositions(nn.Embedding):
 
 
 class NgramEmbedding(nn.Embedding):
-    """A learned vector for the pair of tokens and one for the triple that end at each position.
+    """A learned vector for the last two tokens at each position, for the last three, and for four.
 
     A small model would need much of its first layers to tell what precedes a token (n-gram
     embeddings: arxiv.org/abs/2501.16975). The n-grams share the rows of one hashed table
@@ -103,13 +103,13 @@ class NgramEmbedding(nn.Embedding):
         super().__init__(config.ngram_rows, config.n_embd)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the sum of both vectors for t tokens, `(B, t, C)`.
+        """Return the sum of these vectors for t tokens, `(B, t, C)`.
 
-        `ids`, `(B, t + 2)`, are those of the tokens plus 1, after the same of the two tokens before
-        them, 0 where there is none. An n-gram's row is the sum of `ids` times NGRAM_FACTORS, modulo
-        the number of rows.
+        `ids`, `(B, NGRAM_REACH + t)`, are those of the tokens plus 1, after the same of the tokens
+        before them, 0 where there is none. An n-gram's row is the sum of `ids` times NGRAM_FACTORS,
+        modulo the number of rows.
         """
-        t = ids.size(1) - 2
+        t = ids.size(1) - NGRAM_REACH
         sums = [sum(ids[:, i : i + t] * f for i, f in enumerate(row)) for row in NGRAM_FACTORS]
         return super().forward(torch.stack(sums) % self.num_embeddings).sum(dim=0)
 
@@ -291,7 +291,7 @@ class LanguageModel(nn.Module):
         positions = slice(0, T)
         x = self.position_embedding(self.token_embedding(idx), positions)  # (B, T, C)
         if self.ngram_embedding is not None:
-            x = x + self.ngram_embedding(F.pad(idx + 1, (2, 0)))
+            x = x + self.ngram_embedding(F.pad(idx + 1, (NGRAM_REACH, 0)))
         x = self.embedding_dropout(x)
         for block in self.blocks:
             x = block(x, positions)

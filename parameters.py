@@ -25,9 +25,14 @@ MAX_COUNT = 2**31 - 1  # reject larger counts as typos
 DEFAULT_VOCAB_SIZE = 1024  # of tokenizer bpe (docs/LOG.md)
 MAX_VOCAB_SIZE = 1 << 16  # of tokenizer bpe, so that an id takes two bytes
 MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
-# Factors of the ids of a token and of the two before it, oldest first: for the rows of a pair and
-# of a triple of tokens (model.NgramEmbedding). Sums are below 2^53, which JavaScript computes.
-NGRAM_FACTORS = ((0, 1273642419, 2038074743), (1500450271, 715225739, 1299709))
+# Factors of the ids of a token and of those before it, oldest first, for the rows of the last two,
+# three and four (model.NgramEmbedding). Sums are below 2^53, which JavaScript computes.
+NGRAM_FACTORS = (
+    (0, 0, 1273642419, 2038074743),
+    (0, 1500450271, 715225739, 1299709),
+    (472882027, 982451653, 334214459, 1076363779),
+)
+NGRAM_REACH = len(NGRAM_FACTORS)  # tokens before the last one
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -5,8 +5,8 @@
                     (B, H, P, D) -> the logits (B, V) of the next token, and keys and values of
                     P + t tokens; P is 0 at first, P + t at most block_size
 
-The decoder of architecture speedrun takes previous_ids, too: the ids (B, 2) of the two tokens
-before input_ids, for its n-gram embeddings, -1 where there is none.
+The decoder of architecture speedrun takes previous_ids, too: the ids (B, 3) of the
+three tokens before input_ids, for its n-gram embeddings, -1 where there is none.
 
 Their metadata has the vocabulary and the settings.
 """
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from exporters import huggingface
 from exporters.source import ExportSource
 from model import LanguageModel
+from parameters import NGRAM_REACH
 from utils.errors import UserError
 from utils.files import write_durable
 from utils.output import format_bytes
@@ -62,7 +63,7 @@ class Cache:
         self.previous_ids = previous_ids
 
     def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """Return `idx`, `(B, t)`, after the two tokens before, as `NgramEmbedding` reads them."""
+        """Return `idx`, `(B, t)`, after the tokens before, as `NgramEmbedding` reads them."""
         return torch.cat((self.previous_ids, idx), dim=1) + 1
 
     def get_layers(self, positions: Tensor) -> list[LayerCache]:
@@ -129,7 +130,7 @@ def write(source: ExportSource, directory: Path, dtype: str, name: str) -> None:
     inputs, outputs = (list_cache_names(kind, config.n_layer) for kind in ("past", "present"))
     inputs = ["input_ids", *inputs]
     if config.architecture == "speedrun":
-        example.append(torch.full((2, 2), -1))
+        example.append(torch.full((2, NGRAM_REACH), -1))
         sizes.append({0: batch})
         inputs.append("previous_ids")
     step = trace(DecodeStep(model), tuple(example), tuple(sizes), inputs, ["logits", *outputs])
@@ -238,14 +239,14 @@ class OnnxModel:
         empty = np.zeros((1, settings["n_head"], 0, settings["head_size"]), dtype=np.float32)
         cache = [empty] * (2 * settings["n_layer"])
         names = list_cache_names("past", settings["n_layer"])
-        previous = np.full((1, 2), -1, dtype=np.int64)
+        previous = np.full((1, NGRAM_REACH), -1, dtype=np.int64)
         while len(generated) < n:
             inputs = {"input_ids": new, **dict(zip(names, cache, strict=True))}
             if settings["architecture"] == "speedrun":
                 inputs["previous_ids"] = previous
             logits, *cache = self.decoder.run(None, inputs)
             generated.append(int(logits[0, : settings["num_tokens"]].argmax()))
-            previous = np.concatenate((previous, new), axis=1)[:, -2:]
+            previous = np.concatenate((previous, new), axis=1)[:, -NGRAM_REACH:]
             new = np.array([generated[-1:]], dtype=np.int64)
         return np.array(generated, dtype=np.int64)
 

@@ -131,21 +131,22 @@ class LayerNorm {
 }
 
 const NGRAM_FACTORS = [
-  [0, 1273642419, 2038074743],
-  [1500450271, 715225739, 1299709],
+  [0, 0, 1273642419, 2038074743],
+  [0, 1500450271, 715225739, 1299709],
+  [472882027, 982451653, 334214459, 1076363779],
 ]; // as in parameters.py
 
-/** A learned vector for the pair of tokens and one for the triple that end at each position. */
+/** A learned vector for the last two tokens at each position, for three and for four. */
 class NgramEmbedding {
   constructor(weight, { block_size: T, n_embd: C, ngram_rows: R }) {
     Object.assign(this, { weight, C, R });
-    this.ids = new Float64Array(T + 2); // plus 1, after two zeros, which stand for no token
+    this.ids = new Float64Array(3 + T); // plus 1, after zeros, which stand for no token
   }
 
-  /** Append a token at a position, and add both vectors to x, (C,). */
+  /** Append a token at a position, and add its vectors to x, (C,). */
   forward(id, position, x) {
     const { weight, C, R, ids } = this;
-    ids[position + 2] = id + 1;
+    ids[3 + position] = id + 1;
     for (const factors of NGRAM_FACTORS) {
       const sum = factors.reduce((total, factor, i) => total + factor * ids[position + i], 0);
       add(x, weight.subarray((sum % R) * C));

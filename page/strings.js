@@ -226,7 +226,7 @@ export const STRINGS = {
       embedding: ["Token embedding", "Looks up a vector for each token."],
       ngrams: [
         "N-gram embedding",
-        "Adds a vector for the last two tokens and one for the last three: R rows, which n-grams share.",
+        "Adds vectors for the last two, three and four tokens: R rows, which n-grams share.",
       ],
       positions: ["Position embedding", "Adds a vector for each position."],
       norm: ["Norm", "Scales each vector to a fixed size."],

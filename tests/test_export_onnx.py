@@ -67,11 +67,11 @@ def test_a_prompt_may_be_prefilled_in_parts(exported):
     names = list_cache_names("past", config.n_layer)
     empty = np.zeros((2, config.n_head, 0, config.n_embd // config.n_head), dtype=np.float32)
     cache = [empty] * len(names)
-    padded = np.pad(ids, ((0, 0), (2, 0)), constant_values=-1)
+    padded = np.pad(ids, ((0, 0), (3, 0)), constant_values=-1)
     for start, stop in ((0, 20), (20, 21), (21, 50)):
         inputs = {"input_ids": ids[:, start:stop], **dict(zip(names, cache, strict=True))}
         if config.architecture == "speedrun":
-            inputs["previous_ids"] = padded[:, start : start + 2]
+            inputs["previous_ids"] = padded[:, start : start + 3]
         logits, *cache = session.run(None, inputs)
     with torch.no_grad():
         expected = source.model(torch.tensor(ids))[0][:, -1].numpy()

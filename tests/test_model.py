@@ -136,7 +136,7 @@ def test_modern_has_three_matrices_in_its_mlp_and_no_learned_positions():
     assert make(n_embd=C, n_head=3, n_layer=L).count_parameters() == matrices + vectors
 
 
-def test_speedrun_is_modern_and_a_vector_for_each_pair_and_triple_of_tokens():
+def test_speedrun_is_modern_and_a_vector_each_for_the_last_two_three_and_four_tokens():
     rows = 1009
     model = randomize(make(architecture="speedrun", ngram_rows=rows))
     modern, idx = make(), tokens(1)
@@ -144,22 +144,25 @@ def test_speedrun_is_modern_and_a_vector_for_each_pair_and_triple_of_tokens():
     modern.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if "ngram" not in name}
     )
-    before = [0, 0, *(id + 1 for id in idx[0].tolist())]  # 0 stands for no token
+    before = [0, 0, 0, *(id + 1 for id in idx[0].tolist())]  # 0 stands for no token
     vectors = []
     for i in range(idx.size(1)):
-        oldest, older, newest = before[i : i + 3]
-        pair = 1273642419 * older + 2038074743 * newest
-        triple = 1500450271 * oldest + 715225739 * older + 1299709 * newest
-        vectors.append(embedding(idx)[0, i] + table[pair % rows] + table[triple % rows])
+        a, b, c, d = before[i : i + 4]
+        sums = (
+            1273642419 * c + 2038074743 * d,
+            1500450271 * b + 715225739 * c + 1299709 * d,
+            472882027 * a + 982451653 * b + 334214459 * c + 1076363779 * d,
+        )
+        vectors.append(embedding(idx)[0, i] + sum(table[each % rows] for each in sums))
     embedding.register_forward_hook(lambda *_: torch.stack(vectors)[None])
     torch.testing.assert_close(model(idx)[0], modern(idx)[0])
 
 
 def test_the_same_token_after_other_tokens_has_other_n_grams():
     model = randomize(make(architecture="speedrun"))
-    found = model.ngram_embedding(torch.tensor([[0, 0, 5, 3, 7], [0, 0, 4, 3, 7]]))
-    assert found.shape == (2, 3, 12)
-    assert not (found[0] == found[1]).any()  # the triple of the last token begins two before it
+    found = model.ngram_embedding(torch.tensor([[0, 0, 0, 5, 3, 7, 6], [0, 0, 0, 4, 3, 7, 6]]))
+    assert found.shape == (2, 4, 12)
+    assert not (found[0] == found[1]).any()  # the last token's longest begins three before it
 
 
 def test_block_matrices_are_all_matrices_of_the_blocks_and_nothing_else(architecture):
