@@ -214,10 +214,10 @@ def test_interleaved_streams_of_one_engine_do_not_mix():
     engine = create_engine(model)
     expected = [generate_tokens(engine, [first], 50) for first in (1, 2)]
     streams = [stream_tokens(engine, [first], 50) for first in (1, 2)]
-    parts = list(zip(*streams, strict=True))
-    for index in (0, 1):
-        tokens = np.concatenate([part[index][0] for part in parts], axis=1)
-        assert np.array_equal(tokens, expected[index][:, 1:])
+    pairs = itertools.zip_longest(*streams)  # how many tokens come at once depends on the time
+    for parts, whole in zip(zip(*pairs, strict=True), expected, strict=True):
+        tokens = np.concatenate([part[0] for part in parts if part is not None], axis=1)
+        assert np.array_equal(tokens, whole[:, 1:])
 
 
 def test_the_first_token_comes_alone_and_later_ones_many_at_a_time():

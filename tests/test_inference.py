@@ -63,7 +63,7 @@ def generate(capsys):
 
 def test_the_greedy_sample_of_a_small_run_is_the_golden_one(run, generate):
     text = generate("--prompt", "To be", "--temperature", "0", "--max-new-tokens", "25")
-    assert text == "To be, that is the ms ake arow\n"
+    assert text == "To be, or no t to be, that is \n"
 
 
 def test_the_model_and_the_default_prompt_are_noted_on_stderr(run, capsys):
@@ -116,7 +116,7 @@ def test_top_k_1_is_greedy_and_a_top_k_above_the_vocabulary_keeps_all(run, gener
 
 def test_a_sample_is_never_interpreted_as_markup(tiny, quiet, generate, text_file):
     text_file.write_text("[bold]x[/bold] [red]y :smile: \\[" * 200, encoding="utf-8")
-    train(tiny(max_iters=200, learning_rate=1e-2, n_embd=32), output=quiet)
+    train(tiny(max_iters=200, learning_rate=1e-2, n_embd=32, block_size=40), output=quiet)
     assert "[bold]x[/bold] [red]y :smile:" in generate("--temperature=0", "--max-new-tokens=200")
 
 
@@ -236,7 +236,7 @@ def test_a_run_without_an_export_generates_from_its_newest_checkpoint_with_a_not
 
 def test_a_sample_ends_before_the_first_stop_sequence(run, generate):
     whole = generate("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
-    assert whole == "To be, that is the ms ake arow\n"
+    assert whole == "To be, or no t to be, that is \n"
     flags = ("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
     assert generate(*flags, "--stop", "the") == "To be, that is \n"
     assert generate(*flags, "--stop", "ake", "--stop", "that is") == "To be, \n"
