@@ -80,13 +80,15 @@ KINDS = [
         ("fsdp", "modern", ["--optimizer=muon"], "fsdp, modern, muon"),
         ("ddp", "gpt2", ["--optimizer=adamw", "--micro-batch-size=1"], "ddp, gpt2, adamw"),
         ("fsdp", "gpt2", ["--optimizer=adamw", "--micro-batch-size=1"], "fsdp, gpt2, adamw"),
+        ("ddp", "speedrun", ["--ngram-rows=97"], "ddp, speedrun"),
+        ("fsdp", "speedrun", ["--ngram-rows=97"], "fsdp, speedrun"),  # rows do not divide evenly
     )
 ]
 
 
 SOME_SLOW = [
     pytest.param(*kind.values, id=kind.id, marks=[] if fast else [pytest.mark.slow])
-    for kind, fast in zip(KINDS, (True, False, False, True), strict=True)
+    for kind, fast in zip(KINDS, (True, False, False, True, False, True), strict=True)
 ]
 
 
@@ -128,7 +130,7 @@ def test_one_two_and_four_processes_have_the_same_losses_over_100_steps(flags, p
 
 
 def test_processes_share_one_token_store(flags):
-    flags = [*flags, "--token-store=on", "--cache-dir=cache", "--window-order=shuffled"]
+    flags = [*flags, "--token-store=on", "--cache-dir=cache"]
     results = run_ranks(2, run_train, flags)
     assert_succeeded(results)
     assert len(list(Path("cache").rglob("*.bin"))) == 1

@@ -36,7 +36,7 @@ def create_model(architecture: str, device: str) -> LanguageModel:
     return model.to(device)
 
 
-@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize("architecture", ["modern", "gpt2", "speedrun"])
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(0.9, top_k=20, top_p=0.9)])
 def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, sampling):
     texts = [
@@ -46,7 +46,7 @@ def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, samp
     assert texts[0].tolist() == texts[1].tolist()
 
 
-@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+@pytest.mark.parametrize("architecture", ["modern", "gpt2", "speedrun"])
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingParams(1.3, 0.9, top_k=20, top_p=0.9, min_p=0.01)]
 )

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.gpu
 N = 4  # steps before a resume
 MODERN = {"architecture": "modern", "optimizer": "muon", "activation": "silu"}
 GPT2 = {"architecture": "gpt2", "optimizer": "adamw", "bias": True}
+SPEEDRUN = {**MODERN, "architecture": "speedrun"}
 COMPILED = {"torch_compile": "on", "compile_backend": "inductor"}
 KINDS = {
     "modern, fp32": {**MODERN, "precision": "fp32"},
@@ -44,6 +45,8 @@ KINDS = {
     "gpt2, fp16": {**GPT2, "precision": "fp16"},
     "modern, bf16, compiled": {**MODERN, "precision": "bf16", **COMPILED},
     "modern, fp16, compiled": {**MODERN, "precision": "fp16", **COMPILED},
+    "speedrun, bf16": {**SPEEDRUN, "precision": "bf16"},
+    "speedrun, bf16, compiled": {**SPEEDRUN, "precision": "bf16", **COMPILED},
     "gpt2, fp32, compiled": {**GPT2, "precision": "fp32", **COMPILED},
 }
 for_each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
