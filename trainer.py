@@ -266,8 +266,11 @@ class Trainer:
         if self.is_sharded:
             return self.model, CompileResult("off", "parallel is fsdp")
         tokens = (config.max_iters or 1) * config.batch_size * config.block_size
-        # FLOPs of the whole run: 6 per parameter and token (arxiv.org/abs/2001.08361).
-        flops = 6.0 * self.model.count_parameters() * tokens
+        # FLOPs of the whole run: 6 per parameter and token (arxiv.org/abs/2001.08361), without the
+        # table of n-grams, which may have most of the parameters and is in no product.
+        table = self.model.ngram_embedding
+        parameters = self.model.count_parameters() - (0 if table is None else table.weight.numel())
+        flops = 6.0 * parameters * tokens
         if config.max_minutes is not None and config.max_minutes < MIN_MINUTES_TO_COMPILE:
             flops = 0.0
         backend = choose_backend(config.torch_compile, config.compile_backend, self.device, flops)
@@ -666,9 +669,9 @@ def check_causality(config: ModelConfig, device: torch.device, precision: str) -
     D = config.n_embd // config.n_head
     if not is_attention_causal(config.n_head, config.block_size, D, device, DTYPES[precision]):
         raise UserError(
-            f"attention in {precision} on {describe_device(device)} sees later positions, by an "
-            "error of this PyTorch there: a model would learn nothing. Use another --precision or "
-            "--device, or update PyTorch"
+            f"attention in {precision} on {describe_device(device)} sees later positions, which is "
+            "a bug of PyTorch: a model would learn nothing. Use another --precision or --device, "
+            "or update PyTorch"
         )
 
 

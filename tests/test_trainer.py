@@ -215,6 +215,20 @@ def test_a_lower_precision_gives_nearly_the_same_losses_and_is_recorded(tiny, qu
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_a_table_of_n_grams_is_not_work_that_makes_compiling_pay_off(tiny, monkeypatch):
+    flops = []
+
+    def record(requested, backend, device, amount):
+        flops.append(amount)
+        return choose(requested, backend, device, amount)
+
+    choose = trainer_module.choose_backend
+    monkeypatch.setattr(trainer_module, "choose_backend", record)
+    for settings in ({}, {"architecture": "speedrun", "ngram_rows": 10_000}):
+        prepare_trainer(tiny(**settings))
+    assert flops[0] == flops[1] > 0
+
+
 def test_a_kernel_that_sees_later_positions_ends_the_run_before_it_starts(tiny, quiet, monkeypatch):
     def leak(q, k, v, dropout_p):
         return v.mean(dim=2, keepdim=True).expand_as(v)
