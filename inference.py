@@ -44,6 +44,7 @@ from tokenizer import Tokenizer, normalize_for
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError, format_reason
 from utils.files import find_text_file_problem
+from utils.imports import pause_garbage_collection
 from utils.memory import check_memory, is_out_of_memory
 from utils.output import Output, pluralize, run_command
 
@@ -221,10 +222,11 @@ def load_model_from_bundle(
     bundle: Bundle, device: "torch.device | str" = "cpu"
 ) -> tuple["LanguageModel", Tokenizer]:
     """Load the model, in eval mode, and tokenizer of a bundle that was read with its weights."""
-    import torch  # late, as are these
+    with pause_garbage_collection():
+        import torch  # late, as are these
 
-    from checkpoint import load_weights
-    from model import LanguageModel
+        from checkpoint import load_weights
+        from model import LanguageModel
 
     tokenizer = load_tokenizer(bundle)
     check_memory(bundle.config, bundle.vocab_size, torch.device(device))
@@ -310,7 +312,8 @@ def create_numba_engine(
     import safetensors.numpy  # late, as are numba and the loops
 
     try:
-        from decode_numba import NumbaEngine, get_compile_cache, read_weights
+        with pause_garbage_collection():
+            from decode_numba import NumbaEngine, get_compile_cache, read_weights
     except ImportError as error:
         is_missing = getattr(error, "name", None) in ("numba", "llvmlite")
         reason = "numba is not installed" if is_missing else f"numba cannot be used ({error})"

@@ -101,6 +101,7 @@ class NgramEmbedding(nn.Embedding):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.ngram_rows, config.n_embd)
+        self.register_buffer("factors", torch.tensor(NGRAM_FACTORS), persistent=False)  # (3, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the sum of these vectors for t tokens, `(B, t, C)`.
@@ -109,9 +110,9 @@ class NgramEmbedding(nn.Embedding):
         before them, 0 where there is none. An n-gram's row is the sum of `ids` times NGRAM_FACTORS,
         modulo the number of rows.
         """
-        t = ids.size(1) - NGRAM_REACH
-        sums = [sum(ids[:, i : i + t] * f for i, f in enumerate(row)) for row in NGRAM_FACTORS]
-        return super().forward(torch.stack(sums) % self.num_embeddings).sum(dim=0)
+        windows = ids.unfold(1, NGRAM_REACH + 1, 1)[:, :, None]  # (B, t, 1, 4)
+        sums = (windows * self.factors).sum(dim=-1)  # (B, t, 3)
+        return super().forward(sums % self.num_embeddings).sum(dim=-2)
 
 
 class NormedRotary(nn.Module):

@@ -16,6 +16,7 @@ from config import ConfigLoader, format_settings
 from parameters import ALIASES, GROUPS, ModelConfig
 from resume import plan_run
 from utils.command_line import Action, CommandLine
+from utils.imports import pause_garbage_collection
 from utils.output import Output, run_command
 from utils.ranks import Ranks
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     callbacks = load_callback_factories(actions.get("callback", []))
 
-    from trainer import dry_run, train  # late: imports torch, and the settings are valid by now
+    with pause_garbage_collection():  # late: torch takes a second, and the settings are valid
+        from trainer import dry_run, train
 
     if is_dry_run:
         output.print(dry_run(loaded, plan, output.print, show_config=show_config))

@@ -29,7 +29,7 @@ VERBS = set(
     "guess handle has hash hide hold ignore import include index infer init initialize insert "
     "inspect install interpolate invert is iter iterate join keep kill launch limit link list "
     "load lock log make map mark mask match measure merge migrate move multiply normalize "
-    "notify number observe offset open order orthogonalize override pack pad parse pass patch "
+    "notify number observe offset open order orthogonalize override pack pad parse pass patch pause "
     "perform permute pick plan plot pluralize poll pop predict prefill prepare preserve print "
     "process profile prompt propose prune publish pull push put quantize query queue quiet "
     "quote raise read rebuild receive record redirect reduce refresh register release reload "

@@ -18,8 +18,17 @@ def apply_rms_norm(x: Tensor) -> Tensor:
     as many passes over memory.
     """
     if x.device.type == "cpu":
-        return FusedRMSNorm.apply(x)
+        if torch.is_grad_enabled():
+            return FusedRMSNorm.apply(x)
+        return _normalize(x)[0]  # a token generated is a few microseconds sooner
     return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
+
+
+def _normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x divided by its root mean square, and 1 over that, `(..., 1)`."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.size(-1)
+    scale = mean_square.add_(RMS_EPSILON).rsqrt_()
+    return x * scale, scale
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -28,9 +37,7 @@ class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         """`(..., C)` to the same shape."""
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.size(-1)
-        scale = mean_square.add_(RMS_EPSILON).rsqrt_()
-        y = x * scale
+        y, scale = _normalize(x)
         ctx.save_for_backward(y, scale)
         return y
 
