@@ -29,6 +29,7 @@ from parameters import (
     BY_ARCHITECTURE,
     DEFAULT_VOCAB_SIZE,
     GROUPS,
+    SHAPE_SETTINGS,
     ModelConfig,
     find_conflicts,
 )
@@ -174,6 +175,18 @@ class ConfigLoader:
             name: merged[name].source if name in merged else by_architecture
             for name in ModelConfig.model_fields
         }
+        if checkpoint is not None and values["size"] == "auto":
+            problems.append(
+                f"size auto ({sources['size']}) is for a new model: that of {checkpoint.path} has "
+                "its size"
+            )
+        for layer in (*self._requested, self._configs, self._legacy):
+            shape = [name for name in SHAPE_SETTINGS if name in layer]
+            if shape and "size" in layer and layer["size"].value == "auto":
+                problems.append(
+                    f"size auto ({layer['size'].source}) chooses {', '.join(SHAPE_SETTINGS)}: "
+                    f"remove it, or {' and '.join(shape)}"
+                )
         for names, problem in find_conflicts(values):
             problems.append(f"{problem} ({', '.join(f'{n}: {sources[n]}' for n in names)})")
         if values.get("data") is not None and (problem := find_data_problem(values["data"])):
@@ -294,8 +307,12 @@ def _complete_layer(layer: Layer) -> Layer:
 
     max_iters, epochs and max_minutes all set the number of steps: a source that sets any of them
     sets the rest to null, so that `--epochs 2` does not conflict with a default. A null for a
-    setting that depends on the architecture counts as unset.
+    setting that depends on the architecture counts as unset. A source that sets the shape of the
+    model sets `size` to null.
     """
+    for name in SHAPE_SETTINGS:
+        if name in layer:
+            layer = {"size": Setting(None, layer[name].source), **layer}
     layer = {
         n: each for n, each in layer.items() if each.value is not None or n not in BY_ARCHITECTURE
     }

@@ -172,6 +172,9 @@ class Training(Settings):
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Train for about this many minutes. With max_iters or epochs set too: stop at this limit."""
 
+    size: Literal["auto"] | None = None
+    """auto: choose n_layer, n_embd and n_head for the text and max_minutes, by measured speed."""
+
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
 
@@ -312,6 +315,7 @@ ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_weights": True, "activation": "gelu"},
     "speedrun": {"tie_weights": False, "activation": "silu", "ngram_rows": 16384},
 }
+SHAPE_SETTINGS = ("n_layer", "n_embd", "n_head")  # that size auto chooses
 BY_ARCHITECTURE = frozenset(name for own in ARCHITECTURE_DEFAULTS.values() for name in own)
 
 
@@ -383,6 +387,13 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
         yield (
             ("max_iters", "epochs"),
             "max_iters and epochs both set the length of the run: set one of them to null",
+        )
+    if values["size"] == "auto" and (
+        values["max_minutes"] is None or values["max_iters"] or values["epochs"]
+    ):
+        yield (
+            ("size", "max_minutes", "max_iters"),
+            "size auto needs the time of the run: set max_minutes, without max_iters or epochs",
         )
     if all(values[name] is None for name in ("max_iters", "epochs", "max_minutes")):
         yield (

@@ -64,6 +64,8 @@ def profile(
     from utils.device import DTYPES, describe_device, get_peak_memory
     from utils.profiling import Report, measure_peak
 
+    if config.size is not None:
+        raise UserError(f"size {config.size} is for train.py: set n_layer, n_embd and n_head")
     changes = {"max_iters": config.max_iters or 1_000_000, "epochs": None, "max_minutes": None}
     if inference:
         changes |= {"torch_compile": "off", "precision": "fp32"}

@@ -76,7 +76,7 @@ from distributed import (
 from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
-from parameters import ModelConfig
+from parameters import SHAPE_SETTINGS, ModelConfig
 from utils import summary
 from utils.device import (
     DTYPES,
@@ -111,6 +111,7 @@ from utils.run_manager import (
     write_metadata,
     write_result,
 )
+from utils.sizes import MIN_GAIN, SIZES, Advice, Size, choose_size, predict_loss
 from utils.stop import StopRequest
 from utils.threads import CoreBinding
 from utils.tracking import Tracker
@@ -628,6 +629,10 @@ def prepare_trainer(
         )
 
     data = world.run_on_all_ranks(load)
+    if config.size == "auto":
+        config = settle_size(config, data, device, world)
+        for name in SHAPE_SETTINGS:
+            sources[name] = f"size auto ({sources['size']})"
     if world.size == 1 or config.parallel == "ddp":
         rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
         check_memory(config, data.tokenizer.vocab_size, device, rows.stop - rows.start)
@@ -740,13 +745,55 @@ def settle_length(
     return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
 
 
-def measure_speed(
+def settle_size(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
+) -> ModelConfig:
+    """Return the config with the shape of the model that suits the text and `max_minutes` best."""
+    assert config.max_minutes is not None
+    size = find_best_size(config, data, device, config.max_minutes * 60, world).size
+    return config.model_copy(update={**size._asdict(), "size": None})
+
+
+def find_best_size(
+    config: ModelConfig,
+    data: Dataset,
+    device: torch.device,
+    seconds: float,
+    world: World = SINGLE_PROCESS,
+) -> Advice:
+    """Measure the speed of larger and larger models, until a larger one would learn less."""
+
+    def count_steps(size: Size) -> int:
+        # Compiling would take longer than the measurement.
+        changes = {**size._asdict(), "torch_compile": "off", "max_iters": 1, "size": None}
+        candidate = config.model_copy(update=changes)
+        rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
+        try:
+            check_memory(candidate, data.tokenizer.vocab_size, device, rows.stop - rows.start)
+        except UserError:
+            return 0
+        step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
+        return int(seconds / (step + evaluation / (config.eval_interval or math.inf)))
+
+    tokens_per_step = config.batch_size * config.block_size
+    return choose_size(count_steps, tokens_per_step, data.splits["train"].size, SIZES)
+
+
+def measure_speed(
+    config: ModelConfig,
+    data: Dataset,
+    device: torch.device,
+    world: World = SINGLE_PROCESS,
+    *,
+    budget: float = 5.0,
 ) -> tuple[float, float]:
-    """Return the seconds of a step and of a whole evaluation, timed on a throwaway model."""
+    """Return the seconds of a step and of a whole evaluation, timed on a throwaway model.
+
+    Three steps are timed, or as many as fit into `budget` seconds, at most 20.
+    """
     trainer = Trainer(config, data, device, world=world)
     seconds: list[float] = []
-    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 5):
+    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < budget):
         start = time.perf_counter()
         trainer.training_step(len(seconds))
         synchronize(device)
@@ -783,10 +830,35 @@ def dry_run(
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
+        advice = suggest_size(trainer, *speed)
     banner = summary.format_banner(trainer, loaded.changes)
     estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
     settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
-    return f"{banner}\n{estimate}" + (f"\n\n{settings}" if show_config else "")
+    lines = [
+        banner,
+        estimate,
+        *([advice] if advice else []),
+        *(["", settings] if show_config else []),
+    ]
+    return "\n".join(lines)
+
+
+def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None:
+    """Return a line about a size that would learn more in the time of this run, if there is one.
+
+    `step` and `evaluation` are in seconds.
+    """
+    config, data = trainer.config, trainer.data
+    if trainer.plan.bundle is not None or trainer.sources["n_layer"].startswith("size auto"):
+        return None
+    seconds = summary.estimate_seconds(trainer, step, evaluation)
+    advice = find_best_size(config, data, trainer.device, seconds, trainer.world)
+    num_tokens = config.max_iters * config.batch_size * config.block_size
+    weights = 12 * config.n_layer * config.n_embd**2
+    loss = predict_loss(weights, num_tokens, data.splits["train"].size)
+    if advice.loss > loss - MIN_GAIN:
+        return None
+    return summary.format_advice(advice, loss, seconds)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ MEASURED = {
 SEARCHABLE = MEASURED - {
     *(GROUPS["data"].model_fields.keys() - {"tokenizer", "vocab_size"}),
     *("eval_interval", "eval_iters", "early_stopping_patience", "seed"),
-    *("epochs", "max_minutes", "init_from"),
+    *("epochs", "max_minutes", "size", "init_from"),
 }
 MAX_LISTED = 1000  # combinations up to which all legal ones are listed
 DRAWS = 200  # random combinations that are tried to find a legal one

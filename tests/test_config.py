@@ -188,7 +188,7 @@ def test_every_preset_sets_all_that_affects_its_result_and_reports_the_result(pa
     assert {"precision", "torch_compile", "compile_backend"} <= preset.keys()
     shaping = {name for g in ("architecture", "training") for name in GROUPS[g].model_fields}
     shaping |= {"train_split", "test_split", "window_order"}
-    unset = {"epochs", "max_minutes"}  # max_iters replaces both
+    unset = {"epochs", "max_minutes", "size"}  # max_iters and the shape replace these
     unset |= set() if preset["architecture"] == "speedrun" else {"ngram_rows"}
     assert shaping - set(preset) <= unset
     assert preset["max_iters"] or preset["epochs"]
@@ -470,3 +470,29 @@ def test_a_text_that_cannot_be_read_is_a_config_error(sources, tmp_path):
 def test_a_yaml_dump_of_the_defaults_loads_as_the_defaults(sources):
     path = sources.write("all.yaml", yaml.safe_dump(ModelConfig().model_dump()))
     assert sources.load(config_file=path).config == ModelConfig()
+
+
+# The size of model: see test_sizes.py ------------------------------------------------------------
+
+
+def test_a_shape_from_a_source_of_higher_priority_replaces_auto(sources):
+    sources.write("configs/train.yaml", "size: auto\nmax_minutes: 1\n")
+    assert sources.load({"n_layer": 2}).config.size is None
+
+
+def test_auto_replaces_a_shape_from_a_source_of_lower_priority(sources):
+    sources.write("configs/model.json", '{"n_layer": 2}')
+    assert sources.load({"size": "auto", "max_minutes": 1.0}).config.size == "auto"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"size": "auto"},
+        {"size": "auto", "max_minutes": 1.0, "max_iters": 7},
+        {"size": "auto", "max_minutes": 1.0, "n_embd": 64},
+    ],
+)
+def test_auto_without_a_time_or_beside_a_shape_is_an_error(sources, flags):
+    (problem,) = sources.problems(flags)
+    assert "size auto" in problem

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from callbacks import Best, TrainResult
     from tokenizer import Tokenizer
     from trainer import Trainer
+    from utils.sizes import Advice
 
 
 MANY_EPOCHS = 10  # without dropout, val loss rises long before (docs/LOG.md)
@@ -254,6 +255,27 @@ def _format_callback_flags(trainer: "Trainer") -> str:
     return "".join(f" {name}" for name in trainer.callbacks if name.startswith("--callback "))
 
 
+def count_evaluations(trainer: "Trainer") -> int:
+    """Return how many evaluations a run has."""
+    steps = trainer.config.max_iters - trainer.plan.start_step
+    return math.ceil(steps / (trainer.config.eval_interval or steps))
+
+
+def estimate_seconds(trainer: "Trainer", step: float, evaluation: float) -> float:
+    """Return the seconds of a run, from those of a step and of an evaluation."""
+    steps = trainer.config.max_iters - trainer.plan.start_step
+    return steps * step + count_evaluations(trainer) * evaluation
+
+
+def format_advice(advice: "Advice", loss: float, seconds: float) -> str:
+    """Format a size that would learn more than one with the predicted `loss`, in the same time."""
+    size, minutes = advice.size, max(1, round(seconds / 60))
+    return (
+        f"Size    {size.n_layer} layers and {size.n_embd} channels would learn more in this time "
+        f"(a loss of about {advice.loss:.2f}, for {loss:.2f}): --size auto --max-minutes {minutes}"
+    )
+
+
 def format_estimate(
     trainer: "Trainer", step: float, evaluation: float, peak_memory: int | None
 ) -> str:
@@ -261,10 +283,8 @@ def format_estimate(
 
     `step` and `evaluation` are in seconds, `peak_memory` in bytes.
     """
-    config = trainer.config
-    steps = config.max_iters - trainer.plan.start_step
-    evaluations = math.ceil(steps / (config.eval_interval or steps))
-    seconds = steps * step + evaluations * evaluation
+    evaluations = count_evaluations(trainer)
+    seconds = estimate_seconds(trainer, step, evaluation)
     # float32: weights, gradients, and two moments of AdamW or one of Muon
     size = sum(
         4 * (3 if "momentum" in group else 4) * parameter.numel()
