@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import NGRAM_FACTORS, NGRAM_REACH, ModelConfig
-from utils.kernels import apply_causal_attention, apply_rms_norm
+from utils.kernels import apply_causal_attention, apply_dropout, apply_rms_norm
 
 Ids = Tensor | np.ndarray | Sequence[int]
 """Token ids, `(B, T)` or `(T,)`."""
@@ -73,6 +73,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, `(..., size)`, in float32."""
         return apply_rms_norm(x.float()) * self.weight
+
+
+class Dropout(nn.Dropout):
+    """Dropout (arxiv.org/abs/1207.0580)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of x in training."""
+        return apply_dropout(x, self.p) if self.training else x
 
 
 class NoPositions(nn.Module):
@@ -156,7 +164,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.queries_and_keys = NoPositions() if is_gpt2 else NormedRotary(config)
         self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
+        self.residual_dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, positions: slice | Tensor, cache: LayerCache | None = None
@@ -183,7 +191,7 @@ class MLP(nn.Module):
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.activation = create_activation(config)
         self.projection = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
+        self.residual_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x, `(B, T, C)`, position by position."""
@@ -200,7 +208,7 @@ class GatedMLP(nn.Module):
         self.expand = nn.Linear(config.n_embd, hidden, bias=False)
         self.activation = create_activation(config)
         self.projection = nn.Linear(hidden, config.n_embd, bias=False)
-        self.residual_dropout = nn.Dropout(config.dropout)
+        self.residual_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x, `(B, T, C)`, position by position."""
@@ -263,7 +271,7 @@ class LanguageModel(nn.Module):
         self.position_embedding = (
             LearnedPositions(config.block_size, config.n_embd) if is_gpt2 else NoPositions()
         )
-        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = create_norm(config)
         # A tied head (arxiv.org/abs/1608.05859) has no parameter of its own: loading, moving and

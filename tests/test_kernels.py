@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from utils.kernels import (
     RMS_EPSILON,
     apply_causal_attention,
+    apply_dropout,
     apply_rms_norm,
     is_attention_causal,
 )
@@ -43,6 +44,40 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient():
     y.sum().backward()
     assert not y.any()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+def test_dropout_drops_each_element_with_probability_p_and_scales_the_others(p):
+    torch.manual_seed(0)
+    x = torch.ones(400, 1001, requires_grad=True)  # not a multiple of four numbers
+    y = apply_dropout(x, p)
+    dropped = (y == 0).float()
+    error = 5 * (p * (1 - p) / 100_000) ** 0.5
+    for lane in range(4):  # the four numbers of one draw are independent
+        assert dropped.flatten()[lane::4].mean() == pytest.approx(p, abs=error)
+    both = dropped.flatten()[:-1:4] * dropped.flatten()[1::4]
+    assert both.mean() == pytest.approx(p * p, abs=error)
+    torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - p)]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y.detach())  # the same elements, the same factor
+
+
+def test_dropout_keeps_the_dtype_and_repeats_with_the_generator():
+    x = torch.ones(3, 5, dtype=torch.bfloat16)
+    masks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        masks.append(apply_dropout(x, 0.5))
+    assert masks[0].dtype == torch.bfloat16
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], apply_dropout(x, 0.5))  # the generator has advanced
+
+
+def test_no_dropout_draws_no_numbers():
+    state = torch.get_rng_state()
+    x = torch.ones(3)
+    assert torch.equal(apply_dropout(x, 0.0), x)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_causal_attention_agrees_with_pytorchs_forward_and_backward():
