@@ -33,7 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import NGRAM_FACTORS, NGRAM_REACH, ModelConfig
-from utils.kernels import apply_causal_attention, apply_dropout, apply_rms_norm
+from utils.kernels import (
+    apply_causal_attention,
+    apply_dropout,
+    apply_normed_rotary,
+    apply_rms_norm,
+)
 
 Ids = Tensor | np.ndarray | Sequence[int]
 """Token ids, `(B, T)` or `(T,)`."""
@@ -72,7 +77,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, `(..., size)`, in float32."""
-        return apply_rms_norm(x.float()) * self.weight
+        return apply_rms_norm(x.float(), self.weight)
 
 
 class Dropout(nn.Dropout):
@@ -145,11 +150,8 @@ class NormedRotary(nn.Module):
 
     def forward(self, qk: Tensor, positions: slice | Tensor) -> Tensor:
         """Normalize and rotate queries and keys, `(2, B, H, T, D)`, in float32."""
-        weight = torch.stack((self.query_norm.weight, self.key_norm.weight))  # (2, D)
-        x = apply_rms_norm(qk.float()) * weight[:, None, None, None, :]
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        return x * self.cos[positions] + rotated * self.sin[positions]
+        weights = torch.stack((self.query_norm.weight, self.key_norm.weight))  # (2, D)
+        return apply_normed_rotary(qk, weights, self.cos[positions], self.sin[positions])
 
 
 class CausalSelfAttention(nn.Module):

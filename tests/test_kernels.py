@@ -11,6 +11,7 @@ from utils.kernels import (
     RMS_EPSILON,
     apply_causal_attention,
     apply_dropout,
+    apply_normed_rotary,
     apply_rms_norm,
     is_attention_causal,
 )
@@ -34,13 +35,47 @@ def assert_same_values_and_gradients(function, reference, *inputs: torch.Tensor)
 @pytest.mark.parametrize("shape", [(1, 8), (2, 3, 48), (2, 2, 3, 5, 16)])
 def test_rms_norm_agrees_with_pytorchs_forward_and_backward(shape):
     assert_same_values_and_gradients(
-        apply_rms_norm, lambda x: F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON), draw(*shape)
+        apply_rms_norm,
+        lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, eps=RMS_EPSILON),
+        draw(*shape),
+        draw(shape[-1], seed=2),
     )
+
+
+def rotate_plainly(qk, weights, cos, sin):
+    x = F.rms_norm(qk, qk.shape[-1:], eps=RMS_EPSILON) * weights[:, None, None, None, :]
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1, 2), (2, 3, 2, 5, 8)])
+def test_normed_rotary_agrees_with_the_plain_expression_forward_and_backward(shape):
+    T, D = shape[-2:]
+    angles = torch.outer(torch.arange(T), 0.5 ** torch.arange(D // 2))
+    cos, sin = (torch.cat((f(angles), f(angles)), dim=-1) for f in (torch.cos, torch.sin))
+    qk, weights = draw(*shape), draw(2, D, seed=2)
+    assert_same_values_and_gradients(
+        lambda qk, weights: apply_normed_rotary(qk, weights, cos, sin),
+        lambda qk, weights: rotate_plainly(qk, weights, cos, sin),
+        qk,
+        weights,
+    )
+    with torch.no_grad():
+        result = apply_normed_rotary(qk, weights, cos, sin)
+        torch.testing.assert_close(result, rotate_plainly(qk, weights, cos, sin))
+
+
+def test_normed_rotary_takes_queries_and_keys_as_views_of_one_product():
+    product = draw(3, 5, 3 * 2 * 8)
+    qk = product.view(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)[:2]  # (2, B, H, T, D)
+    cos, sin = torch.ones(5, 8), torch.zeros(5, 8)
+    y = apply_normed_rotary(qk, torch.ones(2, 8), cos, sin)
+    torch.testing.assert_close(y, F.rms_norm(qk, (8,), eps=RMS_EPSILON))
 
 
 def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient():
     x = torch.zeros(2, 8, requires_grad=True)
-    y = apply_rms_norm(x)
+    y = apply_rms_norm(x, torch.ones(8))
     y.sum().backward()
     assert not y.any()
     assert torch.isfinite(x.grad).all()
