@@ -48,6 +48,7 @@ from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
 from utils.output import run_command
 from utils.run_manager import RunDirectory, create_run_directory
+from utils.sizes import Size
 from utils.tracking.metrics import METRICS, get_chart, get_tag
 from utils.tracking.tensorboard import TensorBoardTracker
 
@@ -585,8 +586,9 @@ def test_a_dry_run_does_not_cache_the_sample_corpus(tiny, tmp_path, sample_corpu
 
 
 def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_nothing(
-    tiny, tmp_path
+    tiny, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(trainer_module, "SIZES", (Size(1, 8, 1),))  # smaller: no advice
     before = sorted(tmp_path.rglob("*"))
     config = tiny()
     loaded = LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default"))
@@ -601,6 +603,16 @@ def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_no
     assert [line.split()[0] for line in more[:6]] == heads
     assert any(line.split()[:2] == ["n_layer", "2"] for line in more[6:])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_names_a_size_that_would_learn_more_in_the_same_time(tiny, monkeypatch):
+    monkeypatch.setattr(trainer_module, "SIZES", (Size(1, 8, 1), Size(2, 32, 2)))
+    monkeypatch.setattr(trainer_module, "measure_speed", lambda *args, **kwargs: (1.0, 1.0))
+    config = tiny(n_embd=2, n_head=1, n_layer=1)
+    loaded = LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default"))
+    last = dry_run(loaded).splitlines()[-1]
+    for fact in ("2 layers", "32 channels", "--size auto", "--max-minutes 1"):
+        assert fact in last
 
 
 # Ways to end ----------------------------------------------------------------------------------
