@@ -41,12 +41,14 @@ SIZES = (
     Size(8, 512, 16),
     Size(12, 768, 24),
 )
-# loss = FLOOR + WEIGHTS_FACTOR / weights^WEIGHTS_POWER + TOKENS_FACTOR / tokens^TOKENS_POWER
-FLOOR = 1.0
-WEIGHTS_FACTOR, WEIGHTS_POWER = 1.0, 0.3
-TOKENS_FACTOR, TOKENS_POWER = 1.0, 0.3
+# loss = FLOOR + WEIGHTS_FACTOR / weights^WEIGHTS_POWER + TOKENS_FACTOR / tokens^TOKENS_POWER, in
+# nats per character of Shakespeare's plays. Other texts have other losses, not another order of the
+# sizes.
+FLOOR = 1.35
+WEIGHTS_FACTOR, WEIGHTS_POWER = 2030.0, 0.75
+TOKENS_FACTOR, TOKENS_POWER = 3055.0, 0.70
 MIN_GAIN = 0.01  # nats: less is not worth advice
-USEFUL_REPEATS = 3.0  # reading a text again is worth less each time, and never more than this
+USEFUL_REPEATS = 15.0  # Muennighoff's: reading again is worth less each time, in all so many epochs
 
 
 def predict_loss(num_weights: int, tokens: float, text_tokens: int) -> float:

@@ -271,8 +271,8 @@ def format_advice(advice: "Advice", loss: float, seconds: float) -> str:
     """Format a size that would learn more than one with the predicted `loss`, in the same time."""
     size, minutes = advice.size, max(1, round(seconds / 60))
     return (
-        f"Size    {size.n_layer} layers and {size.n_embd} channels would learn more in this time "
-        f"(a loss of about {advice.loss:.2f}, for {loss:.2f}): --size auto --max-minutes {minutes}"
+        f"Size    {size.n_layer} layers of {size.n_embd} channels would learn more in this time, a "
+        f"val loss about {loss - advice.loss:.2f} lower: --size auto --max-minutes {minutes}"
     )
 
 
