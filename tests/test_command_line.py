@@ -29,7 +29,8 @@ def command_line():
 def test_every_setting_is_a_flag_in_kebab_and_snake_case(command_line, name):
     (schema,) = [ModelConfig.model_json_schema()["properties"][name]]
     kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
-    choices = [c for kind in schema.get("anyOf", [schema]) for c in kind.get("enum", [])]
+    options = schema.get("anyOf", [schema])
+    choices = [c for kind in options for c in kind.get("enum", [kind.get("const")]) if c]
     value = "1" if "integer" in kinds else "0.5" if "number" in kinds else "cpu"
     value = str(choices[0]) if choices else "true" if "boolean" in kinds else value
     value = {"rope_theta": "1.5", "vocab_size": "257"}.get(name, value)

@@ -84,8 +84,8 @@ class FusedNormedRotary(torch.autograd.Function):
         normed, scale, weights, cos, sin = ctx.saved_tensors
         gradient = _rotate(gradient, cos, -sin)
         product = gradient * normed
-        along = product @ (weights[:, None, None, :, None] / normed.size(-1))  # (2, B, H, T, 1)
         gradient.mul_(weights[:, None, None, None, :])
+        along = (gradient * normed).mean(dim=-1, keepdim=True)  # (2, B, H, T, 1)
         x_gradient = gradient.addcmul_(normed, along, value=-1).mul_(scale)
         return x_gradient, product.sum(dim=(1, 2, 3)), None, None
 

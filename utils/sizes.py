@@ -42,8 +42,8 @@ SIZES = (
     Size(12, 768, 24),
 )
 # loss = FLOOR + WEIGHTS_FACTOR / weights^WEIGHTS_POWER + TOKENS_FACTOR / tokens^TOKENS_POWER, in
-# nats per character of Shakespeare's plays. Other texts have other losses, not another order of the
-# sizes.
+# nats per character of Shakespeare's plays. Other texts have other losses. Of source code, which
+# has more to learn, short runs prefer a smaller model than this law chooses (docs/LOG.md).
 FLOOR = 1.35
 WEIGHTS_FACTOR, WEIGHTS_POWER = 2030.0, 0.75
 TOKENS_FACTOR, TOKENS_POWER = 3055.0, 0.70
