@@ -630,6 +630,8 @@ def prepare_trainer(
 
     data = world.run_on_all_ranks(load)
     if config.size == "auto":
+        if on_progress:
+            on_progress("Measuring the speed of models of several sizes …")
         config = settle_size(config, data, device, world)
         for name in SHAPE_SETTINGS:
             sources[name] = f"size auto ({sources['size']})"
