@@ -177,8 +177,8 @@ class ConfigLoader:
         }
         if checkpoint is not None and values["size"] == "auto":
             problems.append(
-                f"size auto ({sources['size']}) is for a new model: that of {checkpoint.path} has "
-                "its size"
+                f"size auto ({sources['size']}) is for a new model: the shape of that in "
+                f"{checkpoint.path} cannot change"
             )
         for layer in (*self._requested, self._configs, self._legacy):
             shape = [name for name in SHAPE_SETTINGS if name in layer]

@@ -772,9 +772,14 @@ def find_best_size(
         rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
         try:
             check_memory(candidate, data.tokenizer.vocab_size, device, rows.stop - rows.start)
+            step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
         except UserError:
             return 0
-        step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
+        except (RuntimeError, MemoryError) as error:
+            # With several ranks, the others would wait for this one: there it ends the run.
+            if world.size > 1 or not is_out_of_memory(error):
+                raise
+            return 0
         return int(seconds / (step + evaluation / (config.eval_interval or math.inf)))
 
     tokens_per_step = config.batch_size * config.block_size
@@ -856,8 +861,8 @@ def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None
     seconds = summary.estimate_seconds(trainer, step, evaluation)
     advice = find_best_size(config, data, trainer.device, seconds, trainer.world)
     num_tokens = config.max_iters * config.batch_size * config.block_size
-    weights = 12 * config.n_layer * config.n_embd**2
-    loss = predict_loss(weights, num_tokens, data.splits["train"].size)
+    own = Size(config.n_layer, config.n_embd, config.n_head)
+    loss = predict_loss(own.num_weights, num_tokens, data.splits["train"].size)
     if advice.loss > loss - MIN_GAIN:
         return None
     return summary.format_advice(advice, loss, seconds)

@@ -108,6 +108,13 @@ def test_dropout_keeps_the_dtype_and_repeats_with_the_generator():
     assert not torch.equal(masks[0], apply_dropout(x, 0.5))  # the generator has advanced
 
 
+def test_dropout_of_nearly_all_drops_nearly_all():
+    torch.manual_seed(0)
+    y = apply_dropout(torch.ones(100_000), 1 - 1e-7)
+    assert (y != 0).float().mean() < 1e-3
+    assert torch.isfinite(y).all()
+
+
 def test_no_dropout_draws_no_numbers():
     state = torch.get_rng_state()
     x = torch.ones(3)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import trainer
 from parameters import SHAPE_SETTINGS
@@ -64,7 +65,7 @@ def test_larger_sizes_are_not_measured_once_one_is_worse():
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    """Sizes that train in a moment, of which the second is chosen."""
+    """Sizes that train in a moment, instead of those that a user gets."""
     sizes = (Size(1, 8, 1), Size(1, 16, 2))
     monkeypatch.setattr(trainer, "SIZES", sizes)
     return sizes
@@ -77,3 +78,14 @@ def test_the_chosen_size_is_recorded_with_its_source(tiny, quiet, small_sizes):
     assert record["config"]["size"] is None  # a repeated run has the same size
     assert record["sources"]["n_layer"] == "size auto (train())"
     assert record["config"]["max_iters"] == result.step
+
+
+def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, monkeypatch):
+    def measure(config, *args, **kwargs):
+        if config.n_embd == small_sizes[1].n_embd:
+            raise torch.OutOfMemoryError("out of memory")
+        return 1e-3, 1e-3
+
+    monkeypatch.setattr(trainer, "measure_speed", measure)
+    config = tiny(max_iters=None, max_minutes=0.001, size="auto")
+    assert trainer.prepare_trainer(config).config.n_embd == small_sizes[0].n_embd

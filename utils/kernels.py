@@ -109,7 +109,8 @@ def apply_dropout(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu" or p == 0:
         return F.dropout(x, p)
     draws = torch.randint(-(1 << 63), (1 << 63) - 1, ((x.numel() + 3) // 4,), dtype=torch.int64)
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65536) - 32768
+    dropped = min(round(p * 65536), 65535)  # of the 65536 values; all of them would not fit int16
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
     return x * keep * (1 / (1 - p))
 
 
