@@ -469,11 +469,14 @@ def _check_shapes(
     expected_ngrams = None if config.ngram_rows is None else [config.ngram_rows, config.n_embd]
     expected = (config.n_layer, [vocab_size, config.n_embd], expected_ngrams)
     if (len(layers), shape, ngrams) != expected:
+        found = recorded = ""
+        if ngrams != expected_ngrams:
+            found = f", n-gram embeddings of {ngrams}"
+            recorded = f", ngram_rows {config.ngram_rows}"
         raise UserError(
-            f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers, an embedding of {shape} and "
-            f"n-gram embeddings of {ngrams}, where {CONFIG_FILE} has n_layer {config.n_layer}, "
-            f"vocab_size {vocab_size}, n_embd {config.n_embd} and ngram_rows {config.ngram_rows}: "
-            "these files belong to different models"
+            f"{directory}: {WEIGHTS_FILE} has {len(layers)} layers, an embedding of {shape}"
+            f"{found}, where {CONFIG_FILE} has n_layer {config.n_layer}, vocab_size {vocab_size}, "
+            f"n_embd {config.n_embd}{recorded}: these files belong to different models"
         )
     if others := {dtype for dtype, _ in header.values() if dtype not in WEIGHT_DTYPES}:
         raise UserError(

@@ -50,6 +50,7 @@ VALUES_BEFORE_SETTING = {
     "compile_backend": "aot_eager",
     "split_by": "position",
     "window_order": "random",
+    "size": None,
 }
 # Bytes of a configuration file. PyYAML reads a list at 50 KB a second; a run's record is JSON.
 MAX_JSON_BYTES, MAX_YAML_BYTES = 1 << 20, 1 << 17
@@ -167,6 +168,8 @@ class ConfigLoader:
             ]
             saved = _check_layer(known, checkpoint.path, problems)
         merged = _merge_layers(*self._requested, saved, self._configs, self._legacy, DEFAULTS)
+        if "size" in saved:  # a resumed model already has a size
+            merged["size"] = saved["size"]
         values = {name: setting.value for name, setting in merged.items()}
         # Only null settings that the architecture determines are missing from `merged`.
         architecture = merged["architecture"]
@@ -180,12 +183,13 @@ class ConfigLoader:
                 f"size auto ({sources['size']}) is for a new model: the shape of that in "
                 f"{checkpoint.path} cannot change"
             )
-        for layer in (*self._requested, self._configs, self._legacy):
+        # Those of configs/ stand in two files, one of which sets the default shape.
+        for layer in (*self._requested, self._legacy):
             shape = [name for name in SHAPE_SETTINGS if name in layer]
-            if shape and "size" in layer and layer["size"].value == "auto":
+            if shape and values["size"] == "auto" and layer.get("size") == merged["size"]:
                 problems.append(
-                    f"size auto ({layer['size'].source}) chooses {', '.join(SHAPE_SETTINGS)}: "
-                    f"remove it, or {' and '.join(shape)}"
+                    f"size auto ({sources['size']}) and {', '.join(shape)} are set: auto chooses "
+                    f"{', '.join(SHAPE_SETTINGS)}, so remove one or the other"
                 )
         for names, problem in find_conflicts(values):
             problems.append(f"{problem} ({', '.join(f'{n}: {sources[n]}' for n in names)})")
@@ -295,27 +299,28 @@ def _to_plain(value: Any) -> Any:
 
 
 def _merge_layers(*layers: Layer) -> Layer:
-    """Merge layers, the first of which has the highest priority."""
+    """Merge layers, the first of which has the highest priority.
+
+    A setting is left out if its value is null and the architecture determines it.
+    """
     merged: Layer = {}
     for layer in map(_complete_layer, layers):
         merged |= {name: setting for name, setting in layer.items() if name not in merged}
-    return merged
+    return {
+        n: each for n, each in merged.items() if each.value is not None or n not in BY_ARCHITECTURE
+    }
 
 
 def _complete_layer(layer: Layer) -> Layer:
-    """Return a layer with the nulls that it implies, and without those that count as unset.
+    """Return a layer with the nulls that it implies.
 
     max_iters, epochs and max_minutes all set the number of steps: a source that sets any of them
-    sets the rest to null, so that `--epochs 2` does not conflict with a default. A null for a
-    setting that depends on the architecture counts as unset. A source that sets the shape of the
-    model sets `size` to null.
+    sets the rest to null, so that `--epochs 2` does not conflict with a default. A source that sets
+    the shape of the model sets `size` to null.
     """
     for name in SHAPE_SETTINGS:
         if name in layer:
             layer = {"size": Setting(None, layer[name].source), **layer}
-    layer = {
-        n: each for n, each in layer.items() if each.value is not None or n not in BY_ARCHITECTURE
-    }
     for name in LENGTH_SETTINGS:
         if name in layer and layer[name].value is not None:
             unset = Setting(None, layer[name].source)
@@ -366,6 +371,8 @@ def format_settings(loaded: LoadedConfig) -> str:
             shown = format_value(value)
             if value is None and name in fallbacks:
                 shown = f"null: {fallbacks[name]}"
+            if loaded.config.size == "auto" and name in SHAPE_SETTINGS:
+                shown = "chosen by size auto"
             lines.append(f"  {name:<20} {shown:<36} {loaded.sources[name]}")
     return "\n".join(lines)
 

@@ -204,9 +204,11 @@ def _shuffle_windows(positions: np.ndarray, count: int, seed: int) -> np.ndarray
 def _shuffle_shifted_windows(positions: np.ndarray, size: int, T: int, seed: int) -> np.ndarray:
     """Return where the windows begin at `positions` of an endless series of passes over `size` ids.
 
-    Pass p cuts the ids into windows from an offset on that is below T: the fractional part of
-    (u + p φ), where φ is the golden ratio and u is drawn from the seed, spreads the offsets of any
-    number of passes evenly. Up to 2 T - 1 ids at both ends together are left out of a pass.
+    Pass p cuts the ids into `count` adjacent windows, the first of which begins at T times the
+    fractional part of (u + p φ): the golden ratio φ spreads these offsets evenly over any number of
+    passes, and u is drawn from the seed. Fewer than 2 T ids before and after these windows are left
+    out of a pass; odd passes begin a window later if there is room, so that no id is always left
+    out.
     """
     count = max(1, (size - T) // T)
     num_offsets = min(T, size - count * T)  # of which each leaves room for `count` windows
@@ -215,7 +217,9 @@ def _shuffle_shifted_windows(positions: np.ndarray, size: int, T: int, seed: int
     start = np.random.Philox(key=[seed, _SHUFFLING_STREAM], counter=[0, 0, 1, 0]).random_raw()
     fractions = np.uint64(start) + passes * np.uint64(_GOLDEN_RATIO)
     offsets = (fractions >> np.uint64(32)) * np.uint64(num_offsets) >> np.uint64(32)
-    return _shuffle_windows(positions, count, seed) * T + offsets.astype(np.int64)
+    offsets = offsets.astype(np.int64)
+    is_late = (passes % 2 == 1) & (offsets + (count + 1) * T < size)
+    return (_shuffle_windows(positions, count, seed) + is_late) * T + offsets
 
 
 def _permute(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:

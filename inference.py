@@ -44,7 +44,7 @@ from tokenizer import Tokenizer, normalize_for
 from utils.command_line import Action, CommandLine, format_flag
 from utils.errors import UserError, format_reason
 from utils.files import find_text_file_problem
-from utils.imports import pause_garbage_collection
+from utils.garbage import pause_garbage_collection
 from utils.memory import check_memory, is_out_of_memory
 from utils.output import Output, pluralize, run_command
 

@@ -107,8 +107,8 @@ class LearnedPositions(nn.Embedding):
 class NgramEmbedding(nn.Embedding):
     """A learned vector for the last two tokens at each position, for the last three, and for four.
 
-    A small model would need much of its first layers to tell what precedes a token (n-gram
-    embeddings: arxiv.org/abs/2501.16975). The n-grams share the rows of one hashed table
+    Without them, the first layers spend much of a small model's capacity on the preceding tokens
+    (n-gram embeddings: arxiv.org/abs/2501.16975). The n-grams share the rows of one hashed table
     (arxiv.org/abs/1709.03933).
     """
 

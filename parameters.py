@@ -25,8 +25,8 @@ MAX_COUNT = 2**31 - 1  # reject larger counts as typos
 DEFAULT_VOCAB_SIZE = 1024  # of tokenizer bpe (docs/LOG.md)
 MAX_VOCAB_SIZE = 1 << 16  # of tokenizer bpe, so that an id takes two bytes
 MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
-# Factors of the ids of a token and of those before it, oldest first, for the rows of the last two,
-# three and four (model.NgramEmbedding). Sums are below 2^53, which JavaScript computes.
+# Hash multipliers of the ids of a token and of those before it, oldest first, for the last two,
+# three and four tokens (model.NgramEmbedding). Sums are below 2^53, so exact in JavaScript too.
 NGRAM_FACTORS = (
     (0, 0, 1273642419, 2038074743),
     (0, 1500450271, 715225739, 1299709),
@@ -163,7 +163,7 @@ class Training(Settings):
     micro_batch_size: Positive | None = None
     """Sequences per forward and backward pass; gradients are accumulated. null: the whole batch."""
 
-    max_iters: Positive | None = 880
+    max_iters: Positive | None = 1000
     """Optimizer steps. null: determined by epochs or max_minutes."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -173,7 +173,7 @@ class Training(Settings):
     """Train for about this many minutes. With max_iters or epochs set too: stop at this limit."""
 
     size: Literal["auto"] | None = None
-    """auto: choose n_layer, n_embd and n_head for the text and max_minutes, by measured speed."""
+    """auto: the n_layer, n_embd and n_head of lowest predicted loss after max_minutes, measured."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
@@ -211,7 +211,7 @@ class Training(Settings):
     grad_clip: Annotated[float, Field(ge=0, le=MAX_RATE)] = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
-    eval_interval: Count = 88
+    eval_interval: Count = 100
     """Steps between evaluations; the last step is always evaluated. 0: the last step only."""
 
     eval_iters: Annotated[int, Field(ge=0, le=1_000_000)] = 10
@@ -227,7 +227,7 @@ class Training(Settings):
 class Saving(Settings):
     """Which checkpoints are saved, and which of them are kept."""
 
-    checkpoint_interval: Count = 440
+    checkpoint_interval: Count = 500
     """Steps between checkpoints, besides a new best, the last step and signals. 0: only these."""
 
     keep_checkpoints: Positive | None = 2
@@ -363,8 +363,8 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
     if architecture != "speedrun" and values.get("ngram_rows") is not None:
         yield (
             ("architecture", "ngram_rows"),
-            f"ngram_rows {values['ngram_rows']} is a setting of architecture speedrun only: "
-            f"{architecture} has no n-gram embeddings",
+            f"ngram_rows {values['ngram_rows']} is a setting of architecture speedrun only: set it "
+            f"to null, as {architecture} has no n-gram embeddings",
         )
     if values["train_split"] + values["test_split"] >= 1:
         yield (

@@ -16,7 +16,7 @@ from config import ConfigLoader, format_settings
 from parameters import ALIASES, GROUPS, ModelConfig
 from resume import plan_run
 from utils.command_line import Action, CommandLine
-from utils.imports import pause_garbage_collection
+from utils.garbage import pause_garbage_collection
 from utils.output import Output, run_command
 from utils.ranks import Ranks
 
@@ -42,8 +42,8 @@ ACTIONS = (
     Action("show_config", "Print every setting with its source, and exit."),
     Action(
         "dry_run",
-        "Print the size, memory and time of the run, measured with a few steps, and exit; with "
-        "--show-config, every setting too.",
+        "Print the size, memory and time of the run, measured with a few steps, and a model size "
+        "that is predicted to be better, and exit; with --show-config, every setting too.",
     ),
 )
 

@@ -111,7 +111,15 @@ from utils.run_manager import (
     write_metadata,
     write_result,
 )
-from utils.sizes import MIN_GAIN, SIZES, Advice, Size, choose_size, predict_loss
+from utils.sizes import (
+    MAX_EPOCHS,
+    MIN_GAIN,
+    SIZES,
+    Size,
+    SizeEstimate,
+    choose_size,
+    predict_loss,
+)
 from utils.stop import StopRequest
 from utils.threads import CoreBinding
 from utils.tracking import Tracker
@@ -635,9 +643,7 @@ def prepare_trainer(
         config = settle_size(config, data, device, world)
         for name in SHAPE_SETTINGS:
             sources[name] = f"size auto ({sources['size']})"
-    if world.size == 1 or config.parallel == "ddp":
-        rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
-        check_memory(config, data.tokenizer.vocab_size, device, rows.stop - rows.start)
+    check_memory_of_rank(config, data, device, world)
     if loaded is not None:
         resume.check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)
@@ -671,14 +677,24 @@ def open_device(config: ModelConfig) -> torch.device:
     return device
 
 
+def check_memory_of_rank(
+    config: ModelConfig, data: Dataset, device: torch.device, world: World
+) -> None:
+    """Raise `UserError` if this rank's part of a step does not fit into its device's memory."""
+    if world.size > 1 and config.parallel == "fsdp":
+        return  # each rank holds a shard of the model
+    rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
+    check_memory(config, data.tokenizer.vocab_size, device, rows.stop - rows.start)
+
+
 def check_causality(config: ModelConfig, device: torch.device, precision: str) -> None:
-    """Raise `UserError` if attention sees later positions on this device, in this precision."""
+    """Raise `UserError` if attention cannot be used on this device in this precision."""
     D = config.n_embd // config.n_head
     if not is_attention_causal(config.n_head, config.block_size, D, device, DTYPES[precision]):
         raise UserError(
-            f"attention in {precision} on {describe_device(device)} sees later positions, which is "
-            "a bug of PyTorch: a model would learn nothing. Use another --precision or --device, "
-            "or update PyTorch"
+            f"attention in {precision} on {describe_device(device)} sees later positions or is not "
+            "finite, which is a bug of PyTorch: a model would learn nothing. Use another "
+            "--precision or --device, or update PyTorch"
         )
 
 
@@ -742,7 +758,7 @@ def settle_length(
     step, evaluation = measure_speed(
         config.model_copy(update={"max_iters": 1}), data, device, world
     )
-    seconds = world.broadcast(step + evaluation / (config.eval_interval or math.inf))
+    seconds = step + evaluation / (config.eval_interval or math.inf)
     max_iters = plan.start_step + max(1, int(config.max_minutes * 60 / seconds))
     return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
 
@@ -750,10 +766,27 @@ def settle_length(
 def settle_size(
     config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
 ) -> ModelConfig:
-    """Return the config with the shape of the model that suits the text and `max_minutes` best."""
-    assert config.max_minutes is not None
-    size = find_best_size(config, data, device, config.max_minutes * 60, world).size
-    return config.model_copy(update={**size._asdict(), "size": None})
+    """Return the config with the shape that is predicted to reach the lowest loss in `max_minutes`.
+
+    Raises `UserError` if the run would read the text more than `MAX_EPOCHS` times.
+    """
+    minutes = config.max_minutes
+    assert minutes is not None
+    estimate = find_best_size(config, data, device, minutes * 60, world)
+    epochs = count_epochs(config, data, estimate.steps)
+    if epochs > MAX_EPOCHS:
+        raise UserError(
+            f"size auto: in {minutes:g} minutes, {estimate.size.n_layer} layers of "
+            f"{estimate.size.n_embd} channels would read this text {epochs:.0f} times and memorize "
+            f"it: try --max-minutes {minutes * MAX_EPOCHS / epochs:.2g}, or --config "
+            "configs/presets/small_text.yaml"
+        )
+    return config.model_copy(update={**estimate.size._asdict(), "size": None})
+
+
+def count_epochs(config: ModelConfig, data: Dataset, steps: int) -> float:
+    """Return how many times `steps` read the training text."""
+    return steps * config.batch_size * config.block_size / data.splits["train"].size
 
 
 def find_best_size(
@@ -762,19 +795,25 @@ def find_best_size(
     device: torch.device,
     seconds: float,
     world: World = SINGLE_PROCESS,
-) -> Advice:
-    """Measure the speed of larger and larger models, until a larger one would learn less."""
+) -> SizeEstimate:
+    """Measure the speed of larger and larger models, until a larger one is predicted to be worse.
+
+    All ranks call this, and return the same.
+    """
 
     def count_steps(size: Size) -> int:
         # Compiling would take longer than the measurement.
         changes = {**size._asdict(), "torch_compile": "off", "max_iters": 1, "size": None}
         candidate = config.model_copy(update=changes)
-        rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
         try:
-            check_memory(candidate, data.tokenizer.vocab_size, device, rows.stop - rows.start)
-            step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
+            check_memory_of_rank(candidate, data, device, world)
+            fits = True
         except UserError:
+            fits = False
+        if not all(world.all_gather(fits)):
             return 0
+        try:
+            step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
         except (RuntimeError, MemoryError) as error:
             # With several ranks, the others would wait for this one: there it ends the run.
             if world.size > 1 or not is_out_of_memory(error):
@@ -796,7 +835,8 @@ def measure_speed(
 ) -> tuple[float, float]:
     """Return the seconds of a step and of a whole evaluation, timed on a throwaway model.
 
-    Three steps are timed, or as many as fit into `budget` seconds, at most 20.
+    Three steps are timed, or as many as fit into `budget` seconds, at most 20. The times are rank
+    0's on all ranks.
     """
     trainer = Trainer(config, data, device, world=world)
     seconds: list[float] = []
@@ -806,7 +846,7 @@ def measure_speed(
         synchronize(device)
         seconds.append(world.broadcast(time.perf_counter() - start))
     median = statistics.median_high(seconds[1:])  # without the first, a warmup
-    return median, time_evaluation(trainer)
+    return world.broadcast((median, time_evaluation(trainer)))
 
 
 def time_evaluation(trainer: Trainer) -> float:
@@ -837,35 +877,37 @@ def dry_run(
     with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
         speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
-        advice = suggest_size(trainer, *speed)
+        peak_memory = get_peak_memory(trainer.device)
+        suggestion = suggest_size(trainer, *speed) if loaded.config.size is None else None
     banner = summary.format_banner(trainer, loaded.changes)
-    estimate = summary.format_estimate(trainer, *speed, get_peak_memory(trainer.device))
+    estimate = summary.format_estimate(trainer, *speed, peak_memory)
     settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
     lines = [
         banner,
         estimate,
-        *([advice] if advice else []),
+        *([suggestion] if suggestion else []),
         *(["", settings] if show_config else []),
     ]
     return "\n".join(lines)
 
 
 def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None:
-    """Return a line about a size that would learn more in the time of this run, if there is one.
+    """Return a line about a size with a lower predicted loss in the time of this run, or None.
 
-    `step` and `evaluation` are in seconds.
+    `step` and `evaluation` are in seconds. The scaling law is of the losses of characters.
     """
     config, data = trainer.config, trainer.data
-    if trainer.plan.bundle is not None or trainer.sources["n_layer"].startswith("size auto"):
-        return None
     seconds = summary.estimate_seconds(trainer, step, evaluation)
-    advice = find_best_size(config, data, trainer.device, seconds, trainer.world)
+    is_fitted = config.architecture == "modern" and config.tokenizer == "char"
+    if trainer.plan.bundle is not None or seconds < 60 or not is_fitted:
+        return None
+    better = find_best_size(config, data, trainer.device, seconds, trainer.world)
     num_tokens = config.max_iters * config.batch_size * config.block_size
     own = Size(config.n_layer, config.n_embd, config.n_head)
     loss = predict_loss(own.num_weights, num_tokens, data.splits["train"].size)
-    if advice.loss > loss - MIN_GAIN:
+    if better.loss > loss - MIN_GAIN or count_epochs(config, data, better.steps) > MAX_EPOCHS:
         return None
-    return summary.format_advice(advice, loss, seconds)
+    return summary.format_suggestion(better, loss, seconds)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -173,6 +173,11 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     for name in ("run_tag", "model_name"):
         if loader.get(name).value is not None:
             problems.append(f"{loader.get(name).source}: {name}: trials name their runs: remove it")
+    if loader.get("size").value is not None:
+        problems.append(
+            f"{loader.get('size').source}: size: the trials of a study have one shape, unless the "
+            "space has n_layer, n_embd or n_head: remove it"
+        )
     study = order.study or Path(order.space or "study").stem
     problems += validate_values(StudySettings, {"study": study}, label=format_flag)[1]
     studies = Path(loader.get("runs_dir").value) / "studies"

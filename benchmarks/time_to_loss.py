@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("the target was not reached")
         return 1
     if arguments.record:
-        add_row(LEADERBOARD, Path(arguments.config).stem, arguments.record, results)
+        recipe = " ".join((Path(arguments.config).stem, *arguments.flags))
+        add_row(LEADERBOARD, recipe, arguments.record, results)
     return 0
 
 
@@ -120,14 +121,14 @@ def format_result(result: Result) -> str:
     )
 
 
-def add_row(leaderboard: Path, preset: str, change: str, results: Sequence[Result]) -> None:
+def add_row(leaderboard: Path, recipe: str, change: str, results: Sequence[Result]) -> None:
     """Add the medians and ranges as the last row of the leaderboard's table."""
     seconds = sorted(result.seconds for result in results)
     losses = sorted(result.loss for result in results)
     cells = (
         f"{statistics.median(seconds):.1f} s ({seconds[0]:.1f} to {seconds[-1]:.1f})",
         f"{statistics.median(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})",
-        f"`{preset}`",
+        f"`{recipe}`",
         change,
         str(date.today()),
         f"`{get_commit()}`",

@@ -40,7 +40,7 @@ class ExportSource:
         return self.bundle.state.files[WEIGHTS_FILE]
 
     def check_portable(self) -> None:
-        """Raise `UserError` if the models of Transformers and llama.cpp lack a part of this one."""
+        """Raise `UserError` if Transformers and llama.cpp have no model of this architecture."""
         if self.config.architecture == "speedrun":
             raise UserError(
                 f"{self.bundle.path}: architecture speedrun has n-gram embeddings, which no model "

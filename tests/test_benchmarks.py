@@ -60,19 +60,20 @@ def test_exports_are_compared_by_loss_text_and_speed(tiny, quiet, monkeypatch, c
 
 @pytest.mark.slow
 def test_time_to_loss_runs_every_seed_and_records_the_median_on_request(timed, capsys):
-    status, leaderboard = timed("--target=9", "--seeds=2", "--record", "a first row")
+    flags = ("--", "--max-iters", "3")
+    status, leaderboard = timed("--target=9", "--seeds=2", "--record", "a first row", *flags)
     assert status == 0
     *lines, median = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["seed 101", "seed 102"]
     for line in lines:
-        for fact in ("4 steps", "256 tokens", "val loss 3.", "fp32", "torch.compile off"):
+        for fact in ("3 steps", "192 tokens", "val loss 3.", "fp32", "torch.compile off"):
             assert fact in line
     assert re.search(r"\d+\.\d seconds.* 3\.\d{4} .*9", median)
     *before, row = leaderboard.splitlines()
     assert before == ["| seconds |", "|---|"]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert re.fullmatch(r"\d+\.\d s \(\d+\.\d to \d+\.\d\)", cells[0])
-    assert cells[2:4] == ["`tiny`", "a first row"]
+    assert cells[2:4] == ["`tiny --max-iters 3`", "a first row"]
     assert len(cells) == len(LEADERBOARD_COLUMNS)
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from helpers import CHECKOUT, call_as_other_user
 
-from config import CONFIG_FILES, ConfigLoader, format_settings, read_config_file
+from config import CONFIG_FILES, CheckpointSettings, ConfigLoader, format_settings, read_config_file
 from parameters import GROUPS, ModelConfig
 from utils.errors import UserError
 
@@ -41,11 +41,11 @@ def sources(tmp_path):
             path.write_text(content, encoding="utf-8")
             return str(path)
 
-        def load(self, flags=None, config_file=None, problems=()):
+        def load(self, flags=None, config_file=None, problems=(), checkpoint=None):
             loader = ConfigLoader(
                 flags, config_file, problems, configs_dir=self.configs, working_dir=self.cwd
             )
-            return loader.load()
+            return loader.load(checkpoint)
 
         def problems(self, *args, **kwargs) -> list[str]:
             with pytest.raises(UserError) as caught:
@@ -203,6 +203,13 @@ def test_null_settings_take_the_architectures_values_and_record_that_source(sour
     assert (loaded.config.tie_weights, loaded.config.activation) == (False, "gelu")
     assert loaded.sources["activation"] == "--activation"
     assert ModelConfig(n_layer=1).model_fields_set == {"n_layer"}
+
+
+def test_null_hides_the_value_of_a_source_of_lower_priority(sources):
+    path = sources.write("mine.yaml", "architecture: speedrun\nngram_rows: 99\ntie_weights: true")
+    loaded = sources.load({"ngram_rows": None, "architecture": "modern"}, path)
+    assert (loaded.config.ngram_rows, loaded.config.tie_weights) == (None, True)
+    assert sources.load({"tie_weights": None}, path).config.tie_weights is False
 
 
 def test_a_record_of_an_old_version_keeps_the_behavior_of_that_version(sources):
@@ -483,6 +490,21 @@ def test_a_shape_from_a_source_of_higher_priority_replaces_auto(sources):
 def test_auto_replaces_a_shape_from_a_source_of_lower_priority(sources):
     sources.write("configs/model.json", '{"n_layer": 2}')
     assert sources.load({"size": "auto", "max_minutes": 1.0}).config.size == "auto"
+
+
+def test_auto_and_the_default_shape_may_both_stand_in_configs(sources):
+    sources.write("configs/model.json", '{"n_layer": 2}')
+    sources.write("configs/train.yaml", "size: auto\nmax_minutes: 1\n")
+    loaded = sources.load()
+    assert loaded.config.size == "auto"
+    shown = [line.split() for line in format_settings(loaded).splitlines()]
+    assert ["n_layer", "chosen", "by", "size", "auto", "configs/model.json"] in shown
+
+
+def test_a_resumed_model_keeps_its_shape_whatever_chose_it(sources):
+    saved = CheckpointSettings("runs/a", {"n_layer": 2, "size": None}, frozenset({"n_layer"}))
+    loaded = sources.load({"size": "auto", "max_minutes": 1.0}, checkpoint=saved)
+    assert (loaded.config.size, loaded.config.n_layer) == (None, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """`size: auto`: a shape for a text and a time, recorded as if a user had chosen it."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import trainer
+from data import load_dataset
+from distributed import World
 from parameters import SHAPE_SETTINGS
 from trainer import train
+from utils.errors import UserError
 from utils.sizes import SIZES, Size, choose_size, predict_loss
 
 TOKENS_PER_STEP = 2048
@@ -78,6 +82,26 @@ def test_the_chosen_size_is_recorded_with_its_source(tiny, quiet, small_sizes):
     assert record["config"]["size"] is None  # a repeated run has the same size
     assert record["sources"]["n_layer"] == "size auto (train())"
     assert record["config"]["max_iters"] == result.step
+
+
+def test_auto_refuses_a_time_in_which_a_text_would_be_read_too_often(
+    tiny, small_sizes, monkeypatch
+):
+    monkeypatch.setattr(trainer, "measure_speed", lambda *args, **kwargs: (1e-4, 1e-4))
+    with pytest.raises(UserError) as raised:
+        trainer.prepare_trainer(tiny(max_iters=None, max_minutes=10, size="auto"))
+    minutes = float(re.search(r"--max-minutes ([\d.e-]+)", str(raised.value))[1])
+    trainer.prepare_trainer(tiny(max_iters=None, max_minutes=minutes * 0.9, size="auto"))
+
+
+def test_ranks_with_different_clocks_choose_by_the_times_of_rank_0(tiny):
+    class OtherRank(World):
+        def broadcast(self, value):
+            return (3.0, 7.0) if isinstance(value, tuple) else value
+
+    config = tiny()
+    data, device = load_dataset(config), torch.device("cpu")
+    assert trainer.measure_speed(config, data, device, OtherRank()) == (3.0, 7.0)
 
 
 def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, monkeypatch):

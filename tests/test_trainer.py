@@ -608,7 +608,7 @@ def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_no
 
 def test_a_dry_run_names_a_size_that_would_learn_more_in_the_same_time(tiny, monkeypatch):
     monkeypatch.setattr(trainer_module, "SIZES", (Size(1, 8, 1), Size(2, 32, 2)))
-    monkeypatch.setattr(trainer_module, "measure_speed", lambda *args, **kwargs: (1.0, 1.0))
+    monkeypatch.setattr(trainer_module, "measure_speed", lambda *args, **kwargs: (9.0, 9.0))
     config = tiny(n_embd=2, n_head=1, n_layer=1)
     loaded = LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default"))
     last = dry_run(loaded).splitlines()[-1]

@@ -189,6 +189,12 @@ def test_all_mistakes_are_reported_together(command, trained, capsys):
     assert all(any(fact in line for line in lines) for fact in facts)
 
 
+def test_a_study_cannot_choose_a_size_for_each_trial(command, trained, capsys):
+    assert command("--size", "auto", "--max-minutes", "1", space="learning_rate: [0.1]") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--size" in line
+
+
 def test_a_missing_space_and_a_missing_optuna_are_one_line(command, trained, capsys, monkeypatch):
     assert run_command(tune.main, []) == 2
     assert "--space FILE" in capsys.readouterr().err
@@ -621,7 +627,7 @@ def test_a_study_with_another_space_or_settings_is_an_error(command, trained, ca
         assert all(fact in line for fact in (*facts, "--study"))
     assert command(*flags, "--max-iters", "20", "--beta2", "0.9", space=SPACE) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert all(fact in line for fact in ("max_iters", "880", "20", "beta2", "0.9"))
+    assert all(fact in line for fact in ("max_iters", "1000", "20", "beta2", "0.9"))
     assert command(*flags, "--num-threads", "1", "--no-aim-logging") == 0  # not about training
     assert len(trained.calls) == 2
 

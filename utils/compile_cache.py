@@ -7,13 +7,12 @@ shared checkout compiles for the others.
 """
 
 import contextlib
-import gc
 import hashlib
 import io
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numba
 from platformdirs import user_cache_path
 
 from utils.files import is_own_directory, read_regular, write_atomic
+from utils.garbage import pause_garbage_collection
 
 MAX_BYTES = 1 << 26
 
@@ -64,7 +64,7 @@ class CompileCache:
         """Return the compiled function. `call(function)` calls it once, which compiles it."""
         dispatcher = numba.njit(**self._options)(self._function)
         try:
-            with _pause_garbage_collection(), tempfile.TemporaryDirectory(prefix="folio-") as place:
+            with pause_garbage_collection(), tempfile.TemporaryDirectory(prefix="folio-") as place:
                 _enable_caching(dispatcher, place)
                 [directory] = Path(place).iterdir()
                 for name, content in (self._files or {}).items():
@@ -116,18 +116,6 @@ def _can_write_in(directory: Path) -> bool:
         tempfile.TemporaryFile(dir=directory).close()
         return True
     return False
-
-
-@contextlib.contextmanager
-def _pause_garbage_collection() -> Iterator[None]:
-    """Pause it: a compiler makes millions of objects, and this saves a twelfth of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _enable_caching(dispatcher: Callable, place: str) -> None:

@@ -5,6 +5,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 RMS_EPSILON = 1e-6  # Qwen3's
@@ -42,11 +43,13 @@ class FusedRMSNorm(torch.autograd.Function):
         return normed * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and the weight."""
         normed, scale, weight = ctx.saved_tensors
         product = gradient * normed
-        along = (product @ (weight / weight.numel())).unsqueeze(-1)  # (..., 1)
+        # No matrix product: torch.compile would compute it in the autocast dtype.
+        along = (product * weight).mean(dim=-1, keepdim=True)  # (..., 1)
         x_gradient = (gradient * weight).addcmul_(normed, along, value=-1).mul_(scale)
         return x_gradient, product.flatten(0, -2).sum(dim=0)
 
@@ -55,14 +58,15 @@ def apply_normed_rotary(qk: Tensor, weights: Tensor, cos: Tensor, sin: Tensor) -
     """Normalize queries and keys, then rotate them, in float32: `(2, B, H, T, D)`.
 
     `weights`, `(2, D)`, are those of the norms of queries and of keys; `cos` and `sin`, `(T, D)`,
-    those of the angles. In training on the CPU, a form that makes a third fewer passes over memory
-    replaces the plain expression below.
+    those of the angles. In training on the CPU, a function that makes a third fewer passes over
+    memory replaces the expression below, and without gradients `_normalize` replaces `F.rms_norm`.
     """
     x = qk.float()
-    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    is_cpu, has_gradients = x.device.type == "cpu", torch.is_grad_enabled()
+    if is_cpu and has_gradients and not torch.compiler.is_compiling():
         return FusedNormedRotary.apply(x, weights, cos, sin)
-    decoding = x.device.type == "cpu" and not torch.is_grad_enabled()
-    normed = _normalize(x)[0] if decoding else F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
+    plain = not is_cpu or has_gradients
+    normed = F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON) if plain else _normalize(x)[0]
     x = normed * weights[:, None, None, None, :]
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -79,8 +83,9 @@ class FusedNormedRotary(torch.autograd.Function):
         return _rotate(normed * weights[:, None, None, None, :], cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and the weights. The inverse rotation is by the other way."""
+        """Return the gradients of x and the weights; the inverse rotation has the angle -a."""
         normed, scale, weights, cos, sin = ctx.saved_tensors
         gradient = _rotate(gradient, cos, -sin)
         product = gradient * normed
@@ -103,7 +108,7 @@ def apply_dropout(x: Tensor, p: float) -> Tensor:
     """Set each element of x to 0 with probability p, and divide the others by 1 - p.
 
     Replaces `F.dropout(x, p)`. On the CPU, PyTorch draws a number for each element, one after the
-    other, which is several times slower than to draw 64 bits for four of them: p is then rounded
+    other, which is several times slower than to draw 64 bits for four of them: there, p is rounded
     to a multiple of 1 / 65536.
     """
     if x.device.type != "cpu" or p == 0:
@@ -111,7 +116,7 @@ def apply_dropout(x: Tensor, p: float) -> Tensor:
     draws = torch.randint(-(1 << 63), (1 << 63) - 1, ((x.numel() + 3) // 4,), dtype=torch.int64)
     dropped = min(round(p * 65536), 65535)  # of the 65536 values; all of them would not fit int16
     keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-    return x * keep * (1 / (1 - p))
+    return x * keep * (65536 / (65536 - dropped))
 
 
 def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
@@ -128,17 +133,17 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether attention in `dtype` leaves out later positions, as computed on this device.
+    """Return whether attention in `dtype` on this device leaves out later positions, and is finite.
 
-    A kernel that does not trains a model that sees the token it predicts: a loss near 0, and
-    nonsense when it generates. Public reports say so of MPS in half precision.
+    If it does not leave them out, the model sees the token that it has to predict: its loss falls
+    to near 0, and it generates nonsense. This has been reported of MPS in half precision. Checked
+    as in training, without dropout.
     """
     T = min(T, MAX_CHECKED)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn((3, 1, H, T, D), generator=generator)
-    changed_v = v.clone()
-    changed_v[:, :, -1] += 1000  # in the last position, which only the last output may see
-    q, k, v = torch.cat((q, q)), torch.cat((k, k)), torch.cat((v, changed_v))  # (2, H, T, D)
-    y = apply_causal_attention(q.to(device), k.to(device), v.to(device, dtype), 0.0)
-    first, second = y[:, :, :-1].float()
-    return torch.allclose(first, second, atol=0.05)  # a later position would add some 1000 / T
+    q, k = torch.randn((2, 1, H, T, D), generator=generator).to(device)
+    v = torch.zeros(1, H, T, D, device=device, dtype=dtype)
+    v[:, :, -1] = 1000  # the last position, which only the last output may see
+    with torch.enable_grad():  # the kernel may depend on it
+        y = apply_causal_attention(q.requires_grad_(), k, v, 0.0)
+    return bool((y[:, :, :-1].abs() < 0.05).all())  # a later position would add some 1000 / T

@@ -1,8 +1,9 @@
-"""The size of model that reaches the lowest loss on a text in a given time.
+"""The size of model that is predicted to reach the lowest loss on a text in a given time.
 
-The law is that of Hoffmann et al. (arxiv.org/abs/2203.15556), for text that is read more than once
-that of Muennighoff et al. (arxiv.org/abs/2305.16264). docs/LOG.md has the runs that its constants
-were fitted to: models of the default recipe with 0.6 to 10.6 million weights in their blocks.
+The scaling law is that of Hoffmann et al. (arxiv.org/abs/2203.15556), and for text that is read
+more than once that of Muennighoff et al. (arxiv.org/abs/2305.16264). docs/LOG.md has the runs that
+its constants were fitted to: models of the default recipe with 0.6 to 10.6 million weights in their
+blocks.
 """
 
 import math
@@ -23,7 +24,7 @@ class Size(NamedTuple):
         return 12 * self.n_layer * self.n_embd**2
 
 
-class Advice(NamedTuple):
+class SizeEstimate(NamedTuple):
     """A size, and how many optimizer steps of it fit into the time."""
 
     size: Size
@@ -47,16 +48,20 @@ SIZES = (
 FLOOR = 1.35
 WEIGHTS_FACTOR, WEIGHTS_POWER = 2030.0, 0.75
 TOKENS_FACTOR, TOKENS_POWER = 3055.0, 0.70
-MIN_GAIN = 0.01  # nats: less is not worth advice
-USEFUL_REPEATS = 15.0  # Muennighoff's: reading again is worth less each time, in all so many epochs
+MIN_GAIN = 0.01  # nats: a smaller gain is not suggested
+# Each further epoch adds fewer effective tokens; all of them together as many as this many epochs
+# (Muennighoff et al.). The law has no term for overfitting, so it is not used beyond MAX_EPOCHS.
+USEFUL_REPEATS = 15.0
+MAX_EPOCHS = 10
 
 
 def predict_loss(num_weights: int, tokens: float, text_tokens: int) -> float:
     """Predict the validation loss after training on `tokens` of a text of `text_tokens`."""
     repeats = max(0.0, tokens / text_tokens - 1)
-    worth = min(tokens, text_tokens)
-    worth += text_tokens * USEFUL_REPEATS * -math.expm1(-repeats / USEFUL_REPEATS)
-    return FLOOR + WEIGHTS_FACTOR / num_weights**WEIGHTS_POWER + TOKENS_FACTOR / worth**TOKENS_POWER
+    effective = min(tokens, text_tokens)
+    effective += text_tokens * USEFUL_REPEATS * -math.expm1(-repeats / USEFUL_REPEATS)
+    by_weights = WEIGHTS_FACTOR / num_weights**WEIGHTS_POWER
+    return FLOOR + by_weights + TOKENS_FACTOR / effective**TOKENS_POWER
 
 
 def choose_size(
@@ -64,19 +69,19 @@ def choose_size(
     tokens_per_step: int,
     text_tokens: int,
     sizes: Iterable[Size],
-) -> Advice:
+) -> SizeEstimate:
     """Return the size with the lowest predicted loss.
 
     `sizes` begin with the smallest. `count_steps(size)` returns how many steps fit into the time, 0
     if the model does not fit into memory. Sizes are tried until a larger one is predicted to be
     worse.
     """
-    best: Advice | None = None
+    best: SizeEstimate | None = None
     for size in sizes:
         steps = count_steps(size)
         tokens = max(1, steps) * tokens_per_step
-        advice = Advice(size, steps, predict_loss(size.num_weights, tokens, text_tokens))
-        if best is not None and (steps == 0 or advice.loss >= best.loss):
+        estimate = SizeEstimate(size, steps, predict_loss(size.num_weights, tokens, text_tokens))
+        if best is not None and (steps == 0 or estimate.loss >= best.loss):
             break
-        best = advice
+        best = estimate
     return best

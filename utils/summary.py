@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from callbacks import Best, TrainResult
     from tokenizer import Tokenizer
     from trainer import Trainer
-    from utils.sizes import Advice
+    from utils.sizes import SizeEstimate
 
 
 MANY_EPOCHS = 10  # without dropout, val loss rises long before (docs/LOG.md)
@@ -267,12 +267,13 @@ def estimate_seconds(trainer: "Trainer", step: float, evaluation: float) -> floa
     return steps * step + count_evaluations(trainer) * evaluation
 
 
-def format_advice(advice: "Advice", loss: float, seconds: float) -> str:
-    """Format a size that would learn more than one with the predicted `loss`, in the same time."""
-    size, minutes = advice.size, max(1, round(seconds / 60))
+def format_suggestion(better: "SizeEstimate", loss: float, seconds: float) -> str:
+    """Format a size that is predicted to reach less than `loss` in as many seconds."""
+    size = better.size
     return (
-        f"Size    {size.n_layer} layers of {size.n_embd} channels would learn more in this time, a "
-        f"val loss about {loss - advice.loss:.2f} lower: --size auto --max-minutes {minutes}"
+        f"Size    {size.n_layer} layers of {size.n_embd} channels would reach a val loss about "
+        f"{loss - better.loss:.2f} lower in this time: --size auto "
+        f"--max-minutes {round(seconds / 60)}"
     )
 
 
