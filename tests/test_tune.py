@@ -190,7 +190,7 @@ def test_all_mistakes_are_reported_together(command, trained, capsys):
 
 
 def test_a_study_cannot_choose_a_size_for_each_trial(command, trained, capsys):
-    assert command("--size", "auto", "--max-minutes", "1", space="learning_rate: [0.1]") == 2
+    assert command("--size", "auto", "--max-minutes", "1") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--size" in line
 
