@@ -778,8 +778,7 @@ def settle_size(
         raise UserError(
             f"size auto: in {minutes:g} minutes, {estimate.size.n_layer} layers of "
             f"{estimate.size.n_embd} channels would read this text {epochs:.0f} times and memorize "
-            f"it: try --max-minutes {minutes * MAX_EPOCHS / epochs:.2g}, or --config "
-            "configs/presets/small_text.yaml"
+            "it: take --config configs/presets/small_text.yaml, a longer text or a shorter time"
         )
     return config.model_copy(update={**estimate.size._asdict(), "size": None})
 
