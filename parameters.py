@@ -173,7 +173,7 @@ class Training(Settings):
     """Train for about this many minutes. With max_iters or epochs set too: stop at this limit."""
 
     size: Literal["auto"] | None = None
-    """auto: the n_layer, n_embd and n_head of lowest predicted loss after max_minutes, measured."""
+    """auto: choose n_layer, n_embd and n_head for the lowest predicted loss after max_minutes."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""

@@ -112,7 +112,6 @@ from utils.run_manager import (
     write_result,
 )
 from utils.sizes import (
-    MAX_EPOCHS,
     MIN_GAIN,
     SIZES,
     Size,
@@ -768,24 +767,19 @@ def settle_size(
 ) -> ModelConfig:
     """Return the config with the shape that is predicted to reach the lowest loss in `max_minutes`.
 
-    Raises `UserError` if the run would read the text more than `MAX_EPOCHS` times.
+    Raises `UserError` if the run would read the text more than `summary.MANY_EPOCHS` times.
     """
     minutes = config.max_minutes
     assert minutes is not None
     estimate = find_best_size(config, data, device, minutes * 60, world)
-    epochs = count_epochs(config, data, estimate.steps)
-    if epochs > MAX_EPOCHS:
+    epochs = summary.count_epochs(config, data, estimate.steps)
+    if epochs > summary.MANY_EPOCHS:
         raise UserError(
             f"size auto: in {minutes:g} minutes, {estimate.size.n_layer} layers of "
             f"{estimate.size.n_embd} channels would read this text {epochs:.0f} times and memorize "
             "it: take --config configs/presets/small_text.yaml, a longer text or a shorter time"
         )
     return config.model_copy(update={**estimate.size._asdict(), "size": None})
-
-
-def count_epochs(config: ModelConfig, data: Dataset, steps: int) -> float:
-    """Return how many times `steps` read the training text."""
-    return steps * config.batch_size * config.block_size / data.splits["train"].size
 
 
 def find_best_size(
@@ -904,7 +898,10 @@ def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None
     num_tokens = config.max_iters * config.batch_size * config.block_size
     own = Size(config.n_layer, config.n_embd, config.n_head)
     loss = predict_loss(own.num_weights, num_tokens, data.splits["train"].size)
-    if better.loss > loss - MIN_GAIN or count_epochs(config, data, better.steps) > MAX_EPOCHS:
+    if (
+        better.loss > loss - MIN_GAIN
+        or summary.count_epochs(config, data, better.steps) > summary.MANY_EPOCHS
+    ):
         return None
     return summary.format_suggestion(better, loss, seconds)
 

@@ -85,7 +85,7 @@ class FusedNormedRotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and the weights; the inverse rotation has the angle -a."""
+        """Return the gradients of x and the weights. To rotate by -a is the inverse."""
         normed, scale, weights, cos, sin = ctx.saved_tensors
         gradient = _rotate(gradient, cos, -sin)
         product = gradient * normed

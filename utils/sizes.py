@@ -43,16 +43,14 @@ SIZES = (
     Size(12, 768, 24),
 )
 # loss = FLOOR + WEIGHTS_FACTOR / weights^WEIGHTS_POWER + TOKENS_FACTOR / tokens^TOKENS_POWER, in
-# nats per character of Shakespeare's plays. Other texts have other losses. Of source code, which
-# has more to learn, short runs prefer a smaller model than this law chooses (docs/LOG.md).
+# nats per character of Shakespeare's plays. Other texts have other losses.
 FLOOR = 1.35
 WEIGHTS_FACTOR, WEIGHTS_POWER = 2030.0, 0.75
 TOKENS_FACTOR, TOKENS_POWER = 3055.0, 0.70
 MIN_GAIN = 0.01  # nats: a smaller gain is not suggested
 # Each further epoch adds fewer effective tokens; all of them together as many as this many epochs
-# (Muennighoff et al.). The law has no term for overfitting, so it is not used beyond MAX_EPOCHS.
+# (Muennighoff et al.). The law has no term for overfitting.
 USEFUL_REPEATS = 15.0
-MAX_EPOCHS = 10
 
 
 def predict_loss(num_weights: int, tokens: float, text_tokens: int) -> float:

@@ -26,6 +26,7 @@ from utils.tracking.aim import get_aim_repo
 
 if TYPE_CHECKING:
     from callbacks import Best, TrainResult
+    from data import Dataset
     from tokenizer import Tokenizer
     from trainer import Trainer
     from utils.sizes import SizeEstimate
@@ -66,17 +67,16 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
     device += "" if mode == "off" else f", torch.compile {mode}"
     if trainer.world.size > 1:
         device += f", {trainer.world.size} processes ({config.parallel})"
-    epochs = _count_epochs(trainer, config.max_iters - plan.start_step)
+    epochs = count_epochs(config, trainer.data, config.max_iters - plan.start_step)
     batch = f"batch {config.batch_size} x {config.block_size} {unit}s"
     rows.append(("Steps", f"{start}{config.max_iters:,}, {batch} ({epochs:.2g} epochs)"))
     rows.append(("Device", device))
     return "\n".join(f"{label:<7} {value}" for label, value in rows)
 
 
-def _count_epochs(trainer: "Trainer", steps: int) -> float:
-    """Return how often so many steps read the training split."""
-    config, tokens = trainer.config, trainer.data.splits["train"].size
-    return steps * config.batch_size * config.block_size / tokens
+def count_epochs(config: ModelConfig, data: "Dataset", steps: int) -> float:
+    """Return how many times `steps` read the training text."""
+    return steps * config.batch_size * config.block_size / data.splits["train"].size
 
 
 def format_text_warning(trainer: "Trainer") -> str | None:
@@ -109,7 +109,7 @@ def list_notes(
         yield f"{changed}: results after this point will not match the original run bitwise"
     if result.fell_back:
         yield f"training without torch.compile: {result.reason}"
-    epochs = _count_epochs(trainer, config.max_iters)  # with the steps before a resume
+    epochs = count_epochs(config, trainer.data, config.max_iters)  # with the steps before a resume
     if epochs > MANY_EPOCHS and config.dropout < ENOUGH_DROPOUT:
         yield (
             f"{epochs:.0f} epochs at dropout {config.dropout:g}: the model will memorize so short "
