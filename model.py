@@ -175,7 +175,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        (q, k), v = self.queries_and_keys(qkv[:2], positions), qkv[2]  # each (B, H, T, D)
+        qk, v = qkv.split((2, 1))  # unlike slices, without a gradient of zeros for the other part
+        (q, k), v = self.queries_and_keys(qk, positions), v.squeeze(0)  # each (B, H, T, D)
         if cache is None:
             # In modern, q and k are float32 and v has the autocast dtype: the kernel casts them.
             y = apply_causal_attention(q, k, v, self.dropout if self.training else 0.0)

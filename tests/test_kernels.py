@@ -8,11 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from utils.kernels import (
+    ATTENTION_BLOCK,
     RMS_EPSILON,
     apply_causal_attention,
     apply_dropout,
     apply_normed_rotary,
     apply_rms_norm,
+    attend,
+    attend_backward,
     is_attention_causal,
 )
 
@@ -149,13 +152,41 @@ def test_causal_attention_agrees_with_pytorchs_forward_and_backward():
     )
 
 
-def test_causal_attention_computes_in_float32_on_a_cpu_under_autocast():
-    q, k, v = (draw(2, 3, 7, 16, seed=seed).detach() for seed in range(3))
-    v = v.bfloat16()
+def attend_under_autocast(q, k, v):
     with torch.autocast("cpu", torch.bfloat16):
-        y = apply_causal_attention(q, k, v, 0.0)
+        return apply_causal_attention(q, k, v.bfloat16(), 0.0)
+
+
+def test_causal_attention_without_gradients_is_in_float32_on_a_cpu_under_autocast():
+    q, k, v = (draw(2, 3, 7, 16, seed=seed).detach() for seed in range(3))
+    with torch.no_grad():
+        y = attend_under_autocast(q, k, v)
     assert y.dtype == torch.float32
-    assert torch.equal(y, apply_causal_attention(q, k, v.float(), 0.0))
+    assert torch.equal(y, apply_causal_attention(q, k, v.bfloat16().float(), 0.0))
+
+
+@pytest.mark.parametrize("T", [1, ATTENTION_BLOCK, 2 * ATTENTION_BLOCK + 44])
+def test_causal_attention_of_training_in_bf16_agrees_with_pytorchs_in_float32(T):
+    def compute(attention):
+        inputs = [draw(2, 3, T, 16, seed=seed).bfloat16().float() for seed in range(3)]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        y = attention(*inputs)
+        weights = draw(*y.shape, seed=3).detach()
+        return (y, *torch.autograd.grad((y.float() * weights).sum(), inputs))
+
+    ours = compute(attend_under_autocast)
+    theirs = compute(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True))
+    assert ours[0].dtype == torch.bfloat16
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm() + 1e-5  # bf16 has 8 bits
+
+
+def test_the_operators_of_attention_declare_their_outputs():
+    q, k, v = (draw(2, 3, ATTENTION_BLOCK + 5, 16, seed=seed).detach() for seed in range(3))
+    y, probabilities = attend(q, k, v)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(attend, (q, k, v), test_utils=checks)
+    torch.library.opcheck(attend_backward, (y, q, k, v, probabilities), test_utils=checks)
 
 
 CPU = torch.device("cpu")

@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 RMS_EPSILON = 1e-6  # Qwen3's
+ATTENTION_BLOCK = 128  # positions
+MAX_PLAIN = 1024  # positions: plain products keep T² / 2 probabilities for the backward pass
 MAX_CHECKED = 1024  # positions: the check of longer contexts would take more than milliseconds
 
 
@@ -123,13 +125,94 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     """Attend from each position to itself and those before it, `(B, H, T, D)`.
 
     Replaces `F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)` in the
-    dtype of v; on the CPU it computes in float32, as PyTorch's kernel there is five times slower
-    in bfloat16.
+    dtype of v. On the CPU, PyTorch's kernel is slow in bfloat16, above all backward: training
+    computes plain products instead, and everything else is in float32.
     """
-    dtype = torch.float32 if q.device.type == "cpu" else v.dtype
+    is_cpu = q.device.type == "cpu"
+    if is_cpu and v.dtype == torch.bfloat16 and dropout_p == 0 and torch.is_grad_enabled():
+        if q.size(2) <= MAX_PLAIN:
+            return BlockedAttention.apply(q.to(v.dtype), k.to(v.dtype), v)
+    dtype = torch.float32 if is_cpu else v.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Causal attention by matrix products in the dtype of its inputs, for training on the CPU."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values, each `(B, H, T, D)`, to the same shape."""
+        y, probabilities = torch.ops.folio.attend(q, k, v)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of queries, keys and values."""
+        q, k, v, *probabilities = ctx.saved_tensors
+        return torch.ops.folio.attend_backward(gradient, q, k, v, probabilities)
+
+
+# Operators of their own, as torch.compile would generate slower code for what is in them.
+@torch.library.custom_op("folio::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return causal attention, `(B, H, T, D)`, and the probabilities of each block of positions.
+
+    A block has ATTENTION_BLOCK positions, and attends to the keys up to its last one, so that
+    fewer masked scores are computed: `(B H, positions, keys)`.
+    """
+    shape, (T, D) = q.shape, q.shape[2:]
+    q, k, v = (x.reshape(-1, T, D) for x in (q, k, v))  # (B H, T, D)
+    mask = q.new_full((T, T), -torch.inf).triu_(1)
+    outputs, probabilities = [], []
+    for start in range(0, T, ATTENTION_BLOCK):
+        end = min(start + ATTENTION_BLOCK, T)
+        keys = k[:, :end].mT
+        scores = torch.baddbmm(mask[start:end, :end], q[:, start:end], keys, alpha=D**-0.5)
+        probabilities.append(torch.softmax(scores, dim=-1))
+        outputs.append(torch.bmm(probabilities[-1], v[:, :end]))
+    return torch.cat(outputs, dim=1).view(shape), probabilities
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    B, H, T, _ = q.shape
+    ends = [min(start + ATTENTION_BLOCK, T) for start in range(0, T, ATTENTION_BLOCK)]
+    sizes = [(B * H, (end - 1) % ATTENTION_BLOCK + 1, end) for end in ends]
+    return q.new_empty(q.shape), [q.new_empty(size) for size in sizes]
+
+
+@torch.library.custom_op("folio::attend_backward", mutates_args=())
+def attend_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values; sums over blocks are in float32."""
+    shape, (T, D) = q.shape, q.shape[2:]
+    gradient, q, k, v = (x.reshape(-1, T, D) for x in (gradient, q, k, v))  # (B H, T, D)
+    q_gradients = []
+    k_gradient, v_gradient = torch.zeros(k.shape), torch.zeros(v.shape)
+    for start, p in zip(range(0, T, ATTENTION_BLOCK), probabilities, strict=True):
+        end = start + p.size(1)
+        block = gradient[:, start:end]
+        v_gradient[:, :end] += torch.bmm(p.mT, block)
+        p_gradient = torch.bmm(block, v[:, :end].mT)
+        scores = torch._softmax_backward_data(p_gradient, p, -1, p.dtype)
+        q_gradients.append(torch.bmm(scores, k[:, :end]))
+        k_gradient[:, :end] += torch.bmm(scores.mT, q[:, start:end])
+    q_gradient = torch.cat(q_gradients, dim=1).mul_(D**-0.5)
+    k_gradient.mul_(D**-0.5)
+    gradients = (q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype))
+    return tuple(x.view(shape) for x in gradients)
+
+
+@attend_backward.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(q.new_empty(q.shape) for _ in range(3))
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:
