@@ -163,7 +163,7 @@ class Training(Settings):
     micro_batch_size: Positive | None = None
     """Sequences per forward and backward pass; gradients are accumulated. null: the whole batch."""
 
-    max_iters: Positive | None = 1150
+    max_iters: Positive | None = 1250
     """Optimizer steps. null: determined by epochs or max_minutes."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None

@@ -107,7 +107,7 @@ def test_every_entry_of_the_training_configuration_is_an_indented_line(models, s
     entries = info["training_state"]["training_config"]
     shown = [line.split(":")[0] for line in lines[first : first + len(entries)]]
     assert shown == [f"  {name}" for name in entries]
-    for line in ("  max_iters: 1150", "  start_step: 0", "  learning_rate: 0.003", "  data: null"):
+    for line in ("  max_iters: 1250", "  start_step: 0", "  learning_rate: 0.003", "  data: null"):
         assert line in lines
 
 

@@ -166,7 +166,7 @@ def test_adamw_is_bit_for_bit_that_of_pytorch(fused):
             assert torch.equal(ours.state[parameter][name], value)
 
 
-def test_no_optimizer_imports_torchs_compiler():
+def test_no_training_step_imports_torchs_compiler():
     """`optim.AdamW` calls four methods of PyTorch undecorated: this fails if others need it too."""
     code = (
         "import sys, torch, optim\n"
@@ -178,7 +178,10 @@ def test_no_optimizer_imports_torchs_compiler():
         "    optimizer = optim.create_optimizer(model, config)\n"
         "    optimizer.zero_grad(set_to_none=True)\n"
         "    ids = torch.zeros(2, 4, dtype=torch.long)\n"
-        "    model(ids, ids)[1].backward()\n"
+        "    for enabled in (False, True):\n"
+        "        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):\n"
+        "            loss = model(ids, ids)[1]\n"
+        "        loss.backward()\n"
         "    optimizer.step()\n"
         "    optimizer.load_state_dict(optimizer.state_dict())\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"

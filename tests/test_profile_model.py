@@ -20,6 +20,7 @@ from profile_model import profile
 from resume import plan_run
 from trainer import PHASES, train
 from utils import profiling
+from utils.kernels import apply_causal_attention
 from utils.profiling import get_category, measure_phases
 from utils.tracking.run_logger import RunLogger
 
@@ -70,11 +71,12 @@ def test_the_measured_step_is_the_trainers_own(small, monkeypatch):
     assert len(calls) == 1 + 1 + profiling.WARMUP + 3 + 3 + profiling.TRACED
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
+def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches, precision):
     """2 forward and 4 backward for each weight and token, and the two products of attention."""
-    changes = {"architecture": architecture, "optimizer": "adamw"}
+    changes = {"architecture": architecture, "optimizer": "adamw", "precision": precision}
     config = tiny(batch_size=4, micro_batch_size=4 // batches, **changes)
     (section,) = profile(config, steps=2).sections
     B, T, C, L = 4, config.block_size, config.n_embd, config.n_layer
@@ -82,6 +84,18 @@ def test_the_flops_are_those_of_the_textbook(tiny, architecture, batches):
     mlp = 8 * C * C if architecture == "gpt2" else 3 * C * GatedMLP(config).gate.out_features
     weights = L * (4 * C * C + mlp) + V * C
     assert section.flops == 6 * B * T * weights + 3 * L * 4 * B * T * T * C
+
+
+def test_the_products_in_blocks_of_attention_are_counted():
+    """Of 200 positions, 128 have a product with 128 keys, and 72 with 200."""
+    B, H, T, D = 2, 3, 200, 16
+    products = B * H * (128 * 128 + 72 * 200) * 2 * D
+    q, k, v = torch.randn((3, B, H, T, D)).bfloat16()
+
+    def attend(_):
+        apply_causal_attention(q.requires_grad_(), k, v, 0.0).sum().backward()
+
+    assert profiling.count_flops(attend) == (2 + 4) * products
 
 
 def test_the_flops_of_muon_are_counted_too(tiny):

@@ -627,7 +627,7 @@ def test_a_study_with_another_space_or_settings_is_an_error(command, trained, ca
         assert all(fact in line for fact in (*facts, "--study"))
     assert command(*flags, "--max-iters", "20", "--beta2", "0.9", space=SPACE) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert all(fact in line for fact in ("max_iters", "1150", "20", "beta2", "0.9"))
+    assert all(fact in line for fact in ("max_iters", "1250", "20", "beta2", "0.9"))
     assert command(*flags, "--num-threads", "1", "--no-aim-logging") == 0  # not about training
     assert len(trained.calls) == 2
 

@@ -29,7 +29,7 @@ PEAK_SIZES = (512, 1024, 2048)  # of the square matrices whose product is timed
 
 # Categories of operators, by parts of an operator's name.
 CATEGORIES = {
-    "attention": ("attention", "sdpa"),
+    "attention": ("attention", "Attention", "sdpa"),
     "linear": ("::mm", "::addmm", "::bmm", "::linear", "::matmul"),
     "norm": ("_norm", "RMSNorm"),
     "activation": ("gelu", "silu", "relu"),
@@ -265,7 +265,8 @@ def count_flops(work: Work) -> int:
     """Return the floating-point operations of the matrix products in one call.
 
     `work` must not be compiled, and its attention is computed as plain products: PyTorch's counter
-    counts neither compiled code nor the CPU's fused attention.
+    counts neither compiled code nor the CPU's fused attention. Products that are left out, as those
+    of `BlockedAttention` with later blocks, do not count.
     """
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
