@@ -179,7 +179,7 @@ def test_every_other_documented_command_is_known(page):
             assert scripts
             assert (CHECKOUT / scripts[0]).exists(), command
         else:
-            known = ("source", "tensorboard", "aim", "optuna-dashboard", "curl")
+            known = ("source", "tensorboard", "aim", "optuna-dashboard", "curl", "tail")
             assert words[0] in known, command
 
 

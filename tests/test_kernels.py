@@ -190,6 +190,12 @@ def test_causal_attention_of_training_is_bitwise_the_same_compiled():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("D", "expected"), [(8, torch.bfloat16), (7, torch.float32)])
+def test_attention_that_would_keep_too_many_probabilities_is_in_float32(D, expected):
+    y = attend_under_autocast(*(draw(1, 1, 128, D, seed=seed) for seed in range(3)))
+    assert y.dtype == expected
+
+
 def test_the_operators_of_attention_declare_their_outputs():
     q, k, v = (draw(2, 3, ATTENTION_BLOCK + 5, 16, seed=seed).detach() for seed in range(3))
     y, probabilities = attend_in_blocks(q, k, v)
