@@ -131,9 +131,9 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     Otherwise attention on the CPU is computed in float32, and returned so.
     """
     is_cpu, (T, D) = q.device.type == "cpu", q.shape[2:]
-    if is_cpu and v.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout_p == 0:
-        if T <= MAX_PROBABILITIES_PER_CHANNEL * D:
-            return BlockedAttention.apply(q.to(v.dtype), k.to(v.dtype), v.contiguous())
+    is_bf16_training = v.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout_p == 0
+    if is_cpu and is_bf16_training and T <= MAX_PROBABILITIES_PER_CHANNEL * D:
+        return BlockedAttention.apply(q.to(v.dtype), k.to(v.dtype), v.contiguous())
     dtype = torch.float32 if is_cpu else v.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast("cpu", enabled=False):
@@ -206,7 +206,7 @@ def attend_in_blocks_backward(
 
 
 # Operators for torch.compile, which would generate slower code for what is in these functions.
-# Eager training calls the functions: an operator's first call imports torch._dynamo, in 1.3 to 2 s.
+# Eager training calls the functions: an operator's first call imports torch._dynamo: a second.
 _operator = torch.library.custom_op(
     "folio::attend_in_blocks",
     attend_in_blocks,
