@@ -98,7 +98,7 @@ from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
 from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.isolation import Isolated
 from utils.kernels import is_attention_causal
-from utils.memory import check_memory
+from utils.memory import check_memory, keep_freed_memory
 from utils.output import Output
 from utils.overlap import find_longest_overlap
 from utils.ranks import Ranks
@@ -666,10 +666,12 @@ def prepare_trainer(
 
 
 def open_device(config: ModelConfig) -> torch.device:
-    """Choose the device, and configure it and the CPU threads. Raises `UserError`."""
+    """Choose the device, and configure it, CPU threads and memory. Raises `UserError`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device, Ranks.from_environment())
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # so that plain "cuda" means this device
     configure_matmul(device, config.precision)

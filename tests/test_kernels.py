@@ -190,6 +190,17 @@ def test_causal_attention_of_training_is_bitwise_the_same_compiled():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_attention_of_training_does_not_read_uninitialized_memory():
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
+    try:
+        inputs = [draw(2, 3, ATTENTION_BLOCK + 5, 16, seed=seed) for seed in range(3)]
+        y = attend_under_autocast(*inputs)
+        gradients = torch.autograd.grad(y.float().sum(), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in (y, *gradients))
+
+
 @pytest.mark.parametrize(("D", "expected"), [(8, torch.bfloat16), (7, torch.float32)])
 def test_attention_that_would_keep_too_many_probabilities_is_in_float32(D, expected):
     y = attend_under_autocast(*(draw(1, 1, 128, D, seed=seed) for seed in range(3)))

@@ -3,7 +3,12 @@
 python -m pytest tests/test_memory.py
 """
 
+import platform
+import subprocess
+import sys
+
 import pytest
+from helpers import CHECKOUT
 
 from model import LanguageModel
 from parameters import ModelConfig
@@ -37,3 +42,19 @@ def test_the_rows_of_n_grams_are_named_if_they_do_not_fit(monkeypatch):
     config = ModelConfig(architecture="speedrun", ngram_rows=1 << 24)
     with pytest.raises(UserError, match="ngram_rows 16777216"):
         check_memory(config, 65, None)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory or not")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    script = """
+import resource, sys
+from utils.memory import keep_freed_memory
+keep_freed_memory()
+def count_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"1" * (64 << 20), b"1" * (64 << 20)  # 32,768 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second = count_page_faults(), count_page_faults()
+sys.exit(first < 1000 or second > 1000)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=True)

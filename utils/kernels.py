@@ -133,7 +133,8 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     is_cpu, (T, D) = q.device.type == "cpu", q.shape[2:]
     is_bf16_training = v.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout_p == 0
     if is_cpu and is_bf16_training and T <= MAX_PROBABILITIES_PER_CHANNEL * D:
-        return BlockedAttention.apply(q.to(v.dtype), k.to(v.dtype), v.contiguous())
+        # Contiguous, else the products of both passes would copy each of them.
+        return BlockedAttention.apply(*(x.to(v.dtype).contiguous() for x in (q, k, v)))
     dtype = torch.float32 if is_cpu else v.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast("cpu", enabled=False):
@@ -146,9 +147,7 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries, keys and values, each `(B, H, T, D)`, to the same shape."""
-        is_compiling = torch.compiler.is_compiling()
-        forward = torch.ops.folio.attend_in_blocks if is_compiling else attend_in_blocks
-        y, probabilities = forward(q, k, v)
+        y, probabilities = torch.ops.folio.attend_in_blocks(q, k, v)
         ctx.save_for_backward(q, k, v, *probabilities)
         return y
 
@@ -157,10 +156,7 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of queries, keys and values."""
         q, k, v, *probabilities = ctx.saved_tensors
-        is_compiling = torch.compiler.is_compiling()
-        ours = torch.ops.folio.attend_in_blocks_backward
-        backward = ours if is_compiling else attend_in_blocks_backward
-        return backward(gradient, q, k, v, probabilities)
+        return torch.ops.folio.attend_in_blocks_backward(gradient, q, k, v, probabilities)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -172,71 +168,53 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tens
     shape, (T, D) = q.shape, q.shape[2:]
     q, k, v = (x.reshape(-1, T, D) for x in (q, k, v))  # (B H, T, D)
     mask = q.new_full((T, T), -torch.inf).triu_(1)
-    outputs, probabilities = [], []
+    y, probabilities = torch.empty_like(q), []
     for start in range(0, T, ATTENTION_BLOCK):
         end = min(start + ATTENTION_BLOCK, T)
         keys = k[:, :end].mT
         scores = torch.baddbmm(mask[start:end, :end], q[:, start:end], keys, alpha=D**-0.5)
         probabilities.append(torch.softmax(scores, dim=-1))
-        outputs.append(torch.bmm(probabilities[-1], v[:, :end]))
-    return torch.cat(outputs, dim=1).view(shape), probabilities
+        torch.bmm(probabilities[-1], v[:, :end], out=y[:, start:end])
+    return y.view(shape), probabilities
 
 
 def attend_in_blocks_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values; sums over blocks are in float32."""
+    """Return the gradients of queries, keys and values."""
     shape, (T, D) = q.shape, q.shape[2:]
     gradient, q, k, v = (x.reshape(-1, T, D) for x in (gradient, q, k, v))  # (B H, T, D)
-    q_gradients = []
-    k_gradient, v_gradient = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    for start, p in zip(range(0, T, ATTENTION_BLOCK), probabilities, strict=True):
-        end = start + p.size(1)
+    gradients = q_gradient, k_gradient, v_gradient = [torch.empty_like(x) for x in (q, k, v)]
+    scale, end = D**-0.5, T
+    for p in reversed(probabilities):
+        start = end - p.size(1)
         block_gradient = gradient[:, start:end]
-        v_gradient[:, :end] += torch.bmm(p.mT, block_gradient)
         p_gradient = torch.bmm(block_gradient, v[:, :end].mT)
         # Private in PyTorch (as of 2.13), and twice as fast as the same in public operators.
         score_gradient = torch._softmax_backward_data(p_gradient, p, -1, p.dtype)
-        q_gradients.append(torch.bmm(score_gradient, k[:, :end]))
-        k_gradient[:, :end] += torch.bmm(score_gradient.mT, q[:, start:end])
-    q_gradient = torch.cat(q_gradients, dim=1).mul_(D**-0.5)
-    k_gradient.mul_(D**-0.5)
-    gradients = (q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype))
+        # The last block attends to all keys: its products replace what was in memory.
+        beta = 0 if end == T else 1
+        q_gradient[:, start:end].baddbmm_(score_gradient, k[:, :end], beta=0, alpha=scale)
+        k_gradient[:, :end].baddbmm_(score_gradient.mT, q[:, start:end], beta=beta, alpha=scale)
+        v_gradient[:, :end].baddbmm_(p.mT, block_gradient, beta=beta)
+        end = start
     return tuple(x.view(shape) for x in gradients)
 
 
-# Operators for torch.compile, which would generate slower code for what is in these functions.
-# Eager training calls the functions: an operator's first call imports torch._dynamo: a second.
-_operator = torch.library.custom_op(
-    "folio::attend_in_blocks",
-    attend_in_blocks,
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor[])",
+# Operators, so that torch.compile leaves what is in these functions to PyTorch's kernels, which
+# are faster than the code that it would generate.
+_LIBRARY = torch.library.Library("folio", "FRAGMENT")
+_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor[])")
+_LIBRARY.define(
+    "attend_in_blocks_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, "
+    "Tensor[] probabilities) -> (Tensor, Tensor, Tensor)"
 )
-_backward_operator = torch.library.custom_op(
-    "folio::attend_in_blocks_backward",
-    attend_in_blocks_backward,
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor[] probabilities)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-    B, H, T, _ = q.shape
-    starts = range(0, T, ATTENTION_BLOCK)
-    sizes = [(min(ATTENTION_BLOCK, T - start), min(start + ATTENTION_BLOCK, T)) for start in starts]
-    return q.new_empty(q.shape), [q.new_empty(B * H, *size) for size in sizes]
-
-
-@_backward_operator.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(q.new_empty(q.shape) for _ in range(3))
+for _name, _function in (
+    ("attend_in_blocks", attend_in_blocks),
+    ("attend_in_blocks_backward", attend_in_blocks_backward),
+):
+    _LIBRARY.impl(_name, _function, "CPU")
+    _LIBRARY.impl(_name, _function, "Meta")  # shapes alone, for torch.compile
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:

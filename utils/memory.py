@@ -3,7 +3,10 @@
 Nothing here needs torch, unless the device is a GPU.
 """
 
+import contextlib
+import ctypes
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from parameters import ModelConfig
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 # pass: 70 were measured in bf16 (docs/SCALING.md), so less than this is impossible.
 MIN_ACTIVATION_BYTES = 40
 MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
+
+# Parameters of glibc's `mallopt` (malloc.h), and the value for both.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAX_KEPT_BYTES = 1 << 30
 
 
 def check_memory(
@@ -52,6 +59,21 @@ def check_memory(
             f"{format_bytes(needed)} of memory, and there are {format_bytes(available)}: lower "
             "one of them"
         )
+
+
+def keep_freed_memory() -> None:
+    """Make this process keep memory that it frees, up to MAX_KEPT_BYTES, instead of returning it.
+
+    Each training step on the CPU allocates the same tensors again. glibc would return much of their
+    memory to the system, which clears each page when it is next used: 4 to 15 % of a step. With
+    other C libraries than glibc, this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # without glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(parameter, MAX_KEPT_BYTES)
 
 
 def _estimate_bytes(config: ModelConfig, vocab_size: int, training_rows: int) -> int:
