@@ -147,7 +147,9 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries, keys and values, each `(B, H, T, D)`, to the same shape."""
-        y, probabilities = torch.ops.folio.attend_in_blocks(q, k, v)
+        is_compiling = torch.compiler.is_compiling()
+        forward = torch.ops.folio.attend_in_blocks if is_compiling else attend_in_blocks
+        y, probabilities = forward(q, k, v)
         ctx.save_for_backward(q, k, v, *probabilities)
         return y
 
@@ -156,7 +158,10 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of queries, keys and values."""
         q, k, v, *probabilities = ctx.saved_tensors
-        return torch.ops.folio.attend_in_blocks_backward(gradient, q, k, v, probabilities)
+        is_compiling = torch.compiler.is_compiling()
+        ours = torch.ops.folio.attend_in_blocks_backward
+        backward = ours if is_compiling else attend_in_blocks_backward
+        return backward(gradient, q, k, v, probabilities)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -201,20 +206,25 @@ def attend_in_blocks_backward(
     return tuple(x.view(shape) for x in gradients)
 
 
-# Operators, so that torch.compile leaves what is in these functions to PyTorch's kernels, which
-# are faster than the code that it would generate.
-_LIBRARY = torch.library.Library("folio", "FRAGMENT")
-_LIBRARY.define("attend_in_blocks(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor[])")
-_LIBRARY.define(
-    "attend_in_blocks_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, "
-    "Tensor[] probabilities) -> (Tensor, Tensor, Tensor)"
-)
-for _name, _function in (
-    ("attend_in_blocks", attend_in_blocks),
-    ("attend_in_blocks_backward", attend_in_blocks_backward),
-):
-    _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "Meta")  # shapes alone, for torch.compile
+def _define_operators() -> torch.library.Library:
+    """Define operators for torch.compile, which would generate slower code for these functions.
+
+    Eager training calls the functions, so that a profile shows their products. The operators exist
+    as long as the library that is returned.
+    """
+    library = torch.library.Library("folio", "FRAGMENT")
+    qkv, results = "Tensor q, Tensor k, Tensor v", "(Tensor, Tensor, Tensor)"
+    for schema, function in (
+        (f"({qkv}) -> (Tensor, Tensor[])", attend_in_blocks),
+        (f"(Tensor gradient, {qkv}, Tensor[] p) -> {results}", attend_in_blocks_backward),
+    ):
+        library.define(function.__name__ + schema)
+        library.impl(function.__name__, function, "CPU")
+        library.impl(function.__name__, function, "Meta")  # the shapes of the outputs
+    return library
+
+
+_OPERATORS = _define_operators()
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:

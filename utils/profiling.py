@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import time
@@ -268,7 +269,13 @@ def count_flops(work: Work) -> int:
     counts neither compiled code nor the CPU's fused attention. Products that are left out, as those
     of `BlockedAttention` with later blocks, do not count.
     """
-    counter = FlopCounterMode(display=False)
+
+    def count_baddbmm(_, a: torch.Size, b: torch.Size, **options: object) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    # PyTorch (as of 2.13) counts baddbmm, but not its in-place form.
+    formulas = {torch.ops.aten.baddbmm_: count_baddbmm}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter, sdpa_kernel(SDPBackend.MATH):
         work(nullcontext)
     return counter.get_total_flops()
