@@ -6,7 +6,8 @@ a resumed run sees the same batches, and so does one that divides a batch into m
 B batch, T context (block_size), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,13 @@ class Dataset:
     def num_tokens(self) -> int:
         """Number of tokens in all splits."""
         return sum(tokens.size for tokens in self.splits.values())
+
+    def compute_bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Convert each split's nats per token to bits per byte, comparable between tokenizers."""
+        return {
+            split: loss / math.log(2) / self.bytes_per_token[split]
+            for split, loss in losses.items()
+        }
 
 
 def load_dataset(

@@ -60,7 +60,8 @@ def profile(
     """
     from bundle import load_tokenizer
     from data import load_dataset
-    from trainer import Trainer, open_device, translate_failures
+    from run_record import translate_failures
+    from trainer import Trainer, open_device
     from utils.device import DTYPES, describe_device, get_peak_memory
     from utils.profiling import Report, measure_peak
 
@@ -70,7 +71,7 @@ def profile(
     if inference:
         changes |= {"torch_compile": "off", "precision": "fp32"}
     config = config.model_copy(update=changes)
-    with translate_failures(config, Output(quiet=True)):
+    with translate_failures(config):
         device = open_device(config)
         bundle = read_start_bundle(plan or ResumePlan())
         tokenizer = load_tokenizer(bundle) if bundle else None
@@ -97,6 +98,7 @@ def profile_training(
     """Return the seconds of the first step, the profile of a step, and the work between steps."""
     import trainer as training
     from optim import learning_rate_at
+    from run_record import open_log, sample_text
     from utils.profiling import compute_shares, count_flops, measure_seconds, profile_work
 
     device, model, data = trainer.device, trainer.model, trainer.data
@@ -109,7 +111,7 @@ def profile_training(
         run = create_run_directory(Path(directory), "profile")
         write_full_config(run.meta / "full_config.json", config, {}, {})
         numbers = itertools.count(1)
-        with contextlib.closing(training.open_log(trainer, run, Output(quiet=True))) as log:
+        with contextlib.closing(open_log(trainer, run, Output(quiet=True))) as log:
 
             def make_step(trainer, phase):
                 number = next(numbers)
@@ -132,11 +134,11 @@ def profile_training(
             )
             checkpoints = trainer.open_checkpoints(run)
             state = trainer.get_state(run, 1, None, Best())
-            collect, sample = training.collect_weights_and_gradients, training.sample_text
+            collect = training.collect_weights_and_gradients
             calls = {
                 "checkpoint": lambda: checkpoints.save(state),
                 "histograms": lambda: log.log_histograms(1, collect(model)),
-                "sample": lambda: sample(model, data, config, training.SAMPLE_TOKENS),
+                "sample": lambda: sample_text(model, data, config, training.SAMPLE_TOKENS),
             }
             works = {"evaluation": (training.time_evaluation(trainer), config.eval_interval)}
             intervals = (config.checkpoint_interval, config.histogram_interval)

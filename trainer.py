@@ -7,37 +7,26 @@ accumulation, clipping, schedule, update. `profile_model.py` measures this same 
 
 import contextlib
 import math
-import os
-import platform
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import resume
 from bundle import (
     TRAINING_SETTINGS,
-    WEIGHTS_FILE,
     Bundle,
     TrainingState,
     copy_bundle,
     find_kept_step,
     find_run_of,
-    is_bundle,
-    list_checkpoints,
     load_tokenizer,
-    parse_step,
-    read_bundle,
-    read_state,
 )
 from callbacks import (
     Best,
@@ -47,11 +36,10 @@ from callbacks import (
     Evaluation,
     Step,
     TrainResult,
-    describe_callbacks,
     find_overfitting,
 )
 from checkpoint import CheckpointWriter, load_weights, restore_training_state
-from config import CHECKOUT, ConfigLoader, LoadedConfig, format_settings, upgrade_settings
+from config import ConfigLoader, LoadedConfig, format_settings, upgrade_settings
 from data import (
     Batch,
     Dataset,
@@ -70,13 +58,21 @@ from distributed import (
     gather_to_main,
     open_world,
     shard_model,
-    translate_peer_errors,
     wrap_ddp,
 )
-from generate import SamplingParams, generate_tokens
 from model import LanguageModel
 from optim import clip_gradients, create_optimizer, learning_rate_at, set_learning_rate
 from parameters import SHAPE_SETTINGS, ModelConfig
+from run_record import (
+    log_best_sample,
+    open_log,
+    open_run,
+    record_end,
+    record_failure,
+    record_result,
+    sample_text,
+    translate_failures,
+)
 from utils import summary
 from utils.device import (
     DTYPES,
@@ -89,28 +85,16 @@ from utils.device import (
     configure_matmul,
     describe_device,
     get_peak_memory,
-    get_processor_name,
-    is_out_of_memory,
     synchronize,
     use_deterministic_kernels,
 )
-from utils.errors import EndedOnAnotherRank, RunError, UserError, format_reason
+from utils.errors import UserError
 from utils.evaluation import count_parallel_windows, enter_evaluation_mode
-from utils.isolation import Isolated
 from utils.kernels import is_attention_causal
-from utils.memory import check_memory, keep_freed_memory
+from utils.memory import check_memory, is_out_of_memory, keep_freed_memory
 from utils.output import Output
-from utils.overlap import find_longest_overlap
 from utils.ranks import Ranks
-from utils.report import write_report
-from utils.run_manager import (
-    RunDirectory,
-    create_run_directory,
-    create_run_id,
-    read_record,
-    write_metadata,
-    write_result,
-)
+from utils.run_manager import RunDirectory
 from utils.sizes import (
     MIN_GAIN,
     SIZES,
@@ -121,17 +105,11 @@ from utils.sizes import (
 )
 from utils.stop import StopRequest
 from utils.threads import CoreBinding
-from utils.tracking import Tracker
-from utils.tracking.aim import AimTracker, get_aim_repo, require_aim
+from utils.tracking.aim import require_aim
 from utils.tracking.run_logger import RunLogger
-from utils.tracking.tensorboard import TensorBoardTracker
 
 PHASES = ("data", "forward", "backward", "gradient clipping", "optimizer")  # of a training step
 SAMPLE_TOKENS = 40  # during training: all samples take less than 1 % of the default run
-LAST_SAMPLE_TOKENS = 400  # of the best model, at the end of a run
-MIN_OVERLAP = {"character": 8}  # tokens of a sample that stand verbatim in the training text
-MAX_SEARCHED = 1 << 27  # tokens of the training text that are searched for them: some seconds
-SAMPLE_TEMPERATURE = 0.8
 MIN_MINUTES_TO_COMPILE = 4.0  # below this time limit, compiling takes longer than it saves
 
 
@@ -147,8 +125,8 @@ def train(
 ) -> TrainResult:
     """Train a model in a new run directory. Under torchrun, all processes call this.
 
-    `train(data="dante.txt", max_iters=500)` is what the flags of these names are to train.py, and
-    works in a notebook too. Outside the main thread, no signal stops it after a step.
+    `train(data="dante.txt", max_iters=500)` is `train.py --data dante.txt --max-iters 500`, also in
+    a notebook. Outside the main thread, a signal does not stop it after a step.
 
     Args:
         config: all settings. None: `settings`, and those of all other sources.
@@ -179,7 +157,11 @@ def train(
     elif settings:
         raise TypeError(f"give {', '.join(settings)} to ModelConfig(), or train() no config")
     try:
-        with translate_failures(config, output), open_world(config) as world:
+        with (
+            record_failure(output),
+            translate_failures(config),
+            open_world(config) as world,
+        ):
             trainer = prepare_trainer(
                 config, loaded, plan, callbacks, world=world, on_progress=output.print
             )
@@ -197,7 +179,7 @@ def train(
                                 log_best_sample, trainer, result, log
                             )
                         called.at_end(result)
-                        world.broadcast_from_main(conclude, trainer, result, run, output)
+                        world.broadcast_from_main(record_result, trainer, result, run, output)
             return result
     finally:
         output.close()
@@ -394,8 +376,8 @@ class Trainer:
 
         Returns the mean loss over the whole batch and the gradient norm before clipping, scalars
         that stay on the device. The clipped gradients stay in `.grad` until the next step.
-        `phase(name)` returns a context manager that is entered around that one of `PHASES`, for
-        profiling.
+        `phase(name)` returns a context manager, which is entered around each of PHASES: a profiler
+        gives its own.
         """
         config, world = self.config, self.world
         batch_loss = torch.zeros((), device=self.device)
@@ -412,7 +394,8 @@ class Trainer:
             ):
                 with phase("forward"), autocast(self.device, self.precision):
                     _, loss = self.train_model(inputs, targets)
-                    # Weight it by its share of rows: gradients add up to those of the whole batch.
+                    # Weighted by the micro-batch's share of this rank's rows: the gradients add up
+                    # to that of their mean loss.
                     loss = loss * (inputs.size(0) / (own_rows.stop - own_rows.start))
                 with phase("backward"):
                     self.scaler.scale(loss).backward()
@@ -451,7 +434,7 @@ class Trainer:
 
         Returns the best evaluation so far, and a callback's reason to stop, if any.
         """
-        bits = compute_bits_per_byte(losses, self.data)
+        bits = self.data.compute_bits_per_byte(losses)
         is_best = best.loss is None or losses["val"] < best.loss
         log.log_evaluation(step, losses, bits, is_best=is_best)
         if is_best:
@@ -520,7 +503,7 @@ def is_due(step: int, *intervals: int) -> bool:
 
 
 def get_sample_period(config: ModelConfig) -> int:
-    """Return the steps from one sample to the next, which needs an evaluation; 0: none."""
+    """Return the number of steps between samples, which follow evaluations; 0 if there are none."""
     if not (config.sample_interval and config.eval_interval):
         return 0
     return math.ceil(config.sample_interval / config.eval_interval) * config.eval_interval
@@ -548,7 +531,7 @@ def estimate_loss(
 ) -> dict[str, float]:
     """Return the mean loss of the train and val splits on their fixed windows, in nats per token.
 
-    The windows are divided among the ranks. If `eval_iters` is 0, train has as many as val.
+    The windows are divided among the ranks. If `eval_iters` is 0, train has at most as many as val.
     """
     rows = count_parallel_windows(model) * world.size
     most = count_windows(data.splits["val"], config)
@@ -569,15 +552,10 @@ def estimate_loss(
     return losses
 
 
-def compute_bits_per_byte(losses: Mapping[str, float], data: Dataset) -> dict[str, float]:
-    """Convert nats per token to bits per byte of text, comparable between tokenizers."""
-    return {s: loss / math.log(2) / data.bytes_per_token[s] for s, loss in losses.items()}
-
-
 def collect_weights_and_gradients(
     model: LanguageModel, world: World = SINGLE_PROCESS
 ) -> dict[str, Tensor]:
-    """Return every parameter and its clipped gradient, gathered on rank 0."""
+    """Return every parameter and its clipped gradient; if sharded, gathered on rank 0 alone."""
     parameters = dict(model.named_parameters())
     gradients = {f"gradients/{n}": p.grad for n, p in parameters.items() if p.grad is not None}
     tensors = {f"parameters/{name}": p for name, p in parameters.items()} | gradients
@@ -585,18 +563,8 @@ def collect_weights_and_gradients(
     return {name: tensor for name, tensor in collected.items() if tensor is not None}
 
 
-def sample_text(model: LanguageModel, data: Dataset, config: ModelConfig, length: int) -> str:
-    """Generate `length` tokens from the default prompt, with the run's seed."""
-    tokenizer = data.tokenizer
-    prompt = tokenizer.encode(tokenizer.default_prompt)
-    sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
-    with enter_evaluation_mode(model):  # once, rather than for each token
-        ids = generate_tokens(model, prompt, length, sampling, seeds=[config.seed])
-    return tokenizer.decode(ids[0, prompt.size :])
-
-
 # ----------------------------------------------------------------------------------------------
-# Set-up: device, text, model, optimizer
+# Set-up, and what is resumed
 
 
 def prepare_trainer(
@@ -648,9 +616,9 @@ def prepare_trainer(
     precision = choose_precision(config.precision, device)
     if plan.is_resume and is_comparable(config, data, precision, plan.bundle.state):
         resume.check_not_stopped_early(config, plan)
-    settled, length = settle_length(config, data, device, plan, world)
-    if length != "max_iters":
-        sources["max_iters"] = f"{length} {getattr(config, length):g} ({sources[length]})"
+    settled, setting = settle_length(config, data, device, plan, world)
+    if setting != "max_iters":
+        sources["max_iters"] = f"{setting} {getattr(config, setting):g} ({sources[setting]})"
         resume.check_steps_left(settled, plan)
     return Trainer(
         settled,
@@ -689,7 +657,7 @@ def check_memory_of_rank(
 
 
 def check_causality(config: ModelConfig, device: torch.device, precision: str) -> None:
-    """Raise `UserError` if attention cannot be used on this device in this precision."""
+    """Raise `UserError` if attention sees later positions or is not finite."""
     D = config.n_embd // config.n_head
     if not is_attention_causal(config.n_head, config.block_size, D, device, DTYPES[precision]):
         raise UserError(
@@ -702,7 +670,7 @@ def check_causality(config: ModelConfig, device: torch.device, precision: str) -
 def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
     """Return the best evaluation before a resumed run, and copy its model to the run's export.
 
-    If that model is missing, or was evaluated differently, the best is reset.
+    If that model is missing or damaged, or was evaluated differently, the best is reset.
     """
     plan, config = trainer.plan, trainer.config
     if not plan.is_resume or plan.bundle.state.best_val_loss is None:
@@ -716,7 +684,7 @@ def restore_best(trainer: Trainer, run: RunDirectory, output: Output) -> Best:
         with contextlib.suppress(UserError):  # damaged, or just removed by its own run
             copy_bundle(place, run.export, with_optimizer=False)
             return best
-    why = "is missing" if comparable else "was evaluated differently"
+    why = "is missing or damaged" if comparable else "was evaluated differently"
     output.print(
         f"Note: the best model so far (step {best.step}) {why}, so the best val loss is reset\n"
     )
@@ -732,6 +700,23 @@ def is_comparable(config: ModelConfig, data: Dataset, precision: str, state: Tra
         and precision == (state.get_fact("computed_in") or "fp32")
         and all(recorded.get(name) == getattr(config, name) for name in measure)
     )
+
+
+@contextlib.contextmanager
+def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
+    """Create early stopping, if requested, and the user's callbacks, on rank 0 only.
+
+    `at_end` is called even if the run fails. Raises `UserError` if a callback cannot be created.
+    """
+    patience = trainer.config.early_stopping_patience
+    own = {"early stopping": lambda _: EarlyStopping(patience)} if patience else {}
+    callbacks = Callbacks(output.print_warning)
+    try:
+        factories = {**own, **trainer.callbacks}
+        trainer.world.broadcast_from_main(callbacks.add, factories, trainer.config)
+        yield callbacks
+    finally:
+        callbacks.at_end(None)  # no-op for callbacks that already received a result
 
 
 # ----------------------------------------------------------------------------------------------
@@ -756,9 +741,8 @@ def settle_length(
         max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
         return config.model_copy(update={"max_iters": max_iters, "epochs": None}), "epochs"
     assert config.max_minutes is not None
-    step, evaluation = measure_speed(
-        config.model_copy(update={"max_iters": 1}), data, device, world
-    )
+    throwaway = config.model_copy(update={"max_iters": 1})
+    step, evaluation = measure_speed(Trainer(throwaway, data, device, world=world))
     seconds = step + evaluation / (config.eval_interval or math.inf)
     max_iters = plan.start_step + max(1, int(config.max_minutes * 60 / seconds))
     return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
@@ -808,9 +792,10 @@ def find_best_size(
         if not all(world.all_gather(fits)):
             return 0
         try:
-            step, evaluation = measure_speed(candidate, data, device, world, budget=1.0)
+            throwaway = Trainer(candidate, data, device, world=world)
+            step, evaluation = measure_speed(throwaway, budget=1.0)
         except (RuntimeError, MemoryError) as error:
-            # With several ranks, the others would wait for this one: there it ends the run.
+            # The other ranks would wait forever: the error ends the run.
             if world.size > 1 or not is_out_of_memory(error):
                 raise
             return 0
@@ -820,25 +805,17 @@ def find_best_size(
     return choose_size(count_steps, tokens_per_step, data.splits["train"].size, SIZES)
 
 
-def measure_speed(
-    config: ModelConfig,
-    data: Dataset,
-    device: torch.device,
-    world: World = SINGLE_PROCESS,
-    *,
-    budget: float = 5.0,
-) -> tuple[float, float]:
-    """Return the seconds of a step and of a whole evaluation, timed on a throwaway model.
+def measure_speed(trainer: Trainer, *, budget: float = 5.0) -> tuple[float, float]:
+    """Return the seconds of a training step and of a whole evaluation, those of rank 0.
 
-    Three steps are timed, or as many as fit into `budget` seconds, at most 20. The times are rank
-    0's on all ranks.
+    Three steps are done, or as many as fit into `budget` seconds, at most 20: they train the model.
     """
-    trainer = Trainer(config, data, device, world=world)
+    world = trainer.world
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < budget):
         start = time.perf_counter()
         trainer.training_step(len(seconds))
-        synchronize(device)
+        synchronize(trainer.device)
         seconds.append(world.broadcast(time.perf_counter() - start))
     median = statistics.median_high(seconds[1:])  # without the first, a warmup
     return world.broadcast((median, time_evaluation(trainer)))
@@ -864,14 +841,13 @@ def dry_run(
     *,
     show_config: bool = False,
 ) -> str:
-    """Return the banner of a run and the memory and time it would take; or every setting, too.
+    """Return the banner of a run, its memory and time, and with `show_config` every setting.
 
     Writes only caches that the run reuses: an encoded text, or standard input.
     """
-    quiet = Output(quiet=True)
-    with translate_failures(loaded.config, quiet), open_world(loaded.config) as world:
+    with translate_failures(loaded.config), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
-        speed = measure_speed(trainer.config, trainer.data, trainer.device, world)
+        speed = measure_speed(trainer)
         peak_memory = get_peak_memory(trainer.device)
         suggestion = suggest_size(trainer, *speed) if loaded.config.size is None else None
     banner = summary.format_banner(trainer, loaded.changes)
@@ -906,236 +882,3 @@ def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None
     ):
         return None
     return summary.format_suggestion(better, loss, seconds)
-
-
-# ----------------------------------------------------------------------------------------------
-# The run directory, its record, its log
-
-
-def open_run(
-    trainer: Trainer, loaded: LoadedConfig | None, argv: Sequence[str], output: Output
-) -> RunDirectory:
-    """Create the run directory with its `console.txt` and `meta/`, and print the banner."""
-    config, data, plan = trainer.config, trainer.data, trainer.plan
-    run = create_run_directory(Path(config.runs_dir), create_run_id(plan.run_tag))
-    output.record_to(run.console)
-    output.print(summary.format_banner(trainer, loaded.changes if loaded else []))
-    output.print(f"Run     {run.path}\n")
-    if warning := summary.format_text_warning(trainer):
-        output.print_warning(warning)
-    last_rate = learning_rate_at(config.max_iters - 1, config)
-    for note in summary.list_notes(trainer, loaded.rerun_of if loaded else None, last_rate):
-        output.print(f"Note: {note}\n")
-    parent = plan.bundle if not plan.is_resume else None
-    init_from = str(parent.path.resolve()) if parent is not None else None
-    recorded = config.model_copy(update={"data": data.path, "init_from": init_from})
-    machine = {
-        "device": describe_device(trainer.device),
-        "processor": get_processor_name(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "torch build": "\n  " + torch.__config__.show().strip().replace("\n", "\n  "),
-    }
-    about = describe_run(trainer, run.run_id, argv)
-    write_metadata(run.meta, CHECKOUT, recorded, trainer.sources, about, machine)
-    return run
-
-
-def describe_run(trainer: Trainer, run_id: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the `run` part of full_config.json."""
-    plan, data = trainer.plan, trainer.data
-    resumed_from = None
-    if plan.is_resume:
-        resumed_from = {
-            "run_id": plan.bundle.state.run_id,
-            "step": plan.start_step,
-            "weights_sha256": plan.bundle.state.files[WEIGHTS_FILE],
-            "path": str(resume.find_kept_checkpoint(plan, Path(trainer.config.runs_dir)).resolve()),
-        }
-    return {
-        "run_id": run_id,
-        "argv": list(argv),
-        "callbacks": describe_callbacks(trainer.callbacks),
-        "started": datetime.now().astimezone().isoformat(timespec="milliseconds"),
-        "resumed_from": resumed_from,
-        "model_name": plan.named_model.name if plan.named_model else None,
-        "lineage": [ancestor.model_dump() for ancestor in plan.lineage],
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "tokens": data.num_tokens,
-            "unit": data.tokenizer.unit,
-            "vocab_size": data.tokenizer.vocab_size,
-        },
-        "parameters": trainer.model.count_parameters(),
-        "device": str(trainer.device),
-        "processes": trainer.world.size,
-        "threads": torch.get_num_threads(),
-        "precision": trainer.precision,
-        "torch_compile": trainer.compile_result.mode,
-        "torch_compile_reason": trainer.compile_result.reason,
-    }
-
-
-def open_log(trainer: Trainer, run: RunDirectory, output: Output) -> RunLogger:
-    """Open metrics.jsonl, TensorBoard and, if requested, Aim, and log the settings.
-
-    Ranks above 0 write to /dev/null, but log too: every rank must fail on a non-finite loss.
-    """
-    config, is_main = trainer.config, trainer.world.is_main
-
-    def warn(text: str, details: str) -> None:
-        if run.path.exists():  # else the run ends with an error that says so
-            output.print_warning(text, details)
-
-    trackers: Isolated[Tracker] = Isolated(warn, lambda tracker: tracker.close())
-    if is_main:
-        trackers.add("TensorBoard", lambda: TensorBoardTracker(run.tensorboard))
-        if config.aim_logging:
-            trackers.add("Aim", lambda: AimTracker(get_aim_repo(config), run.run_id))
-        record = read_record(run.path)
-        about = {"run_dir": str(run.path.resolve()), "python": platform.python_version()}
-        about |= {"git": record["git"], **record["run"], "sources": record["sources"]}
-        trackers.call_each(lambda tracker: tracker.log_config(record["config"], about))
-    return RunLogger(
-        run.metrics if is_main else Path(os.devnull),
-        run.samples if is_main else Path(os.devnull),
-        trackers,
-        output,
-        config,
-        first_step=trainer.plan.start_step,
-        may_overflow=trainer.precision == "fp16",
-    )
-
-
-@contextlib.contextmanager
-def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
-    """Create early stopping, if requested, and the user's callbacks, on rank 0 only.
-
-    `at_end` is called even if the run fails. Raises `UserError` if a callback cannot be created.
-    """
-    patience = trainer.config.early_stopping_patience
-    own = {"early stopping": lambda _: EarlyStopping(patience)} if patience else {}
-    callbacks = Callbacks(output.print_warning)
-    try:
-        factories = {**own, **trainer.callbacks}
-        trainer.world.broadcast_from_main(callbacks.add, factories, trainer.config)
-        yield callbacks
-    finally:
-        callbacks.at_end(None)  # no-op for callbacks that already received a result
-
-
-# ----------------------------------------------------------------------------------------------
-# Finishing and failing
-
-
-def log_best_sample(trainer: Trainer, result: TrainResult, log: RunLogger) -> TrainResult:
-    """Log a sample of the exported model, unless the run was interrupted.
-
-    Returns the result with the longest stretch that the sample shares with the training text.
-    """
-    if result.exit_status or not is_bundle(result.export_dir):
-        return result
-    trainer.optimizer.zero_grad(set_to_none=True)  # makes room for another model
-    data, tokenizer = trainer.data, trainer.data.tokenizer
-    try:
-        bundle = read_bundle(result.export_dir, WEIGHTS_FILE)
-        model = LanguageModel(bundle.config, bundle.vocab_size, tokenizer.num_tokens)
-        load_weights(bundle, model)
-        text = sample_text(model.to(trainer.device), data, trainer.config, LAST_SAMPLE_TOKENS)
-    except (UserError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (UserError, RunError)) and not is_out_of_memory(error):
-            raise
-        # The model is trained and saved: this must not end the run as failed.
-        log.output.print_warning(f"no sample of the best model: {format_reason(error)}")
-        return result
-    log.log_best_sample(bundle.state.step, text)
-    ids, training = tokenizer.encode(text), data.splits["train"][:MAX_SEARCHED]
-    shared = find_longest_overlap(ids, training, MIN_OVERLAP.get(tokenizer.unit, 2))
-    return replace(result, longest_overlap=tokenizer.decode(ids[shared]))
-
-
-def conclude(trainer: Trainer, result: TrainResult, run: RunDirectory, output: Output) -> None:
-    """Print how the run ended and the commands that come next, and record it."""
-    best = {"val": result.best_val_loss} if result.best_val_loss is not None else {}
-    is_stopped = result.step < trainer.config.max_iters
-    stopped_early = is_stopped and resume.is_stopped_early(
-        read_state(result.checkpoint), trainer.config
-    )
-    bits = compute_bits_per_byte(best, trainer.data).get("val")
-    output.print(summary.format_result(trainer, result, bits, stopped_early=stopped_early))
-    write_result(run.meta / "result.json", asdict(result))
-
-
-@contextlib.contextmanager
-def record_end(trainer: Trainer, run: RunDirectory, output: Output) -> Iterator[None]:
-    """Record a failure of the run, print how to resume it, and write report.html.
-
-    A `UserError` becomes a `RunError`: after the start, a mistake is a failure of the run. Ranks
-    above 0 end without a message: rank 0 fails for the same reason.
-    """
-    if not trainer.world.is_main:
-        try:
-            yield
-        except (RunError, UserError) as error:
-            raise EndedOnAnotherRank(RunError.exit_status) from error
-        return
-    try:
-        with translate_peer_errors():
-            yield
-    except BaseException as error:
-        if isinstance(error, Exception):  # not for KeyboardInterrupt and SystemExit
-            with contextlib.suppress(OSError):  # a full disk must not hide the reason
-                write_result(run.meta / "result.json", {"error": format_reason(error)})
-            try_write_report(run, output)
-        with contextlib.suppress(OSError):
-            if checkpoints := list_checkpoints(run.path):
-                output.print(
-                    f"\nLast checkpoint: step {parse_step(checkpoints[-1])}. Resume from it:\n"
-                    f"  {summary.format_resume_command(trainer, run.path)}"
-                )
-        if isinstance(error, UserError):
-            raise RunError(str(error)) from error
-        raise
-    try_write_report(run, output)
-
-
-def try_write_report(run: RunDirectory, output: Output) -> None:
-    """Write report.html, unless the run was deleted; if that fails, only print a warning."""
-    if not run.path.exists():
-        return
-    try:
-        write_report(run.report, run.path)
-    except Exception as error:
-        output.print_warning(
-            f"{run.report} cannot be written: {format_reason(error)}", traceback.format_exc()
-        )
-
-
-@contextlib.contextmanager
-def translate_failures(config: ModelConfig, output: Output) -> Iterator[None]:
-    """Turn system failures (memory, disk) into a `RunError`; record why a run ended."""
-    try:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError(
-                "out of memory: lower micro_batch_size (now "
-                f"{config.micro_batch_size or config.batch_size}; does not change results), "
-                f"block_size ({config.block_size}), n_embd ({config.n_embd}) or "
-                f"n_layer ({config.n_layer})"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            # safetensors writes in Rust, and puts the system's reason last.
-            reason = getattr(error, "strerror", None) or str(error).split("error: ")[-1]
-            where = getattr(error, "filename", None)
-            raise RunError(
-                f"a file cannot be read or written: {f'{where}: ' if where else ''}{reason}; "
-                "earlier checkpoints are intact"
-            ) from error
-    except (RunError, KeyboardInterrupt, SystemExit) as error:
-        with contextlib.suppress(OSError):  # a full disk cannot hold the record either
-            output.record(f"error: {error if isinstance(error, RunError) else 'interrupted'}")
-        raise

@@ -12,15 +12,13 @@ from pathlib import Path
 
 from optim import learning_rate_at
 from parameters import ModelConfig
+from run_record import open_log, open_run, sample_text
 from trainer import (
     SAMPLE_TOKENS,
     Trainer,
     collect_weights_and_gradients,
     get_sample_period,
-    open_log,
-    open_run,
     prepare_trainer,
-    sample_text,
 )
 from utils.output import Output
 from utils.report import write_report

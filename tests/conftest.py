@@ -19,6 +19,7 @@ import pytest
 import tiktoken.load
 import torch
 
+import run_record
 import trainer
 from parameters import ModelConfig
 from utils import threads
@@ -37,7 +38,7 @@ def _isolated_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     monkeypatch.setattr(trainer, "SAMPLE_TOKENS", FEW_TOKENS // 4)
-    monkeypatch.setattr(trainer, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
+    monkeypatch.setattr(run_record, "LAST_SAMPLE_TOKENS", FEW_TOKENS)
     monkeypatch.setattr(threads, "COMPETING", math.inf)  # other tests run on the same cores
 
     connect = socket.socket.connect

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import run_record
 import train
 import trainer as trainer_module
 import utils.output as output_module
@@ -545,6 +546,6 @@ def run_train(
         return REAL_STEP(trainer, index)
 
     trainer_module.Trainer.training_step = training_step
-    trainer_module.SAMPLE_TOKENS, trainer_module.LAST_SAMPLE_TOKENS = FEW_TOKENS // 4, FEW_TOKENS
+    trainer_module.SAMPLE_TOKENS, run_record.LAST_SAMPLE_TOKENS = FEW_TOKENS // 4, FEW_TOKENS
     output_module.TORCHRUN_GRACE = 0.0  # no torchrun here that would end the others
     return run_command(train.main, [*flags, *(own[rank] if own else [])])

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from helpers import CHECKOUT
 
+import run_record
 import trainer as trainer_module
 from callbacks import TrainResult
 from config import ConfigLoader
@@ -407,7 +408,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_not_the_run(tiny, q
     def broken(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr(trainer_module, "write_report", broken)
+    monkeypatch.setattr(run_record, "write_report", broken)
     result = train(tiny(), output=quiet)
     console = RunDirectory(result.run_dir).console.read_text(encoding="utf-8")
     assert console.count("warning:") == 1

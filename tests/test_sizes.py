@@ -98,13 +98,13 @@ def test_ranks_with_different_clocks_choose_by_the_times_of_rank_0(tiny):
             return (3.0, 7.0) if isinstance(value, tuple) else value
 
     config = tiny()
-    data, device = load_dataset(config), torch.device("cpu")
-    assert trainer.measure_speed(config, data, device, OtherRank()) == (3.0, 7.0)
+    created = trainer.Trainer(config, load_dataset(config), torch.device("cpu"), world=OtherRank())
+    assert trainer.measure_speed(created) == (3.0, 7.0)
 
 
 def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, monkeypatch):
-    def measure(config, *args, **kwargs):
-        if config.n_embd == small_sizes[1].n_embd:
+    def measure(candidate, **kwargs):
+        if candidate.config.n_embd == small_sizes[1].n_embd:
             raise torch.OutOfMemoryError("out of memory")
         return 1e-3, 1e-3
 

@@ -1,4 +1,6 @@
-"""A run, from a text to an export, and every way in which it can end. trainer.py and train.py.
+"""A run, from a text to an export, and every way in which it can end.
+
+trainer.py, run_record.py and train.py.
 
 python -m pytest tests/test_trainer.py
 """
@@ -32,6 +34,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import inference
+import run_record
 import train as train_command
 import trainer as trainer_module
 from bundle import BUNDLE_FILES, load_tokenizer, read_bundle
@@ -477,7 +480,7 @@ def test_a_best_model_that_cannot_be_read_again_costs_the_last_sample_only(
     def fail(*_):
         raise UserError("damaged")
 
-    monkeypatch.setattr(trainer_module, "read_bundle", fail)
+    monkeypatch.setattr(run_record, "read_bundle", fail)
     result = train(tiny(), output=quiet)
     assert (result.exit_status, result.longest_overlap) == (0, None)
     assert "damaged" in read_console(result.run_dir)
@@ -522,9 +525,8 @@ def test_the_longest_stretch_that_a_sample_shares_with_the_training_text_is_reco
     tiny, quiet, monkeypatch, text_file
 ):
     text = text_file.read_text(encoding="utf-8")
-    monkeypatch.setattr(
-        trainer_module, "sample_text", lambda *_: text[19::-1] + text[10:40] + text[9::-1]
-    )
+    sample = text[19::-1] + text[10:40] + text[9::-1]
+    monkeypatch.setattr(run_record, "sample_text", lambda *_: sample)
     result = train(tiny(), output=quiet)
     assert text[10:40] in result.longest_overlap
     assert result.longest_overlap in text
@@ -773,7 +775,7 @@ def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
         run.metrics.symlink_to("/dev/full")
         return run
 
-    monkeypatch.setattr(trainer_module, "create_run_directory", on_a_full_disk)
+    monkeypatch.setattr(run_record, "create_run_directory", on_a_full_disk)
     closed = watch_closing(monkeypatch)
     with pytest.raises(RunError, match="No space left on device"):
         train(tiny(), output=quiet)

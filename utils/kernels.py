@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 RMS_EPSILON = 1e-6  # Qwen3's
 ATTENTION_BLOCK = 128  # positions
-# BlockedAttention keeps up to T probabilities for each token and head, which has D channels.
+# BlockedAttention keeps up to T probabilities for each token and head: it is used if T is at most
+# this times D, the head's channels.
 MAX_PROBABILITIES_PER_CHANNEL = 16
 MAX_CHECKED = 1024  # positions: the check of longer contexts would take more than milliseconds
 
@@ -128,7 +129,7 @@ def apply_causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) ->
     Replaces `F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)` in the
     dtype of v. On the CPU, PyTorch's kernel is slow in bfloat16, above all backward: matrix
     products replace it in training, unless there is dropout or they would take too much memory.
-    Otherwise attention on the CPU is computed in float32, and returned so.
+    Otherwise the CPU computes attention in float32, and the result is float32.
     """
     is_cpu, (T, D) = q.device.type == "cpu", q.shape[2:]
     is_bf16_training = v.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout_p == 0
@@ -146,7 +147,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries, keys and values, each `(B, H, T, D)`, to the same shape."""
+        """Attend: queries, keys, values and the result are `(B, H, T, D)`."""
         is_compiling = torch.compiler.is_compiling()
         forward = torch.ops.folio.attend_in_blocks if is_compiling else attend_in_blocks
         y, probabilities = forward(q, k, v)
@@ -209,8 +210,8 @@ def attend_in_blocks_backward(
 def _define_operators() -> torch.library.Library:
     """Define operators for torch.compile, which would generate slower code for these functions.
 
-    Eager training calls the functions, so that a profile shows their products. The operators exist
-    as long as the library that is returned.
+    Eager training calls the functions, so that a profile shows their products. The operators are
+    removed when nothing refers to the returned library any more.
     """
     library = torch.library.Library("folio", "FRAGMENT")
     qkv, results = "Tensor q, Tensor k, Tensor v", "(Tensor, Tensor, Tensor)"
@@ -224,7 +225,7 @@ def _define_operators() -> torch.library.Library:
     return library
 
 
-_OPERATORS = _define_operators()
+_OPERATORS = _define_operators()  # never read: it keeps the operators
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -232,7 +233,7 @@ def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: tor
 
     If it does not leave them out, the model sees the token that it has to predict: its loss falls
     to near 0, and it generates nonsense. This has been reported of MPS in half precision. Checked
-    as in training, without dropout.
+    as in training, but without dropout, and of at most MAX_CHECKED positions.
     """
     T = min(T, MAX_CHECKED)
     generator = torch.Generator().manual_seed(0)
@@ -241,4 +242,5 @@ def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: tor
     v[:, :, -1] = 1000  # the last position, which only the last output may see
     with torch.enable_grad():  # the kernel may depend on it
         y = apply_causal_attention(q.requires_grad_(), k, v, 0.0)
-    return bool((y[:, :, :-1].abs() < 0.05).all())  # a later position would add some 1000 / T
+    # A later position would add some 1000 / T.
+    return bool((y[:, :, :-1].abs() < 0.05).all() and y.isfinite().all())

@@ -1,4 +1,4 @@
-"""The memory that a model needs, compared with what there is before anything is allocated.
+"""Memory: whether a model fits, what the process keeps, and whether there was too little.
 
 Nothing here needs torch, unless the device is a GPU.
 """
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 MIN_ACTIVATION_BYTES = 40
 MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
 
-# Parameters of glibc's `mallopt` (malloc.h), and the value for both.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Parameters of glibc's `mallopt` (malloc.h): up to which size a block comes from the heap, and the
+# free end of the heap stays in the process.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 MAX_KEPT_BYTES = 1 << 30
+MAX_KEPT_BLOCK = 32 << 20  # where glibc refuses higher values of M_MMAP_THRESHOLD (before 2.35)
 
 
 def check_memory(
@@ -62,18 +64,19 @@ def check_memory(
 
 
 def keep_freed_memory() -> None:
-    """Make this process keep memory that it frees, up to MAX_KEPT_BYTES, instead of returning it.
+    """Make this process keep memory that it frees, rather than return it to the system.
 
     Each training step on the CPU allocates the same tensors again. glibc would return much of their
-    memory to the system, which clears each page when it is next used: 4 to 15 % of a step. With
-    other C libraries than glibc, this does nothing.
+    memory, and the system clears each page when it is next used: 4 to 15 % of a step (docs/LOG.md).
+    Other C libraries are left as they are.
     """
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):  # without glibc
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(parameter, MAX_KEPT_BYTES)
+        # It returns 0 if it refuses a value.
+        if mallopt(M_MMAP_THRESHOLD, MAX_KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK):
+            mallopt(M_TRIM_THRESHOLD, MAX_KEPT_BYTES)
 
 
 def _estimate_bytes(config: ModelConfig, vocab_size: int, training_rows: int) -> int:

@@ -266,8 +266,8 @@ def count_flops(work: Work) -> int:
     """Return the floating-point operations of the matrix products in one call.
 
     `work` must not be compiled, and its attention is computed as plain products: PyTorch's counter
-    counts neither compiled code nor the CPU's fused attention. Products that are left out, as those
-    of `BlockedAttention` with later blocks, do not count.
+    counts neither compiled code nor the CPU's fused attention. Products with later blocks, which
+    `BlockedAttention` leaves out, are not counted.
     """
 
     def count_baddbmm(_, a: torch.Size, b: torch.Size, **options: object) -> int:
