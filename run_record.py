@@ -227,7 +227,7 @@ def record_end(trainer: "Trainer", run: RunDirectory, output: Output) -> Iterato
     """Write report.html at the end; if the run fails, also why, and print how to resume it.
 
     A `UserError` becomes a `RunError`: after the start, a mistake is a failure of the run. Rank 0
-    reports these for all ranks. After a second signal, nothing is written.
+    reports these for all ranks. After a second signal, only the way to resume is printed.
     """
     if not trainer.world.is_main:
         try:

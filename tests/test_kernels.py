@@ -3,8 +3,12 @@
 python -m pytest tests/test_kernels.py
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from helpers import CHECKOUT
 from torch.nn import functional as F
 
 from utils.kernels import (
@@ -216,6 +220,16 @@ def test_the_operators_of_attention_declare_their_outputs():
     torch.library.opcheck(ours.attend_in_blocks_backward.default, backward, test_utils=checks)
 
 
+def test_the_operators_survive_a_reload_of_their_file_as_in_a_notebook():
+    code = (
+        "import importlib, torch; from utils import kernels\n"
+        "importlib.reload(kernels)\n"
+        "x = torch.ones(1, 1, 4, 16)\n"
+        "assert torch.equal(torch.ops.folio.attend_in_blocks(x, x, x)[0], x)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
+
+
 CPU = torch.device("cpu")
 
 
@@ -236,8 +250,12 @@ def test_attention_that_sees_later_positions_is_found(monkeypatch, offset):
     assert not is_attention_causal(2, 256, 32, CPU, torch.float16)
 
 
-def test_attention_that_is_not_finite_is_found(monkeypatch):
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, **settings: torch.full_like(v, torch.nan)
-    )
+@pytest.mark.parametrize("position", [0, -1])
+def test_attention_that_is_not_finite_is_found(monkeypatch, position):
+    def attend(q, k, v, **settings):
+        y = torch.zeros_like(v)
+        y[:, :, position] = torch.nan
+        return y
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     assert not is_attention_causal(2, 8, 32, CPU, torch.float32)

@@ -608,6 +608,19 @@ def test_a_dry_run_prints_six_lines_then_the_settings_if_asked_for_and_writes_no
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_measures_the_model_that_the_run_would_train(tiny, monkeypatch):
+    created, create = [], Trainer.__init__
+
+    def count(trainer, *args, **options):
+        created.append(trainer)
+        create(trainer, *args, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", count)
+    config = tiny()
+    dry_run(LoadedConfig(config, dict.fromkeys(type(config).model_fields, "default")))
+    assert len(created) == 1  # a second one would take as much memory again
+
+
 def test_a_dry_run_names_a_size_that_would_learn_more_in_the_same_time(tiny, monkeypatch):
     monkeypatch.setattr(trainer_module, "SIZES", (Size(1, 8, 1), Size(2, 32, 2)))
     monkeypatch.setattr(trainer_module, "measure_speed", lambda *args, **kwargs: (9.0, 9.0))
@@ -749,6 +762,10 @@ def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):
         train(tiny(), output=quiet)
     for name in ("block_size", "n_embd", "n_layer"):
         assert name in str(caught.value)
+    (run_dir,) = Path("runs").iterdir()
+    result = json.loads((run_dir / "meta" / "result.json").read_text(encoding="utf-8"))
+    assert str(caught.value) in result["error"]
+    assert str(caught.value) in read_console(run_dir)
 
 
 @pytest.mark.parametrize("sizes", [{"n_layer": 2**31 - 1}, {"n_embd": 2**21}])

@@ -225,6 +225,7 @@ def _define_operators() -> torch.library.Library:
     return library
 
 
+_OPERATORS = None  # removes those of before, if a notebook reloads this file
 _OPERATORS = _define_operators()  # never read: it keeps the operators
 
 
