@@ -96,6 +96,7 @@ def profile_training(
     trainer: "Trainer", steps: int, trace: Path | None
 ) -> tuple[float, list["Section"], list["PeriodicWork"]]:
     """Return the seconds of the first step, the profile of a step, and the work between steps."""
+    import budget
     import trainer as training
     from optim import learning_rate_at
     from run_record import open_log, sample_text
@@ -140,7 +141,7 @@ def profile_training(
                 "histograms": lambda: log.log_histograms(1, collect(model)),
                 "sample": lambda: sample_text(model, data, config, training.SAMPLE_TOKENS),
             }
-            works = {"evaluation": (training.time_evaluation(trainer), config.eval_interval)}
+            works = {"evaluation": (budget.time_evaluation(trainer), config.eval_interval)}
             intervals = (config.checkpoint_interval, config.histogram_interval)
             intervals += (training.get_sample_period(config),)
             for name, interval in zip(calls, intervals, strict=True):

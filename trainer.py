@@ -7,17 +7,18 @@ accumulation, clipping, schedule, update. `profile_model.py` measures this same 
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import budget
 import resume
 from bundle import (
     TRAINING_SETTINGS,
@@ -85,24 +86,15 @@ from utils.device import (
     configure_matmul,
     describe_device,
     get_peak_memory,
-    synchronize,
     use_deterministic_kernels,
 )
 from utils.errors import UserError
 from utils.evaluation import count_parallel_windows, enter_evaluation_mode
 from utils.kernels import is_attention_causal
-from utils.memory import check_memory, is_out_of_memory, keep_freed_memory
+from utils.memory import keep_freed_memory
 from utils.output import Output
 from utils.ranks import Ranks
 from utils.run_manager import RunDirectory
-from utils.sizes import (
-    MIN_GAIN,
-    SIZES,
-    Size,
-    SizeEstimate,
-    choose_size,
-    predict_loss,
-)
 from utils.stop import StopRequest
 from utils.threads import CoreBinding
 from utils.tracking.aim import require_aim
@@ -417,9 +409,15 @@ class Trainer:
             inputs, targets = (part.contiguous().pin_memory() for part in (inputs, targets))
         return tuple(part.to(self.device, non_blocking=True) for part in (inputs, targets))
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the mean loss of the train and val splits, in nats per token."""
-        return estimate_loss(self.model, self.data, self.config, self.precision, self.world)
+    def evaluate(self, eval_iters: int | None = None) -> dict[str, float]:
+        """Return the mean loss of the train and val splits, in nats per token.
+
+        `eval_iters` takes the place of the setting.
+        """
+        config = self.config
+        if eval_iters is not None:
+            config = config.model_copy(update={"eval_iters": eval_iters})
+        return estimate_loss(self.model, self.data, config, self.precision, self.world)
 
     def log_evaluation(
         self,
@@ -604,32 +602,30 @@ def prepare_trainer(
         )
 
     data = world.run_on_all_ranks(load)
+    create_trainer = partial(Trainer, data=data, device=device, world=world)
     if config.size == "auto":
         if on_progress:
             on_progress("Measuring the speed of models of several sizes …")
-        config = settle_size(config, data, device, world)
+        config = budget.settle_size(config, data, device, world, create_trainer)
         for name in SHAPE_SETTINGS:
             sources[name] = f"size auto ({sources['size']})"
-    check_memory_of_rank(config, data, device, world)
+    budget.check_memory_of_rank(config, data, device, world)
     if loaded is not None:
         resume.check_rerun(loaded, plan, data.name, data.sha256)
     precision = choose_precision(config.precision, device)
     if plan.is_resume and is_comparable(config, data, precision, plan.bundle.state):
         resume.check_not_stopped_early(config, plan)
-    settled, setting = settle_length(config, data, device, plan, world)
+    settled, setting = budget.settle_length(config, data, plan.start_step, create_trainer)
     if setting != "max_iters":
         sources["max_iters"] = f"{setting} {getattr(config, setting):g} ({sources[setting]})"
         resume.check_steps_left(settled, plan)
-    return Trainer(
+    return create_trainer(
         settled,
-        data,
-        device,
-        plan,
-        bundle,
+        plan=plan,
+        bundle=bundle,
         sources=sources,
         callbacks=callbacks,
         on_progress=on_progress,
-        world=world,
     )
 
 
@@ -644,16 +640,6 @@ def open_device(config: ModelConfig) -> torch.device:
         torch.cuda.set_device(device)  # so that plain "cuda" means this device
     configure_matmul(device, config.precision)
     return device
-
-
-def check_memory_of_rank(
-    config: ModelConfig, data: Dataset, device: torch.device, world: World
-) -> None:
-    """Raise `UserError` if this rank's part of a step does not fit into its device's memory."""
-    if world.size > 1 and config.parallel == "fsdp":
-        return  # each rank holds a shard of the model
-    rows = split_micro_batches(config, world.get_rows(config.batch_size))[0]
-    check_memory(config, data.tokenizer.vocab_size, device, rows.stop - rows.start)
 
 
 def check_causality(config: ModelConfig, device: torch.device, precision: str) -> None:
@@ -719,121 +705,6 @@ def open_callbacks(trainer: Trainer, output: Output) -> Iterator[Callbacks]:
         callbacks.at_end(None)  # no-op for callbacks that already received a result
 
 
-# ----------------------------------------------------------------------------------------------
-# The length of a run, and its speed
-
-
-def settle_length(
-    config: ModelConfig,
-    data: Dataset,
-    device: torch.device,
-    plan: resume.ResumePlan,
-    world: World = SINGLE_PROCESS,
-) -> tuple[ModelConfig, str]:
-    """Return the config with `max_iters` set, and the name of the setting that determined it.
-
-    A recorded number of steps makes the run reproducible on any machine.
-    """
-    if config.max_iters is not None:
-        return config, "max_iters"
-    if config.epochs is not None:
-        tokens_per_step = config.batch_size * config.block_size
-        max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
-        return config.model_copy(update={"max_iters": max_iters, "epochs": None}), "epochs"
-    assert config.max_minutes is not None
-    throwaway = config.model_copy(update={"max_iters": 1})
-    step, evaluation = measure_speed(Trainer(throwaway, data, device, world=world))
-    seconds = step + evaluation / (config.eval_interval or math.inf)
-    max_iters = plan.start_step + max(1, int(config.max_minutes * 60 / seconds))
-    return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
-
-
-def settle_size(
-    config: ModelConfig, data: Dataset, device: torch.device, world: World = SINGLE_PROCESS
-) -> ModelConfig:
-    """Return the config with the shape that is predicted to reach the lowest loss in `max_minutes`.
-
-    Raises `UserError` if the run would read the text more than `summary.MANY_EPOCHS` times.
-    """
-    minutes = config.max_minutes
-    assert minutes is not None
-    estimate = find_best_size(config, data, device, minutes * 60, world)
-    epochs = summary.count_epochs(config, data, estimate.steps)
-    if epochs > summary.MANY_EPOCHS:
-        raise UserError(
-            f"size auto: in {minutes:g} minutes, {estimate.size.n_layer} layers of "
-            f"{estimate.size.n_embd} channels would read this text {epochs:.0f} times and memorize "
-            "it: take --config configs/presets/small_text.yaml, a longer text or a shorter time"
-        )
-    return config.model_copy(update={**estimate.size._asdict(), "size": None})
-
-
-def find_best_size(
-    config: ModelConfig,
-    data: Dataset,
-    device: torch.device,
-    seconds: float,
-    world: World = SINGLE_PROCESS,
-) -> SizeEstimate:
-    """Measure the speed of larger and larger models, until a larger one is predicted to be worse.
-
-    All ranks call this, and return the same.
-    """
-
-    def count_steps(size: Size) -> int:
-        # Compiling would take longer than the measurement.
-        changes = {**size._asdict(), "torch_compile": "off", "max_iters": 1, "size": None}
-        candidate = config.model_copy(update=changes)
-        try:
-            check_memory_of_rank(candidate, data, device, world)
-            fits = True
-        except UserError:
-            fits = False
-        if not all(world.all_gather(fits)):
-            return 0
-        try:
-            throwaway = Trainer(candidate, data, device, world=world)
-            step, evaluation = measure_speed(throwaway, budget=1.0)
-        except (RuntimeError, MemoryError) as error:
-            # The other ranks would wait forever: the error ends the run.
-            if world.size > 1 or not is_out_of_memory(error):
-                raise
-            return 0
-        return int(seconds / (step + evaluation / (config.eval_interval or math.inf)))
-
-    tokens_per_step = config.batch_size * config.block_size
-    return choose_size(count_steps, tokens_per_step, data.splits["train"].size, SIZES)
-
-
-def measure_speed(trainer: Trainer, *, budget: float = 5.0) -> tuple[float, float]:
-    """Return the seconds of a training step and of a whole evaluation, those of rank 0.
-
-    Three steps are done, or as many as fit into `budget` seconds, at most 20: they train the model.
-    """
-    world = trainer.world
-    seconds: list[float] = []
-    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < budget):
-        start = time.perf_counter()
-        trainer.training_step(len(seconds))
-        synchronize(trainer.device)
-        seconds.append(world.broadcast(time.perf_counter() - start))
-    median = statistics.median_high(seconds[1:])  # without the first, a warmup
-    return world.broadcast((median, time_evaluation(trainer)))
-
-
-def time_evaluation(trainer: Trainer) -> float:
-    """Estimate the seconds of a whole evaluation from one batch of each split."""
-    config = trainer.config
-    one_batch = config.model_copy(update={"eval_iters": 1})
-    arguments = (trainer.model, trainer.data, one_batch, trainer.precision, trainer.world)
-    estimate_loss(*arguments)  # warmup
-    start = time.perf_counter()
-    estimate_loss(*arguments)
-    seconds = time.perf_counter() - start
-    windows = count_windows(trainer.data.splits["val"], config)
-    return seconds * (config.eval_iters or windows / config.batch_size)
-
-
 def dry_run(
     loaded: LoadedConfig,
     plan: resume.ResumePlan | None = None,
@@ -847,9 +718,12 @@ def dry_run(
     """
     with translate_failures(loaded.config), open_world(loaded.config) as world:
         trainer = prepare_trainer(loaded.config, loaded, plan, world=world, on_progress=on_progress)
-        speed = measure_speed(trainer)
+        speed = budget.measure_speed(trainer)
         peak_memory = get_peak_memory(trainer.device)
-        suggestion = suggest_size(trainer, *speed) if loaded.config.size is None else None
+        suggestion = None
+        if loaded.config.size is None:
+            create = partial(Trainer, data=trainer.data, device=trainer.device, world=world)
+            suggestion = budget.suggest_size(trainer, *speed, create)
     banner = summary.format_banner(trainer, loaded.changes)
     estimate = summary.format_estimate(trainer, *speed, peak_memory)
     settings = format_settings(LoadedConfig(trainer.config, trainer.sources))
@@ -860,25 +734,3 @@ def dry_run(
         *(["", settings] if show_config else []),
     ]
     return "\n".join(lines)
-
-
-def suggest_size(trainer: Trainer, step: float, evaluation: float) -> str | None:
-    """Return a line about a size with a lower predicted loss in the time of this run, or None.
-
-    `step` and `evaluation` are in seconds. The scaling law is of the losses of characters.
-    """
-    config, data = trainer.config, trainer.data
-    seconds = summary.estimate_seconds(trainer, step, evaluation)
-    is_fitted = config.architecture == "modern" and config.tokenizer == "char"
-    if trainer.plan.bundle is not None or seconds < 60 or not is_fitted:
-        return None
-    better = find_best_size(config, data, trainer.device, seconds, trainer.world)
-    num_tokens = config.max_iters * config.batch_size * config.block_size
-    own = Size(config.n_layer, config.n_embd, config.n_head)
-    loss = predict_loss(own.num_weights, num_tokens, data.splits["train"].size)
-    if (
-        better.loss > loss - MIN_GAIN
-        or summary.count_epochs(config, data, better.steps) > summary.MANY_EPOCHS
-    ):
-        return None
-    return summary.format_suggestion(better, loss, seconds)

@@ -14,7 +14,7 @@ from helpers import CHECKOUT
 
 LIBRARY = (
     "parameters config tokenizer corpus data model engine decode_torch decode_loops decode_numba "
-    "generate distributed optim bundle checkpoint resume callbacks run_record trainer"
+    "generate distributed optim bundle checkpoint resume callbacks run_record budget trainer"
 ).split()
 COMMANDS = (
     "train inspect_model inference evaluate profile_model report tune export import_model"

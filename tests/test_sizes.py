@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import budget
 import trainer
 from data import load_dataset
 from distributed import World
@@ -70,7 +71,7 @@ def test_larger_sizes_are_not_measured_once_one_is_worse():
 def small_sizes(monkeypatch):
     """Sizes that train in a moment, instead of those that a user gets."""
     sizes = (Size(1, 8, 1), Size(1, 16, 2))
-    monkeypatch.setattr(trainer, "SIZES", sizes)
+    monkeypatch.setattr(budget, "SIZES", sizes)
     return sizes
 
 
@@ -86,7 +87,7 @@ def test_the_chosen_size_is_recorded_with_its_source(tiny, quiet, small_sizes):
 def test_auto_refuses_a_time_in_which_a_text_would_be_read_too_often(
     tiny, small_sizes, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "measure_speed", lambda *args, **kwargs: (1e-4, 1e-4))
+    monkeypatch.setattr(budget, "measure_speed", lambda *args, **kwargs: (1e-4, 1e-4))
     with pytest.raises(UserError, match="small_text"):
         trainer.prepare_trainer(tiny(max_iters=None, max_minutes=10, size="auto"))
     trainer.prepare_trainer(tiny(max_iters=None, max_minutes=1e-4, size="auto"))
@@ -99,7 +100,7 @@ def test_ranks_with_different_clocks_choose_by_the_times_of_rank_0(tiny):
 
     config = tiny()
     created = trainer.Trainer(config, load_dataset(config), torch.device("cpu"), world=OtherRank())
-    assert trainer.measure_speed(created) == (3.0, 7.0)
+    assert budget.measure_speed(created) == (3.0, 7.0)
 
 
 def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, monkeypatch):
@@ -108,6 +109,6 @@ def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, 
             raise torch.OutOfMemoryError("out of memory")
         return 1e-3, 1e-3
 
-    monkeypatch.setattr(trainer, "measure_speed", measure)
+    monkeypatch.setattr(budget, "measure_speed", measure)
     config = tiny(max_iters=None, max_minutes=0.001, size="auto")
     assert trainer.prepare_trainer(config).config.n_embd == small_sizes[0].n_embd

@@ -18,9 +18,9 @@ from helpers import TINY_FLAGS, loaded_step, train_until
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import budget
 import profile_model
 import train
-import trainer
 from bundle import list_runs
 from config import ConfigLoader
 from model import LanguageModel
@@ -274,7 +274,7 @@ def test_a_dry_run_reports_the_peak_of_the_device_and_micro_batches_lower_it(com
 
 def test_out_of_memory_is_one_line_and_exit_status_1(command, monkeypatch):
     assert "of memory" in command("--n-embd=2048", "--batch-size=4194304")[2]  # refused at once
-    monkeypatch.setattr(trainer, "check_memory", lambda *_: None)
+    monkeypatch.setattr(budget, "check_memory", lambda *_: None)
     # One tensor of 512 GiB: the first allocation of the first step fails at once.
     big = ["--n-embd=2048", "--batch-size=4194304", "--torch-compile=off", "--max-iters=1"]
     before = torch.cuda.memory_allocated()
