@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,14 +45,18 @@ def settle_length(
     if config.max_iters is not None:
         return config, "max_iters"
     if config.epochs is not None:
-        tokens_per_step = config.batch_size * config.block_size
-        max_iters = math.ceil(config.epochs * data.splits["train"].size / tokens_per_step)
+        max_iters = math.ceil(config.epochs * data.splits["train"].size / config.tokens_per_step)
         return config.model_copy(update={"max_iters": max_iters, "epochs": None}), "epochs"
     assert config.max_minutes is not None
-    throwaway = create_trainer(config.model_copy(update={"max_iters": 1}))
-    steps = count_steps(throwaway, config.max_minutes * 60)
-    max_iters = start_step + max(1, steps)
-    return config.model_copy(update={"max_iters": max_iters, "max_minutes": None}), "max_minutes"
+    seconds = config.max_minutes * 60
+    changes: dict[str, Any] = {"max_iters": 1, "max_minutes": None}
+    steps = count_steps(create_trainer(config.model_copy(update=changes)), seconds)
+    changes["max_iters"] = start_step + max(1, steps)
+    if config.torch_compile == "auto":  # so many steps may be worth compiling, which fits more
+        trainer = create_trainer(config.model_copy(update=changes))
+        if trainer.compile_result.mode != "off":
+            changes["max_iters"] = start_step + max(1, count_steps(trainer, seconds))
+    return config.model_copy(update=changes), "max_minutes"
 
 
 def settle_size(
@@ -81,21 +85,21 @@ def settle_size(
 
 def suggest_size(
     trainer: "Trainer",
-    step: float,
-    evaluation: float,
+    step_seconds: float,
+    evaluation_seconds: float,
     create_trainer: Callable[[ModelConfig], "Trainer"],
 ) -> str | None:
     """Return a line about a size with a lower predicted loss in the time of this run, or None.
 
-    `step` and `evaluation` are in seconds. The scaling law is of the losses of characters.
+    The scaling law is of the losses of characters.
     """
     config, data = trainer.config, trainer.data
-    seconds = summary.estimate_seconds(trainer, step, evaluation)
+    seconds = summary.estimate_seconds(trainer, step_seconds, evaluation_seconds)
     is_fitted = config.architecture == "modern" and config.tokenizer == "char"
     if trainer.plan.bundle is not None or seconds < 60 or not is_fitted:
         return None
     better = find_best_size(config, data, trainer.device, trainer.world, seconds, create_trainer)
-    num_tokens = config.max_iters * config.batch_size * config.block_size
+    num_tokens = config.max_iters * config.tokens_per_step
     own = Size(config.n_layer, config.n_embd, config.n_head)
     loss = predict_loss(own.num_weights, num_tokens, data.splits["train"].size)
     if (
@@ -139,8 +143,7 @@ def find_best_size(
                 raise
             return 0
 
-    tokens_per_step = config.batch_size * config.block_size
-    return choose_size(measure, tokens_per_step, data.splits["train"].size, SIZES)
+    return choose_size(measure, config.tokens_per_step, data.splits["train"].size, SIZES)
 
 
 def count_steps(trainer: "Trainer", seconds: float, *, time_limit: float = 5.0) -> int:
@@ -152,8 +155,7 @@ def count_steps(trainer: "Trainer", seconds: float, *, time_limit: float = 5.0) 
 def measure_speed(trainer: "Trainer", *, time_limit: float = 5.0) -> tuple[float, float]:
     """Return the seconds of a training step and of a whole evaluation, those of rank 0.
 
-    Three steps are done, or as many as fit into `time_limit` seconds, at most 20: they train the
-    model.
+    Runs 3 to 20 steps, until `time_limit` seconds have passed; they train the model.
     """
     world = trainer.world
     seconds: list[float] = []

@@ -46,6 +46,7 @@ class CheckpointWriter:
 
     All ranks call its methods: rank 0 gathers the shards and writes. They raise:
         RunError: the weights are not finite; they must not replace good ones.
+        UserError: the new checkpoint was damaged before it was copied.
         OSError: the disk is full or failing. What was saved before is unchanged.
     """
 
@@ -101,7 +102,10 @@ class CheckpointWriter:
         self.world.broadcast_from_main(publish)
 
     def _copy_newest(self, state: TrainingState) -> None:
-        """Copy the newest checkpoint to export and named model, then remove those not to keep."""
+        """Copy the newest checkpoint: to the export, if it is the best, and to the named model.
+
+        Then remove the checkpoints that are not to be kept.
+        """
         best_step = state.get_fact("best_step")
         if best_step == state.step:
             copy_bundle(self.newest, self.run.export, with_optimizer=False)
@@ -221,7 +225,8 @@ def restore_training_state(
     try:
         saved = _read_optimizer_state(bundle.contents[OPTIMIZER_FILE], type(optimizer).__name__)
         is_skipped = bool(saved.get("scaler"))  # fp16 may skip all steps so far
-        if not saved["state"] and bundle.state.step > 0 and not is_skipped:
+        has_stepped = bundle.state.step > (bundle.state.get_fact("start_step") or 0)
+        if not saved["state"] and has_stepped and not is_skipped:
             raise ValueError("it has no state, and its model has been trained")
         optimizer.load_state_dict(_convert_to_indices(saved["state"], model, optimizer))
         if saved.get("scaler") and scaler.is_enabled():  # fp16 before and after
@@ -280,7 +285,7 @@ def _convert_to_indices(
 
 
 def _check_tensor(name: str, value: object, shape: torch.Size) -> None:
-    """Raise ValueError unless `value` is a float32 tensor of `shape` with its own memory.
+    """Raise ValueError unless `value` is a contiguous float32 tensor of `shape`.
 
     PyTorch's kernels do not check it: another layout or size corrupts the heap.
     """

@@ -140,8 +140,8 @@ def _split(encoded: EncodedCorpus, config: ModelConfig) -> dict[str, tuple[int, 
             raise UserError(
                 f"the text is too short: its {split} split has {stop - start} of "
                 f"{encoded.tokens.size} {encoded.tokenizer.unit}s, and block_size "
-                f"{config.block_size} needs {needed}: lower block_size, change train_split, or "
-                "use a longer text"
+                f"{config.block_size} needs {needed}: lower block_size, change "
+                f"{'test_split' if split == 'test' else 'train_split'}, or use a longer text"
             )
     return {split: (start, stop) for split, (start, stop) in ranges.items() if stop > start}
 
@@ -210,7 +210,7 @@ def _shuffle_windows(positions: np.ndarray, count: int, seed: int) -> np.ndarray
 
 
 def _shuffle_shifted_windows(positions: np.ndarray, size: int, T: int, seed: int) -> np.ndarray:
-    """Return where the windows begin at `positions` of an endless series of passes over `size` ids.
+    """Return the starts of the windows at `positions` in an endless series of passes over the ids.
 
     Pass p cuts the ids into `count` adjacent windows, the first of which begins at T times the
     fractional part of (u + p φ): the golden ratio φ spreads these offsets evenly over any number of
@@ -278,9 +278,8 @@ def count_windows(tokens: Tokens, config: ModelConfig) -> int:
     return (tokens.size - 1) // config.block_size
 
 
-def split_micro_batches(config: ModelConfig, rows: slice | None = None) -> list[slice]:
-    """Divide `rows` of a batch (None: all) into micro-batches; the last may be smaller."""
-    rows = rows or slice(0, config.batch_size)
+def split_micro_batches(config: ModelConfig, rows: slice) -> list[slice]:
+    """Divide `rows` of a batch into micro-batches; the last may be smaller."""
     size = config.micro_batch_size or config.batch_size
     starts = range(rows.start, rows.stop, size)
     return [slice(start, min(start + size, rows.stop)) for start in starts]

@@ -45,14 +45,14 @@ Ids = Tensor | np.ndarray | Sequence[int]
 
 
 class LayerCache(Protocol):
-    """One layer's part of a KV cache (see generate.py)."""
+    """One layer's part of a KV cache (see decode_torch.py)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Append keys and values at `positions`, then attend to all of the cache."""
 
 
 class KVCache(Protocol):
-    """The keys and values of earlier tokens, and their ids (see generate.py)."""
+    """The keys and values of earlier tokens, and their ids (see decode_torch.py)."""
 
     def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Append `idx`, `(B, t)`, and return it as `NgramEmbedding` reads it."""
@@ -105,7 +105,7 @@ class LearnedPositions(nn.Embedding):
 
 
 class NgramEmbedding(nn.Embedding):
-    """A learned vector for the last two tokens at each position, for the last three, and for four.
+    """Embeddings of the last two, three and four tokens at each position, summed.
 
     Without them, the first layers spend much of a small model's capacity on the preceding tokens
     (n-gram embeddings: arxiv.org/abs/2501.16975). The n-grams share the rows of one hashed table

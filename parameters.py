@@ -24,7 +24,7 @@ from pydantic import (
 MAX_COUNT = 2**31 - 1  # reject larger counts as typos
 DEFAULT_VOCAB_SIZE = 1024  # of tokenizer bpe (docs/LOG.md)
 MAX_VOCAB_SIZE = 1 << 16  # of tokenizer bpe, so that an id takes two bytes
-MAX_RATE = 1e20  # times an optimizer's factors, it is still in float32's range
+MAX_RATE = 1e20  # so that its product with an optimizer's factors is in float32's range
 # Hash multipliers of the ids of a token and of those before it, oldest first, for the last two,
 # three and four tokens (model.NgramEmbedding). Sums are below 2^53, so exact in JavaScript too.
 NGRAM_FACTORS = (
@@ -231,7 +231,7 @@ class Saving(Settings):
     """Steps between checkpoints, besides a new best, the last step and signals. 0: only these."""
 
     keep_checkpoints: Positive | None = 2
-    """How many checkpoints to keep in addition to the best; older ones are removed. null: all."""
+    """How many of the newest checkpoints to keep; the best is always kept. null: all."""
 
     keep_every: Count = 0
     """Also save at multiples of this many steps, and never remove those checkpoints. 0: none."""
@@ -339,6 +339,11 @@ class ModelConfig(Run, Initialization, Tracking, Runtime, Saving, Training, Data
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def tokens_per_step(self) -> int:
+        """The number of tokens in the batch of one optimizer step."""
+        return self.batch_size * self.block_size
+
 
 def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (names, problem) for each invalid combination of settings that are valid one by one.
@@ -394,6 +399,11 @@ def find_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
         yield (
             ("size", "max_minutes", "max_iters"),
             "size auto needs the time of the run: set max_minutes, without max_iters or epochs",
+        )
+    if values["early_stopping_patience"] and not values["eval_interval"]:
+        yield (
+            ("early_stopping_patience", "eval_interval"),
+            "early_stopping_patience needs evaluations during training: set eval_interval above 0",
         )
     if all(values[name] is None for name in ("max_iters", "epochs", "max_minutes")):
         yield (

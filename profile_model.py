@@ -100,7 +100,13 @@ def profile_training(
     import trainer as training
     from optim import learning_rate_at
     from run_record import open_log, sample_text
-    from utils.profiling import compute_shares, count_flops, measure_seconds, profile_work
+    from utils.profiling import (
+        compute_shares,
+        count_flops,
+        get_sample_period,
+        measure_seconds,
+        profile_work,
+    )
 
     device, model, data = trainer.device, trainer.model, trainer.data
     first_call = measure_seconds(device, lambda: trainer.training_step(0))
@@ -128,7 +134,7 @@ def profile_training(
                 partial(make_step, trainer),
                 device,
                 steps,
-                tokens=config.batch_size * config.block_size,
+                tokens=config.tokens_per_step,
                 flops=count_flops(partial(make_step, uncompiled)),
                 phases=(*training.PHASES, "logging"),
                 trace=trace,
@@ -143,7 +149,7 @@ def profile_training(
             }
             works = {"evaluation": (budget.time_evaluation(trainer), config.eval_interval)}
             intervals = (config.checkpoint_interval, config.histogram_interval)
-            intervals += (training.get_sample_period(config),)
+            intervals += (get_sample_period(config),)
             for name, interval in zip(calls, intervals, strict=True):
                 works[name] = (measure_seconds(device, calls[name]), interval)
     return first_call, [section], compute_shares(section.timing.median, works)

@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 
 LAST_SAMPLE_TOKENS = 400  # of the best model, at the end of a run
 SAMPLE_TEMPERATURE = 0.8
-# The shortest overlap of a sample with the training text that is reported, in tokens; of GPT-2's
-# and other tokens of several characters, 2.
+# The minimum length of a reported overlap of a sample with the training text, in tokens, by the
+# tokenizer's unit; 2 for units that are not listed.
 MIN_OVERLAP = {"character": 8}
 MAX_SEARCHED = 1 << 27  # tokens of the training text that are searched for it: some seconds
 
@@ -262,9 +262,10 @@ def try_write_report(run: RunDirectory, output: Output) -> None:
     try:
         write_report(run.report, run.path)
     except Exception as error:
-        output.print_warning(
-            f"{run.report} cannot be written: {format_reason(error)}", traceback.format_exc()
-        )
+        with contextlib.suppress(OSError):  # console.txt may be on the same full disk
+            output.print_warning(
+                f"{run.report} cannot be written: {format_reason(error)}", traceback.format_exc()
+            )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -276,6 +277,8 @@ def translate_failures(config: ModelConfig) -> Iterator[None]:
     """Turn failures of the system, of its memory or a disk, into a `RunError`."""
     try:
         yield
+    except RunError:  # translated already, with the settings of the run
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -162,7 +162,8 @@ class GPT2Tokenizer:
 
     def encode(self, text: str, drop: bool = False) -> np.ndarray:
         """Return the ids of `text`, `(N,)` uint16; `drop` has no effect, as none are unknown."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+        ids = self._encoding.encode_to_numpy(_to_unicode(text), disallowed_special=())
+        return ids.astype(self.dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -313,9 +314,9 @@ def create_tokenizer(
 
 
 def normalize_for(tokenizer: Tokenizer, text: str) -> tuple[str, str | None]:
-    """Return `text` in the Unicode normalization that the tokenizer lacks fewest characters of.
+    """Return `text` in the Unicode normalization with the fewest unknown characters, and its name.
 
-    And that normalization, NFC (é is one character) or NFD (two); None if `text` is unchanged.
+    The name is NFC (é is one character), NFD (two), or None if `text` is unchanged.
     """
     forms = [(text, None), *((unicodedata.normalize(form, text), form) for form in ("NFC", "NFD"))]
     return min(forms, key=lambda each: sum(tokenizer.count_unknown(each[0]).values()))

@@ -123,7 +123,7 @@ def train(
     Args:
         config: all settings. None: `settings`, and those of all other sources.
         loaded: the settings and their sources, for the record. None: `config` was made in Python.
-        plan: what the run starts from, by `resume.plan_run`. None: `init_from`, else scratch.
+        plan: the start of the run, from `resume.plan_run`. None: `init_from`, else scratch.
         argv: the command line, for the record.
         output: the console; `Output(quiet=True)` prints nothing.
         callbacks: functions of the settings that return a callback (callbacks.py), by name.
@@ -133,7 +133,8 @@ def train(
         UserError: a setting, the device, the text, `runs_dir` or the initial model cannot be used,
             a callback cannot be created, Aim is requested but not installed, or another process
             trains the named model. Raised before a run directory is created.
-        NothingToDo: the model to resume has been trained for `max_iters` steps. Nothing changed.
+        NothingToDo: the model to resume has been trained for `max_iters` steps, or early stopping
+            has ended its training. Nothing changed.
         RunError: the run cannot go on: non-finite loss, full disk, out of memory, a dead process.
         EndedOnAnotherRank: another rank raised one of these.
         KeyboardInterrupt, SystemExit: a second Ctrl-C, or SIGTERM.
@@ -183,10 +184,10 @@ class Trainer:
     Attributes:
         config: the settings; `max_iters` is not None.
         sources: the source of each setting.
-        plan: what the training starts from.
+        plan: the start: scratch, a checkpoint or a parent.
         callbacks: factories of the user's callbacks, by name.
         model: the network, not compiled: for evaluation, sampling and saving, whose shapes vary.
-        train_model: what the training step calls: the model, possibly compiled and wrapped in DDP.
+        train_model: the model that the training step calls, possibly compiled and wrapped in DDP.
         scaler: the loss scaler of fp16; disabled otherwise.
         precision: that of matrix products: fp32, bf16 or fp16.
         compile_result: the outcome of torch.compile.
@@ -247,7 +248,7 @@ class Trainer:
         config, world = self.config, self.world
         if self.is_sharded:
             return self.model, CompileResult("off", "parallel is fsdp")
-        tokens = (config.max_iters or 1) * config.batch_size * config.block_size
+        tokens = (config.max_iters or 1) * config.tokens_per_step
         # FLOPs of the whole run: 6 per parameter and token (arxiv.org/abs/2001.08361), without the
         # table of n-grams, which may have most of the parameters and is in no product.
         table = self.model.ngram_embedding
@@ -500,13 +501,6 @@ def is_due(step: int, *intervals: int) -> bool:
     return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
-def get_sample_period(config: ModelConfig) -> int:
-    """Return the number of steps between samples, which follow evaluations; 0 if there are none."""
-    if not (config.sample_interval and config.eval_interval):
-        return 0
-    return math.ceil(config.sample_interval / config.eval_interval) * config.eval_interval
-
-
 def agree_to_stop(world: World, stop: StopRequest, reason: str | None) -> tuple[bool, str | None]:
     """Agree across ranks whether to stop: on a signal to any rank, or for rank 0's reason.
 
@@ -562,7 +556,7 @@ def collect_weights_and_gradients(
 
 
 # ----------------------------------------------------------------------------------------------
-# Set-up, and what is resumed
+# Set-up and resume
 
 
 def prepare_trainer(
@@ -619,14 +613,15 @@ def prepare_trainer(
     if setting != "max_iters":
         sources["max_iters"] = f"{setting} {getattr(config, setting):g} ({sources[setting]})"
         resume.check_steps_left(settled, plan)
-    return create_trainer(
-        settled,
-        plan=plan,
-        bundle=bundle,
-        sources=sources,
-        callbacks=callbacks,
-        on_progress=on_progress,
-    )
+    with translate_failures(settled):
+        return create_trainer(
+            settled,
+            plan=plan,
+            bundle=bundle,
+            sources=sources,
+            callbacks=callbacks,
+            on_progress=on_progress,
+        )
 
 
 def open_device(config: ModelConfig) -> torch.device:

@@ -2,10 +2,8 @@
 
 python -m benchmarks                  # all that need no data file
 python -m benchmarks startup encoding
-python -m benchmarks nanogpt_cpu --data tinyshakespeare.txt
-python -m benchmarks.time_to_loss --data tinyshakespeare.txt       # has its own flags
 
-docs/benchmarks.md has the command that downloads tinyshakespeare.txt.
+docs/benchmarks.md has those that are programs of their own, such as benchmarks.time_to_loss.
 """
 
 import argparse
@@ -23,16 +21,13 @@ BENCHMARKS = (
     "saving",
     "generation",
     "processes",
-    "nanogpt_cpu",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument(
-        "--data", help="the text for nanogpt_cpu: Tiny Shakespeare, see docs/benchmarks.md"
-    )
+    parser.add_argument("--data", metavar="FILE", help="the text [the sample corpus]")
     parser.add_argument(
         "--llama2c", help="for generation: llama2.c's program `run`, measured in turns with Folio"
     )

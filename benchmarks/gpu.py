@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flags += ["--seed", str(1337 + number)] if number else []
                 facts = time_training(preset, flags, arguments.target, Path(directory))
                 print(json.dumps({"commit": get_commit(), "preset": preset, **facts}), flush=True)
-                for mode in ("off", "on") if arguments.decode and number == 0 else ():
-                    facts = time_generation(Path(directory), arguments.decode, mode)
+                if arguments.decode and number == 0:
+                    facts = time_generation(Path(directory), arguments.decode)
                     print(json.dumps({"preset": preset, **facts}), flush=True)
     return 0
 
@@ -116,11 +116,11 @@ def time_training(preset: str, flags: Sequence[str], target: float, directory: P
     }
 
 
-def time_generation(directory: Path, tokens: int, mode: str) -> dict:
-    """Generate one text with the model in `directory`, compiled or not; return its figures."""
-    flags = ["--json", f"--max-new-tokens={tokens}", f"--torch-compile={mode}"]
+def time_generation(directory: Path, tokens: int) -> dict:
+    """Generate one text with the model in `directory`, and return its figures."""
+    flags = ["--json", f"--max-new-tokens={tokens}"]
     out, _, seconds = run_process("inference.py", flags, directory)
-    facts = {name: json.loads(out)[name] for name in ("compiled_by", "tokens_per_second")}
+    facts = {name: json.loads(out)[name] for name in ("engine", "tokens_per_second")}
     return {**facts, "seconds": round(seconds, 2)}
 
 

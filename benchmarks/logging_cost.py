@@ -17,10 +17,10 @@ from trainer import (
     SAMPLE_TOKENS,
     Trainer,
     collect_weights_and_gradients,
-    get_sample_period,
     prepare_trainer,
 )
 from utils.output import Output
+from utils.profiling import get_sample_period
 from utils.report import write_report
 
 LOGGED_STEPS, TIMED_STEPS, WARMUP = 1000, 40, 5

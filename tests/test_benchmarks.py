@@ -8,10 +8,20 @@ import re
 import sys
 
 import pytest
-from helpers import CHECKOUT, TINY_FLAGS
+from helpers import CHECKOUT, LINES, TINY_FLAGS
 
 import benchmarks.logging_cost
-from benchmarks import corpus, exports, generation, gpu, time_to_loss
+from benchmarks import (
+    corpus,
+    encoding,
+    exports,
+    generation,
+    gpu,
+    processes,
+    saving,
+    startup,
+    time_to_loss,
+)
 from trainer import train
 
 LEADERBOARD_COLUMNS = "seconds loss recipe what date commit machine".split()
@@ -104,8 +114,9 @@ def test_the_gpu_benchmark_measures_a_whole_training(text_file, capsys, target, 
     settings = [flag[2:].replace("-", "_").replace("=", ": ") for flag in TINY_FLAGS]
     preset.write_text("\n".join(settings) + "\n", encoding="utf-8")
     words = ["--data", str(text_file), "--presets", str(preset), "--target", target]
-    assert gpu.main([*words, "--decode=0", "--", "--max-iters=6"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    assert gpu.main([*words, "--decode=8", "--", "--max-iters=6"]) == 0
+    facts, generation = map(json.loads, capsys.readouterr().out.splitlines())
+    assert generation["engine"] in ("torch", "numba") and generation["tokens_per_second"] > 0
     assert facts["device"].startswith("CPU") and facts["steps"] == 6
     assert 2 < facts["best_val_loss"] < 4 and facts["peak_memory"] > 1e6
     assert facts["steps_per_second"] > 0 and facts["tokens_per_second"] > 0
@@ -165,4 +176,38 @@ def test_the_cost_of_a_large_corpus_is_measured(monkeypatch, capsys):
         r"the first step: after \d+\.\d\d s on 1 MB, and after \d+\.\d\d s on it",
         r"anonymous memory of training: [+-]\d+\.\d MB over that on 1 MB",
     ):
+        assert re.search(pattern, printed), pattern
+
+
+@pytest.mark.slow
+def test_start_up_encoding_and_saving_are_measured(tiny, text_file, monkeypatch, capsys):
+    for module in (startup, encoding):
+        monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr(encoding, "load_sample_corpus", lambda: LINES)
+    monkeypatch.setattr(saving, "ModelConfig", tiny)
+    monkeypatch.setattr(saving, "_measure_memory", str)  # in a process of its own
+    for module in (startup, encoding, saving):
+        module.run(str(text_file))
+    printed = capsys.readouterr().out
+    for pattern in (
+        r"--help +\d+\.\d\d s, at most",
+        r"encode +\d+ MB/s",
+        r"decode +\d+ MB/s",
+        r"\d+ saves of \d+ ms, every \d+ steps: \d+\.\d\d % of a run",
+    ):
+        assert re.search(pattern, printed), pattern
+
+
+@pytest.mark.slow
+def test_the_memory_of_saving_is_measured(text_file):
+    assert re.search(r"57 M parameters: .* s; .* grew by ", saving._measure_memory(str(text_file)))
+
+
+@pytest.mark.slow
+def test_weak_scaling_is_measured(text_file, monkeypatch, capsys):
+    for name, value in {"TURNS": 1, "STEPS": 6, "INTERVAL": 2}.items():
+        monkeypatch.setattr(processes, name, value)
+    processes.run(str(text_file))
+    printed = capsys.readouterr().out
+    for pattern in (r"one process: \d+\.\d ms", r"ddp: \d+\.\d ms", r"fsdp: \d+\.\d ms"):
         assert re.search(pattern, printed), pattern

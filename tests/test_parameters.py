@@ -80,6 +80,10 @@ def test_a_value_of_the_wrong_type_or_range_is_an_error(name, value):
         ({"min_lr": 0.1, "learning_rate": 0.01}, ["min_lr 0.1", "learning_rate 0.01"]),
         ({"max_iters": 5, "epochs": 1.0}, ["max_iters", "epochs"]),
         ({"max_iters": None}, ["max_iters", "epochs", "max_minutes"]),
+        (
+            {"early_stopping_patience": 2, "eval_interval": 0},
+            ["early_stopping_patience", "eval_interval"],
+        ),
     ],
 )
 def test_conflicting_values_are_an_error(settings, facts):

@@ -259,3 +259,14 @@ def test_a_mistake_is_one_line(folio, text_file, flags, facts):
     assert (done.returncode, done.stdout) == (2, "")
     assert all(fact in done.stderr for fact in facts)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("eval_interval", "sample_interval", "period"),
+    [(88, 1, 88), (100, 150, 200), (100, 100, 100), (0, 1, 0), (88, 0, 0)],
+)
+def test_samples_are_made_at_evaluations_so_many_steps_apart(
+    tiny, eval_interval, sample_interval, period
+):
+    config = tiny(eval_interval=eval_interval, sample_interval=sample_interval)
+    assert profiling.get_sample_period(config) == period

@@ -704,6 +704,17 @@ def test_a_damaged_optimizer_state_is_an_error_that_names_reset_optimizer(start_
     assert start_run("last", max_iters=6, reset_optimizer=True).step == 6
 
 
+def test_a_named_model_whose_new_optimizer_has_not_stepped_resumes(start_run, monkeypatch):
+    first = start_run(fresh=True, max_iters=4)
+    again = {"model_name": "dante", "max_iters": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # after the named model was created
+            start_run(str(first.checkpoint), reset_optimizer=True, **again)
+    assert read_training_state(DANTE)["step"] == 4
+    assert start_run(**again).step == 6
+
+
 def test_resuming_a_run_of_a_named_model_advances_that_model(start_run, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, 2)

@@ -1,6 +1,7 @@
 """`size: auto`: a shape for a text and a time, recorded as if a user had chosen it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_ranks_with_different_clocks_choose_by_the_times_of_rank_0(tiny):
     config = tiny()
     created = trainer.Trainer(config, load_dataset(config), torch.device("cpu"), world=OtherRank())
     assert budget.measure_speed(created) == (3.0, 7.0)
+
+
+def test_a_run_that_is_compiled_has_the_steps_that_compiled_code_can_do(tiny, monkeypatch):
+    def create_trainer(config):
+        mode = "off" if config.max_iters < 200 else "inductor"
+        return SimpleNamespace(config=config, compile_result=SimpleNamespace(mode=mode))
+
+    def measure(created, **_):
+        return (0.2 if created.compile_result.mode == "off" else 0.1), 0.0
+
+    monkeypatch.setattr(budget, "measure_speed", measure)
+    for minutes, steps in ((0.5, 150), (1, 600)):
+        config = tiny(max_iters=None, max_minutes=minutes)
+        settled, source = budget.settle_length(config, None, 0, create_trainer)
+        assert (settled.max_iters, settled.max_minutes, source) == (steps, None, "max_minutes")
 
 
 def test_a_size_that_runs_out_of_memory_is_not_chosen(tiny, quiet, small_sizes, monkeypatch):

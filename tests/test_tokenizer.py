@@ -167,6 +167,11 @@ def test_gpt2_encodes_any_text_with_the_ids_of_gpt2(gpt2_vocabulary):
     assert tokenizer.encode("Hello").dtype == np.uint16
 
 
+def test_gpt2_encodes_a_lone_surrogate_as_the_replacement_character(gpt2_vocabulary):
+    tokenizer = create_tokenizer("", "gpt2")
+    assert tokenizer.decode(tokenizer.encode("caf\udce9")) == "caf\ufffd"
+
+
 def test_gpt2_is_padded_and_the_padding_has_no_bytes(gpt2_vocabulary):
     tokenizer = restore_tokenizer({"token_kind": "gpt2"})
     assert (tokenizer.vocab_size, tokenizer.num_tokens) == (50304, 50257)

@@ -5,6 +5,7 @@ trainer.py, budget.py, run_record.py and train.py.
 python -m pytest tests/test_trainer.py
 """
 
+import errno
 import itertools
 import json
 import math
@@ -50,7 +51,7 @@ from trainer import Trainer, dry_run, estimate_loss, prepare_trainer, train
 from utils import kernels
 from utils.command_line import CommandLine, format_flag
 from utils.errors import RunError, UserError
-from utils.output import run_command
+from utils.output import Output, run_command
 from utils.run_manager import RunDirectory, create_run_directory
 from utils.sizes import Size
 from utils.tracking.metrics import METRICS, get_chart, get_tag
@@ -488,17 +489,6 @@ def test_a_best_model_that_cannot_be_read_again_costs_the_last_sample_only(
 
 
 @pytest.mark.parametrize(
-    ("eval_interval", "sample_interval", "period"),
-    [(88, 1, 88), (100, 150, 200), (100, 100, 100), (0, 1, 0), (88, 0, 0)],
-)
-def test_samples_are_made_at_evaluations_so_many_steps_apart(
-    tiny, eval_interval, sample_interval, period
-):
-    config = tiny(eval_interval=eval_interval, sample_interval=sample_interval)
-    assert trainer_module.get_sample_period(config) == period
-
-
-@pytest.mark.parametrize(
     ("best", "train_loss", "val_loss"),
     [
         (Best(5, 2.0, 1), 1.0, 3.0),  # one worse evaluation may be chance
@@ -769,6 +759,13 @@ def test_out_of_memory_names_the_settings_to_lower(tiny, quiet, monkeypatch):
     assert str(caught.value) in read_console(run_dir)
 
 
+def test_out_of_memory_names_the_values_of_the_run_that_failed(tiny):
+    requested, settled = tiny(n_layer=1), tiny(n_layer=7)
+    with pytest.raises(RunError, match=r"n_layer \(7\)"):
+        with run_record.translate_failures(requested), run_record.translate_failures(settled):
+            raise MemoryError
+
+
 @pytest.mark.parametrize("sizes", [{"n_layer": 2**31 - 1}, {"n_embd": 2**21}])
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(tiny, quiet, sizes):
     (name,) = sizes
@@ -784,22 +781,33 @@ def test_a_failed_allocation_is_an_out_of_memory_error(tiny, quiet, monkeypatch)
     assert not Path("runs").exists()
 
 
-def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch):
+@pytest.mark.parametrize("name", ["metrics", "console"])
+def test_a_full_disk_ends_the_run_with_one_line(tiny, quiet, monkeypatch, name):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
 
     def on_a_full_disk(runs_dir, run_id):
         run = create_run_directory(runs_dir, run_id)
-        run.metrics.symlink_to("/dev/full")
+        getattr(run, name).symlink_to("/dev/full")
         return run
 
     monkeypatch.setattr(run_record, "create_run_directory", on_a_full_disk)
     closed = watch_closing(monkeypatch)
     with pytest.raises(RunError, match="No space left on device"):
         train(tiny(), output=quiet)
-    assert closed == [True]
     (run_dir,) = Path("runs").iterdir()
-    assert "No space left" in read_console(run_dir).partition("error: ")[2]
+    if name == "metrics":  # console.txt comes before the trackers
+        assert closed == [True]
+        assert "No space left" in read_console(run_dir).partition("error: ")[2]
+
+
+def test_a_report_that_a_full_disk_refuses_does_not_fail_the_run(tiny, quiet, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_record, "write_report", refuse)
+    monkeypatch.setattr(Output, "print_warning", refuse)  # console.txt is on the same disk
+    assert train(tiny(), output=quiet).step == 6
 
 
 def test_a_disk_too_full_for_tensorboard_is_one_warning(text_file):

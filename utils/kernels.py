@@ -225,8 +225,8 @@ def _define_operators() -> torch.library.Library:
     return library
 
 
-_OPERATORS = None  # removes those of before, if a notebook reloads this file
-_OPERATORS = _define_operators()  # never read: it keeps the operators
+_OPERATORS = None  # if this file is reloaded, an operator cannot be defined twice
+_OPERATORS = _define_operators()  # keeps them defined
 
 
 def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -234,7 +234,8 @@ def is_attention_causal(H: int, T: int, D: int, device: torch.device, dtype: tor
 
     If it does not leave them out, the model sees the token that it has to predict: its loss falls
     to near 0, and it generates nonsense. This has been reported of MPS in half precision. Checked
-    as in training, but without dropout, and of at most MAX_CHECKED positions.
+    as in training, but without dropout, and with at most MAX_CHECKED positions: a longer context
+    may use another kernel.
     """
     T = min(T, MAX_CHECKED)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Memory: whether a model fits, what the process keeps, and whether there was too little.
+"""Memory: check that a model fits, configure the allocator, recognize a lack of memory.
 
 Nothing here needs torch, unless the device is a GPU.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MIN_ACTIVATION_BYTES = 40
 MIN_LAYER_BYTES = 20_000  # a layer's modules in Python
 
-# Parameters of glibc's `mallopt` (malloc.h): up to which size a block comes from the heap, and the
-# free end of the heap stays in the process.
+# Parameters of glibc's `mallopt` (malloc.h): the size from which a block is mapped by itself, and
+# the free memory at the end of the heap from which it is returned to the system.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 MAX_KEPT_BYTES = 1 << 30
 MAX_KEPT_BLOCK = 32 << 20  # where glibc refuses higher values of M_MMAP_THRESHOLD (before 2.35)
@@ -37,7 +37,7 @@ def check_memory(
 ) -> None:
     """Raise `UserError` if the model cannot fit into the memory of the device.
 
-    The estimate is a lower bound: what it refuses is impossible, what it accepts may still fail.
+    The estimate is a lower bound: a refused model cannot fit, an accepted one may still fail.
     `device` None is the CPU. `training_rows` is the number of sequences in one forward and backward
     pass, 0 for inference, and `texts` the number that are generated at the same time.
     """

@@ -196,7 +196,8 @@ class Output:
         """Close the record."""
         record, self._record = self._record, None
         if record is not None:
-            record.close()
+            with contextlib.suppress(OSError):  # lines that a full disk refused before
+                record.close()
 
     @contextlib.contextmanager
     def show_progress(self, total: int, start: int = 0) -> Iterator[None]:

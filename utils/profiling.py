@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from parameters import ModelConfig
 from utils.device import synchronize
 from utils.output import format_bytes
 from utils.tables import align_columns
@@ -279,6 +280,13 @@ def count_flops(work: Work) -> int:
     with counter, sdpa_kernel(SDPBackend.MATH):
         work(nullcontext)
     return counter.get_total_flops()
+
+
+def get_sample_period(config: ModelConfig) -> int:
+    """Return the number of steps between samples, which follow evaluations; 0 if there are none."""
+    if not (config.sample_interval and config.eval_interval):
+        return 0
+    return math.ceil(config.sample_interval / config.eval_interval) * config.eval_interval
 
 
 def compute_shares(step: float, works: Mapping[str, tuple[float, int]]) -> list[PeriodicWork]:

@@ -76,7 +76,7 @@ def format_banner(trainer: "Trainer", changes: Sequence[str] = ()) -> str:
 
 def count_epochs(config: ModelConfig, data: "Dataset", steps: int) -> float:
     """Return how many times `steps` read the training text."""
-    return steps * config.batch_size * config.block_size / data.splits["train"].size
+    return steps * config.tokens_per_step / data.splits["train"].size
 
 
 def format_text_warning(trainer: "Trainer") -> str | None:
@@ -261,10 +261,10 @@ def count_evaluations(trainer: "Trainer") -> int:
     return math.ceil(steps / (trainer.config.eval_interval or steps))
 
 
-def estimate_seconds(trainer: "Trainer", step: float, evaluation: float) -> float:
+def estimate_seconds(trainer: "Trainer", step_seconds: float, evaluation_seconds: float) -> float:
     """Return the seconds of a run, from those of a step and of an evaluation."""
     steps = trainer.config.max_iters - trainer.plan.start_step
-    return steps * step + count_evaluations(trainer) * evaluation
+    return steps * step_seconds + count_evaluations(trainer) * evaluation_seconds
 
 
 def format_suggestion(better: "SizeEstimate", loss: float, seconds: float) -> str:
@@ -278,14 +278,14 @@ def format_suggestion(better: "SizeEstimate", loss: float, seconds: float) -> st
 
 
 def format_estimate(
-    trainer: "Trainer", step: float, evaluation: float, peak_memory: int | None
+    trainer: "Trainer", step_seconds: float, evaluation_seconds: float, peak_memory: int | None
 ) -> str:
     """Format the memory and the time that a run would take.
 
-    `step` and `evaluation` are in seconds, `peak_memory` in bytes.
+    `peak_memory` is in bytes.
     """
     evaluations = count_evaluations(trainer)
-    seconds = estimate_seconds(trainer, step, evaluation)
+    seconds = estimate_seconds(trainer, step_seconds, evaluation_seconds)
     # float32: weights, gradients, and two moments of AdamW or one of Muon
     size = sum(
         4 * (3 if "momentum" in group else 4) * parameter.numel()
@@ -296,6 +296,6 @@ def format_estimate(
     peak = f"; peak of {scope}: {format_bytes(peak_memory)}" if peak_memory else ""
     return (
         f"Memory  {format_bytes(size)} for weights, gradients and optimizer state{peak}\n"
-        f"Time    about {format_duration(seconds)}: {step * 1000:.1f} ms per step, "
-        f"{pluralize(evaluations, 'evaluation')} of {evaluation:.1f} s"
+        f"Time    about {format_duration(seconds)}: {step_seconds * 1000:.1f} ms per step, "
+        f"{pluralize(evaluations, 'evaluation')} of {evaluation_seconds:.1f} s"
     )

@@ -95,7 +95,7 @@ class RunLogger:
             return
         values = torch.stack(self._on_device).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._timer) / len(self._queued)
-        speed = self.config.batch_size * self.config.block_size / seconds
+        speed = self.config.tokens_per_step / seconds
         fetched = zip(self._queued, values[::2], values[1::2], strict=True)
         for (step, elapsed, learning_rate), loss, grad_norm in fetched:
             metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
