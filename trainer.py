@@ -596,7 +596,9 @@ def prepare_trainer(
         )
 
     data = world.run_on_all_ranks(load)
-    create_trainer = partial(Trainer, data=data, device=device, world=world)
+    create_trainer = partial(
+        Trainer, data=data, device=device, world=world, on_progress=on_progress
+    )
     if config.size == "auto":
         if on_progress:
             on_progress("Measuring the speed of models of several sizes …")
@@ -620,7 +622,8 @@ def prepare_trainer(
             bundle=bundle,
             sources=sources,
             callbacks=callbacks,
-            on_progress=on_progress,
+            # What was compiled to be measured takes no time to compile again.
+            on_progress=None if setting == "max_minutes" else on_progress,
         )
 
 

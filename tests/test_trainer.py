@@ -399,6 +399,13 @@ def test_max_minutes_alone_are_recorded_as_steps(tiny, quiet):
     assert record["sources"]["max_iters"] == "max_minutes 0.01 (train())"
 
 
+def test_compiling_is_announced_once_if_its_speed_is_measured_first(tiny):
+    lines = []
+    flags = {"torch_compile": "on", "compile_backend": "aot_eager"}
+    prepare_trainer(tiny(max_iters=None, max_minutes=1e-4, **flags), on_progress=lines.append)
+    assert len([line for line in lines if "Compiling" in line]) == 1
+
+
 def test_max_minutes_with_max_iters_is_a_time_limit(tiny, quiet):
     result = train(tiny(max_iters=10**6, eval_interval=0, max_minutes=0.01), output=quiet)
     assert 1 <= result.step < 10**6
