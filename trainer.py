@@ -622,7 +622,7 @@ def prepare_trainer(
             bundle=bundle,
             sources=sources,
             callbacks=callbacks,
-            # What was compiled to be measured takes no time to compile again.
+            # Compiled already, to be measured: a second time takes seconds.
             on_progress=None if setting == "max_minutes" else on_progress,
         )
 
