@@ -399,11 +399,18 @@ def test_max_minutes_alone_are_recorded_as_steps(tiny, quiet):
     assert record["sources"]["max_iters"] == "max_minutes 0.01 (train())"
 
 
-def test_compiling_is_announced_once_if_its_speed_is_measured_first(tiny):
-    lines = []
+def test_compiling_is_announced_once_before_its_speed_is_measured(tiny, monkeypatch):
+    lines, announced = [], []
+
+    def measure(trainer, **_):
+        announced.append(sum("Compiling" in line for line in lines))
+        return 1e-3, 1e-3
+
+    monkeypatch.setattr(budget, "measure_speed", measure)
     flags = {"torch_compile": "on", "compile_backend": "aot_eager"}
     prepare_trainer(tiny(max_iters=None, max_minutes=1e-4, **flags), on_progress=lines.append)
-    assert len([line for line in lines if "Compiling" in line]) == 1
+    assert announced == [1]
+    assert sum("Compiling" in line for line in lines) == 1
 
 
 def test_max_minutes_with_max_iters_is_a_time_limit(tiny, quiet):
