@@ -178,7 +178,7 @@ class Training(Settings):
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=MAX_RATE)] = 1e-2
+    learning_rate: Annotated[float, Field(gt=0, le=MAX_RATE)] = 8e-3
     """Peak learning rate of AdamW; Muon's is twice as large."""
 
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
@@ -193,19 +193,19 @@ class Training(Settings):
     lr_decay_iters: Positive | None = None
     """Step at which the schedule reaches min_lr. null: max_iters."""
 
-    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
+    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
     """wsd: the last fraction of the steps after warmup, in which the learning rate decays."""
 
-    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.07
     """Decoupled weight decay of matrices and embeddings; none for biases and norms."""
 
-    beta1: Fraction = 0.8
+    beta1: Fraction = 0.9
     """AdamW's decay rate of the first moment."""
 
-    beta2: Fraction = 0.99
+    beta2: Fraction = 0.995
     """AdamW's decay rate of the second moment."""
 
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Fraction = 0.92
     """Muon's momentum."""
 
     grad_clip: Annotated[float, Field(ge=0, le=MAX_RATE)] = 1.0

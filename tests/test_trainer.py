@@ -129,10 +129,10 @@ def test_training_lowers_the_loss(tiny, quiet):
 
 
 GOLDEN = {
-    ("modern", "muon", "random"): [3.3322, 3.3299, 3.3249, 3.3192, 3.3147, 3.3109],
-    ("gpt2", "adamw", "random"): [3.3351, 3.3277, 3.3213, 3.3288, 3.2944, 3.2948],
-    ("modern", "muon", "shifted"): [3.3322, 3.3301, 3.3267, 3.3228, 3.3156, 3.3117],
-    ("speedrun", "muon", "shifted"): [3.3322, 3.3308, 3.3270, 3.3228, 3.3163, 3.3117],
+    ("modern", "muon", "random"): [3.3322, 3.3299, 3.3249, 3.3192, 3.3153, 3.3122],
+    ("gpt2", "adamw", "random"): [3.3351, 3.3277, 3.3213, 3.3288, 3.2955, 3.2969],
+    ("modern", "muon", "shifted"): [3.3322, 3.3301, 3.3266, 3.3228, 3.3160, 3.3126],
+    ("speedrun", "muon", "shifted"): [3.3322, 3.3308, 3.3270, 3.3228, 3.3168, 3.3128],
 }
 
 
@@ -140,7 +140,7 @@ GOLDEN = {
 def test_the_losses_of_a_small_run_are_the_golden_ones(tiny, quiet, architecture, optimizer, order):
     config = tiny(architecture=architecture, optimizer=optimizer, window_order=order)
     losses = read_losses(train(config, output=quiet))
-    assert losses == pytest.approx(GOLDEN[architecture, optimizer, order], abs=2e-3)
+    assert losses == pytest.approx(GOLDEN[architecture, optimizer, order], abs=5e-4)
 
 
 def test_the_same_config_gives_bit_for_bit_the_same_model(tiny, quiet):
