@@ -46,7 +46,7 @@ def run(trained, tiny, quiet):
     if "result" in trained:
         shutil.copytree(trained["directory"], "runs")
     else:
-        config = tiny(max_iters=60, n_embd=32, learning_rate=1e-2, eval_interval=0)
+        config = tiny(max_iters=60, n_embd=32, learning_rate=2e-2, eval_interval=0)
         trained["result"] = train(config, output=quiet)
         shutil.copytree("runs", trained["directory"])
     return trained["result"]
@@ -63,7 +63,7 @@ def generate(capsys):
 
 def test_the_greedy_sample_of_a_small_run_is_the_golden_one(run, generate):
     text = generate("--prompt", "To be", "--temperature", "0", "--max-new-tokens", "25")
-    assert text == "To be, or no t to be, that is \n"
+    assert text == "To be, or not to be, that is t\n"
 
 
 def test_the_model_and_the_default_prompt_are_noted_on_stderr(run, capsys):
@@ -236,10 +236,10 @@ def test_a_run_without_an_export_generates_from_its_newest_checkpoint_with_a_not
 
 def test_a_sample_ends_before_the_first_stop_sequence(run, generate):
     whole = generate("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
-    assert whole == "To be, or no t to be, that is \n"
+    assert whole == "To be, or not to be, that is t\n"
     flags = ("--prompt", "To be", "--temperature=0", "--max-new-tokens=25")
-    assert generate(*flags, "--stop", "that") == "To be, or no t to be, \n"
-    assert generate(*flags, "--stop", "that", "--stop", "or no") == "To be, \n"
+    assert generate(*flags, "--stop", "that") == "To be, or not to be, \n"
+    assert generate(*flags, "--stop", "that", "--stop", "or not") == "To be, \n"
     assert generate(*flags, "--stop", "nowhere") == whole
     assert generate(*flags, "--stop", "s absent") == whole, (
         "the beginning of a stop sequence is not one"
@@ -298,8 +298,8 @@ def test_json_is_one_object_with_text_log_probabilities_and_speed(run, generate,
     assert result["tokens_per_second"] > 0
     assert (result["step"], "samples" in result) == (60, False)
     stopped = json.loads(generate(*flags, "--json", "--stop", "that"))
-    assert (stopped["text"], len(stopped["log_probs"])) == ("To be, or no t to be, ", 17)
-    assert stopped["log_probs"] == result["log_probs"][:17]
+    assert (stopped["text"], len(stopped["log_probs"])) == ("To be, or not to be, ", 16)
+    assert stopped["log_probs"] == result["log_probs"][:16]
     several = json.loads(generate("--json", "--num-samples=2", "--seed=5", "--max-new-tokens=9"))
     assert [each["seed"] for each in several["samples"]] == [5, 6]
     assert several["samples"][0]["text"] == several["text"]

@@ -314,7 +314,7 @@ def test_a_resume_takes_the_learning_rate_from_the_settings_not_the_optimizer_st
     tiny, quiet, resume
 ):
     constant = {"lr_schedule": "constant", "warmup_iters": 0}
-    first = train(tiny(max_iters=N, learning_rate=1e-3, **constant), output=quiet)
+    first = train(tiny(max_iters=N, learning_rate=1e-3, weight_decay=0.1, **constant), output=quiet)
     second = resume(first.run_dir, max_iters=2 * N, learning_rate=1e-4, weight_decay=0.5)
     rates = [
         value for (_, name), value in read_values(second.run_dir).items() if name == "learning_rate"

@@ -33,6 +33,7 @@ from callbacks import TrainResult
 from config import ConfigLoader, Setting
 from inference import load_model
 from inspect_model import get_model_info
+from parameters import ModelConfig
 from resume import ResumePlan, lock_named_model, plan_run, resolve_start
 from trainer import Trainer, dry_run, train
 from utils.errors import NothingToDo, RunError, UserError
@@ -891,7 +892,7 @@ def purgatorio(tmp_path):
 def test_fine_tuning_starts_at_step_0_with_the_weights_of_the_parent(
     start_run, purgatorio, monkeypatch
 ):
-    start_run(fresh=True, model_name="dante", max_iters=4, learning_rate=1e-2)
+    start_run(fresh=True, model_name="dante", max_iters=4, learning_rate=2e-2)
     before = take_snapshot(DANTE)
     parent = load_file(DANTE / "model.safetensors")
     initial = {}
@@ -914,7 +915,8 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_of_the_parent(
     config = json.loads(Path("checkpoints/child/config.json").read_text("utf-8"))
     assert (config["batch_size"], config["dropout"], config["n_embd"]) == (2, 0.1, 16)
     assert child["best_val_loss"] == result.best_val_loss
-    assert child["training_config"]["learning_rate"] == 1e-2  # its own, as configs/ has it
+    own = ModelConfig.model_fields["learning_rate"].default  # not its parent's
+    assert child["training_config"]["learning_rate"] == own
 
 
 def test_lineage_lists_all_ancestors_the_parent_first(start_run, purgatorio, text_file):
