@@ -444,7 +444,7 @@ def read_weights_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
         header.pop("__metadata__", None)
         found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
         for dtype, shape in found.values():
-            if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in shape):
+            if type(dtype) is not str or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
                 raise ValueError("a dtype is not a name, or a shape is not of sizes")
         return found
     except FileNotFoundError:
@@ -646,7 +646,7 @@ def find_run_of(bundle: Path) -> Path | None:
 
 def find_run_by_id(run_id: str | None, runs_dir: Path) -> Path | None:
     """Return the run of an id that a file of a stranger may have given, or None."""
-    if re.fullmatch(r"\w[\w.-]*", run_id or "", re.ASCII) and is_run(runs_dir / run_id):
+    if re.fullmatch(r"\w[\w.-]*", run_id or "") and is_run(runs_dir / run_id):
         return runs_dir / run_id
     return None
 
@@ -663,18 +663,20 @@ def parse_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path) -> Path:
+def find_directory(reference: str, runs_dir: Path, checkpoints_dir: Path | None) -> Path:
     """Return the directory that a path, a run's id or a named model's name stands for.
 
-    Raises `UserError` if there is none.
+    Without `checkpoints_dir`, no named model's. Raises `UserError` if there is none.
     """
     places = [Path(reference)]
     if len(Path(reference).parts) == 1:
-        places += [runs_dir / reference, checkpoints_dir / reference]
+        parents = [runs_dir] if checkpoints_dir is None else [runs_dir, checkpoints_dir]
+        places += [parent / reference for parent in parents]
     found = [place for place in places if files.is_directory(place)]
     if not found:
         looked_for = ", ".join(format_name(str(place)) for place in places)
-        raise UserError(f"{format_name(reference)}: no such model; looked for {looked_for}")
+        noun = "run" if checkpoints_dir is None else "model"
+        raise UserError(f"{format_name(reference)}: no such {noun}; looked for {looked_for}")
     # A directory that merely has a model's name must not hide that model.
     return next((place for place in found if is_bundle(place) or is_run(place)), found[0])
 

@@ -76,41 +76,42 @@ def align(array: np.ndarray) -> np.ndarray:
 class TensorReader:
     """Takes the tensors of a state dict by name; the blocks' are stacked, `(L, ...)`.
 
-    Its methods raise ValueError if a tensor is missing or has another shape.
+    Its methods raise ValueError if a tensor is missing or has another shape. Biases are zeros if
+    the model has none.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], n_layer: int):
-        self._tensors, self._n_layer = dict(tensors), n_layer
+    def __init__(self, tensors: Mapping[str, np.ndarray], n_layer: int, has_biases: bool):
+        self._tensors, self._n_layer, self._has_biases = dict(tensors), n_layer, has_biases
 
-    def take(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
-        """Return a tensor as aligned float32, or if it is missing an array of `default`."""
-        return align(self._pop(name, shape, default))
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """Return a tensor as aligned float32."""
+        return align(self._pop(name, shape))
 
-    def _pop(self, name: str, shape: tuple[int, ...], default: float | None) -> np.ndarray:
+    def _pop(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(".bias") and not self._has_biases:
+            return np.zeros(shape, dtype=float32)
         tensor = self._tensors.pop(name, None)
-        if tensor is None and default is not None:
-            return np.full(shape, default, dtype=float32)
         if tensor is None or tensor.shape != shape:
             found = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}"
             raise ValueError(f"{name} {found}, and it should be {list(shape)}")
         return tensor.astype(float32, copy=False)
 
-    def stack(self, name: str, *shape: int, default: float | None = None) -> np.ndarray:
+    def stack(self, name: str, *shape: int) -> np.ndarray:
         """Return a tensor of each block."""
         stacked = allocate(self._n_layer, *shape)
         for layer in range(self._n_layer):
-            stacked[layer] = self._pop(f"blocks.{layer}.{name}", shape, default)
+            stacked[layer] = self._pop(f"blocks.{layer}.{name}", shape)
         return stacked
 
     def stack_norm(self, name: str, size: int) -> np.ndarray:
         """Return weight and bias of a norm in each block, `(L, 2, size)`."""
         weight = self.stack(f"{name}.weight", size)
-        return align(np.stack((weight, self.stack(f"{name}.bias", size, default=0)), axis=1))
+        return align(np.stack((weight, self.stack(f"{name}.bias", size)), axis=1))
 
     def stack_linear(self, name: str, outputs: int, inputs: int, *, int8: bool) -> Linear:
         """Return a linear layer of each block, quantized if `int8`."""
         weight = self.stack(f"{name}.weight", outputs, inputs)
-        bias = self.stack(f"{name}.bias", outputs, default=0)
+        bias = self.stack(f"{name}.bias", outputs)
         if int8:
             rounded, scale = quantize_rows(weight)
             return Linear(align(rounded), scale, bias)
@@ -144,9 +145,9 @@ def read_weights(
     T, C, H = config.block_size, config.n_embd, config.n_head
     V, D = vocab_size, C // H
     is_modern = config.architecture != "gpt2"
-    reader = TensorReader(tensors, config.n_layer)
+    reader = TensorReader(tensors, config.n_layer, config.bias)
     take, linear = reader.take, reader.stack_linear
-    F = len(tensors.get("blocks.0.mlp.expand.weight", ()))
+    F = next(iter(getattr(tensors.get("blocks.0.mlp.expand.weight"), "shape", ())), 0)
     embedding = take("token_embedding.weight", V, C)
     empty = np.zeros((0, 0), dtype=float32)
     if is_modern:
@@ -177,7 +178,7 @@ def read_weights(
         gate=gate,
         up=linear("mlp.expand", F, C, int8=int8),
         down=linear("mlp.projection", C, F, int8=int8),
-        final_norm=np.stack((take("final_norm.weight", C), take("final_norm.bias", C, default=0))),
+        final_norm=np.stack((take("final_norm.weight", C), take("final_norm.bias", C))),
         head=(embedding if config.tie_weights else take("head.weight", V, C))[:num_tokens],
     )
     reader.check_all_taken()

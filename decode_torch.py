@@ -248,7 +248,8 @@ class GraphDecoder(TorchDecoder):
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Without a stream, it is PyTorch's own, on the first device that recorded a graph.
+            with torch.cuda.graph(graph, stream=stream):
                 self._step()
         if seen is not None:
             self.seen.copy_(seen)

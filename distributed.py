@@ -28,7 +28,7 @@ from model import LanguageModel
 from parameters import ModelConfig
 from utils.data_files import STANDARD_INPUT
 from utils.device import choose_device
-from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError
+from utils.errors import EndedOnAnotherRank, NothingToDo, RunError, UserError, format_reason
 from utils.ranks import Ranks
 
 _T = TypeVar("_T")
@@ -186,7 +186,8 @@ def translate_peer_errors() -> Iterator[None]:
         if distributed.is_initialized():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
         raise RunError(
-            "another process of this run has ended; --resume continues from the last checkpoint"
+            "another process of this run has ended, or cannot be reached: --resume continues from "
+            f"the last checkpoint ({format_reason(error)})"
         ) from error
 
 

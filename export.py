@@ -38,7 +38,7 @@ from utils.errors import RunError, UserError, format_reason
 from utils.files import DISK_FULL, is_file, is_present, is_real_directory, make_directory, sync
 from utils.output import Output, format_bytes, run_command
 from utils.report import write_report
-from utils.report.runs import Run
+from utils.report.runs import LoggedRun
 from utils.run_manager import RunDirectory
 
 EXPORTERS = {"hf": "huggingface", "onnx": "onnx", "gguf": "gguf", "html": "html"}  # modules
@@ -196,7 +196,7 @@ def choose_models(config: ExportConfig, actions: Mapping[str, Any]) -> dict[str,
     return {name: chosen, other_name if other_name != name else f"{name}-2": other}
 
 
-def link_page(page: Path, run: Run, output: Output) -> None:
+def link_page(page: Path, run: LoggedRun, output: Output) -> None:
     """Draw the report of a run again, if there is one, with a link to the page."""
     report = RunDirectory(run.path).report
     if is_file(report):

@@ -84,6 +84,8 @@ def find_target(config: ImportConfig, overwrite: bool) -> Path:
         target = Path(config.out)
     else:
         target = Path(config.checkpoints_dir) / str(config.model_name)
+    if is_present(target) and not is_directory(target):
+        raise UserError(f"{target} is a file: choose another place for the model's directory")
     if is_bundle(target):
         if not overwrite:
             raise UserError(f"{target} exists: choose another, or replace it with --overwrite")

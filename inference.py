@@ -320,6 +320,8 @@ def create_numba_engine(
         raise EngineUnavailable(f"{reason}: `pip install '.[fast]'`") from None
     try:
         tensors = safetensors.numpy.load(bundle.contents[WEIGHTS_FILE])
+        with np.errstate(over="ignore"):  # what overflows is not finite: refused below
+            tensors = {name: each.astype(np.float32, copy=False) for name, each in tensors.items()}
     except KeyError as error:  # a dtype that numpy lacks
         raise EngineUnavailable(f"{path} has weights in {error.args[0]}") from None
     except safetensors.SafetensorError as error:

@@ -330,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
         lines, is_same = verify_export(Path(actions["verify"]), places, Path(config.runs_dir))
         for line in lines:
             output.print(line)
-        return 0 if is_same else 1
+        return output.exit_status if is_same else 1
     models = [get_model_info(reference, **config.model_dump()) for reference in references]
     for info in models:
         check_files(Path(info["path"]))
@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         output.print(format_model(models[0]))
     else:
         output.print(format_comparison(models))
-    return 0
+    return output.exit_status
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from utils.files import write_atomic
 from utils.output import Output, run_command
 from utils.report import NARROW, WIDE, compute_losses, render, write_report
 from utils.report.charts import COLORS, DASHES, Line, compute_chart
-from utils.report.runs import STEP_LOSS, VAL, VAL_BITS, Run
+from utils.report.runs import STEP_LOSS, VAL, VAL_BITS, LoggedRun
 from utils.run_manager import RunDirectory
 
 CLOCKS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -49,13 +49,13 @@ def find_run(reference: str, runs_dir: Path) -> Path:
         if not (runs := list_runs(runs_dir)):
             raise UserError(f"no run in {runs_dir} yet")
         return runs[0]
-    run = find_directory(reference, runs_dir, runs_dir)
+    run = find_directory(reference, runs_dir, None)
     if not is_run(run):
         raise UserError(f"{run} is not a run")
     return run
 
 
-def write_picture(target: Path, run: Run) -> None:
+def write_picture(target: Path, run: LoggedRun) -> None:
     """Write an SVG of a run's loss curves and its last sample."""
     sample = run.samples[-1].text.strip().splitlines() if run.samples else []
     wrapped = [part for line in sample for part in textwrap.wrap(line, 46) or [""]]
@@ -63,14 +63,14 @@ def write_picture(target: Path, run: Run) -> None:
     write_atomic(target, render("picture.svg.jinja", sample=wrapped[:20], **values))
 
 
-def write_comparison(target: Path, runs: Sequence[Run]) -> None:
+def write_comparison(target: Path, runs: Sequence[LoggedRun]) -> None:
     """Write a page of several runs. Each has its own color and dashes."""
     labels = choose_labels(runs)
     rows = [
         (Line(label, [], color=n % COLORS + 1, dash=(n + n // COLORS) % DASHES), run)
         for n, (label, run) in enumerate(zip(labels, runs, strict=True))
     ]
-    is_mixed = any(run.unit != runs[0].unit for run in runs)
+    is_mixed = any(run.tokens != runs[0].tokens for run in runs)
     unit = "token" if is_mixed else runs[0].unit
     seconds = max(run.seconds or 0 for run in runs)
     clock, scale = next(each for each in CLOCKS if seconds >= 5 * each[1] or each[1] == 1)
@@ -107,7 +107,7 @@ def write_comparison(target: Path, runs: Sequence[Run]) -> None:
     write_atomic(target, render("comparison.html.jinja", **values))
 
 
-def choose_labels(runs: Sequence[Run]) -> list[str]:
+def choose_labels(runs: Sequence[LoggedRun]) -> list[str]:
     """Return the tag of each run, or its id or path if another run has the same tag."""
     tags, names = [run.tag or run.name for run in runs], [run.name for run in runs]
     return [
@@ -116,7 +116,7 @@ def choose_labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def find_differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+def find_differences(runs: Sequence[LoggedRun]) -> list[tuple[str, list[Any]]]:
     """Return the settings and facts that are not the same in all runs."""
     facts = {"parameters", "device", "processes", "threads", "precision", "torch_compile"}
     columns = [
@@ -152,11 +152,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{target}: a picture shows one run; name an .html file for several")
     try:
         if target.suffix == ".svg":
-            write_picture(target, Run(runs[0]))
+            write_picture(target, LoggedRun(runs[0]))
         elif is_one:
             write_report(target, runs[0], find_pages(first.name))
         else:
-            write_comparison(target, [Run(run) for run in runs])
+            write_comparison(target, [LoggedRun(run) for run in runs])
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     Output().print(str(target))

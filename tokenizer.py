@@ -48,6 +48,8 @@ class CharTokenizer:
             raise UserError("a tokenizer needs chars, a list of single characters")
         if len(set(chars)) != len(chars):
             raise UserError("a tokenizer's characters must not repeat")
+        if any("\ud800" <= char <= "\udfff" for char in chars):
+            raise UserError("a tokenizer's characters must not be lone surrogates, as in no text")
         self.chars = list(chars)
         self.vocab_size = self.num_tokens = len(chars)
         self.dtype = np.min_scalar_type(self.vocab_size)

@@ -643,7 +643,11 @@ def open_device(config: ModelConfig) -> torch.device:
 def check_causality(config: ModelConfig, device: torch.device, precision: str) -> None:
     """Raise `UserError` if attention sees later positions or is not finite."""
     D = config.n_embd // config.n_head
-    if not is_attention_causal(config.n_head, config.block_size, D, device, DTYPES[precision]):
+    with use_deterministic_kernels(device):  # which training uses
+        is_causal = is_attention_causal(
+            config.n_head, config.block_size, D, device, DTYPES[precision]
+        )
+    if not is_causal:
         raise UserError(
             f"attention in {precision} on {describe_device(device)} sees later positions or is not "
             "finite, which is a bug of PyTorch: a model would learn nothing. Use another "

@@ -47,6 +47,7 @@ from resume import ResumePlan, resolve_start
 from train import ACTIONS
 from utils.checks import describe_unknown, format_name, format_value, validate_values
 from utils.command_line import CommandLine, format_flag
+from utils.data_files import STANDARD_INPUT
 from utils.errors import NothingToDo, RunError, UserError, format_reason
 from utils.files import make_directory, write_atomic
 from utils.output import Output, format_command, pluralize, run_command
@@ -184,7 +185,10 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     storage = order.storage or str(studies / f"{study}.db")
     if order.storage is None and (problem := find_case_problem(studies, f"{study}.db")):
         problems.append(f"study {study}: {problem}")
-    journal = Path(storage).with_suffix(".log")
+    for flag, place in (("--output", order.output), ("--storage", order.storage)):
+        if place and Path(place).is_dir():
+            problems.append(f"{flag} {place}: is a directory, where a file is wanted")
+    journal = Path(storage).parent / f"{Path(storage).stem}.log"
     is_default = order.storage is None and not Path(storage).exists()
     if Path(storage) == journal or (is_default and journal.is_file()):
         problems.append(
@@ -195,7 +199,9 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
         raise UserError(*problems)
     url = storage if "://" in storage else f"sqlite:///{storage}"
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
-    shown = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+    # The grammar of SQLAlchemy's make_url.
+    shown = re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", url)
+    shown = re.sub(r"([?&]\w*pass\w*=)[^&]*", r"\1***", shown)
     # Losses per token compare only between runs of one tokenizer.
     is_mixed = not space.keys().isdisjoint({"tokenizer", "vocab_size"})
     measure = "val_bits_per_byte" if is_mixed else "val_loss"
@@ -208,6 +214,8 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     legal = [params for params in tried if search.is_legal(params)]
     example = (legal or tried)[0]
     base = search.settle(example)[0].config  # raises the reason if none is legal
+    if base.data == STANDARD_INPUT:
+        raise UserError("the trials cannot all read standard input: pass the text as a file")
     if is_listed:
         search = replace(search, combinations=legal, trials=min(order.trials, len(legal)))
     return replace(search, base=base, example=example)
@@ -492,7 +500,7 @@ def _format_short(value: Any) -> str:
 
 def format_results(search: Search, study: "Study") -> str:
     """Write the best trial's settings; format the best trials, importances and next commands."""
-    from optuna.importance import get_param_importances
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     states = ("COMPLETE", "PRUNED", "FAIL")
     counts = ", ".join(f"{len(select_trials(study, state))} {state.lower()}" for state in states)
@@ -507,7 +515,9 @@ def format_results(search: Search, study: "Study") -> str:
     lines += ["", align_columns(rows, right=range(len(search.space) + 2)), ""]
     if len(best) > 5:  # else they say nothing
         with warnings.catch_warnings(action="ignore"):
-            shares = get_param_importances(study, params=list(search.space))
+            shares = get_param_importances(
+                study, params=list(search.space), evaluator=PedAnovaImportanceEvaluator()
+            )
         table = [[f"  {name}", f"{share:.2f}"] for name, share in shares.items()]
         lines += ["Importances (PED-ANOVA, sum 1):", align_columns(table, right=[1]), ""]
     write_preset(search, best[0])

@@ -15,5 +15,8 @@ def get_commit() -> str:
 
 def _run_git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return ""
     return done.stdout.strip()

@@ -118,7 +118,7 @@ def time_training(preset: str, flags: Sequence[str], target: float, directory: P
 
 def time_generation(directory: Path, tokens: int) -> dict:
     """Generate one text with the model in `directory`, and return its figures."""
-    flags = ["--json", f"--max-new-tokens={tokens}"]
+    flags = ["--json", f"--max-new-tokens={tokens}", "--engine=torch"]  # auto may take the CPU
     out, _, seconds = run_process("inference.py", flags, directory)
     facts = {name: json.loads(out)[name] for name in ("engine", "tokens_per_second")}
     return {**facts, "seconds": round(seconds, 2)}

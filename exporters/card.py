@@ -30,7 +30,7 @@ from utils.files import find_text_file_problem, write_durable
 from utils.output import escape_control, format_duration, pluralize
 from utils.overlap import find_longest_overlap
 from utils.report import compute_losses, render
-from utils.report.runs import TRAIN, VAL, VAL_BITS, Run
+from utils.report.runs import TRAIN, VAL, VAL_BITS, LoggedRun
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 TARGETS = {
@@ -65,7 +65,7 @@ class Card:
 
     name: str
     source: ExportSource
-    run: Run | None
+    run: LoggedRun | None
     data: dict[str, Any]
     facts: list[tuple[str, str]]
     settings: list[tuple[str, str]]
@@ -75,7 +75,7 @@ class Card:
     reason: str
 
 
-def create_card(source: ExportSource, run: Run | None, name: str) -> Card:
+def create_card(source: ExportSource, run: LoggedRun | None, name: str) -> Card:
     """Collect the facts about a model, generate a sample, and compare it with the training text."""
     try:
         tokens, reason = read_training_tokens(source), ""
@@ -144,7 +144,7 @@ def write_card(directory: Path, card: Card, *, format: str, files: Mapping[str, 
     write_durable(directory / "README.md", text.encode("utf-8", "backslashreplace"))
 
 
-def describe_data(source: ExportSource, run: Run | None) -> dict[str, Any]:
+def describe_data(source: ExportSource, run: LoggedRun | None) -> dict[str, Any]:
     """Return the name, the SHA-256 and the size of the training text, as far as it is known."""
     state = source.bundle.state
     if state.is_imported:
@@ -165,7 +165,7 @@ def get_last_part(path: str) -> str:
 
 
 def list_facts(
-    source: ExportSource, run: Run | None, data: Mapping[str, Any]
+    source: ExportSource, run: LoggedRun | None, data: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Yield the facts of the model and its training, by name."""
     config, state, unit = source.config, source.bundle.state, source.tokenizer.unit
@@ -207,7 +207,7 @@ def list_facts(
         )
 
 
-def list_run_facts(run: Run) -> Iterator[tuple[str, str]]:
+def list_run_facts(run: LoggedRun) -> Iterator[tuple[str, str]]:
     """Yield the duration, the machine and the code of a run."""
     if run.seconds is not None:
         yield "Duration", format_duration(run.seconds)
@@ -253,7 +253,7 @@ def generate_sample(source: ExportSource) -> str:
 
 
 def describe_overlap(
-    source: ExportSource, sample: str, run: Run | None, tokens: np.ndarray | None, reason: str
+    source: ExportSource, sample: str, run: LoggedRun | None, tokens: np.ndarray | None, reason: str
 ) -> str:
     """Describe the longest stretch of the sample that stands in the training text, `tokens`.
 
@@ -288,7 +288,11 @@ def read_training_tokens(source: ExportSource) -> np.ndarray:
     if path is not None:
         if problem := find_text_file_problem(Path(path)):
             raise UserError(problem)
-        if has_bytes([Path(path)], LARGE_BYTES):
+        try:
+            is_large = has_bytes([Path(path)], LARGE_BYTES)
+        except (UserError, OSError):  # whose messages have the path
+            raise UserError("it cannot be read") from None
+        if is_large:
             raise UserError("it is large")
     settings = {**source.config.model_dump(), **state.settings, "token_store": "off"}
     try:
@@ -297,7 +301,7 @@ def read_training_tokens(source: ExportSource) -> np.ndarray:
         raise UserError("its settings are not valid") from None
     try:
         data = load_dataset(config, tokenizer=source.tokenizer, use_sample_corpus=path is None)
-    except (UserError, RunError, OSError):  # whose messages have the path
+    except (UserError, RunError, OSError):  # as above
         raise UserError("it cannot be read") from None
     if data.sha256 != digest:
         raise UserError("it has changed since")

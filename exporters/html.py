@@ -55,7 +55,7 @@ DEFINITION = re.compile(
 )
 
 
-class Block(NamedTuple):
+class DataBlock(NamedTuple):
     """An element `script` with data: its id, its media type and its text."""
 
     id: str
@@ -121,7 +121,7 @@ def write(
         entries = []
         for index, checkpoint in enumerate(own):
             content = save(create_tensors(load_checkpoint(card.source, checkpoint), dtype))
-            blocks.append(Block(f"folio-weights-{number}-{index}", BINARY, to_base64(content)))
+            blocks.append(DataBlock(f"folio-weights-{number}-{index}", BINARY, to_base64(content)))
             entries.append(
                 {
                     "step": checkpoint.step,
@@ -137,8 +137,8 @@ def write(
         models.append(describe_model(card, dtype, entries, memorization=hashes))
     data = {"format_version": 1, "models": models, "source": list_definitions()}
     blocks = [
-        Block("folio-page", JSON, to_json(data)),
-        Block("folio-kernels", BINARY, to_base64((PAGE / "kernels.wasm").read_bytes())),
+        DataBlock("folio-page", JSON, to_json(data)),
+        DataBlock("folio-kernels", BINARY, to_base64((PAGE / "kernels.wasm").read_bytes())),
         *blocks,
     ]
     write_durable(directory / f"{name}.html", render_page(name, blocks).encode("utf-8"))
@@ -161,7 +161,7 @@ def check_size(weights: int, force: bool) -> None:
 # The page
 
 
-def render_page(title: str, blocks: Sequence[Block]) -> str:
+def render_page(title: str, blocks: Sequence[DataBlock]) -> str:
     """Return the page with its blocks of data."""
     engine = list_modules(ENGINE)
     app = [path for path in list_modules(APP) if path not in engine]

@@ -55,7 +55,7 @@ class LayerCache:
         return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
 
 
-class Cache:
+class OnnxCache:
     """The keys and values of all layers, and `previous_ids`: see `model.KVCache`."""
 
     def __init__(self, past: Sequence[tuple[Tensor, Tensor]], previous_ids: Tensor | None):
@@ -97,7 +97,7 @@ class DecodeStep(nn.Module):
         previous_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return the next token's logits `(B, V)`, and each layer's keys and values."""
-        cache, P = Cache(past, previous_ids), past[0][0].size(2)
+        cache, P = OnnxCache(past, previous_ids), past[0][0].size(2)
         positions = torch.arange(P, P + input_ids.size(1))
         logits = self.model.compute_next_logits(input_ids, positions, cache)
         return logits, [(layer.keys, layer.values) for layer in cache.layers]

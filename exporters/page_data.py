@@ -19,7 +19,7 @@ from exporters.source import ExportSource, load_source
 from model import LanguageModel
 from tokenizer import CharTokenizer, Tokenizer
 from utils.errors import UserError
-from utils.report.runs import TRAIN, VAL, Run
+from utils.report.runs import TRAIN, VAL, LoggedRun
 
 MAX_POINTS = 200  # of a loss curve
 ARCHITECTURE = {
@@ -47,7 +47,7 @@ class Checkpoint:
     val_loss: float | None
 
 
-def select_checkpoints(source: ExportSource, run: Run | None, count: int) -> list[Checkpoint]:
+def select_checkpoints(source: ExportSource, run: LoggedRun | None, count: int) -> list[Checkpoint]:
     """Return at most `count` checkpoints of a model's run, in the order of their steps.
 
     First the exported one, then the last, the first, which may be the initialization, and then
@@ -77,7 +77,7 @@ def select_checkpoints(source: ExportSource, run: Run | None, count: int) -> lis
     return [describe(step) for step in sorted(chosen)]
 
 
-def find_bundles(source: ExportSource, run: Run | None) -> dict[int, Bundle]:
+def find_bundles(source: ExportSource, run: LoggedRun | None) -> dict[int, Bundle]:
     """Return the bundles of a model's run that have its shape and its tokenizer, by step."""
     ours, found = source.bundle, {}
     for path in [*list_checkpoints(run.path), run.path / "artifacts" / "export"] if run else ():
@@ -175,7 +175,7 @@ def find_memorization(card: Card) -> tuple[dict[str, Any] | None, str]:
     return create_memorization(text), ""
 
 
-def list_points(run: Run, tag: str) -> list[tuple[float, float]]:
+def list_points(run: LoggedRun, tag: str) -> list[tuple[float, float]]:
     """Return a metric by step, evenly thinned to at most `MAX_POINTS`, the ends included."""
     points = run.get_points(tag)
     count = min(len(points), MAX_POINTS)

@@ -13,7 +13,7 @@ from parameters import ModelConfig
 from tokenizer import Tokenizer
 from utils.errors import UserError
 from utils.memory import check_memory
-from utils.report.runs import Run
+from utils.report.runs import LoggedRun
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class ExportSource:
                 )
 
 
-def load_run(bundle: Bundle, runs_dir: Path) -> Run | None:
+def load_run(bundle: Bundle, runs_dir: Path) -> LoggedRun | None:
     """Read the record of the run that saved a bundle: it is in that run, or names its id.
 
     Returns None if there is no such run in `runs_dir`, or its record is damaged.
     """
     place = find_run_of(bundle.path) or find_run_by_id(bundle.state.run_id, runs_dir)
     with contextlib.suppress(UserError):
-        return Run(place) if place is not None else None
+        return LoggedRun(place) if place is not None else None
     return None
 
 

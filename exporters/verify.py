@@ -120,6 +120,8 @@ def verify_export(place: Path, bundles: Sequence[Path], runs_dir: Path) -> tuple
     Returns lines to print, and whether nothing differs. Raises `UserError` if `place` cannot be
     read, or there is neither a record nor a bundle.
     """
+    if not is_present(place):
+        raise UserError(f"{place}: no such export")
     if not is_present(place / RECORD_FILE):
         if not bundles:
             raise UserError(f"{place}: has no {RECORD_FILE}: name the model to compare it with")

@@ -18,6 +18,7 @@ from importers.source import (
     check_file,
     check_shapes,
     check_vocab_size,
+    convert_to_float,
     count_layers,
     create_config,
     create_meta_model,
@@ -191,7 +192,7 @@ def get_rope_theta(theirs: TheirConfig) -> float:
         if not is_plain or parameters.keys() - {"rope_type", "rope_theta"}:
             theirs.fail("rope_parameters", parameters, "Folio does not scale positions")
         theta = parameters.get("rope_theta", theta)
-    return float(theta) if type(theta) is int else theta
+    return convert_to_float(theta)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -214,11 +215,11 @@ def find_weights(directory: Path) -> list[Path]:
             )
         raise UserError(f"{directory}: has no {WEIGHTS}")
     places = read_json(index).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) and places else {None}
+    names = [*places.values()] if isinstance(places, dict) and places else [None]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise UserError(f"{index}: {format_value(name)} is no file of this directory")
-    return [directory / name for name in sorted(names)]
+    return [directory / name for name in sorted(set(names))]
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -327,5 +328,7 @@ def read_byte_level(path: Path, tokens: Sequence[str], merges: Sequence[tuple]) 
     try:
         pairs = [[ids[part] for part in merge] for merge in merges]
         return BPETokenizer(pairs).get_state()
-    except (UserError, KeyError) as error:
-        raise UserError(f"{path}: not a BPE: {format_reason(error)}") from None
+    except KeyError as error:
+        raise UserError(f"{path}: not a BPE: {format_reason(error)} is no token") from None
+    except UserError as error:
+        raise UserError(f"{path}: {format_reason(error)}") from None

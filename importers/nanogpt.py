@@ -17,6 +17,7 @@ from importers.source import (
     check_file,
     check_shapes,
     check_vocab_size,
+    convert_to_float,
     count_layers,
     create_config,
     create_meta_model,
@@ -95,7 +96,7 @@ def _create_config(path: Path, arguments: Mapping[str, Any], is_tied: bool) -> t
         raise UserError(f"{path}: model_args has no {', '.join(missing)}")
     values = {name: arguments[name] for name in SHAPE}
     dropout = arguments.get("dropout", 0.0)
-    values["dropout"] = float(dropout) if type(dropout) is int else dropout
+    values["dropout"] = convert_to_float(dropout)
     values |= {"architecture": "gpt2", "tie_weights": is_tied, "activation": "gelu"}
     names = {name: f"model_args: {name}" for name in values}
     config = create_config(path, values, names)

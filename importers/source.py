@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bundle import MAX_JSON_BYTES
 from model import LanguageModel
-from parameters import ModelConfig
+from parameters import MAX_COUNT, ModelConfig
 from tokenizer import GPT2Tokenizer
 from utils.checks import format_name, format_value, validate_values
 from utils.errors import UserError, format_reason
@@ -100,10 +100,18 @@ def create_config(path: Path, values: Mapping[str, Any], names: Mapping[str, str
         raise UserError(f"{path}: {reason}") from None
 
 
+def convert_to_float(value: Any) -> Any:
+    """Return an integer as a float, unless no float is as large; other values as they are."""
+    return float(value) if type(value) is int and abs(value) < 2**53 else value
+
+
 def check_vocab_size(path: Path, vocab_size: object) -> int:
     """Return the number of rows of the embedding. Raises `UserError` if it is no such number."""
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise UserError(f"{path}: vocab_size must be a number, not {format_value(vocab_size)}")
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_COUNT:
+        raise UserError(
+            f"{path}: vocab_size must be a number up to {MAX_COUNT:,}, not "
+            f"{format_value(vocab_size)}"
+        )
     return vocab_size
 
 

@@ -40,6 +40,7 @@ from bundle import (
     compute_state_digest,
     copy_bundle,
     find_directory,
+    find_run_by_id,
     find_usable_bundle,
     is_bundle,
     read_bundle,
@@ -515,3 +516,12 @@ def test_bundles_are_read_without_torch(bundle):
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(bundle[0])], check=True, cwd=CHECKOUT)
+
+
+@pytest.mark.parametrize("tag", ["première", "базовый", "v1.0_a-b"])
+def test_a_run_is_found_by_its_id_in_any_script(tag):
+    run = Path("runs") / f"20260131_235958_{tag}"
+    (run / "artifacts").mkdir(parents=True)
+    assert find_run_by_id(run.name, Path("runs")) == run
+    for elsewhere in ("../runs/" + run.name, f"{run.name}/artifacts", ".", "..", "", None, "a\0"):
+        assert find_run_by_id(elsewhere, Path("runs")) is None

@@ -143,6 +143,11 @@ def test_a_directory_in_which_nothing_can_be_created_is_not_writable(checkout, m
     assert not open_cache(checkout).is_writable
 
 
+def test_a_directory_of_another_user_is_not_writable(checkout, monkeypatch):
+    monkeypatch.setattr(Path, "exists", fail_to_write)  # pathlib raises it until Python 3.13
+    assert not open_cache(checkout).is_writable
+
+
 def test_an_archive_that_unpacks_to_gigabytes_is_not_read(checkout):
     cache = open_cache(checkout)
     compile_double(cache)

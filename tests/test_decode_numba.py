@@ -248,6 +248,10 @@ def test_int8_generates_the_tokens_of_the_rounded_weights(architecture, rows):
         (lambda tensors: tensors.pop("final_norm.weight"), "final_norm.weight"),
         (lambda tensors: tensors.pop("blocks.1.mlp.gate.weight"), "blocks.1.mlp.gate.weight"),
         (
+            lambda tensors: tensors.update({"blocks.0.mlp.expand.weight": np.float32(1)}),
+            "blocks.0.mlp",
+        ),
+        (
             lambda tensors: tensors.update({"head.weight": np.zeros((V, 5))}),
             "head.weight",
         ),
@@ -260,6 +264,18 @@ def test_weights_that_do_not_fit_are_an_error_that_names_the_tensor(change, name
     change(tensors)
     with pytest.raises(ValueError, match=name):
         read_weights(tensors, model.config, V, NUM_TOKENS)
+
+
+def test_biases_are_as_required_as_the_other_weights_and_else_unexpected():
+    model = create_model(architecture="gpt2", bias=True)
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    without = model.config.model_copy(update={"bias": False})
+    with pytest.raises(ValueError, match="bias: unexpected"):
+        read_weights(tensors, without, V, NUM_TOKENS)
+    for name in ("final_norm.bias", "blocks.1.attention.qkv.bias", "blocks.0.mlp_norm.bias"):
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            read_weights(rest, model.config, V, NUM_TOKENS)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

@@ -517,6 +517,9 @@ def test_an_export_is_the_model_s_until_a_file_or_a_weight_changes(save, capsys)
     assert "differs" in capsys.readouterr().out
     weights.write_bytes(b"nothing")
     assert run_command(inspect_model.main, verify) == 2
+    capsys.readouterr()
+    assert run_command(inspect_model.main, [str(bundle), "--verify=exports/typo"]) == 2
+    assert "no such" in capsys.readouterr().err
 
 
 def test_an_export_of_another_model_is_not_the_model_s(save, tmp_path, capsys):

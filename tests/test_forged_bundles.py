@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import LINES, save_random_model
+from safetensors.torch import load_file, save
 
 import evaluate
 import inference
@@ -188,6 +189,7 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "extra": (change_json(CONFIG, "runs_dir", value="x"), "inference", CONFIG),
     "kind": (change_json(TOKENIZER, "token_kind", value=None), "inspect", "token_kind"),
     "chars": (change_json(TOKENIZER, "chars", value=[["a"]]), "inference", "chars"),
+    "surrogate": (change_json(TOKENIZER, "chars", value=["\ud800", "a"]), "evaluate", "surrogate"),
     "more": (change_json(TOKENIZER, "more", value=1), "inference", "more"),
     "merges": (replace_by_bpe([["a", "b"]]), "inspect", "merges"),
     "no merges": (replace_by_bpe([]), "inference", TOKENIZER),
@@ -201,6 +203,11 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     ),
     "huge": (
         change_header(lambda h: b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 5000 + b"]}}"),
+        "inspect",
+        WEIGHTS_FILE,
+    ),
+    "product": (
+        change_header(lambda h: {**h, "a": {"dtype": "F32", "shape": [10**4000, 10**4000]}}),
         "inspect",
         WEIGHTS_FILE,
     ),
@@ -296,6 +303,15 @@ def test_other_ngram_rows_than_those_of_the_weights_are_refused_before_an_alloca
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_a_failure(value, bundle, capsys):
     fill_weights(value)(bundle)
+    for command in ("inference", "evaluate", "resume", "init-from"):
+        status, error = call(command, bundle, capsys)
+        assert status == 1 and WEIGHTS_FILE in error, (command, error)
+
+
+def test_weights_too_large_for_float32_are_a_failure(bundle, capsys):
+    tensors = load_file(bundle / WEIGHTS_FILE)
+    tensors["final_norm.weight"] = torch.full((8,), 1e300, dtype=torch.float64)
+    write(bundle, WEIGHTS_FILE, save(tensors))
     for command in ("inference", "evaluate", "resume", "init-from"):
         status, error = call(command, bundle, capsys)
         assert status == 1 and WEIGHTS_FILE in error, (command, error)

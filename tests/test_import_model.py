@@ -3,6 +3,7 @@
 python -m pytest tests/test_import_model.py
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -38,8 +39,10 @@ from model import LanguageModel
 from parameters import ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, collect_chars
 from utils.checks import format_value
+from utils.errors import UserError
 from utils.files import hash_file
 from utils.output import run_command
+from utils.pickles import TENSORS, check_instructions
 
 CHARS = collect_chars([LINES])
 V = len(CHARS)
@@ -339,7 +342,9 @@ HOSTILE = {
     "more layers": (change_args(n_layer=3), "layers"),
     "width": (change_args(n_embd=2 * 10**6), "memory"),
     "context": (change_args(block_size=2**31 - 1), ""),  # of memory, or of the shape
-    "vocabulary": (change_args(vocab_size=10**12), "memory"),
+    "vocabulary": (change_args(vocab_size=10**9), "memory"),
+    "larger vocabulary": (change_args(vocab_size=10**400), "vocab_size"),
+    "larger dropout": (change_args(dropout=10**400), "dropout"),
     "huge": (change_args(n_embd=10**12), "n_embd"),
     "text": (change_args(n_head="2"), "n_head"),
     "heads": (change_args(n_head=3), "n_head"),
@@ -432,6 +437,7 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(capsys):
         (pickle.dumps({"itos": dict(enumerate(CHARS))})[:50], "meta.pkl"),
         (b"", "empty"),
         (b"\x80\x02}]K\x01s.", "meta.pkl"),  # a list as a key
+        (b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.", "TUPLE"),  # whose hash overflows the stack
         (pickle.dumps([1]), "itos"),
         (pickle.dumps({"itos": {0: "a", 2: "b"}}), "ids"),
         (pickle.dumps({"itos": {0: "a", True: "b"}}), "ids"),
@@ -448,6 +454,14 @@ def test_a_hostile_meta_pkl_is_refused_in_a_line_and_runs_nothing(content, fact,
     Path("out/meta.pkl").write_bytes(content)
     refuse(capsys, "out/ckpt.pt", fact=fact)
     assert not Path("pwned").exists()
+
+
+def test_tuples_within_tuples_are_refused_before_their_hash_overflows_the_stack():
+    for depth in (1000, 10**6):
+        content = b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+        refused = contextlib.nullcontext() if depth == 1000 else pytest.raises(ValueError)
+        with refused:
+            check_instructions(content, TENSORS)
 
 
 def test_a_meta_pkl_that_is_too_large_is_not_read(capsys):
@@ -633,6 +647,9 @@ def test_the_base_of_the_rotary_embeddings_is_read_as_both_versions_write_it():
         rest = {k: v for k, v in values.items() if k not in ("rope_theta", "rope_parameters")}
         write_json(path, {**rest, **changes})
         assert huggingface.read_directory(Path("theirs")).config.rope_theta == theta
+    write_json(path, {**rest, "rope_theta": 10**400})  # which no float holds
+    with pytest.raises(UserError, match="rope_theta"):
+        huggingface.read_directory(Path("theirs"))
 
 
 def rename(directory: Path, old: str, new: str) -> None:
@@ -693,6 +710,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "outside": (write_index("../model.safetensors"), "index"),
     "absolute": (write_index("/etc/passwd"), "index"),
     "number": (write_index(5), "index"),
+    "list of shards": (write_index(["model-1.safetensors"]), "index"),
     "missing shard": (write_index("model-1.safetensors"), "model-1"),
     "claim": (write_header(HUGE), "safetensors"),
     "nested header": (write_header(b"[" * 100_000), "safetensors"),

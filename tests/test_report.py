@@ -30,7 +30,7 @@ from trainer import train
 from utils.errors import RunError, UserError
 from utils.report import TEMPLATES, format_date, list_settings, render, runs, write_report
 from utils.report.charts import COLORS, DASHES, Line, _format_ticks, compute_chart
-from utils.report.runs import STEP_LOSS, VAL, Run
+from utils.report.runs import STEP_LOSS, VAL, LoggedRun
 from utils.run_manager import RunDirectory
 
 WIDTH, HEIGHT = 1040, 320  # of a chart
@@ -76,7 +76,7 @@ def change_run(run_dir: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(record), encoding="utf-8")
 
 
-def list_steps(run: Run) -> list[int]:
+def list_steps(run: LoggedRun) -> list[int]:
     return [step for step, _ in run.get_points(STEP_LOSS)]
 
 
@@ -166,7 +166,7 @@ def test_samples_are_shown_from_the_first_to_the_last_and_long_ones_between_are_
     source = Path("page.html").read_text(encoding="utf-8")
     details = re.findall(r"<details( open)?><summary>Step (\d+)", source)
     assert details == [(" open", "0"), ("", "1"), (" open", "2"), ("", "3"), (" open", "6")]
-    val_loss = f"{dict(Run(result.run_dir).get_points(VAL))[3]:.4f}"
+    val_loss = f"{dict(LoggedRun(result.run_dir).get_points(VAL))[3]:.4f}"
     assert f"Step 3, val loss {val_loss}" in source
     with open(RunDirectory(result.run_dir).samples, "a", encoding="utf-8") as file:
         file.write('{"step": 3, "text": "To be", "exported": true}\n')
@@ -233,13 +233,13 @@ def test_a_run_that_did_not_record_its_unit_has_that_of_its_tokenizer(tiny, quie
     record = json.loads(path.read_bytes())
     record["config"]["tokenizer"] = tokenizer
     path.write_text(json.dumps(record), encoding="utf-8")
-    assert Run(result.run_dir).unit == unit
+    assert LoggedRun(result.run_dir).unit == unit
 
 
 def test_the_second_untagged_run_of_a_second_has_no_tag(tiny, quiet):
     for tag in (None, None, "x"):
         result = train(tiny(run_tag=tag), output=quiet)
-        assert Run(result.run_dir).tag == (tag or "")
+        assert LoggedRun(result.run_dir).tag == (tag or "")
 
 
 def test_a_report_refers_to_no_other_file_or_address(tiny, quiet):
@@ -268,7 +268,7 @@ def test_the_report_of_a_resumed_run_shows_all_steps_and_samples_of_the_training
         file.write('{"step": 3, "text": "To be", "exported": true}\n')
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
-    run = Run(rest.run_dir)
+    run = LoggedRun(rest.run_dir)
     assert list_steps(run) == [1, 2, 3, 4, 5, 6]
     seconds = [second for second, _ in run.get_points(STEP_LOSS, "seconds")]
     assert seconds == sorted(seconds)
@@ -322,7 +322,7 @@ def test_steps_after_the_resumed_checkpoint_are_left_out(tiny, quiet):
     checkpoint = RunDirectory(whole.run_dir).get_checkpoint(2)
     loaded, plan = plan_run(ConfigLoader({"max_iters": 5}), resume=str(checkpoint))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
-    assert list_steps(Run(rest.run_dir)) == [1, 2, 3, 4, 5]
+    assert list_steps(LoggedRun(rest.run_dir)) == [1, 2, 3, 4, 5]
 
 
 def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
@@ -330,7 +330,7 @@ def test_a_moved_run_still_finds_the_run_that_it_resumed(tiny, quiet):
     loaded, plan = plan_run(ConfigLoader({"max_iters": 6}), resume=str(part.run_dir))
     rest = train(loaded.config, loaded=loaded, plan=plan, output=quiet)
     moved = rest.run_dir.rename(Path("elsewhere").resolve())
-    assert list_steps(Run(moved)) == [1, 2, 3, 4, 5, 6]
+    assert list_steps(LoggedRun(moved)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_garbage_in_metrics_or_samples_is_left_out(tiny, quiet, line):
     for path in (RunDirectory(result.run_dir).metrics, RunDirectory(result.run_dir).samples):
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-    write_comparison(Path("page.html"), [Run(result.run_dir)] * 2)
+    write_comparison(Path("page.html"), [LoggedRun(result.run_dir)] * 2)
     write_report(Path("page.html"), result.run_dir)
     assert "best val loss" in Page(Path("page.html")).text
 
@@ -402,7 +402,7 @@ def test_records_that_refer_to_each_other_in_a_circle_are_read_once(tiny, quiet)
         record = json.loads(path.read_bytes())
         record["run"]["resumed_from"] = {"run_id": other.name, "step": 3, "path": ""}
         path.write_text(json.dumps(record), encoding="utf-8")
-    assert Run(runs[0]).resumed_runs == [runs[1].name]
+    assert LoggedRun(runs[0]).resumed_runs == [runs[1].name]
 
 
 def test_a_report_that_cannot_be_written_costs_a_warning_and_not_the_run(tiny, quiet, monkeypatch):
@@ -422,7 +422,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tiny, quiet):
     metrics = RunDirectory(result.run_dir).metrics
     metrics.write_bytes(metrics.read_bytes()[:-9])
     write_report(Path("page.html"), result.run_dir)
-    assert len(Run(result.run_dir).get_points(VAL)) == 1
+    assert len(LoggedRun(result.run_dir).get_points(VAL)) == 1
 
 
 def test_a_run_without_a_step_has_a_report(tiny, quiet):
@@ -454,7 +454,7 @@ def test_an_old_run_without_seconds_and_with_few_facts_has_a_report(tiny, quiet)
 def test_each_of_many_runs_has_its_own_color_and_dashes(tiny, quiet):
     result = train(tiny(), output=quiet)
     paths = [Path(shutil.copytree(result.run_dir, f"place{n}/same_name")) for n in range(8)]
-    write_comparison(Path("many.html"), list(map(Run, paths)))
+    write_comparison(Path("many.html"), list(map(LoggedRun, paths)))
     source = Path("many.html").read_text(encoding="utf-8")
     pattern = r'<polyline class="line dash-(\d)\W[^>]*--line-(\d)\)'
     dashes, colors = zip(*re.findall(pattern, source)[:8], strict=True)
@@ -469,23 +469,47 @@ def test_runs_in_a_comparison_are_labeled_by_tag_if_it_is_unique(tiny, quiet):
     run_dir = train(tiny(), output=quiet).run_dir
     names = ("20260131_000000_wide", "20260131_000001_x", "20260131_000002_x", "20260131_000003")
     paths = [Path(shutil.copytree(run_dir, name)) for name in names]
-    assert choose_labels(list(map(Run, paths))) == ["wide", *names[1:]]
+    assert choose_labels(list(map(LoggedRun, paths))) == ["wide", *names[1:]]
 
 
 def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tiny, quiet):
     one = train(tiny(), output=quiet).run_dir
     other = Path(shutil.copytree(one, "other"))
     change_run(other, lambda run: run["data"].update(unit="token"))
-    write_comparison(Path("page.html"), [Run(one), Run(other)])
+    write_comparison(Path("page.html"), [LoggedRun(one), LoggedRun(other)])
     text = Page(Path("page.html")).text
     assert "bits per byte, logarithmic" in text
     assert "nats per" not in text
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"tokenizer": "gpt2"}, {"tokenizer": "gpt2"}, True),
+        ({"tokenizer": "gpt2"}, {"tokenizer": "bpe", "vocab_size": 512}, False),
+        ({"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": 512}, True),
+        ({"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": 600}, False),
+    ],
+)
+def test_losses_per_token_are_compared_between_runs_of_one_tokenizer(
+    tiny, quiet, one, other, is_same
+):
+    first = train(tiny(), output=quiet).run_dir
+    runs = [first, Path(shutil.copytree(first, "other"))]
+    for run, changes in zip(runs, (one, other), strict=True):
+        change_run(run, lambda facts: facts["data"].update(unit="token"))
+        path = run / "meta" / "full_config.json"
+        record = json.loads(path.read_bytes())
+        record["config"].update(changes)
+        path.write_text(json.dumps(record), encoding="utf-8")
+    write_comparison(Path("page.html"), list(map(LoggedRun, runs)))
+    assert ("nats per token" in Page(Path("page.html")).text) == is_same
+
+
 def test_a_comparison_shows_each_run_and_only_the_differences(tiny, quiet):
     one = train(tiny(run_tag="narrow"), output=quiet)
     other = train(tiny(run_tag="wide", n_embd=32), output=quiet)
-    write_comparison(Path("both.html"), [Run(one.run_dir), Run(other.run_dir)])
+    write_comparison(Path("both.html"), [LoggedRun(one.run_dir), LoggedRun(other.run_dir)])
     page = Page(Path("both.html"))
     for result in (one, other):
         assert result.run_dir.name in page.text
@@ -545,7 +569,7 @@ def test_the_picture_in_the_docs_is_small():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere"),
+        (["nowhere"], "nowhere: no such run; looked for nowhere, runs/nowhere\n"),
         (["last"], "no run in runs"),
         ([], "no run in runs"),
         (["--output"], "--output"),
@@ -560,10 +584,11 @@ def test_a_missing_run_is_an_error_of_one_line(folio, arguments, words):
 
 def test_an_output_that_cannot_be_written_is_an_error_of_one_line(tiny, quiet, folio):
     train(tiny(), output=quiet)
-    done = folio("report.py", "--output", "no/such/directory/page.html")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "no/such/directory/page.html" in done.stderr
+    for place in ("no/such/directory/page.html", "."):
+        done = folio("report.py", "--output", place)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert place in done.stderr
 
 
 # Charts ----------------------------------------------------------------------------------------
@@ -764,12 +789,12 @@ def test_a_long_metrics_file_is_thinned_but_for_its_evaluations_and_its_end(
     tiny, quiet, monkeypatch
 ):
     result = train(tiny(), output=quiet)
-    evaluations = sum(VAL in line for line in Run(result.run_dir).metrics)
+    evaluations = sum(VAL in line for line in LoggedRun(result.run_dir).metrics)
     with open(RunDirectory(result.run_dir).metrics, "a", encoding="utf-8") as file:
         for step in range(7, 5_000):
             file.write(json.dumps({"step": step, STEP_LOSS: 1.0, "seconds": step}) + "\n")
     monkeypatch.setattr(runs, "MAX_LINES", 100)
-    run = Run(result.run_dir)
+    run = LoggedRun(result.run_dir)
     assert 100 <= len(run.metrics) < 300
     assert run.last_step == run.get_points(STEP_LOSS)[-1][0] == 4_999
     assert sum(VAL in line for line in run.metrics) == evaluations
@@ -781,7 +806,7 @@ def test_memory_for_a_file_without_line_ends_is_bounded(tiny, quiet, name):
     os.truncate(getattr(RunDirectory(result.run_dir), name), 1 << 28)  # sparse
     tracemalloc.start()
     try:
-        Run(result.run_dir)
+        LoggedRun(result.run_dir)
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()

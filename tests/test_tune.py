@@ -423,13 +423,48 @@ def test_three_failures_in_a_row_end_the_worker(command, trained, capsys, error,
     assert line.endswith("no such device")
 
 
-def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys):
+@pytest.mark.parametrize("flag", ["--output", "--storage"])
+@pytest.mark.parametrize("place", [".", "..", "directory"])
+def test_a_directory_in_place_of_a_file_is_an_error_before_any_trial(
+    command, trained, capsys, flag, place
+):
     Path("directory").mkdir()
-    assert command("--trials", "1", "--output", "directory") == 2
+    assert command("--trials", "1", flag, place) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "directory" in line
+    assert f"{flag} {place}" in line
+    assert not trained.calls
+
+
+def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys):
+    Path("file").write_text("", encoding="utf-8")
+    assert command("--trials", "1", "--output", "file/best.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "file/best.yaml" in line
     assert "--output" in line
     assert len(select_done(read_trials())) == 1
+
+
+def test_standard_input_is_refused_as_the_text_of_a_study(command, trained, capsys):
+    assert command("--trials", "1", "--data", "-") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "standard input" in line
+    assert not trained.calls and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user@server:secret@host/db",
+        "postgresql://user:sec/ret@host/db",
+        "postgresql://user:secret@host/db",
+        "postgresql://host/db?user=me&password=secret",
+    ],
+)
+def test_no_message_has_the_password_of_a_storage(command, url):
+    order = tune.StudySettings(storage=url)
+    search = tune.create_search(order, {"n_layer": [1]}, ConfigLoader({}))
+    assert search.storage == url
+    assert "sec" not in search.shown_storage and "host/db" in search.shown_storage
 
 
 def test_optuna_prints_nothing_itself(command, trained, capfd):

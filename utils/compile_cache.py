@@ -110,9 +110,9 @@ def _unpack(path: Path) -> dict[str, bytes] | None:
 
 def _can_write_in(directory: Path) -> bool:
     """Return whether a file can be created in a directory, or in its nearest parent that exists."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a parent may be another user's
+        while not directory.exists() and directory != directory.parent:
+            directory = directory.parent
         tempfile.TemporaryFile(dir=directory).close()
         return True
     return False

@@ -123,7 +123,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one."""
     # Names of files may have bytes that are no text; JSON reads the escapes back as these bytes.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # `.` has no name to replace
     try:
         write_durable(temporary, data)
         os.replace(temporary, path)

@@ -15,16 +15,18 @@ from typing import IO, Any
 from utils.files import open_regular
 
 MAX_PICKLE_BYTES = 1 << 26
-# The instructions for text, numbers, lists, tuples and dictionaries; none calls a function.
+MAX_TUPLES = 50_000  # each within another: the hash of deeper ones overflows the stack
+# The instructions for text, numbers, lists and dictionaries; none calls a function.
 _NAMES = """
     PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET BINUNICODE SHORT_BINUNICODE
     BININT BININT1 BININT2 BINFLOAT NONE NEWTRUE NEWFALSE EMPTY_DICT SETITEM SETITEMS EMPTY_LIST
-    APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    APPEND APPENDS
 """
 PLAIN_VALUES = frozenset(_NAMES.split())
 # torch.save needs these, for tensors and the dictionary that is a state dict, and LONG1 for
 # numbers of more than 32 bits.
-TENSORS = PLAIN_VALUES | {"GLOBAL", "REDUCE", "BINPERSID", "BUILD", "LONG1"}
+TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+TENSORS = PLAIN_VALUES | TUPLES | {"GLOBAL", "REDUCE", "BINPERSID", "BUILD", "LONG1"}
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 TENSOR_GLOBALS = frozenset(
     ["torch._utils _rebuild_tensor_v2", "collections OrderedDict"]
@@ -55,6 +57,7 @@ def check_instructions(
     content: bytes, allowed: Set[str], allowed_globals: Set[str] = frozenset()
 ) -> None:
     """Raise ValueError if a pickle has an instruction, or names a global, that is not allowed."""
+    num_tuples = 0
     for instruction, argument, _ in pickletools.genops(content):
         if instruction.name == "GLOBAL" and argument not in allowed_globals:
             raise ValueError(f"it names {argument.replace(' ', '.')}")
@@ -63,6 +66,9 @@ def check_instructions(
         # The unpickler's table of values grows to this index.
         if instruction.name.endswith("BINPUT") and argument > len(content):
             raise ValueError("it claims more values than it has bytes")
+        num_tuples += instruction.name in TUPLES
+        if num_tuples > MAX_TUPLES:
+            raise ValueError(f"it has more than {MAX_TUPLES:,} tuples")
 
 
 def check_archive(file: IO[bytes], size: int) -> zipfile.ZipFile:

@@ -20,7 +20,7 @@ from parameters import ModelConfig
 from report import write_comparison, write_picture
 from trainer import train
 from utils.output import Output
-from utils.report.runs import Run
+from utils.report.runs import LoggedRun
 from utils.run_manager import RunDirectory
 
 pytestmark = pytest.mark.browser
@@ -112,7 +112,7 @@ def test_the_report_shows_its_curves_in_light_and_dark(run, open_page, picture):
 
 def test_the_pages_fit_a_phone_without_a_chart_that_scrolls(run, open_page, picture):
     compared = Path("comparison.html")
-    write_comparison(compared, [Run(run.run_dir)] * 6)
+    write_comparison(compared, [LoggedRun(run.run_dir)] * 6)
     for path, charts in ((RunDirectory(run.run_dir).report, 4), (compared, 3)):
         page = open_page(path.resolve().as_uri(), screen={"width": 390, "height": 800})
         page.set_viewport_size({"width": 390, "height": 800})
@@ -130,7 +130,7 @@ def test_the_pages_fit_a_phone_without_a_chart_that_scrolls(run, open_page, pict
 
 def test_the_picture_has_curves_and_text_inside_it_in_light_and_dark(run, open_page):
     target = Path("run.svg")
-    write_picture(target, Run(run.run_dir))
+    write_picture(target, LoggedRun(run.run_dir))
     fills = []
     for scheme in ("light", "dark"):
         page = open_page(target.resolve().as_uri(), color_scheme=scheme)
@@ -155,7 +155,7 @@ def test_a_comparison_shows_a_curve_for_each_run(run, text_file, open_page, pict
     other = ModelConfig(**{**read_config(run), "n_embd": 16, "run_tag": "narrow"})
     other = train(other, output=Output(quiet=True))
     target = Path("comparison.html")
-    write_comparison(target, [Run(run.run_dir), Run(other.run_dir)])
+    write_comparison(target, [LoggedRun(run.run_dir), LoggedRun(other.run_dir)])
     page = open_page(target.resolve().as_uri())
     first = page.locator("svg.chart:visible").first
     assert first.locator("polyline").count() == 2

@@ -38,7 +38,7 @@ def create_model(architecture: str, device: str) -> LanguageModel:
 
 @pytest.mark.parametrize("architecture", ["modern", "gpt2", "speedrun"])
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(0.9, top_k=20, top_p=0.9)])
-def test_plain_decoding_generates_the_tokens_of_a_cpu(device, architecture, sampling):
+def test_generation_gives_the_tokens_of_a_cpu(device, architecture, sampling):
     texts = [
         generate_tokens(create_model(architecture, each), PROMPT, LENGTH, sampling, seeds=[1, 2])
         for each in ("cpu", device)
@@ -65,13 +65,20 @@ def test_a_cuda_graph_generates_the_tokens_of_plain_steps(
     assert np.array_equal(graph[1], plain[1])
 
 
-def test_a_decoder_that_goes_on_after_a_new_window_keeps_its_graph(device):
+def test_a_decoder_that_goes_on_after_a_new_window_keeps_its_graph(device, monkeypatch):
+    recorded = []
+    record = decode_torch.GraphDecoder._record
+
+    def count_and_record(decoder, *arguments):
+        recorded.append(decoder)
+        return record(decoder, *arguments)
+
+    monkeypatch.setattr(decode_torch.GraphDecoder, "_record", count_and_record)
     model = create_model("modern", device)
-    long = generate_tokens(model, PROMPT, 3 * LENGTH, GREEDY)
-    assert (
-        long[:, : len(PROMPT) + LENGTH].tolist()
-        == generate_tokens(model, PROMPT, LENGTH, GREEDY).tolist()
-    )
+    by_graph = generate_tokens(model, PROMPT, 3 * LENGTH, GREEDY)
+    assert len(recorded) == 1
+    monkeypatch.setattr(decode_torch, "GraphDecoder", decode_torch.TorchDecoder)
+    assert by_graph.tolist() == generate_tokens(model, PROMPT, 3 * LENGTH, GREEDY).tolist()
 
 
 # Commands -------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ KINDS = {
     "speedrun, bf16": {**SPEEDRUN, "precision": "bf16"},
     "speedrun, bf16, compiled": {**SPEEDRUN, "precision": "bf16", **COMPILED},
     "gpt2, fp32, compiled": {**GPT2, "precision": "fp32", **COMPILED},
+    "gpt2, bf16, compiled": {**GPT2, "precision": "bf16", **COMPILED},
 }
 for_each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2, "fp16": 2e-2}  # nats, in the first steps
@@ -58,13 +59,26 @@ def read_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def read_steps(run: Path) -> list[dict]:
+    """Return the row of each training step."""
+    return [row for row in read_rows(run) if "loss/train" in row]
+
+
 def read_losses(run: Path) -> list[float]:
     """Return the training loss of each step."""
-    return [row["loss/train"] for row in read_rows(run) if "loss/train" in row]
+    return [row["loss/train"] for row in read_steps(run)]
 
 
 def read_record(run: Path) -> dict:
     return json.loads((run / "meta" / "full_config.json").read_bytes())["run"]
+
+
+def initialize_matrices(model: torch.nn.Module) -> None:
+    """Draw all matrices anew: the head of `modern` starts at zero, and so do most gradients."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
 
 
 def load_optimizer(bundle: Path) -> dict:
@@ -103,7 +117,9 @@ def test_training_follows_the_losses_of_a_cpu_in_float32(run, changes):
     assert len(losses) == len(expected) == 8 and all(map(math.isfinite, losses)), facts
     assert losses[-1] < losses[0] - 0.2, facts
     # fp16 may skip a step at the start, until its loss scale fits.
-    count = 1 if precision == "fp16" else 4
+    is_complete = all(row["grad_norm"] is not None for row in read_steps(result.run_dir)[:3])
+    assert is_complete or precision == "fp16", facts
+    count = 4 if is_complete else 1
     assert losses[:count] == pytest.approx(expected[:count], abs=LOSS_TOLERANCE[precision]), facts
     record = read_record(result.run_dir)
     mode = "inductor" if changes.get("torch_compile") == "on" else "off"
@@ -115,13 +131,10 @@ def test_training_follows_the_losses_of_a_cpu_in_float32(run, changes):
 
 
 def test_fp32_logits_are_those_of_a_cpu(make_config, device):
-    for architecture in (MODERN, GPT2):
+    for architecture in (MODERN, GPT2, SPEEDRUN):
         config = make_config(**architecture, precision="fp32")
-        torch.manual_seed(0)
         model = LanguageModel(config, 65).eval()
-        for parameter in model.parameters():  # modern's head starts at zero
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+        initialize_matrices(model)
         idx = torch.randint(65, (2, config.block_size))
         with torch.no_grad():
             expected = model(idx)[0]
@@ -169,22 +182,35 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_run(run, resume, changes
     assert losses == resumed
 
 
+@pytest.mark.parametrize("architecture", [MODERN, GPT2], ids=["modern", "gpt2"])
+def test_two_compiled_runs_of_a_larger_model_give_the_same_bits(run, architecture):
+    # From some millions of elements, Inductor computes the gradients of norms by other kernels.
+    shape = {"n_embd": 384, "n_head": 6, "batch_size": 64, "max_iters": N}
+    changes = {**architecture, **shape, **COMPILED, "precision": "bf16", "dropout": 0.2}
+    differences = list_differences(*(run(**changes).checkpoint for _ in range(2)))
+    assert not differences, differences[:12]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_gradients_of_a_batch_are_the_same_bits_each_time(make_config, device, precision):
     different = []
-    for architecture in (MODERN, GPT2):
+    for architecture in (MODERN, GPT2, SPEEDRUN):
         for length in (64, 256, 1024):
             changes = {"block_size": length, "train_split": 0.6, "optimizer": "adamw"}
             config = make_config(**{**architecture, **changes}, precision=precision)
             trainer = prepare_trainer(config)
+            initialize_matrices(trainer.model)
             gradients = []
             for _ in range(4):
-                trainer.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+                # A small scale: gradients that overflow are NaN, which equals nothing.
+                is_scaled = precision == "fp16"
+                trainer.scaler = torch.amp.GradScaler(device, init_scale=64.0, enabled=is_scaled)
                 with contextlib.suppress(StopIteration), pytest.MonkeyPatch.context() as patch:
                     patch.setattr(trainer.optimizer, "step", lambda: None)
                     trainer.training_step(0)
                 named = trainer.model.named_parameters()
                 gradients.append({name: parameter.grad.clone() for name, parameter in named})
+            assert all(gradient.any() for gradient in gradients[0].values()), gradients[0].keys()
             different += [
                 f"{architecture['architecture']}, context {length}: {name}"
                 for name, gradient in gradients[0].items()
@@ -277,6 +303,7 @@ def test_out_of_memory_is_one_line_and_exit_status_1(command, monkeypatch):
     monkeypatch.setattr(budget, "check_memory", lambda *_: None)
     # One tensor of 512 GiB: the first allocation of the first step fails at once.
     big = ["--n-embd=2048", "--batch-size=4194304", "--torch-compile=off", "--max-iters=1"]
+    big += ["--window-order=random"]  # a batch of so many shuffled passes takes a minute
     before = torch.cuda.memory_allocated()
     status, out, error = command(*big)
     assert status == 1 and len(error.splitlines()) == 1, out + error
@@ -288,8 +315,13 @@ def test_out_of_memory_is_one_line_and_exit_status_1(command, monkeypatch):
     assert command()[0] == 0, "the next run trains"
 
 
-def test_a_training_step_does_not_wait_for_the_device(make_config):
-    trainer = prepare_trainer(make_config(**MODERN, precision="bf16", dropout=0.2))
+@pytest.mark.parametrize(
+    "changes", [MODERN, GPT2, SPEEDRUN, {**MODERN, **COMPILED}],
+    ids=["modern", "gpt2", "speedrun", "modern, compiled"],
+)  # fmt: skip
+def test_a_training_step_does_not_wait_for_the_device(make_config, changes):
+    settings = {"precision": "bf16", "dropout": 0.2, "micro_batch_size": 2}
+    trainer = prepare_trainer(make_config(**changes, **settings))
     for index in range(3):
         trainer.training_step(index)
     torch.cuda.synchronize()
@@ -318,7 +350,7 @@ def test_sigterm_saves_a_checkpoint_that_loads(text_file, device):
 
 def test_every_step_gradient_norms_histograms_and_samples_are_logged(run):
     result = run(**MODERN, max_iters=6, log_interval=4, histogram_interval=3, sample_interval=3)
-    rows = [row for row in read_rows(result.run_dir) if "loss/train" in row]
+    rows = read_steps(result.run_dir)
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows), rows
     events = EventAccumulator(str(result.run_dir / "logs" / "tensorboard"))

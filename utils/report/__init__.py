@@ -17,7 +17,7 @@ from utils.checks import format_value
 from utils.files import write_atomic
 from utils.output import format_duration, pluralize
 from utils.report.charts import Line, compute_chart
-from utils.report.runs import SPEED, STEP_LOSS, TRAIN, VAL, VAL_BITS, Run
+from utils.report.runs import SPEED, STEP_LOSS, TRAIN, VAL, VAL_BITS, LoggedRun
 from utils.tracking.metrics import get_tag
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -27,7 +27,7 @@ CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 6
 WIDE, NARROW = {"width": 900, "height": 360}, {"width": 340, "height": 320}
 
 
-class Setting(NamedTuple):
+class ReportedSetting(NamedTuple):
     """A setting of a run. `is_changed` unless the value is the default, or found by default."""
 
     group: str
@@ -45,7 +45,7 @@ def write_report(target: Path, run_dir: Path, exports: Sequence[Path] = ()) -> N
     Raises `UserError` if the run's record is missing or damaged, and `OSError` if `target` cannot
     be written.
     """
-    run = Run(run_dir)
+    run = LoggedRun(run_dir)
     rate, norm = get_tag("learning_rate", "train"), get_tag("grad_norm", "train")
     # A speed is measured per printed line and logged with each of its steps: keep the last one.
     speeds = [list(group)[-1] for _, group in groupby(run.get_points(SPEED), lambda p: p[1])]
@@ -72,7 +72,7 @@ def write_report(target: Path, run_dir: Path, exports: Sequence[Path] = ()) -> N
     write_atomic(target, render("report.html.jinja", **values))
 
 
-def list_settings(record: dict[str, Any]) -> Iterator[Setting]:
+def list_settings(record: dict[str, Any]) -> Iterator[ReportedSetting]:
     """Yield the settings in a run's record, in the order of the schema."""
     config = record["config"]
     by_architecture = ARCHITECTURE_DEFAULTS.get(str(config.get("architecture")), {})
@@ -82,7 +82,7 @@ def list_settings(record: dict[str, Any]) -> Iterator[Setting]:
                 default = by_architecture.get(name, field.default)
                 source = record["sources"].get(name, "")
                 is_changed = config[name] != default and source != "default"
-                yield Setting(
+                yield ReportedSetting(
                     group, name, config[name], default, source, field.description, is_changed
                 )
 
@@ -116,7 +116,7 @@ def format_date(moment: str) -> str:
     return moment
 
 
-def compute_losses(run: Run, **size: int) -> dict[str, Any]:
+def compute_losses(run: LoggedRun, **size: int) -> dict[str, Any]:
     """Return the values with which a template draws a run's losses."""
     lines = [
         Line("train loss, each step", run.get_points(STEP_LOSS), 0, noisy=True),

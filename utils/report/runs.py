@@ -91,7 +91,7 @@ class _Result(BaseModel):
     overfitting: _Overfitting | None = None
 
 
-class Sample(NamedTuple):
+class LoggedSample(NamedTuple):
     """Text that the model of a step generated; `is_best` for the exported model, at the end."""
 
     step: int
@@ -99,7 +99,7 @@ class Sample(NamedTuple):
     is_best: bool
 
 
-class Run:
+class LoggedRun:
     """The contents of a run's files.
 
     Raises `UserError` if its record is missing or damaged.
@@ -110,8 +110,12 @@ class Run:
         self.path, self.name = path, path.resolve().name
         self.record, self.facts = _read_record(path)  # config, sources, git, diff
         self.tag = get_run_tag(self.name)
-        is_bpe = self.record["config"].get("tokenizer") in ("gpt2", "bpe")
-        self.unit = self.facts.data.unit or ("token" if is_bpe else "character")
+        config = self.record["config"]
+        kind = config.get("tokenizer")
+        self.unit = self.facts.data.unit or ("token" if kind in ("gpt2", "bpe") else "character")
+        # Losses are comparable between runs for which this is the same.
+        learned = (config.get("vocab_size"), self.facts.data.sha256) if kind == "bpe" else ()
+        self.tokens = ("character",) if self.unit == "character" else (kind, *learned)
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
         self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
@@ -128,8 +132,8 @@ class Run:
         self.seconds = times[-1][0] if times else None  # of training
         if self.result.seconds is not None and not self.resumed_runs:
             self.seconds = self.result.seconds
-        self.status = _format_status(self.last_step, self.record["config"].get("max_iters"), result)
-        self.shape = _format_shape(self.record["config"])
+        self.status = _format_status(self.last_step, config.get("max_iters"), result)
+        self.shape = _format_shape(config)
 
     def get_points(self, tag: str, x: str = "step", scale: float = 1) -> list[tuple[float, float]]:
         """Return a metric's values as points; `x`, step or seconds, is multiplied by `scale`."""
@@ -179,7 +183,7 @@ def _translate_damage(path: Path) -> Iterator[None]:
 
 def _read_logs(
     run: Path, facts: RunFacts
-) -> tuple[list[dict[str, float]], list[Sample], list[str]]:
+) -> tuple[list[dict[str, float]], list[LoggedSample], list[str]]:
     """Return the metrics and samples of a run and the runs that it resumed, and the ids of these.
 
     The oldest run comes first.
@@ -207,9 +211,9 @@ def _read_logs(
     return lines, samples, [run.name for run in runs[:-1]]
 
 
-def _read_samples(run: Path) -> list[Sample]:
+def _read_samples(run: Path) -> list[LoggedSample]:
     lines = _parse_lines(_thin_lines(_read_lines(RunDirectory(run).samples)))
-    samples = [Sample(x.get("step"), x.get("text"), x.get("exported") is True) for x in lines]
+    samples = [LoggedSample(x.get("step"), x.get("text"), x.get("exported") is True) for x in lines]
     return [
         each
         for each in samples
