@@ -444,7 +444,8 @@ def read_weights_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
         header.pop("__metadata__", None)
         found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
         for dtype, shape in found.values():
-            if type(dtype) is not str or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            is_shape = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+            if type(dtype) is not str or not is_shape:
                 raise ValueError("a dtype is not a name, or a shape is not of sizes")
         return found
     except FileNotFoundError:

@@ -248,7 +248,7 @@ class GraphDecoder(TorchDecoder):
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Without a stream, it is PyTorch's own, on the first device that recorded a graph.
+            # PyTorch's own stream is on the first device that recorded a graph.
             with torch.cuda.graph(graph, stream=stream):
                 self._step()
         if seen is not None:

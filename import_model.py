@@ -84,8 +84,11 @@ def find_target(config: ImportConfig, overwrite: bool) -> Path:
         target = Path(config.out)
     else:
         target = Path(config.checkpoints_dir) / str(config.model_name)
-    if is_present(target) and not is_directory(target):
-        raise UserError(f"{target} is a file: choose another place for the model's directory")
+    for place in (target, target.parent):
+        if is_present(place) and not is_directory(place):
+            raise UserError(
+                f"{place} is not a directory: choose another with --out or --model-name"
+            )
     if is_bundle(target):
         if not overwrite:
             raise UserError(f"{target} exists: choose another, or replace it with --overwrite")

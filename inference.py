@@ -320,7 +320,7 @@ def create_numba_engine(
         raise EngineUnavailable(f"{reason}: `pip install '.[fast]'`") from None
     try:
         tensors = safetensors.numpy.load(bundle.contents[WEIGHTS_FILE])
-        with np.errstate(over="ignore"):  # what overflows is not finite: refused below
+        with np.errstate(over="ignore"):  # gives infinities, which are refused below
             tensors = {name: each.astype(np.float32, copy=False) for name, each in tensors.items()}
     except KeyError as error:  # a dtype that numpy lacks
         raise EngineUnavailable(f"{path} has weights in {error.args[0]}") from None

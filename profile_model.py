@@ -25,6 +25,7 @@ from parameters import ALIASES, GROUPS, ModelConfig
 from resume import ResumePlan, plan_run, read_start_bundle
 from utils.command_line import Action, CommandLine
 from utils.errors import UserError
+from utils.files import is_directory
 from utils.output import Output, run_command
 from utils.run_manager import create_run_directory, write_full_config
 
@@ -197,14 +198,15 @@ def main(argv: Sequence[str]) -> int:
     if not steps.isdecimal() or not 2 <= int(steps) <= 100_000:
         problems.append(f"--steps must be a whole number from 2 to 100000, got {steps}")
     trace = Path(actions["chrome_trace"]) if "chrome_trace" in actions else None
-    if trace is not None and (trace.is_dir() or not trace.resolve().parent.is_dir()):
+    if trace is not None and (is_directory(trace) or not is_directory(trace.parent)):
         problems.append(f"--chrome-trace {trace} is not a file in a directory that exists")
     if problems:
         raise UserError(*problems)
     loaded, plan = plan_run(ConfigLoader(flags, actions.get("config")))
     report = profile(loaded.config, int(steps), trace, plan, inference="inference" in actions)
-    Output().print(report.format_json() if "json" in actions else report.format_tables())
-    return 0
+    output = Output()
+    output.print(report.format_json() if "json" in actions else report.format_tables())
+    return output.exit_status
 
 
 if __name__ == "__main__":

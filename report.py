@@ -70,7 +70,7 @@ def write_comparison(target: Path, runs: Sequence[LoggedRun]) -> None:
         (Line(label, [], color=n % COLORS + 1, dash=(n + n // COLORS) % DASHES), run)
         for n, (label, run) in enumerate(zip(labels, runs, strict=True))
     ]
-    is_mixed = any(run.tokens != runs[0].tokens for run in runs)
+    is_mixed = any(run.tokenization != runs[0].tokenization for run in runs)
     unit = "token" if is_mixed else runs[0].unit
     seconds = max(run.seconds or 0 for run in runs)
     clock, scale = next(each for each in CLOCKS if seconds >= 5 * each[1] or each[1] == 1)

@@ -49,7 +49,7 @@ class CharTokenizer:
         if len(set(chars)) != len(chars):
             raise UserError("a tokenizer's characters must not repeat")
         if any("\ud800" <= char <= "\udfff" for char in chars):
-            raise UserError("a tokenizer's characters must not be lone surrogates, as in no text")
+            raise UserError("a tokenizer's characters must not be lone surrogates: UTF-8 has none")
         self.chars = list(chars)
         self.vocab_size = self.num_tokens = len(chars)
         self.dtype = np.min_scalar_type(self.vocab_size)

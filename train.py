@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     is_dry_run, show_config = "dry_run" in actions, "show_config" in actions
     if show_config and not is_dry_run:
         output.print(format_settings(loaded))
-        return 0
+        return output.exit_status
     callbacks = load_callback_factories(actions.get("callback", []))
 
     with pause_garbage_collection():  # late: torch takes a second, and the settings are valid
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
     if is_dry_run:
         output.print(dry_run(loaded, plan, output.print, show_config=show_config))
-        return 0
+        return output.exit_status
     result = train(
         loaded.config, loaded=loaded, plan=plan, argv=argv, output=output, callbacks=callbacks
     )

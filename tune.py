@@ -49,7 +49,7 @@ from utils.checks import describe_unknown, format_name, format_value, validate_v
 from utils.command_line import CommandLine, format_flag
 from utils.data_files import STANDARD_INPUT
 from utils.errors import NothingToDo, RunError, UserError, format_reason
-from utils.files import make_directory, write_atomic
+from utils.files import DIRECTORY, is_directory, is_present, make_directory, write_atomic
 from utils.output import Output, format_command, pluralize, run_command
 from utils.ranks import Ranks
 from utils.search_space import check_values, list_values
@@ -186,8 +186,11 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     if order.storage is None and (problem := find_case_problem(studies, f"{study}.db")):
         problems.append(f"study {study}: {problem}")
     for flag, place in (("--output", order.output), ("--storage", order.storage)):
-        if place and Path(place).is_dir():
-            problems.append(f"{flag} {place}: is a directory, where a file is wanted")
+        if place and is_directory(Path(place)):
+            problems.append(f"{flag} {place}: {DIRECTORY}")
+    parent = Path(order.output).parent if order.output else studies
+    if is_present(parent) and not is_directory(parent):
+        problems.append(f"{parent}: is no directory: name another file with --output")
     journal = Path(storage).parent / f"{Path(storage).stem}.log"
     is_default = order.storage is None and not Path(storage).exists()
     if Path(storage) == journal or (is_default and journal.is_file()):
@@ -199,9 +202,8 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
         raise UserError(*problems)
     url = storage if "://" in storage else f"sqlite:///{storage}"
     preset = Path(order.output) if order.output else studies / f"{study}.yaml"
-    # The grammar of SQLAlchemy's make_url.
-    shown = re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", url)
-    shown = re.sub(r"([?&]\w*pass\w*=)[^&]*", r"\1***", shown)
+    shown = re.sub(r"(://[^:/]*):.*@", r"\1:***@", url)  # a password may have an @
+    shown = re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", shown)
     # Losses per token compare only between runs of one tokenizer.
     is_mixed = not space.keys().isdisjoint({"tokenizer", "vocab_size"})
     measure = "val_bits_per_byte" if is_mixed else "val_loss"
@@ -215,7 +217,10 @@ def create_search(order: StudySettings, space: Space, loader: ConfigLoader) -> S
     example = (legal or tried)[0]
     base = search.settle(example)[0].config  # raises the reason if none is legal
     if base.data == STANDARD_INPUT:
-        raise UserError("the trials cannot all read standard input: pass the text as a file")
+        raise UserError(
+            "--data -: each trial reads the text again, and standard input can be read only once: "
+            "save it to a file"
+        )
     if is_listed:
         search = replace(search, combinations=legal, trials=min(order.trials, len(legal)))
     return replace(search, base=base, example=example)

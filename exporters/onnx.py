@@ -41,7 +41,7 @@ OPSET = 20
 MAX_BYTES = 2_000_000_000  # an ONNX file is one message of Protocol Buffers, which end at 2 GiB
 
 
-class LayerCache:
+class OnnxLayerCache:
     """One layer's keys and values, each `(B, H, P, D)`: see `model.LayerCache`."""
 
     def __init__(self, keys: Tensor, values: Tensor):
@@ -59,14 +59,14 @@ class OnnxCache:
     """The keys and values of all layers, and `previous_ids`: see `model.KVCache`."""
 
     def __init__(self, past: Sequence[tuple[Tensor, Tensor]], previous_ids: Tensor | None):
-        self.layers = [LayerCache(*pair) for pair in past]
+        self.layers = [OnnxLayerCache(*pair) for pair in past]
         self.previous_ids = previous_ids
 
     def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return `idx`, `(B, t)`, after the tokens before, as `NgramEmbedding` reads them."""
         return torch.cat((self.previous_ids, idx), dim=1) + 1
 
-    def get_layers(self, positions: Tensor) -> list[LayerCache]:
+    def get_layers(self, positions: Tensor) -> list[OnnxLayerCache]:
         """Return each layer's part."""
         return self.layers
 

@@ -101,7 +101,7 @@ def create_config(path: Path, values: Mapping[str, Any], names: Mapping[str, str
 
 
 def convert_to_float(value: Any) -> Any:
-    """Return an integer as a float, unless no float is as large; other values as they are."""
+    """Return an integer below 2^53 as a float, exactly; other values unchanged."""
     return float(value) if type(value) is int and abs(value) < 2**53 else value
 
 
@@ -109,7 +109,7 @@ def check_vocab_size(path: Path, vocab_size: object) -> int:
     """Return the number of rows of the embedding. Raises `UserError` if it is no such number."""
     if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_COUNT:
         raise UserError(
-            f"{path}: vocab_size must be a number up to {MAX_COUNT:,}, not "
+            f"{path}: vocab_size must be a whole number from 1 to {MAX_COUNT:,}, not "
             f"{format_value(vocab_size)}"
         )
     return vocab_size

@@ -74,6 +74,26 @@ def test_a_rerun_from_full_config_json_gives_identical_losses(folio, text_file):
     assert losses(first) == losses(second)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "--show-config"],
+        ["train.py", "--dry-run", *TINY_FLAGS],
+        ["profile_model.py", "--steps=2", "--json", *TINY_FLAGS],
+        ["inspect_model.py"],
+    ],
+)
+def test_a_result_that_cannot_be_written_exits_1(text_file, words):
+    script, *flags = words
+    data = [] if script == "inspect_model.py" else [f"--data={text_file}"]
+    command = [sys.executable, str(CHECKOUT / script), *data, *flags]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "standard output" in done.stderr
+
+
 @pytest.fixture
 def bad_files(tmp_path):
     """Create one of each kind of file that cannot be used."""

@@ -519,7 +519,7 @@ def test_an_export_is_the_model_s_until_a_file_or_a_weight_changes(save, capsys)
     assert run_command(inspect_model.main, verify) == 2
     capsys.readouterr()
     assert run_command(inspect_model.main, [str(bundle), "--verify=exports/typo"]) == 2
-    assert "no such" in capsys.readouterr().err
+    assert "exports/typo: no such export" in capsys.readouterr().err
 
 
 def test_an_export_of_another_model_is_not_the_model_s(save, tmp_path, capsys):

@@ -118,6 +118,12 @@ def replace_by_bpe(merges: object) -> Change:
     return lambda directory: write(directory, TOKENIZER, content)
 
 
+def put_surrogate(directory: Path) -> None:
+    content = read_json(directory, TOKENIZER)
+    content["chars"][0] = "\ud800"
+    write(directory, TOKENIZER, content)
+
+
 def fill_weights(value: float) -> Change:
     def apply(directory: Path) -> None:
         content = bytearray((directory / WEIGHTS_FILE).read_bytes())
@@ -189,7 +195,7 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "extra": (change_json(CONFIG, "runs_dir", value="x"), "inference", CONFIG),
     "kind": (change_json(TOKENIZER, "token_kind", value=None), "inspect", "token_kind"),
     "chars": (change_json(TOKENIZER, "chars", value=[["a"]]), "inference", "chars"),
-    "surrogate": (change_json(TOKENIZER, "chars", value=["\ud800", "a"]), "evaluate", "surrogate"),
+    "surrogate": (put_surrogate, "evaluate", "surrogate"),
     "more": (change_json(TOKENIZER, "more", value=1), "inference", "more"),
     "merges": (replace_by_bpe([["a", "b"]]), "inspect", "merges"),
     "no merges": (replace_by_bpe([]), "inference", TOKENIZER),
@@ -208,6 +214,11 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     ),
     "product": (
         change_header(lambda h: {**h, "a": {"dtype": "F32", "shape": [10**4000, 10**4000]}}),
+        "inspect",
+        WEIGHTS_FILE,
+    ),
+    "dimensions": (
+        change_header(lambda h: {**h, "a": {"dtype": "F32", "shape": [2**62] * 300}}),
         "inspect",
         WEIGHTS_FILE,
     ),

@@ -250,6 +250,7 @@ def test_the_command_writes_json_and_a_trace(folio, text_file, tmp_path):
         (["--steps", "1"], ["--steps", "2 to 100000", "got 1"]),
         (["--steps", "many"], ["--steps", "got many"]),
         (["--chrome-trace", "no/such/place.json"], ["--chrome-trace no/such/place.json"]),
+        (["--chrome-trace", "long" * 99 + "/place.json"], ["--chrome-trace long"]),
         (["--n-head", "3"], ["n_head 3"]),
         (["--device", "cuda:9"], ["--device cuda:9"]),
     ],

@@ -487,8 +487,8 @@ def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tiny, quie
     [
         ({"tokenizer": "gpt2"}, {"tokenizer": "gpt2"}, True),
         ({"tokenizer": "gpt2"}, {"tokenizer": "bpe", "vocab_size": 512}, False),
-        ({"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": 512}, True),
-        ({"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": 600}, False),
+        ({"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": None}, True),
+        ({"tokenizer": "bpe"}, {"tokenizer": "bpe", "train_split": 0.5}, False),
     ],
 )
 def test_losses_per_token_are_compared_between_runs_of_one_tokenizer(
@@ -569,7 +569,7 @@ def test_the_picture_in_the_docs_is_small():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere: no such run; looked for nowhere, runs/nowhere\n"),
+        (["nowhere"], "nowhere: no such run"),
         (["last"], "no run in runs"),
         ([], "no run in runs"),
         (["--output"], "--output"),
@@ -588,7 +588,7 @@ def test_an_output_that_cannot_be_written_is_an_error_of_one_line(tiny, quiet, f
         done = folio("report.py", "--output", place)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
-        assert place in done.stderr
+        assert f"{place}" in done.stderr and "written" in done.stderr
 
 
 # Charts ----------------------------------------------------------------------------------------

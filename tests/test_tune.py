@@ -435,11 +435,25 @@ def test_a_directory_in_place_of_a_file_is_an_error_before_any_trial(
     assert not trained.calls
 
 
-def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys):
+@pytest.mark.parametrize("place", ["file/best.yaml", "long" * 99 + "/best.yaml"])
+def test_a_place_for_the_preset_that_cannot_be_is_an_error_before_any_trial(
+    command, trained, capsys, place
+):
     Path("file").write_text("", encoding="utf-8")
-    assert command("--trials", "1", "--output", "file/best.yaml") == 2
+    assert command("--trials", "1", "--output", place) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "file/best.yaml" in line
+    assert "--output" in line
+    assert not trained.calls
+
+
+def test_a_preset_that_cannot_be_written_is_one_line(command, trained, capsys, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tune, "write_atomic", fail)
+    assert command("--trials", "1", "--output", "best.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "best.yaml" in line
     assert "--output" in line
     assert len(select_done(read_trials())) == 1
 
@@ -458,13 +472,15 @@ def test_standard_input_is_refused_as_the_text_of_a_study(command, trained, caps
         "postgresql://user:sec/ret@host/db",
         "postgresql://user:secret@host/db",
         "postgresql://host/db?user=me&password=secret",
+        "postgresql://user:s@sec@host/db",
+        "mssql+pyodbc:///?odbc_connect=SERVER%3Dhost/db;PWD%3Dsecret",
     ],
 )
 def test_no_message_has_the_password_of_a_storage(command, url):
     order = tune.StudySettings(storage=url)
     search = tune.create_search(order, {"n_layer": [1]}, ConfigLoader({}))
     assert search.storage == url
-    assert "sec" not in search.shown_storage and "host/db" in search.shown_storage
+    assert "sec" not in search.shown_storage and "***" in search.shown_storage
 
 
 def test_optuna_prints_nothing_itself(command, trained, capfd):

@@ -15,7 +15,7 @@ from typing import IO, Any
 from utils.files import open_regular
 
 MAX_PICKLE_BYTES = 1 << 26
-MAX_TUPLES = 50_000  # each within another: the hash of deeper ones overflows the stack
+MAX_TUPLE = 1000  # values in a tuple and in those within it: its hash visits them all
 # The instructions for text, numbers, lists and dictionaries; none calls a function.
 _NAMES = """
     PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET BINUNICODE SHORT_BINUNICODE
@@ -56,8 +56,14 @@ def load_plain_pickle(content: bytes) -> Any:
 def check_instructions(
     content: bytes, allowed: Set[str], allowed_globals: Set[str] = frozenset()
 ) -> None:
-    """Raise ValueError if a pickle has an instruction, or names a global, that is not allowed."""
-    num_tuples = 0
+    """Raise ValueError if a pickle has an instruction, or names a global, that is not allowed.
+
+    The sizes of its values are followed, as a tuple of tuples that is a dictionary's key could
+    take years to hash, or overflow the stack.
+    """
+    sizes: list[int] = []  # of the values on the stack: 1 if it is no tuple
+    marks: list[int] = []
+    memo: dict[int, int] = {}
     for instruction, argument, _ in pickletools.genops(content):
         if instruction.name == "GLOBAL" and argument not in allowed_globals:
             raise ValueError(f"it names {argument.replace(' ', '.')}")
@@ -66,9 +72,38 @@ def check_instructions(
         # The unpickler's table of values grows to this index.
         if instruction.name.endswith("BINPUT") and argument > len(content):
             raise ValueError("it claims more values than it has bytes")
-        num_tuples += instruction.name in TUPLES
-        if num_tuples > MAX_TUPLES:
-            raise ValueError(f"it has more than {MAX_TUPLES:,} tuples")
+        try:
+            _follow(instruction, argument, sizes, marks, memo)
+        except LookupError:
+            raise ValueError("it takes a value that is not there") from None
+
+
+def _follow(
+    instruction: pickletools.OpcodeInfo,
+    argument: Any,
+    sizes: list[int],
+    marks: list[int],
+    memo: dict[int, int],
+) -> None:
+    """Do to the sizes of the values what an instruction does to the values."""
+    name, before = instruction.name, instruction.stack_before
+    if name == "MARK":
+        marks.append(len(sizes))
+    elif name == "MEMOIZE":
+        memo[len(memo)] = sizes[-1]
+    elif name.endswith("BINPUT"):
+        memo[argument] = sizes[-1]
+    elif name.endswith("BINGET"):
+        sizes.append(memo[argument])
+    else:
+        has_mark = pickletools.markobject in before
+        start = marks.pop() if has_mark else len(sizes) - len(before)
+        taken = sizes[start:]
+        del sizes[start - (before.index(pickletools.markobject) if has_mark else 0) :]
+        size = 1 + sum(taken) if name in TUPLES else 1
+        if size > MAX_TUPLE:
+            raise ValueError(f"it has a tuple of more than {MAX_TUPLE:,} values")
+        sizes.extend(size for _ in instruction.stack_after)
 
 
 def check_archive(file: IO[bytes], size: int) -> zipfile.ZipFile:

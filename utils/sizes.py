@@ -2,8 +2,8 @@
 
 The scaling law is that of Hoffmann et al. (arxiv.org/abs/2203.15556), and for text that is read
 more than once that of Muennighoff et al. (arxiv.org/abs/2305.16264). docs/LOG.md has the runs that
-its constants were fitted to: models of the default recipe with 0.6 to 10.6 million weights in their
-blocks.
+its constants were fitted to: models of an earlier default recipe with 0.6 to 10.6 million weights
+in their blocks.
 """
 
 import math

@@ -113,9 +113,10 @@ class LoggedRun:
         config = self.record["config"]
         kind = config.get("tokenizer")
         self.unit = self.facts.data.unit or ("token" if kind in ("gpt2", "bpe") else "character")
-        # Losses are comparable between runs for which this is the same.
-        learned = (config.get("vocab_size"), self.facts.data.sha256) if kind == "bpe" else ()
-        self.tokens = ("character",) if self.unit == "character" else (kind, *learned)
+        # Losses per token are comparable between runs with the same tokenization.
+        splits = [config.get(name) for name in ("train_split", "test_split", "split_by")]
+        learned = [self.facts.data.vocab_size, self.facts.data.sha256, *splits]  # from the text
+        self.tokenization = [self.unit, *(learned if kind == "bpe" else [])]
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
         self.console = _read_if_file(files.console, end=True)[-MAX_CHARS:]
