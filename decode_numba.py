@@ -147,7 +147,8 @@ def read_weights(
     is_modern = config.architecture != "gpt2"
     reader = TensorReader(tensors, config.n_layer, config.bias)
     take, linear = reader.take, reader.stack_linear
-    F = next(iter(getattr(tensors.get("blocks.0.mlp.expand.weight"), "shape", ())), 0)
+    expand = tensors.get("blocks.0.mlp.expand.weight")
+    F = len(expand) if expand is not None and expand.ndim else 0
     embedding = take("token_embedding.weight", V, C)
     empty = np.zeros((0, 0), dtype=float32)
     if is_modern:

@@ -185,9 +185,10 @@ def translate_peer_errors() -> Iterator[None]:
             raise
         if distributed.is_initialized():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
+        reason = format_reason(error)
         raise RunError(
-            "another process of this run has ended, or cannot be reached: --resume continues from "
-            f"the last checkpoint ({format_reason(error)})"
+            f"another process of this run has ended, or cannot be reached ({reason}); "
+            "--resume continues from the last checkpoint"
         ) from error
 
 

@@ -23,9 +23,9 @@ _NAMES = """
     APPEND APPENDS
 """
 PLAIN_VALUES = frozenset(_NAMES.split())
+TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 # torch.save needs these, for tensors and the dictionary that is a state dict, and LONG1 for
 # numbers of more than 32 bits.
-TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 TENSORS = PLAIN_VALUES | TUPLES | {"GLOBAL", "REDUCE", "BINPERSID", "BUILD", "LONG1"}
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 TENSOR_GLOBALS = frozenset(
@@ -58,8 +58,8 @@ def check_instructions(
 ) -> None:
     """Raise ValueError if a pickle has an instruction, or names a global, that is not allowed.
 
-    The sizes of its values are followed, as a tuple of tuples that is a dictionary's key could
-    take years to hash, or overflow the stack.
+    Nor may a tuple be large: as the key of a dictionary, a tuple of tuples could take years to
+    hash, or overflow the stack.
     """
     sizes: list[int] = []  # of the values on the stack: 1 if it is no tuple
     marks: list[int] = []
@@ -73,19 +73,19 @@ def check_instructions(
         if instruction.name.endswith("BINPUT") and argument > len(content):
             raise ValueError("it claims more values than it has bytes")
         try:
-            _follow(instruction, argument, sizes, marks, memo)
+            _track_sizes(instruction, argument, sizes, marks, memo)
         except LookupError:
             raise ValueError("it takes a value that is not there") from None
 
 
-def _follow(
+def _track_sizes(
     instruction: pickletools.OpcodeInfo,
     argument: Any,
     sizes: list[int],
     marks: list[int],
     memo: dict[int, int],
 ) -> None:
-    """Do to the sizes of the values what an instruction does to the values."""
+    """Apply an instruction to the sizes of the values on the stack and in the memo."""
     name, before = instruction.name, instruction.stack_before
     if name == "MARK":
         marks.append(len(sizes))

@@ -115,7 +115,8 @@ class LoggedRun:
         self.unit = self.facts.data.unit or ("token" if kind in ("gpt2", "bpe") else "character")
         # Losses per token are comparable between runs with the same tokenization.
         splits = [config.get(name) for name in ("train_split", "test_split", "split_by")]
-        learned = [self.facts.data.vocab_size, self.facts.data.sha256, *splits]  # from the text
+        parents = [each.weights_sha256 for each in self.facts.lineage]  # whose tokens it may have
+        learned = [self.facts.data.vocab_size, self.facts.data.sha256, *splits, *parents]
         self.tokenization = [self.unit, *(learned if kind == "bpe" else [])]
         self.diff = self.record["diff"][:MAX_CHARS]
         self.environment = _read_if_file(files.meta / "env.txt")
